@@ -1,0 +1,88 @@
+// Checks of an operator's arguments. All of them run before anything is written; each says which argument, what came
+// and what is allowed.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "scalars.h"
+#include "storage.h"
+
+namespace pace {
+
+using Tensor = torch::stable::Tensor;
+using TensorList = std::vector<Tensor>;
+using torch::headeronly::ScalarType;
+
+inline std::string entry(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
+
+inline std::string shape_text(const Tensor& t) {
+  std::string text = "(";
+  for (const int64_t size : t.sizes()) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + ")";
+}
+
+// The list has one tensor for each parameter; or none at all, where the option that needs it is off.
+inline void check_length(const char* name, const TensorList& list, const TensorList& params,
+                         const char* if_empty = nullptr) {
+  const bool allowed_empty = if_empty != nullptr && list.empty();
+  STD_TORCH_CHECK(allowed_empty || list.size() == params.size(), name, " has ", list.size(), " tensors, params has ",
+                  params.size(), if_empty != nullptr ? if_empty : "");
+}
+
+inline Format format_of(const char* name, size_t i, const Tensor& t, bool float32_only) {
+  const ScalarType dtype = t.scalar_type();
+  if (dtype == ScalarType::Float) return Format::kFloat32;
+  STD_TORCH_CHECK(!float32_only, entry(name, i), " must be float32");
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, entry(name, i),
+                  " must be float32, bfloat16 or float16 for the native kernel");
+  return dtype == ScalarType::BFloat16 ? Format::kBFloat16 : Format::kFloat16;
+}
+
+// A dense CPU tensor of the parameter's shape.
+inline void check_operand(const char* name, size_t i, const Tensor& t, const Tensor& param, bool written) {
+  STD_TORCH_CHECK(t.is_cpu(), entry(name, i), " must be a CPU tensor");
+  int32_t layout = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
+  STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), entry(name, i), " must be a dense (strided) tensor");
+  const auto sizes = t.sizes(), expected = param.sizes();
+  bool same = sizes.size() == expected.size();
+  for (size_t d = 0; same && d < sizes.size(); ++d) same = sizes[d] == expected[d];
+  STD_TORCH_CHECK(same, entry(name, i), " has shape ", shape_text(t), ", its parameter has ", shape_text(param));
+  if (!written || t.is_contiguous()) return;
+  const auto strides = t.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    STD_TORCH_CHECK(sizes[d] <= 1 || strides[d] != 0, entry(name, i), " overlaps itself: dimension ", d,
+                    " has stride 0");
+  }
+}
+
+inline void check_step(const char* name, size_t i, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1 && t.scalar_type() == ScalarType::Float, entry(name, i),
+                  " must be a CPU float32 tensor with one element");
+}
+
+inline void check_options(const PaceOptions& o) {
+  const auto nonnegative = [](const char* name, double value) {
+    STD_TORCH_CHECK(std::isfinite(value) && value >= 0.0, name, " must be finite and >= 0, got ", value);
+  };
+  const auto below_one = [](const char* name, double value) {
+    STD_TORCH_CHECK(value >= 0.0 && value < 1.0, name, " must lie in [0, 1), got ", value);
+  };
+  nonnegative("lr", o.lr);
+  nonnegative("weight_decay", o.weight_decay);
+  nonnegative("lambda_pullback", o.lambda_pullback);
+  below_one("beta1", o.beta1);
+  below_one("beta2", o.beta2);
+  STD_TORCH_CHECK(std::isfinite(o.eps) && o.eps > 0.0, "eps must be finite and > 0, got ", o.eps);
+  STD_TORCH_CHECK(o.beta_ema >= 0.0 && o.beta_ema <= 1.0, "beta_ema must lie in [0, 1], got ", o.beta_ema);
+  if (o.ema_kappa) nonnegative("ema_kappa", *o.ema_kappa);
+  nonnegative("ema_rho", o.ema_rho);
+  nonnegative("ema_gamma", o.ema_gamma);
+  STD_TORCH_CHECK(o.ema_update_freq >= 1, "ema_update_freq must be >= 1, got ", o.ema_update_freq);
+}
+
+}  // namespace pace

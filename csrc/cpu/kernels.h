@@ -1,0 +1,57 @@
+// The door between the operators (ops.cpp, compiled once) and the kernels (kernels.cpp, compiled once per instruction
+// set). Plain structs and function pointers only: nothing here may leave a symbol that two instruction sets could
+// share.
+#pragma once
+
+#include <cstdint>
+
+#include "../rules/mada.h"
+#include "../rules/pace.h"
+#include "../storage.h"
+
+namespace pace {
+
+// One operand of one tensor. Elements are counted in the order in which the parameter lies in memory. ndim == 0:
+// element i is data[i]; otherwise it lies at the coordinates of i in `sizes`, `strides` apart (in elements; 0 for an
+// expanded one).
+struct Stream {
+  void* data;
+  Format format;
+  int ndim;
+  const int64_t* sizes;
+  const int64_t* strides;
+};
+
+struct PaceWork {
+  Stream x, g, m, v, e;
+  bool moment, pull, average;  // flags of pace_rule
+  PaceScalars scalars;
+};
+
+// Sums over a block of elements; minima and maxima of 1/D as the bits of the float.
+struct PaceSums {
+  double inv_D, clamped, clipped, adamw_sq, pullback_sq, update_sq;
+  uint32_t min_inv_D, max_inv_D;
+};
+
+struct MadaWork {
+  Stream x, g, m, n, v, w, l, last_g, older_g, e;
+  bool lag, diff, second, lion, adam, average;  // flags of mada_tile
+  MadaScalars last, now;                        // of the step that is redone, where there is one, and of the new one
+  PaceScalars pull;
+};
+
+// Each function does elements [begin, end) of one tensor.
+struct Kernels {
+  void (*pace)(const PaceWork& work, int64_t begin, int64_t end, PaceSums* sums);  // sums may be null
+  void (*mada)(const MadaWork& work, int64_t begin, int64_t end, double* sums);    // six sums, where it lags
+  void (*swap)(const Stream& a, const Stream& b, int64_t begin, int64_t end);
+};
+
+}  // namespace pace
+
+// One per instruction set that this build has; PACE_CPU_VARIANTS is set by setup.py, e.g. X(baseline) X(avx2)
+// X(avx512).
+#define X(isa) extern "C" const pace::Kernels pace_kernels_##isa;
+PACE_CPU_VARIANTS
+#undef X

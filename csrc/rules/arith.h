@@ -1,0 +1,36 @@
+// Marks and the few operations that rules are written with. A rule is plain scalar float code: a CUDA thread runs it
+// per element; on the CPU the compiler vectorizes the loop around it.
+//
+// Arithmetic contract: every operation is rounded once, in the order written, and nothing is contracted into a fused
+// multiply-add (-ffp-contract=off, -fmad=false). An element's result then depends on its inputs alone: not on the
+// instruction set, the vector width, its place in the tensor, or how tensors are sharded. The kernels wait for memory,
+// so this costs nothing (bench/README.md).
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define PACE_RULE static __host__ __device__ __forceinline__
+#else
+#define PACE_RULE static inline __attribute__((always_inline))
+#endif
+
+namespace pace {
+
+constexpr float kSmallestNormal = 0x1p-126f;
+
+PACE_RULE float square_root(float a) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(a);
+#else
+  return __builtin_sqrtf(a);
+#endif
+}
+
+PACE_RULE float smaller(float a, float b) { return a < b ? a : b; }
+PACE_RULE float larger(float a, float b) { return a > b ? a : b; }
+
+// −1, 0 or 1.
+PACE_RULE float sign(float a) { return a > 0.0f ? 1.0f : (a < 0.0f ? -1.0f : 0.0f); }
+
+}  // namespace pace

@@ -1,0 +1,115 @@
+// From an optimizer's options and a step count to the scalars of a rule: double on the host, rounded to float once.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+
+#include "rules/mada.h"
+#include "rules/pace.h"
+
+namespace pace {
+
+// A parameter group's options, named as in pace_kernels.PACE.
+struct PaceOptions {
+  double lr, beta1, beta2, eps, weight_decay;
+  double lambda_pullback;
+  bool clamp_pullback;
+  double beta_ema;
+  std::optional<double> ema_kappa;
+  double ema_rho, ema_gamma;
+  int64_t ema_update_freq;
+  bool pullback_from_step;
+  bool maximize;
+};
+
+// w_t in the gain; 1 without a decay exponent.
+inline double gain_weight(const PaceOptions& o, double t) {
+  if (!o.ema_kappa) return 1.0;
+  return std::max(std::pow(1.0 + o.ema_gamma * std::max(0.0, t - o.ema_rho), -*o.ema_kappa), 1e-4);
+}
+
+// w_t in the average; beta_ema without a decay exponent.
+inline double average_weight(const PaceOptions& o, double t) { return o.ema_kappa ? gain_weight(o, t) : o.beta_ema; }
+
+inline bool average_moves(const PaceOptions& o, double t) {
+  return std::fmod(t, static_cast<double>(o.ema_update_freq)) == 0.0;
+}
+
+inline PaceScalars pace_scalars(const PaceOptions& o, double t) {
+  const double w = average_weight(o, t);
+  PaceScalars s;
+  s.grad_sign = o.maximize ? -1.0f : 1.0f;
+  s.beta1 = static_cast<float>(o.beta1);
+  s.one_minus_beta1 = static_cast<float>(1.0 - o.beta1);
+  s.beta2 = static_cast<float>(o.beta2);
+  s.one_minus_beta2 = static_cast<float>(1.0 - o.beta2);
+  s.inv_bias2 = static_cast<float>(1.0 / (1.0 - std::pow(o.beta2, t)));
+  s.eps = static_cast<float>(o.eps);
+  s.decay = static_cast<float>(1.0 - o.lr * o.weight_decay);
+  s.step_size = static_cast<float>(o.lr / (1.0 - std::pow(o.beta1, t)));
+  s.gain = static_cast<float>(o.lr * o.lambda_pullback * gain_weight(o, t));
+  s.gain_cap = o.clamp_pullback ? 1.0f : std::numeric_limits<float>::infinity();
+  s.weight = static_cast<float>(w);
+  s.one_minus_weight = static_cast<float>(1.0 - w);
+  s.from_step = o.pullback_from_step;
+  return s;
+}
+
+// MADA's options, named as in pace_kernels.MADA; those that PACE has too in `pace`. The coefficients come beside them.
+struct MadaOptions {
+  PaceOptions pace;
+  double lion_beta1, lion_beta2;
+  bool second_max;
+};
+
+using MadaCoefficients = std::array<double, kCoefficients>;
+
+inline MadaScalars mada_scalars(const MadaOptions& o, double t, double lr, const MadaCoefficients& q) {
+  const auto [beta1, beta2, beta3, rho, c, gamma] = q;
+  const double bias1 = 1.0 - std::pow(beta1, t), bias2 = 1.0 - std::pow(beta2, t);
+  const double square_slope = rho * (1.0 - beta2) / bias2;
+  const auto f = [](double a) { return static_cast<float>(a); };
+  MadaScalars s;
+  s.beta1 = f(beta1), s.one_minus_beta1 = f(1.0 - beta1);
+  s.beta2 = f(beta2), s.one_minus_beta2 = f(1.0 - beta2);
+  s.beta3 = f(beta3), s.one_minus_beta3 = f(1.0 - beta3);
+  s.lion_beta1 = f(o.lion_beta1), s.one_minus_lion_beta1 = f(1.0 - o.lion_beta1);
+  s.lion_beta2 = f(o.lion_beta2), s.one_minus_lion_beta2 = f(1.0 - o.lion_beta2);
+  s.rho = f(rho), s.one_minus_rho = f(1.0 - rho);
+  s.c = f(c), s.one_minus_c = f(1.0 - c);
+  s.mean_new = f(1.0 / t), s.mean_old = f((t - 1.0) / t);
+  s.eps = f(o.pace.eps), s.inv_eps = f(1.0 / o.pace.eps);
+  s.inv_bias1 = f(1.0 / bias1), s.inv_bias2 = f(1.0 / bias2);
+  s.lr = f(lr), s.adam_size = f(lr * gamma), s.lion_size = f(lr * (1.0 - gamma));
+  s.bias1_slope = f(t * std::pow(beta1, t - 1.0) / (bias1 * bias1));
+  s.bias2_slope = f(t * std::pow(beta2, t - 1.0) / bias2);
+  s.rho_slope = f(rho / bias2);
+  s.square_slope = f(square_slope), s.twice_square_slope = f(2.0 * square_slope);
+  s.pull_gain = f(o.pace.pullback_from_step ? lr * o.pace.lambda_pullback * gain_weight(o.pace, t) : 0.0);
+  s.gain_cap = o.pace.clamp_pullback ? 1.0f : std::numeric_limits<float>::infinity();
+  s.second_max = o.second_max;
+  return s;
+}
+
+// The scalars of a step that leaves the moments as they are and has no sensitivities.
+inline MadaScalars no_step(const MadaOptions& o) {
+  MadaScalars s{};
+  s.beta1 = s.beta2 = s.beta3 = s.lion_beta2 = s.mean_old = s.eps = 1.0f;
+  s.second_max = o.second_max;
+  return s;
+}
+
+// The scalars of step t, which was the last, from what it left in `last`: whether there was one, its learning rate,
+// its coefficients.
+inline MadaScalars last_step(const MadaOptions& o, double t, const double* last) {
+  if (last[0] == 0.0) return no_step(o);
+  MadaCoefficients q;
+  std::copy(last + 2, last + 2 + q.size(), q.begin());
+  return mada_scalars(o, t, last[1], q);
+}
+
+}  // namespace pace

@@ -1,0 +1,55 @@
+// Storage: how an element lies in memory. A format loads to float and stores from float; rules never see it.
+// bfloat16 and float16 are converted with integer arithmetic alone, so that every compiler vectorizes the loops around
+// it on every instruction set; rounding is to nearest, ties to even, as in torch.
+#pragma once
+
+#include <cstdint>
+
+#include "rules/arith.h"
+
+namespace pace {
+
+enum class Format : uint8_t { kFloat32, kBFloat16, kFloat16 };
+
+PACE_RULE uint32_t bits_of(float a) { return __builtin_bit_cast(uint32_t, a); }
+PACE_RULE float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+
+struct Float32 {
+  using Element = float;
+  PACE_RULE float load(float a) { return a; }
+  PACE_RULE float store(float a) { return a; }
+};
+
+struct BFloat16 {
+  using Element = uint16_t;
+  PACE_RULE float load(uint16_t a) { return float_of(static_cast<uint32_t>(a) << 16); }
+  PACE_RULE uint16_t store(float a) {
+    const uint32_t u = bits_of(a);
+    const uint32_t rounded = u + 0x7fffu + ((u >> 16) & 1u);  // half an ulp, or a bit less where the last bit is even
+    return static_cast<uint16_t>(a == a ? rounded >> 16 : 0x7fc0u);
+  }
+};
+
+struct Float16 {
+  using Element = uint16_t;
+  PACE_RULE float load(uint16_t a) {
+    const uint32_t sign = static_cast<uint32_t>(a & 0x8000u) << 16, magnitude = a & 0x7fffu;
+    // Exponent and fraction moved into place are the value times 2^-112 (the biases, 127 and 15, differ by 112); the
+    // product restores it exactly, subnormals included.
+    const float value = float_of(magnitude << 13) * 0x1p112f;
+    const uint32_t special = 0x7f800000u | (magnitude << 13);  // infinity and NaN keep their fraction
+    return float_of(sign | (magnitude >= 0x7c00u ? special : bits_of(value)));
+  }
+  PACE_RULE uint16_t store(float a) {
+    const uint32_t sign = bits_of(a) & 0x80000000u, u = bits_of(a) & 0x7fffffffu;
+    // Normal: rebias by 112, then round away 13 bits as above. Subnormal (below 2^-14): adding 0.5 puts the last kept
+    // place, 2^-24, at float's last place, so that the addition itself rounds. From 65520 on: infinity.
+    const uint32_t normal = (u - 0x38000000u + 0xfffu + ((u >> 13) & 1u)) >> 13;
+    const uint32_t subnormal = bits_of(float_of(u) + 0.5f) - 0x3f000000u;
+    const uint32_t large = u > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const uint32_t magnitude = u >= 0x477ff000u ? large : (u < 0x38800000u ? subnormal : normal);
+    return static_cast<uint16_t>((sign >> 16) | magnitude);
+  }
+};
+
+}  // namespace pace
