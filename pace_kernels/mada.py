@@ -1,0 +1,617 @@
+"""MADA: a parameterized optimizer that learns which optimizer to be, in one pass over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .backend import choose
+from .ops import COEFFICIENTS, HYPERGRADIENTS, LAST_SCALARS
+from .optimizer import (
+    Group,
+    KernelOptimizer,
+    Work,
+    as_state,
+    check_average_options,
+    check_common_options,
+    check_number,
+    require,
+)
+from .torch_rules.mada import MadaMoments, MadaOptions, redone
+
+_HYPER_LR = {"beta1": 5e-4, "beta2": 5e-4, "beta3": 0.1, "rho": 0.1, "c": 0.1, "gamma": 0.1}
+_BOUNDS = {"beta1": (0.01, 0.99), "beta2": (0.501, 0.999), "beta3": (0.0, 0.99)} | dict.fromkeys(
+    ("rho", "c", "gamma"), (0.0, 1.0)
+)
+# What a group keeps of its learned coefficients, float64 tensors on the parameters' device: values, momenta and
+# hypergradients in the order of COEFFICIENTS, and a step count. They are options, so that checkpoints carry them; with
+# coefficients="global" all groups have the same ones.
+_LEARNED = ("coefficient_values", "coefficient_momenta", "hypergradients", "hyper_step")
+# Options that mean something only where a coefficient is learned, and what they are where nobody gave them.
+_HYPER_DEFAULTS = {"hyper_lr": None, "hyper_momentum": 0.0, "hyper_clip": 10.0, "hyper_warmup": 50, "bounds": None}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "adamw": {"rho": 1.0, "betas": (0.9, 0.999), "weight_decay": 0.01},
+    "amsgrad": {"rho": 0.0, "second_moment": "max", "betas": (0.9, 0.999), "weight_decay": 0.01},
+    "avgrad": {"rho": 0.0, "second_moment": "mean", "betas": (0.9, 0.999), "weight_decay": 0.01},
+    "adan": {"rho": 1.0, "beta3": 0.92, "betas": (0.98, 0.99), "weight_decay": 0.02},
+    "yogi": {"rho": 1.0, "c": 0.0, "betas": (0.9, 0.999), "eps": 1e-3, "weight_decay": 0.0},
+    "lion": {"gamma": 0.0, "lion_betas": (0.9, 0.99), "lr": 1e-4, "weight_decay": 0.01},
+    "hyperadam": {"rho": 1.0, "betas": (0.9, 0.999), "weight_decay": 0.01, "learn": ("beta1", "beta2")},
+}
+# The group's options that mada_step_ takes by the same name.
+_SAME_NAME = (
+    *("beta3", "rho", "c", "gamma", "eps", "weight_decay", "lambda_pullback", "clamp_pullback", "beta_ema"),
+    *("ema_kappa", "ema_rho", "ema_gamma", "ema_update_freq", "maximize", "capturable"),
+)
+
+
+def _bits(learn: tuple[str, ...]) -> int:
+    return sum(1 << k for k, name in enumerate(COEFFICIENTS) if name in learn)
+
+
+def _expand(argument: str, given: object, base: Mapping[str, Any], convert: Callable[[object], Any]) -> dict[str, Any]:
+    """An option of each coefficient from a dict, which may leave some out, or from one value for all."""
+    if given is None:
+        return dict(base)
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(COEFFICIENTS, convert(given))
+    for name in given:
+        _check_name(argument, name)
+    return {**base, **{name: convert(value) for name, value in given.items()}}
+
+
+def _check_name(argument: str, name: object) -> None:
+    require(name in COEFFICIENTS, argument, f"coefficients, of {', '.join(COEFFICIENTS)}", name)
+
+
+def _same(value: object) -> object:
+    return value
+
+
+def _pair(value: object) -> tuple[Any, Any]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"bounds must be pairs (low, high), got {value!r}")
+    return (value[0], value[1])
+
+
+def _fixed(group: Group, name: str) -> float:
+    """The coefficient's value among the options: its fixed value, or where learning starts."""
+    if name == "beta1":
+        return float(group["betas"][0])
+    return float(group["betas"][1] if name == "beta2" else group[name])
+
+
+class MADA(KernelOptimizer):
+    """A parameterized optimizer that spans AdamW, AVGrad, AMSGrad, Adan, Yogi and Lion, and learns its six coefficients
+    while it trains, by hypergradient descent, in one pass over memory.
+
+    ::
+
+        [formula: MADA]
+          d   = g − g₋                                  g₋: the previous gradient; at a parameter's first step d = 0
+          m   ← β1 m + (1 − β1) g                       Adam's first moment
+          n   ← β3 n + (1 − β3) d                       Adan's gradient-difference moment
+          ĝ   = g + β3 d
+          s   = sign(ĝ² − v̄)                            v̄: the value before this step
+          g̃²  = c ĝ² + (1 − c)(v̄ + ĝ² s)                c = 1 Adam, c = 0 Yogi
+          v̄   ← β2 v̄ + (1 − β2) g̃²
+          ṽ   ← (v̄ + (t − 1) ṽ) / t                     AVGrad; second_moment="max": ṽ ← max(ṽ, v̄), AMSGrad
+          V   = (ρ v̄ + (1 − ρ) ṽ) / (1 − β2^t)          ρ = 1 Adam, ρ = 0 AVGrad
+          N   = m / (1 − β1^t) + β3 n
+          u   = λ1 l + (1 − λ1) g                       Lion; l: the value before this step
+          l   ← λ2 l + (1 − λ2) g
+          U   = γ N / (sqrt(V) + ε) + (1 − γ) sign(u)   γ = 0 Lion
+          x₊  = x (1 − α λ_wd) − α U
+        [end]
+
+    A learned coefficient q then moves by ``q ← Π[q − hyper_lr b]``, ``b ← μ b + clip(h)``, within its bounds. ``h`` is
+    the hypergradient: the sum over all coordinates of this step's gradient times ∂x/∂q of the step before
+    (csrc/rules/mada.h has the six of them). They are exact and cost one saved tensor, or two where β3 is in play.
+
+    Arguments:
+        params: parameters, named parameters, or groups of them: dense, of dtype float32, bfloat16, float16 or float64.
+            States are float32 (float64 for float64 parameters).
+        lr: α ≥ 0, a number or a tensor with one element. A step with lr = 0 leaves the coefficients alone.
+        betas: (β1, β2), each in [0, 1).
+        eps: ε > 0.
+        weight_decay: λ_wd ≥ 0, decoupled from the gradient; no hypergradient sees it.
+        beta3: β3 in [0, 1). Fixed at 0, neither n nor a previous gradient is kept.
+        rho: ρ in [0, 1]. Fixed at 1, no ṽ is kept.
+        c: c in [0, 1].
+        gamma: γ in [0, 1]. Fixed at 1, no l is kept; fixed at 0 with nothing learned and no pullback, l alone.
+        lion_betas: (λ1, λ2), each in [0, 1).
+        second_moment: "mean" or "max", what ṽ is. No derivative goes through it.
+        learn: the coefficients to learn, of beta1, beta2, beta3, rho, c, gamma; the options above are where they start.
+            The others stay what the options say. Empty: a plain optimizer, which keeps no gradient for learning.
+        hyper_lr: ≥ 0, for all learned coefficients or by name. Default 5e-4 for beta1 and beta2, 0.1 for the others.
+        hyper_momentum: μ in [0, 1), for all or by name.
+        hyper_clip: each hypergradient is clipped to ± this, > 0; may be infinite.
+        hyper_warmup: in that many first steps no coefficient moves.
+        bounds: by name, (low, high). Default beta1 (0.01, 0.99), beta2 (0.501, 0.999), beta3 (0, 0.99), others (0, 1).
+        coefficients: "global", one set of learned coefficients for all parameters, or "group", one for each group.
+        lambda_pullback: c ≥ 0 of :class:`PACE`: pulls toward an average of the weights, by the D = sqrt(V) + ε of MADA.
+            The gain is a constant for the hypergradients.
+        clamp_pullback, beta_ema, ema_kappa, ema_rho, ema_gamma, ema_update_freq, pullback_from: as in :class:`PACE`.
+        use_ema_eval: whether ``eval()`` and ``averaged()`` swap this group's average in; keeps an average.
+        maximize: whether to maximize the objective.
+        capturable: whether the step counts live on the parameters' device, for CUDA graphs.
+        backend: "cpu", "torch" or another name of ``backends()``, which works or raises; None takes the environment
+            variable PACE_BACKEND, or else the fastest backend that is there.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range, hyper options come with nothing to learn, or a parameter
+            is sparse, complex, an integer, overlaps itself, or is in two groups.
+        RuntimeError: the backend asked for is not there; a gradient does not fit its parameter; ``step()`` while the
+            average is swapped in. Nothing has changed then.
+
+    Source: Ozkara et al., "MADA: Meta-Adaptive Optimizers through Hyper-Gradient Descent", ICML 2024 (PMLR 235).
+
+    >>> model = torch.nn.Linear(4, 1)
+    >>> optimizer = MADA(model.parameters(), lr=3e-3, learn=("beta1", "rho"))
+    >>> for _ in range(3):
+    ...     optimizer.zero_grad()
+    ...     model(torch.ones(8, 4)).square().mean().backward()
+    ...     optimizer.step()
+    >>> sorted(optimizer.hypergradients)
+    ['beta1', 'rho']
+    """
+
+    STATE_TENSORS = (
+        *("exp_avg", "exp_avg_sq", "exp_avg_diff", "mean_exp_avg_sq", "max_exp_avg_sq", "exp_avg_lion"),
+        *("last_grad", "older_grad", "ema"),
+    )
+    STATE_ROWS = {"last_scalars": len(LAST_SCALARS)}  # noqa: RUF012
+
+    _sums: list[tuple[Group, Tensor]]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        *,
+        beta3: float = 0.9,
+        rho: float = 0.0,
+        c: float = 1.0,
+        gamma: float = 1.0,
+        lion_betas: tuple[float, float] = (0.95, 0.98),
+        second_moment: str = "mean",
+        learn: tuple[str, ...] | list[str] = COEFFICIENTS,
+        hyper_lr: float | Mapping[str, float] | None = None,
+        hyper_momentum: float | Mapping[str, float] = 0.0,
+        hyper_clip: float = 10.0,
+        hyper_warmup: int = 50,
+        bounds: Mapping[str, tuple[float, float]] | None = None,
+        coefficients: str = "global",
+        lambda_pullback: float = 0.0,
+        clamp_pullback: bool = True,
+        beta_ema: float = 0.01,
+        use_ema_eval: bool = False,
+        ema_kappa: float | None = 0.2,
+        ema_rho: float = 0.0,
+        ema_gamma: float = 1.0,
+        ema_update_freq: int = 1,
+        pullback_from: str = "weights",
+        maximize: bool = False,
+        capturable: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "beta3": beta3,
+            "rho": rho,
+            "c": c,
+            "gamma": gamma,
+            "lion_betas": lion_betas,
+            "second_moment": second_moment,
+            "learn": learn,
+            "hyper_lr": hyper_lr,
+            "hyper_momentum": hyper_momentum,
+            "hyper_clip": hyper_clip,
+            "hyper_warmup": hyper_warmup,
+            "bounds": bounds,
+            "coefficients": coefficients,
+            "lambda_pullback": lambda_pullback,
+            "clamp_pullback": clamp_pullback,
+            "beta_ema": beta_ema,
+            "use_ema_eval": use_ema_eval,
+            "ema_kappa": ema_kappa,
+            "ema_rho": ema_rho,
+            "ema_gamma": ema_gamma,
+            "ema_update_freq": ema_update_freq,
+            "pullback_from": pullback_from,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        self._sums = []
+        defaults = self._expanded(defaults, {})
+        self._check_options(defaults)
+        self._check_start(defaults)
+        super().__init__(params, defaults, backend)
+
+    @classmethod
+    def preset(cls, name: str, params: ParamsT, **options: Any) -> MADA:
+        """MADA as one of the optimizers that it contains, with no more memory than that one.
+
+        ``options`` go to the constructor, over the preset's: the published defaults of that optimizer. All have
+        AdamW's decoupled weight decay, ``x (1 − α λ_wd)``. What they are, and where the published ones differ:
+
+        - "adamw": ``torch.optim.AdamW``. No difference.
+        - "amsgrad": ``torch.optim.AdamW(amsgrad=True)``. No difference from it; the paper's corrects no bias and has no
+          weight decay.
+        - "avgrad": MADA's section 4.1, with weight decay.
+        - "adan": β1, β3, β2 are what the decays β1, β2, β3 of its public code are. That code also corrects the bias of
+          n, and divides by ``1 + α λ_wd`` instead.
+        - "yogi": the paper's starts v̄ at the squared gradient of a first batch and corrects no bias; this starts at 0,
+          as Adam does.
+        - "lion": no difference.
+        - "hyperadam": AdamW that learns beta1 and beta2. The published one differentiates by an autograd graph, which
+          gives the same numbers, and starts from other hyper learning rates.
+
+        >>> optimizer = MADA.preset("lion", [torch.nn.Parameter(torch.ones(3))], weight_decay=0.1)
+        """
+        require(name in _PRESETS, "name", f"one of {', '.join(_PRESETS)}", name)
+        plain: dict[str, Any] = {"beta3": 0.0, "rho": 1.0, "c": 1.0, "gamma": 1.0, "learn": ()}
+        return cls(params, **(plain | _PRESETS[name] | options))
+
+    # ---- options ---------------------------------------------------------------------------------------------------
+
+    def _expanded(self, given: dict[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+        """Options with ``learn`` in order and the hyper options by name."""
+        options = dict(given)
+        if "learn" in given:
+            names = given["learn"]
+            if isinstance(names, str) or not isinstance(names, (tuple, list, set, frozenset)):
+                raise TypeError(f"learn must be a tuple of names, got {names!r}")
+            for name in names:
+                _check_name("learn", name)
+            options["learn"] = tuple(name for name in COEFFICIENTS if name in names)
+        if not options.get("learn", base.get("learn", ())):
+            for name, default in _HYPER_DEFAULTS.items():
+                if name in given and given[name] != default and given[name] != base.get(name):
+                    raise ValueError(f"{name} was given, but learn is empty: name the coefficients to learn")
+        for name, start, convert in (
+            ("hyper_lr", _HYPER_LR, _same),
+            ("hyper_momentum", dict.fromkeys(COEFFICIENTS, 0.0), _same),
+            ("bounds", _BOUNDS, _pair),
+        ):
+            if name in given:
+                if name == "bounds" and not (given[name] is None or isinstance(given[name], Mapping)):
+                    raise TypeError(f"bounds must be a dict from name to (low, high), got {given[name]!r}")
+                options[name] = _expand(name, given[name], base.get(name, start), convert)
+        return options
+
+    def _check_options(self, group: Group) -> None:
+        check_common_options(group)
+        check_average_options(group)
+        learn = group["learn"]
+        if "beta3" not in learn:
+            check_number("beta3", group["beta3"], "in [0, 1)", lambda a: 0 <= a < 1)
+        for name in ("rho", "c", "gamma"):
+            if name not in learn:
+                check_number(name, group[name], "in [0, 1]", lambda a: 0 <= a <= 1)
+        lion = group["lion_betas"]
+        if not isinstance(lion, (tuple, list)) or len(lion) != 2:
+            raise ValueError(f"lion_betas must be two numbers in [0, 1), got {lion!r}")
+        for i in (0, 1):
+            check_number(f"lion_betas[{i}]", lion[i], "in [0, 1)", lambda a: 0 <= a < 1)
+        require(group["second_moment"] in ("mean", "max"), "second_moment", '"mean" or "max"', group["second_moment"])
+        mode = group["coefficients"]
+        require(mode in ("global", "group"), "coefficients", '"global" or "group"', mode)
+        if learn:
+            self._check_hyper_options(group)
+
+    def _check_hyper_options(self, group: Group) -> None:
+        for name in group["learn"]:
+            check_number(f"hyper_lr[{name!r}]", group["hyper_lr"][name], "finite and >= 0", lambda a: a >= 0)
+            check_number(f"hyper_momentum[{name!r}]", group["hyper_momentum"][name], "in [0, 1)", lambda a: 0 <= a < 1)
+        clip, warmup = group["hyper_clip"], group["hyper_warmup"]
+        if isinstance(clip, bool) or not isinstance(clip, (int, float)):
+            raise TypeError(f"hyper_clip must be a number, got {clip!r}")
+        require(clip > 0, "hyper_clip", "> 0", clip)
+        require(isinstance(warmup, int) and warmup >= 0, "hyper_warmup", "an integer >= 0", warmup)
+
+    def _check_start(self, group: Group) -> None:
+        """Learning starts within the bounds, and the bounds are where the rule is defined."""
+        for name in group["learn"]:
+            low, high = group["bounds"][name]
+            widest = "within [0, 1)" if name.startswith("beta") else "within [0, 1]"
+            for end in (low, high):
+                check_number(f"bounds[{name!r}]", end, widest, lambda a: 0 <= a <= 1)
+            ordered = low <= high and (high < 1 or not name.startswith("beta"))
+            require(ordered, f"bounds[{name!r}]", f"(low, high), low <= high, {widest}", (low, high))
+            start = _fixed(group, name)
+            require(low <= start <= high, name, f"within its bounds, [{low}, {high}]", start)
+
+    # ---- groups and learned coefficients ---------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, with options of its own; also in the middle of training. See ``torch.optim.Optimizer``.
+
+        With coefficients="global" it shares what the other groups learn, and may not ask for something else.
+        """
+        if isinstance(param_group, dict):
+            first = self.param_groups[0] if self.param_groups else self.defaults
+            param_group = self._expanded(param_group, self.defaults)
+            param_group.setdefault("coefficients", first["coefficients"])
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_start(group)
+            self._check_sharing(self.param_groups)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        group.update(self._fresh(group))
+        self._share()
+
+    def _check_sharing(self, groups: list[Group]) -> None:
+        """Groups that share their coefficients learn the same ones, from the same start, in the same way."""
+        first = groups[0]
+        for group in groups[1:]:
+            mode = group["coefficients"]
+            require(mode == first["coefficients"], "coefficients", "the same in all groups", mode)
+            if mode == "group":
+                continue
+            for name in ("learn", *_HYPER_DEFAULTS):
+                if group[name] != first[name] and (name == "learn" or group["learn"]):
+                    raise ValueError(
+                        f"{name} differs between groups, which share their coefficients: "
+                        'give them the same, or coefficients="group"'
+                    )
+            for name in group["learn"]:
+                if _fixed(group, name) != _fixed(first, name):
+                    raise ValueError(
+                        f"{name} is learned and shared between groups, but starts at {_fixed(first, name)} in one and "
+                        f'{_fixed(group, name)} in another: give them the same, or coefficients="group"'
+                    )
+
+    def _fresh(self, group: Group) -> dict[str, Tensor | None]:
+        """Coefficients at the start of learning."""
+        if not group["learn"]:
+            return dict.fromkeys(_LEARNED)
+        device = self._home(group)
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        start = torch.tensor([_fixed(group, name) for name in COEFFICIENTS], dtype=dtype, device=device)
+        zeros = (torch.zeros_like(start), torch.zeros_like(start), start.new_zeros(()))
+        return dict(zip(_LEARNED, (start, *zeros), strict=True))
+
+    def _home(self, group: Group) -> torch.device:
+        return group["params"][0].device if group.get("params") else torch.device("cpu")
+
+    def _share(self) -> None:
+        """Puts the coefficients on their device, and where they are global, the same ones into all groups."""
+        source = self.param_groups[0]
+        for group in self.param_groups:
+            source = group if group["coefficients"] == "group" else source
+            home = self._home(source)
+            for name in _LEARNED:
+                value = source.get(name)
+                group[name] = value.to(home) if isinstance(value, Tensor) else None
+                source[name] = group[name]
+
+    @property
+    def coefficients(self) -> dict[str, float] | list[dict[str, float]]:
+        """The six coefficients, name → value, as the next step uses them; with coefficients="group" a list of dicts.
+
+        Those that are not learned are the first group's. Reading waits for the device.
+        """
+        return self._by_group(self._group_coefficients)
+
+    @property
+    def hypergradients(self) -> dict[str, float] | list[dict[str, float]]:
+        """The hypergradients of the last step, before the clip: name → value of each learned coefficient.
+
+        With coefficients="group" a list of dicts. Reading waits for the device.
+        """
+
+        def read(group: Group) -> dict[str, float]:
+            values = group["hypergradients"].tolist() if group["learn"] else ()
+            return {name: value for name, value in zip(COEFFICIENTS, values, strict=False) if name in group["learn"]}
+
+        return self._by_group(read)
+
+    def _by_group(self, read: Callable[[Group], dict[str, float]]) -> dict[str, float] | list[dict[str, float]]:
+        if self.param_groups[0]["coefficients"] == "group":
+            return [read(group) for group in self.param_groups]
+        return read(self.param_groups[0])
+
+    def _group_coefficients(self, group: Group) -> dict[str, float]:
+        values = {name: _fixed(group, name) for name in COEFFICIENTS}
+        if group["learn"]:
+            learned = dict(zip(COEFFICIENTS, group["coefficient_values"].tolist(), strict=True))
+            values |= {name: learned[name] for name in group["learn"]}
+        return values
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Stops learning: the learned values become fixed options (MADA-FS), and what only learning needs is dropped.
+
+        Training goes on as if the coefficients had stayed at their present values from here on.
+        """
+        for group in self.param_groups:
+            if not group["learn"]:
+                continue
+            for param in group["params"]:
+                if param in self.state:
+                    self._catch_up(group, param)
+            values = self._group_coefficients(group)
+            fixed = {"betas": (values.pop("beta1"), values.pop("beta2")), **values, "learn": ()}
+            group.update(fixed, **dict.fromkeys(_LEARNED))
+            for param in group["params"]:
+                state = self.state.get(param, {})
+                for name in state.keys() - {"step", "live", *self._state_tensors(group)}:
+                    del state[name]
+            if group["coefficients"] == "global":
+                self.defaults.update(fixed)
+
+    def _catch_up(self, group: Group, param: Tensor) -> None:
+        """Brings moments that are one step behind up to date, by redoing that step."""
+        state = self.state[param]
+        if "last_scalars" not in state:
+            return
+        names = ("exp_avg", "exp_avg_diff", "exp_avg_sq", f"{group['second_moment']}_exp_avg_sq", "exp_avg_lion")
+        kept = MadaMoments(*(state.get(name) for name in names))
+        o = MadaOptions.of(self._options(group))
+        last = state["last_scalars"].tolist()
+        after, _ = redone(o, state["step"].item(), last, state["last_grad"], state.get("older_grad"), kept)
+        for tensor, value in zip(kept, after, strict=True):
+            if tensor is not None and value is not None:
+                tensor.copy_(value)
+
+    # ---- state -----------------------------------------------------------------------------------------------------
+
+    def _state_tensors(self, group: Group) -> tuple[str, ...]:
+        learn, gamma = group["learn"], group["gamma"]
+        pull = group["lambda_pullback"] > 0.0
+        names: tuple[str, ...] = ()
+        if learn or pull or gamma != 0.0:
+            names = ("exp_avg", "exp_avg_sq")
+            if group["beta3"] != 0.0 or "beta3" in learn:
+                names += ("exp_avg_diff", "last_grad", "older_grad") if learn else ("exp_avg_diff", "last_grad")
+            elif learn:
+                names += ("last_grad",)
+            if group["rho"] != 1.0 or "rho" in learn:
+                names += ("mean_exp_avg_sq",) if group["second_moment"] == "mean" else ("max_exp_avg_sq",)
+        if gamma != 1.0 or "gamma" in learn:
+            names += ("exp_avg_lion",)
+        if learn:
+            names += ("last_scalars",)
+        return (*names, "ema") if pull or group["use_ema_eval"] else names
+
+    def _initial(self, name: str, param: Tensor, group: Group) -> Tensor:
+        if name == "last_scalars":
+            dtype = torch.float32 if param.device.type == "mps" else torch.float64
+            return torch.zeros(len(LAST_SCALARS), dtype=dtype, device=param.device)
+        if name == "last_grad" and param.grad is not None:
+            # At the first step there is no difference of gradients: d = g − g.
+            grad = as_state(param, param.grad)
+            return grad.neg_() if group["maximize"] else grad
+        if name in ("mean_exp_avg_sq", "max_exp_avg_sq"):
+            # v̄ itself, which is 0 but in a checkpoint of Adam: as if it had been that all along.
+            return as_state(param, self.state[param]["exp_avg_sq"])
+        return super()._initial(name, param, group)
+
+    # ---- the step --------------------------------------------------------------------------------------------------
+
+    def _launch_all(self, prepared: list[tuple[Work, dict[str, list[Tensor]]]]) -> None:
+        self._sums = []
+        super()._launch_all(prepared)
+        self._learn()
+
+    def _arguments(self, group: Group) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The options of ``mada_step_``, lr aside, and of ``mada_learn_``; made anew where the group's change."""
+        arguments = self._prepared.get(id(group))
+        if arguments is None:
+            arguments = self._prepared[id(group)] = (self._options(group), self._learn_options(group))
+        return arguments  # type: ignore[no-any-return]
+
+    def _learn_options(self, group: Group) -> dict[str, Any]:
+        """The options of ``mada_learn_``."""
+        return {
+            "learn": _bits(group["learn"]),
+            "hyper_lr": [group["hyper_lr"][name] for name in COEFFICIENTS],
+            "hyper_momentum": [group["hyper_momentum"][name] for name in COEFFICIENTS],
+            "lower": [group["bounds"][name][0] for name in COEFFICIENTS],
+            "upper": [group["bounds"][name][1] for name in COEFFICIENTS],
+            "clip": group["hyper_clip"],
+            "warmup": group["hyper_warmup"],
+        }
+
+    def _options(self, group: Group) -> dict[str, Any]:
+        """The options of ``mada_step_``. They are the group's, but for a few names."""
+        options = {name: group[name] for name in _SAME_NAME}
+        options["lr"] = group["lr"]
+        options["beta1"], options["beta2"] = group["betas"]
+        options["lion_beta1"], options["lion_beta2"] = group["lion_betas"]
+        options["second_max"] = group["second_moment"] == "max"
+        options["pullback_from_step"] = group["pullback_from"] == "step"
+        options["learn"] = _bits(group["learn"])
+        return options
+
+    def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> None:
+        group = work.group
+        lr, device = group["lr"], work.params[0].device
+        if isinstance(lr, Tensor) and device.type == "cpu":
+            lr = lr.item()
+        options = self._arguments(group)[0] | {"lr": lr}
+        values = sums = None
+        if group["learn"]:
+            values = group["coefficient_values"]
+            if values.device != device:
+                values = values.to(device, non_blocking=True)
+            sums = torch.empty(len(HYPERGRADIENTS), dtype=values.dtype, device=device)
+            self._sums.append((group, sums))
+        get = states.get
+        last_grads, older_grads = get("last_grad", []), get("older_grad", [])
+        work.backend.op("mada_step_")(
+            work.params,
+            work.grads,
+            get("exp_avg", []),
+            get("exp_avg_sq", []),
+            get("exp_avg_diff", []),
+            get("mean_exp_avg_sq") or get("max_exp_avg_sq", []),
+            get("exp_avg_lion", []),
+            last_grads,
+            older_grads,
+            get("last_scalars", []),
+            get("ema", []),
+            states["step"],
+            values,
+            sums,
+            **options,
+        )
+        if not older_grads:
+            return
+        if group["capturable"]:  # a captured graph knows the tensors, not their names
+            work.backend.op("swap_")(last_grads, older_grads)
+            return
+        for param in work.params:
+            state = self.state[param]
+            state["last_grad"], state["older_grad"] = state["older_grad"], state["last_grad"]
+
+    def _learn(self) -> None:
+        """Moves the coefficients, once for each set of them that took part in the step."""
+        by_set: dict[int, tuple[Group, list[Tensor]]] = {}
+        for group, sums in self._sums:
+            values = group["coefficient_values"]
+            by_set.setdefault(id(values), (group, []))[1].append(sums)
+        for group, rows in by_set.values():
+            device = group["coefficient_values"].device
+            rows = [row if row.device == device else row.to(device, non_blocking=True) for row in rows]
+            learn = choose(self._backend_name, device, torch.float32).op("mada_learn_")
+            learn(*(group[name] for name in _LEARNED), rows, **self._arguments(group)[1])
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _required_states(self, group: Group) -> tuple[str, ...]:
+        return ("exp_avg_sq",) if "exp_avg_sq" in self._state_tensors(group) else ("exp_avg_lion",)
+
+    def _merged(self, saved: Group, group: Group) -> Group:
+        options = super()._merged(saved, group)
+        options = self._expanded(options, options)
+        if options["learn"] and not isinstance(saved.get("coefficient_values"), Tensor):
+            # Another optimizer's checkpoint: learning starts at its options.
+            self._check_start(options)
+            options.update(self._fresh({**options, "params": group["params"]}))
+        return options
+
+    def _translated(self, loaded: dict[str, Any]) -> dict[str, Any]:
+        loaded = super()._translated(loaded)
+        if self._incoming is not None:
+            self._check_sharing(loaded["param_groups"])
+        return loaded
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._sums = []
+        self._share()

@@ -1,0 +1,96 @@
+"""The operators: their schemas and fakes, which exist without a compiler. Kernels attach to them by dispatch key.
+
+Every operator does a whole list of tensors, mutates its arguments in place and returns nothing. Steps are counted by
+the operator: ``steps`` holds the number of steps taken before the call, and is one higher after it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("pace_kernels", "DEF")
+
+# One PACE step (csrc/rules/pace.h). `exp_avgs` may be empty where beta1 is 0, `emas` where lambda_pullback is 0. With
+# `capturable` the step counts live on the parameters' device, and no kernel waits for it.
+_LIBRARY.define(
+    "pace_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] emas, Tensor(e!)[] steps, Tensor(f!)? stats=None, *, float lr, float beta1, float beta2, float eps, "
+    "float weight_decay, float lambda_pullback, bool clamp_pullback, float beta_ema, float? ema_kappa, float ema_rho, "
+    "float ema_gamma, int ema_update_freq, bool pullback_from_step, bool maximize, bool capturable) -> ()"
+)
+# One MADA step (csrc/rules/mada.h). A list may be empty where nothing needs it; those that are there say what is in
+# play: `exp_avgs` and `exp_avg_sqs` Adam's moments, `exp_avg_diffs` the differences of gradients, `second_exp_avg_sqs`
+# the running mean or maximum, `exp_avg_lions` Lion's moment, `emas` the average. With `last_scalars` (LAST_SCALARS
+# each) moments are one step behind and `last_grads` holds the gradient of that step; where differences are in play,
+# `older_grads` holds the one before, the new one is written over it, and the caller exchanges the two lists.
+# Coefficient i is coefficients[i] where bit i of `learn` is set, otherwise the option of its name. The sums over all
+# coordinates of this call are written to `hypergradients` (HYPERGRADIENTS).
+_LIBRARY.define(
+    "mada_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] exp_avg_diffs, Tensor(e!)[] second_exp_avg_sqs, Tensor(f!)[] exp_avg_lions, "
+    "Tensor(g!)[] last_grads, Tensor(h!)[] older_grads, Tensor(i!)[] last_scalars, Tensor(j!)[] emas, "
+    "Tensor(k!)[] steps, Tensor? coefficients=None, Tensor(l!)? hypergradients=None, *, int learn, float lr, "
+    "float beta1, float beta2, float beta3, float rho, float c, float gamma, float eps, float weight_decay, "
+    "float lion_beta1, float lion_beta2, bool second_max, float lambda_pullback, bool clamp_pullback, float beta_ema, "
+    "float? ema_kappa, float ema_rho, float ema_gamma, int ema_update_freq, bool pullback_from_step, bool maximize, "
+    "bool capturable) -> ()"
+)
+# Moves the learned coefficients after all mada_step_ calls of a step: adds up their sums, in order, into
+# `hypergradients` (6), clips them, adds them to `momenta` (6), descends and projects. Float64, all on one device. Where
+# the learning rates add up to 0 nothing but `hypergradients` changes, and in the first `warmup` steps `hyper_step` too.
+_LIBRARY.define(
+    "mada_learn_(Tensor(a!) coefficients, Tensor(b!) momenta, Tensor(c!) hypergradients, Tensor(d!) hyper_step, "
+    "Tensor[] sums, *, int learn, float[] hyper_lr, float[] hyper_momentum, float[] lower, float[] upper, float clip, "
+    "int warmup) -> ()"
+)
+# Exchanges the contents of a[i] and b[i], both float32, without a copy of either.
+_LIBRARY.define("swap_(Tensor(a!)[] a, Tensor(b!)[] b) -> ()")
+
+# What `stats` holds after a step, float64: sums, minima and maxima over all coordinates of the call. PaceStat in
+# csrc/cpu/pace_ops.cpp has the same order. "raw" is the gain before alpha c, "effective" before the clamp, "lambda"
+# after it.
+PACE_STATS = (
+    *("count", "raw_sum", "raw_min", "raw_max", "effective_sum", "effective_min", "effective_max"),
+    *("lambda_sum", "lambda_min", "lambda_max", "clipped", "adam_sq", "pullback_sq", "update_sq"),
+)
+
+# The lists of mada_step_ after params and grads, in its order.
+MADA_STATES = (
+    *("exp_avgs", "exp_avg_sqs", "exp_avg_diffs", "second_exp_avg_sqs", "exp_avg_lions"),
+    *("last_grads", "older_grads", "last_scalars", "emas", "steps"),
+)
+# MADA's coefficients, in the order of every tensor and list of six; MadaCoefficient in csrc/rules/mada.h has the same.
+COEFFICIENTS = ("beta1", "beta2", "beta3", "rho", "c", "gamma")
+# What a call of mada_step_ leaves in `hypergradients`, float64: a sum for each coefficient, and the learning rate.
+HYPERGRADIENTS = (*COEFFICIENTS, "lr")
+# What a parameter remembers of its last step, float64: whether there was one (1 or 0), and what it used.
+LAST_SCALARS = ("taken", "lr", *COEFFICIENTS)
+
+
+def _check_lengths(params: list[Tensor], required: dict[str, list[Tensor]], optional: dict[str, list[Tensor]]) -> None:
+    for name, tensors in (required | {k: v for k, v in optional.items() if v}).items():
+        if len(tensors) != len(params):
+            raise ValueError(f"{name} has {len(tensors)} tensors, params has {len(params)}")
+
+
+@torch.library.register_fake("pace_kernels::pace_step_", lib=_LIBRARY)
+def _(params, grads, exp_avgs, exp_avg_sqs, emas, steps, stats=None, **options):  # type: ignore[no-untyped-def]
+    required = {"grads": grads, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
+    _check_lengths(params, required, {"exp_avgs": exp_avgs, "emas": emas})
+
+
+@torch.library.register_fake("pace_kernels::mada_step_", lib=_LIBRARY)
+def _(params, grads, *lists, **options):  # type: ignore[no-untyped-def]
+    states = dict(zip(MADA_STATES, lists, strict=False))
+    _check_lengths(params, {"grads": grads, "steps": states.pop("steps")}, states)
+
+
+@torch.library.register_fake("pace_kernels::mada_learn_", lib=_LIBRARY)
+def _(coefficients, momenta, hypergradients, hyper_step, sums, **options):  # type: ignore[no-untyped-def]
+    pass
+
+
+@torch.library.register_fake("pace_kernels::swap_", lib=_LIBRARY)
+def _(a, b):  # type: ignore[no-untyped-def]
+    _check_lengths(a, {"b": b}, {})

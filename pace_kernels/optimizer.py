@@ -1,0 +1,504 @@
+"""The base of every optimizer here: parameter groups, state, checkpoints, the swap of weights and average, the checks.
+
+A subclass brings what its rule needs: option checks, the names of its state tensors, and the operator's arguments.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .backend import Backend, choose, requested
+
+Group: TypeAlias = dict[str, Any]
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Options that torch.optim.Adam and AdamW keep in their groups and that mean nothing here.
+_FOREIGN_OPTIONS = ("amsgrad", "foreach", "fused", "differentiable", "decoupled_weight_decay")
+# State of the published pace-optimizer: the same tensors under other names. `theta` is its copy of the live weights.
+_FOREIGN_NAMES = {"m": "exp_avg", "v": "exp_avg_sq"}
+_FOREIGN_STATE = {"theta", "last_ema_step", "max_exp_avg_sq"}
+
+
+@dataclass
+class Work:
+    """The parameters of one group that step together: on one device, in one dtype, each with a gradient."""
+
+    group: Group
+    backend: Backend
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of a parameter's states: float32, or float64 where the parameter is float64."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def as_state(param: Tensor, value: Tensor) -> Tensor:
+    """A copy of ``value`` as a state of ``param``: its device and memory layout, in the dtype of states."""
+    return torch.empty_like(param, dtype=state_dtype(param)).copy_(value)
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements of a strided tensor share memory."""
+    dims = sorted((st, sz) for sz, st in zip(tensor.shape, tensor.stride(), strict=True) if sz > 1)
+    if tensor.numel() == 0 or not dims:
+        return False
+    reach = 0  # the last element that the narrower dimensions touch
+    for stride, size in dims:
+        if stride <= reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False
+    if dims[0][0] == 0:
+        return True
+    # Interleaved strides, as in as_strided((2, 3), (3, 2)), may or may not overlap: count the places.
+    places = torch.zeros((), dtype=torch.int64)
+    for stride, size in dims:
+        places = places.unsqueeze(-1) + stride * torch.arange(size)
+    return int(torch.unique(places).numel()) < tensor.numel()
+
+
+def require(condition: bool, argument: str, allowed: str, came: object) -> None:
+    if not condition:
+        raise ValueError(f"{argument} must be {allowed}, got {came!r}")
+
+
+def check_number(argument: str, value: object, allowed: str, ok: Callable[[float], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument} must be a number, got {value!r}")
+    require(math.isfinite(value) and ok(value), argument, allowed, value)
+
+
+def check_lr(lr: object) -> None:
+    if isinstance(lr, Tensor):
+        require(lr.numel() == 1, "lr", "a number or a tensor with one element", lr)
+        if lr.device.type == "cpu":  # elsewhere, reading it would wait for the device
+            check_number("lr", lr.item(), "finite and >= 0", lambda a: a >= 0)
+    else:
+        check_number("lr", lr, "finite and >= 0", lambda a: a >= 0)
+
+
+def check_common_options(group: Group) -> None:
+    """The options that every optimizer here has: lr, betas, eps, weight_decay."""
+    check_lr(group["lr"])
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    for i in (0, 1):
+        check_number(f"betas[{i}]", betas[i], "in [0, 1)", lambda a: 0 <= a < 1)
+    check_number("eps", group["eps"], "finite and > 0", lambda a: a > 0)
+    check_number("weight_decay", group["weight_decay"], "finite and >= 0", lambda a: a >= 0)
+
+
+def check_average_options(group: Group) -> None:
+    """The options of the average and the pullback."""
+    for name in ("lambda_pullback", "ema_rho", "ema_gamma"):
+        check_number(name, group[name], "finite and >= 0", lambda a: a >= 0)
+    check_number("beta_ema", group["beta_ema"], "in [0, 1]", lambda a: 0 <= a <= 1)
+    if group["ema_kappa"] is not None:
+        check_number("ema_kappa", group["ema_kappa"], "None, or finite and >= 0", lambda a: a >= 0)
+    freq = group["ema_update_freq"]
+    require(isinstance(freq, int) and freq >= 1, "ema_update_freq", "an integer >= 1", freq)
+    form = group["pullback_from"]
+    require(form in ("weights", "step"), "pullback_from", '"weights" or "step"', form)
+
+
+class KernelOptimizer(torch.optim.Optimizer):
+    """Base class; not for direct use."""
+
+    # Names of the state tensors that this class of optimizer may keep, beside `step` and, while swapped, `live`.
+    STATE_TENSORS: ClassVar[tuple[str, ...]] = ()
+    # Names of small float64 states, with their number of elements.
+    STATE_ROWS: ClassVar[dict[str, int]] = {}
+
+    _backend_name: str | None
+    _swapped: bool
+    _dry: bool  # the states come from a dry run: the first real step creates them anew
+    _incoming: dict[Tensor, dict[str, Tensor]] | None
+    # By id of a group: the options as they were last checked, and what the subclass made of them but for lr.
+    _checked: dict[int, list[object]]
+    _prepared: dict[int, Any]
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
+        self._backend_name = requested(backend)
+        self._swapped = False
+        self._dry = False
+        self._incoming = None
+        self._checked, self._prepared = {}, {}
+        super().__init__(params, defaults)
+
+    # ---- what a subclass brings ------------------------------------------------------------------------------------
+
+    def _check_options(self, group: Group) -> None:
+        """Raises ValueError or TypeError where an option of the group is not allowed."""
+        raise NotImplementedError
+
+    def _state_tensors(self, group: Group) -> tuple[str, ...]:
+        """The names of the state tensors that parameters of this group need."""
+        raise NotImplementedError
+
+    def _required_states(self, group: Group) -> tuple[str, ...]:
+        """The names of states, beside `step`, without which a checkpoint is not one of this optimizer."""
+        return ("exp_avg_sq",)
+
+    def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> None:
+        """Calls the operator. ``states`` has `step` and each of `_state_tensors`, a list as long as the parameters."""
+        raise NotImplementedError
+
+    # ---- groups and state ------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, with options of its own; also in the middle of training. See ``torch.optim.Optimizer``."""
+        if isinstance(param_group, dict):
+            listed = param_group.get("params")
+            if isinstance(listed, Iterator):
+                param_group = {**param_group, "params": list(listed)}
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_options(group)
+            for i, param in enumerate(group["params"]):
+                self._check_param(param, self._name(group, i))
+            if len(set(group["params"])) < len(group["params"]):
+                raise ValueError("params has the same parameter more than once in one group")
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _name(self, group: Group, i: int) -> str:
+        if "param_names" in group:
+            return f"parameter {group['param_names'][i]!r}"
+        g = next(k for k, other in enumerate(self.param_groups) if other is group)
+        return f"param_groups[{g}]['params'][{i}]"
+
+    def _check_param(self, param: Tensor, name: str) -> None:
+        if param.layout is not torch.strided:
+            raise ValueError(f"{name} is {param.layout}: parameters must be dense")
+        if param.dtype not in _FLOATING:
+            raise ValueError(f"{name} is {param.dtype}: parameters must be one of {', '.join(map(str, _FLOATING))}")
+        if overlaps_itself(param):
+            raise ValueError(f"{name} overlaps itself in memory (strides {param.stride()}): clone it")
+        if self._backend_name is not None:
+            choose(self._backend_name, param.device, param.dtype)
+
+    def _check_grad(self, param: Tensor, grad: Tensor, name: str) -> None:
+        if grad.layout is not torch.strided:
+            raise RuntimeError(f"the gradient of {name} is {grad.layout}: gradients must be dense")
+        if grad.shape != param.shape:
+            raise RuntimeError(f"the gradient of {name} has shape {tuple(grad.shape)}, not {tuple(param.shape)}")
+        if grad.device != param.device:
+            raise RuntimeError(f"the gradient of {name} is on {grad.device}, not on {param.device}")
+        if grad.dtype not in (param.dtype, state_dtype(param)):
+            raise RuntimeError(f"the gradient of {name} is {grad.dtype}, not {param.dtype} or {state_dtype(param)}")
+
+    def _check_changed(self, group: Group) -> None:
+        """Checks the options that were replaced since the last step: as a rule none, or lr alone. Checking them all
+        takes longer than the rest of a small step."""
+        values, seen = list(group.values()), self._checked.get(id(group), [])
+        if len(values) != len(seen) or not all(map(operator.is_, values, seen)):
+            changed = [k for k, a, b in zip_longest(group, values, seen) if a is not b]
+            if changed != ["lr"]:
+                self._prepared.pop(id(group), None)
+                self._check_options(group)
+        check_lr(group["lr"])
+        self._checked[id(group)] = values
+
+    def _collect(self) -> list[Work]:
+        """What there is to step, checked: nothing has changed where this raises."""
+        works: list[Work] = []
+        for group in self.param_groups:
+            self._check_changed(group)
+            buckets: dict[tuple[torch.device, torch.dtype], Work] = {}
+            for i, param in enumerate(group["params"]):
+                grad = param.grad
+                if grad is None:
+                    continue
+                device, dtype = param.device, param.dtype
+                if (
+                    grad.dtype is not dtype
+                    or grad.layout is not torch.strided
+                    or grad.shape != param.shape
+                    or grad.device != device
+                ):
+                    self._check_grad(param, grad, self._name(group, i))
+                work = buckets.get((device, dtype))
+                if work is None:
+                    work = buckets[device, dtype] = Work(group, choose(self._backend_name, device, dtype))
+                work.params.append(param)
+                work.grads.append(grad)
+            works += buckets.values()
+        return works
+
+    def _states(self, work: Work) -> dict[str, list[Tensor]]:
+        """The states of the work's parameters; what is missing is created."""
+        names = ("step", *self._state_tensors(work.group))
+        columns: dict[str, list[Tensor]] = {name: [] for name in names}
+        for param in work.params:
+            state = self.state[param]
+            for name in names:
+                value = state.get(name)
+                if value is None:
+                    value = state[name] = self._initial(name, param, work.group)
+                columns[name].append(value)
+        return columns
+
+    def _initial(self, name: str, param: Tensor, group: Group) -> Tensor:
+        if name == "step":
+            return torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
+        if name == "ema":
+            return as_state(param, param)
+        return torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
+
+    # ---- the step --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One optimization step. ``closure`` recomputes the loss, as in ``torch.optim``; its value is returned."""
+        self._require_live("step()")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
+
+    # One operator call a group is all there is to compile: torch.compile runs it as it is, between its graphs.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _step(self) -> None:
+        works = self._collect()
+        if not self.state and self._is_dry_run(works):
+            for work in works:
+                self._states(work)
+            self._dry = True
+            return
+        if self._dry:
+            self._forget_dry_run()
+        prepared = [(work, self._states(work)) for work in works]
+        self._launch_all(prepared)
+
+    def _launch_all(self, prepared: list[tuple[Work, dict[str, list[Tensor]]]]) -> None:
+        for work, states in prepared:
+            self._launch(work, states)
+            torch.autograd.graph.increment_version(work.params)
+
+    def _is_dry_run(self, works: list[Work]) -> bool:
+        """torch.distributed.checkpoint creates empty states by a first step with zero gradients and lr = 0. Such a step
+        leaves all as a real first step expects it: no step is counted."""
+        return (
+            bool(works)
+            and all(float(group["lr"]) == 0.0 for group in self.param_groups)
+            and all(not grad.any() for work in works for grad in work.grads)
+        )
+
+    def _forget_dry_run(self) -> None:
+        for param in [p for p, state in self.state.items() if state["step"].item() == 0]:
+            del self.state[param]
+        self._dry = False
+
+    # ---- the average -----------------------------------------------------------------------------------------------
+
+    def _require_live(self, what: str) -> None:
+        if self._swapped:
+            raise RuntimeError(f"{what} while the weights are swapped to EMA: call train() first")
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Puts the average in place of the weights, in groups with ``use_ema_eval``; again is harmless.
+
+        float32 weights and their averages trade places without a copy; narrower weights are kept beside.
+        """
+        if self._swapped:
+            return
+        trade: list[tuple[Tensor, Tensor]] = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state.get(param, {})
+                if not group["use_ema_eval"] or "ema" not in state:
+                    continue
+                if param.dtype == state["ema"].dtype:
+                    state["live"] = state["ema"]
+                    state["ema"] = param.detach()
+                    trade.append((param, state["live"]))
+                else:
+                    state["live"] = param.detach().clone()
+                    param.copy_(state["ema"])
+        self._trade(trade)
+        self._swapped = True
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Puts the weights back that ``eval()`` took out; again is harmless."""
+        if not self._swapped:
+            return
+        trade: list[tuple[Tensor, Tensor]] = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state.get(param, {})
+                live = state.pop("live", None)
+                if live is None:
+                    continue
+                if param.numel() > 0 and state["ema"].data_ptr() == param.data_ptr():
+                    state["ema"] = live
+                    trade.append((param, live))
+                else:
+                    param.copy_(live)
+        self._trade(trade)
+        self._swapped = False
+
+    def _trade(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Exchanges the contents of each pair, a kernel call a device and dtype."""
+        buckets: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for a, b in pairs:
+            left, right = buckets.setdefault((a.device, a.dtype), ([], []))
+            left.append(a)
+            right.append(b)
+        for (device, dtype), (left, right) in buckets.items():
+            choose(self._backend_name, device, dtype).op("swap_")(left, right)
+            torch.autograd.graph.increment_version(left)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the parameters hold their averages, whatever is raised inside.
+
+        >>> with optimizer.averaged():  # doctest: +SKIP
+        ...     validate(model)
+        """
+        was_swapped = self._swapped
+        self.eval()
+        try:
+            yield
+        finally:
+            if not was_swapped:
+                self.train()
+
+    @torch.no_grad()
+    def ema_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
+        """A copy of ``model.state_dict()`` with averaged weights, to save or to export; nothing is swapped.
+
+        A parameter that has no average yet (it took no step) or is not ours comes as it is. Averages are cast to the
+        parameter's dtype. Raises RuntimeError where this optimizer keeps no average at all.
+        """
+        if not any(self._keeps_average(group) for group in self.param_groups):
+            raise RuntimeError("ema_state_dict(): no group of this optimizer keeps an average")
+        exported: dict[str, Any] = {}
+        for name, value in model.state_dict(keep_vars=True).items():
+            if isinstance(value, Tensor):
+                average = self.state.get(value, {}).get("ema", value)
+                value = torch.empty_like(value, requires_grad=False).copy_(average)
+            exported[name] = value
+        return exported
+
+    def _keeps_average(self, group: Group) -> bool:
+        return "ema" in self._state_tensors(group)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of this class, of ``torch.optim.Adam`` / ``AdamW``, or of the published ``pace-optimizer``.
+
+        States are copied and stay float32 (float64 for float64 parameters), whatever the parameter's dtype. An option
+        that the checkpoint does not have keeps its present value. A state that does not fit raises ValueError and
+        changes nothing. A state saved between ``eval()`` and ``train()`` comes back swapped.
+        """
+
+        # Last of the pre-hooks, so that those of the user see the checkpoint as it was saved.
+        def translate(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            return self._translated(loaded)
+
+        handle = self.register_load_state_dict_pre_hook(translate)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._incoming = None
+
+    def _translated(self, loaded: dict[str, Any]) -> dict[str, Any]:
+        """``loaded`` in our names and checked. The tensors are kept aside: torch would cast them to the parameter's
+        dtype."""
+        saved_groups = loaded["param_groups"]
+        if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
+            return loaded  # torch says what is wrong
+        groups, states, incoming = [], {}, {}
+        for number, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
+            if saved.get("weight_decay") and saved.get("decoupled_weight_decay") is False:
+                warnings.warn(
+                    f"param_groups[{number}]: weight_decay {saved['weight_decay']} was Adam's, added to the gradient; "
+                    "here it is decoupled, as in AdamW",
+                    stacklevel=4,
+                )
+            options = self._merged(saved, group)
+            self._check_options(options)
+            groups.append(options)
+            for i, (key, param) in enumerate(zip(saved["params"], group["params"], strict=True)):
+                if key not in loaded["state"] or not loaded["state"][key]:
+                    continue
+                name = f"the state of {self._name(group, i)}"
+                states[key] = incoming[param] = self._translated_state(loaded["state"][key], param, options, name)
+        self._incoming = incoming
+        return {**loaded, "state": states, "param_groups": groups}
+
+    def _merged(self, saved: Group, group: Group) -> Group:
+        """The options of a group after loading: the saved ones, and the present ones where none was saved."""
+        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        return options | {k: v for k, v in saved.items() if k not in _FOREIGN_OPTIONS}
+
+    def _translated_state(self, saved: dict[str, Any], param: Tensor, group: Group, name: str) -> dict[str, Tensor]:
+        state = {_FOREIGN_NAMES.get(k, k): v for k, v in saved.items()}
+        known = {"step", "live", *self.STATE_TENSORS, *self.STATE_ROWS}
+        if unknown := sorted(map(str, state.keys() - known - _FOREIGN_STATE)):
+            raise ValueError(f"{name} has {', '.join(unknown)}, which is no state of {type(self).__name__}")
+        for required in ("step", *self._required_states(group)):
+            if required not in state:
+                raise ValueError(f"{name} lacks {required}: is it the state of another optimizer?")
+        if "max_exp_avg_sq" not in self._state_tensors(group) and state.pop("max_exp_avg_sq", None) is not None:
+            warnings.warn(f"{name}: the maximum that AMSGrad keeps is dropped", stacklevel=5)
+        state.pop("last_ema_step", None)
+        if (theta := state.pop("theta", None)) is not None and "ema" in state:
+            # The published code holds the live weights twice. They are needed only where it was saved in eval mode.
+            same = theta.shape == param.shape and torch.equal(theta.to(param), param)
+            if not same and torch.equal(state["ema"].to(param), param):
+                state["live"] = theta
+        step = torch.as_tensor(state.pop("step"), dtype=torch.float32)
+        if step.numel() != 1 or not float(step) >= 0:
+            raise ValueError(f"{name}: step must be one number >= 0, got {step}")
+        for key, value in state.items():
+            shape = (self.STATE_ROWS[key],) if key in self.STATE_ROWS else tuple(param.shape)
+            if not isinstance(value, Tensor) or value.shape != shape:
+                came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name}: {key} must be a tensor of shape {shape}, got {came}")
+        ours = {"step": step.reshape(()).to(param.device if group["capturable"] else "cpu", copy=True)}
+        for key, value in state.items():
+            if key in self.STATE_ROWS:
+                ours[key] = self._initial(key, param, group).copy_(value)
+            else:
+                ours[key] = torch.empty_like(param).copy_(value) if key == "live" else as_state(param, value)
+        return ours
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_backend_name": self._backend_name, "_dry": self._dry}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._checked, self._prepared = {}, {}
+        self.__dict__.setdefault("_incoming", None)
+        self.__dict__.setdefault("_dry", False)
+        self.__dict__.setdefault("_backend_name", None)
+        if self._incoming is not None:
+            self.state.clear()
+            self.state.update(self._incoming)
+            self._dry = False
+        self._swapped = any("live" in s for s in self.state.values())

@@ -1,0 +1,209 @@
+"""PACE: AdamW + EMA of the weights + clipped pullback toward it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .ops import PACE_STATS
+from .optimizer import Group, KernelOptimizer, Work, check_average_options, check_common_options
+from .torch_rules.pace import PaceOptions, average_weight, merge_stats
+
+
+class PACE(KernelOptimizer):
+    """AdamW whose weights are pulled toward their own moving average, in one pass over memory.
+
+    ::
+
+        [formula: PACE]
+          m   ← β1 m + (1 − β1) g                          first moment
+          v   ← β2 v + (1 − β2) g²                         second moment
+          D   = sqrt(v / (1 − β2^t)) + ε                   Adam's denominator
+          x'  = x (1 − α λ_wd) − α (m / (1 − β1^t)) / D    AdamW
+          w_t = max((1 + γ max(0, t − ρ))^(−κ), 1e−4)      averaging weight
+          Λ   = min(α c w_t / D, 1)                        pullback gain, clipped
+          x₊  = x' + Λ (e − x)                             pulled toward the average e
+          e₊  = (1 − w_t) e + w_t x₊                       the average
+        [end]
+
+    ``t`` counts the steps of each parameter from 1; the average ``e`` starts at the weights. Evaluate, save and ship
+    the average: training is steered for it.
+
+    Arguments:
+        params: parameters, named parameters, or groups of them: dense, of dtype float32, bfloat16, float16 or float64.
+            States are float32 (float64 for float64 parameters).
+        lr: α ≥ 0, a number or a tensor with one element.
+        betas: (β1, β2), each in [0, 1). With β1 = 0 no first moment is kept.
+        eps: ε > 0.
+        weight_decay: λ_wd ≥ 0, decoupled from the gradient.
+        lambda_pullback: c ≥ 0, the strength of the pullback. 0 is AdamW, with an averaged copy if ``use_ema_eval``.
+        clamp_pullback: whether Λ is clipped at 1.
+        beta_ema: averaging weight in [0, 1] where ``ema_kappa`` is None.
+        use_ema_eval: whether ``eval()`` and ``averaged()`` swap this group's average in. With False and
+            ``lambda_pullback=0`` no average is kept.
+        ema_kappa: κ ≥ 0, the decay of the averaging weight. None: w_t is 1 in the gain and ``beta_ema`` in the average.
+        ema_rho: ρ ≥ 0, steps before the averaging weight starts to decay.
+        ema_gamma: γ ≥ 0, how fast it decays.
+        ema_update_freq: the average moves at every such step of a parameter, ≥ 1; in between it pulls, but rests.
+        log_stats: whether each step leaves the statistics of ``get_step_stats()``, computed in the same pass.
+        pullback_from: "weights" measures the pullback from the weights before the step, as above; "step" from the
+            stepped ones: x₊ = x' + Λ (e − x').
+        maximize: whether to maximize the objective.
+        capturable: whether the step counts live on the parameters' device, for CUDA graphs.
+        backend: "cpu", "torch" or another name of ``backends()``, which works or raises; None takes the environment
+            variable PACE_BACKEND, or else the fastest backend that is there.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range, or a parameter is sparse, complex, an integer, overlaps
+            itself, or is in two groups.
+        RuntimeError: the backend asked for is not there; a gradient does not fit its parameter; ``step()`` while the
+            average is swapped in. Nothing has changed then.
+
+    Source: Au and Block, "Training for the Model You Return", arXiv 2606.25086, eq. 8 and 10, Algorithm 1.
+
+    >>> model = torch.nn.Linear(4, 1)
+    >>> optimizer = PACE(model.parameters(), lr=3e-3)
+    >>> for _ in range(3):
+    ...     optimizer.zero_grad()
+    ...     model(torch.ones(8, 4)).square().mean().backward()
+    ...     optimizer.step()
+    >>> with optimizer.averaged():  # the weights to validate and to ship
+    ...     loss = model(torch.ones(8, 4)).square().mean()
+    """
+
+    STATE_TENSORS = ("exp_avg", "exp_avg_sq", "ema")
+
+    _step_stats: list[Tensor]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        lambda_pullback: float = 0.15,
+        clamp_pullback: bool = True,
+        beta_ema: float = 0.01,
+        use_ema_eval: bool = True,
+        ema_kappa: float | None = 0.2,
+        ema_rho: float = 0.0,
+        ema_gamma: float = 1.0,
+        ema_update_freq: int = 1,
+        log_stats: bool = False,
+        *,
+        pullback_from: str = "weights",
+        maximize: bool = False,
+        capturable: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "lambda_pullback": lambda_pullback,
+            "clamp_pullback": clamp_pullback,
+            "beta_ema": beta_ema,
+            "use_ema_eval": use_ema_eval,
+            "ema_kappa": ema_kappa,
+            "ema_rho": ema_rho,
+            "ema_gamma": ema_gamma,
+            "ema_update_freq": ema_update_freq,
+            "log_stats": log_stats,
+            "pullback_from": pullback_from,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        self._step_stats = []
+        self._check_options(defaults)
+        super().__init__(params, defaults, backend)
+
+    def _check_options(self, group: Group) -> None:
+        check_common_options(group)
+        check_average_options(group)
+
+    def _state_tensors(self, group: Group) -> tuple[str, ...]:
+        moment = ("exp_avg",) if group["betas"][0] != 0.0 else ()
+        average = ("ema",) if group["lambda_pullback"] > 0.0 or group["use_ema_eval"] else ()
+        return (*moment, "exp_avg_sq", *average)
+
+    def _options(self, group: Group) -> dict[str, Any]:
+        """The operator's options. They are the group's, but for a few names."""
+        beta1, beta2 = group["betas"]
+        shared = PaceOptions.__dataclass_fields__.keys() & group.keys()
+        return {k: group[k] for k in shared} | {
+            "beta1": beta1,
+            "beta2": beta2,
+            "pullback_from_step": group["pullback_from"] == "step",
+        }
+
+    def _step(self) -> None:
+        self._step_stats = []
+        super()._step()
+
+    def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> None:
+        options = self._options(work.group)
+        device = work.params[0].device
+        if isinstance(options["lr"], Tensor) and work.backend.name == "cpu":
+            options["lr"] = options["lr"].item()
+        stats = None
+        if work.group["log_stats"]:
+            dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+            stats = torch.empty(len(PACE_STATS), dtype=dtype, device=device)
+            self._step_stats.append(stats)
+        work.backend.op("pace_step_")(
+            work.params,
+            work.grads,
+            states.get("exp_avg", []),
+            states["exp_avg_sq"],
+            states.get("ema", []),
+            states["step"],
+            stats,
+            **options,
+        )
+
+    def get_step_stats(self) -> dict[str, float]:
+        """Statistics of the last step, over all groups with ``log_stats``; empty where there are none.
+
+        ``raw_lambda_{mean,max,min}``: the gain before α c, w_t / D. ``effective_lambda_*``: α c w_t / D.
+        ``lambda_*``: Λ, after the clamp. ``lambda_clipped_frac``: the share of coordinates where α c w_t / D ≥ 1.
+        ``adam_step_norm``, ``pullback_norm``, ``update_norm``: 2-norms of x' − x, of the pullback, and of x₊ − x before
+        it is rounded to the parameter's dtype. They stay on the device until this call, which waits for it.
+        """
+        if not self._step_stats:
+            return {}
+        values = merge_stats([s.to("cpu", torch.float64) for s in self._step_stats]).tolist()
+        s = dict(zip(PACE_STATS, values, strict=True))
+        count = s["count"]
+        if count == 0:
+            return {}
+        stats = {}
+        for key, name in (("raw", "raw_lambda"), ("effective", "effective_lambda"), ("lambda", "lambda")):
+            stats[f"{name}_mean"] = s[f"{key}_sum"] / count
+            stats[f"{name}_max"] = s[f"{key}_max"]
+            stats[f"{name}_min"] = s[f"{key}_min"]
+        stats["lambda_clipped_frac"] = s["clipped"] / count
+        for key, name in (("adam", "adam_step"), ("pullback", "pullback"), ("update", "update")):
+            stats[f"{name}_norm"] = math.sqrt(s[f"{key}_sq"])
+        return stats
+
+    def get_ema_beta_t(self) -> float | None:
+        """The averaging weight w_t at the last step of the first group that keeps an average; None where none does.
+
+        A group's t is that of its most advanced parameter, and 0 before the first step.
+        """
+        for group in self.param_groups:
+            if self._keeps_average(group):
+                steps = [float(self.state[p]["step"]) for p in group["params"] if p in self.state]
+                options = PaceOptions(**self._options(group))
+                return float(average_weight(options, max(steps, default=0.0)))
+        return None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._step_stats = []

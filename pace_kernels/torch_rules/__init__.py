@@ -1,0 +1,11 @@
+"""The rules in plain torch: the oracle that the kernels are tested against (in float64), the fallback where there is no
+kernel (TPU, MPS, float64), and a target for ``torch.compile``.
+
+A function here with the name of an operator (pace_kernels/ops.py) does what the operator does.
+"""
+
+from .common import swap_
+from .mada import mada_learn_, mada_step_
+from .pace import pace_step_
+
+__all__ = ["mada_learn_", "mada_step_", "pace_step_", "swap_"]

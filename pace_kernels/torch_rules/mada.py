@@ -1,0 +1,401 @@
+"""MADA in plain torch: a parameterized optimizer, its coefficients learned by hypergradient descent.
+Source: Ozkara et al., "MADA: Meta-Adaptive Optimizers through Hyper-Gradient Descent", ICML 2024 (PMLR 235),
+sections 2, 3, 4.1, C.1, D.
+
+[formula: MADA]
+  d   = g − g₋                                  g₋: the previous gradient; at a parameter's first step d = 0
+  m   ← β1 m + (1 − β1) g                       Adam's first moment
+  n   ← β3 n + (1 − β3) d                       Adan's gradient-difference moment
+  ĝ   = g + β3 d
+  s   = sign(ĝ² − v̄)                            v̄: the value before this step
+  g̃²  = c ĝ² + (1 − c)(v̄ + ĝ² s)                c = 1 Adam, c = 0 Yogi
+  v̄   ← β2 v̄ + (1 − β2) g̃²
+  ṽ   ← (v̄ + (t − 1) ṽ) / t                     AVGrad; second_moment="max": ṽ ← max(ṽ, v̄), AMSGrad
+  V   = (ρ v̄ + (1 − ρ) ṽ) / (1 − β2^t)          ρ = 1 Adam, ρ = 0 AVGrad
+  N   = m / (1 − β1^t) + β3 n
+  u   = λ1 l + (1 − λ1) g                       Lion; l: the value before this step
+  l   ← λ2 l + (1 − λ2) g
+  U   = γ N / (sqrt(V) + ε) + (1 − γ) sign(u)   γ = 0 Lion
+  x₊  = x (1 − α λ_wd) − α U
+[end]
+
+A pullback toward the average then acts as in :mod:`.pace`, by D = sqrt(V) + ε.
+
+Its sensitivities, with the states before the step and ṽ held constant, and b1 = 1 − β1^t, b2 = 1 − β2^t,
+R = α γ N / D² / (2 sqrt(V)), which is 0 where V = 0; m₋, n₋, v̄₋ are the values before the step:
+
+[formula: MADA hypergradients]
+  ∂x/∂β1 = −(α γ / D) [ (m₋ − g)/b1 + m t β1^(t−1) / b1² ]
+  ∂x/∂β2 =  R [ ρ (v̄₋ − g̃²) / b2 + V t β2^(t−1) / b2 ]
+  ∂x/∂β3 = −(α γ / D) [ n + β3 (n₋ − d) ] + R ρ (1 − β2) 2 ĝ (c + (1 − c) s) d / b2
+  ∂x/∂ρ  =  R (v̄ − ṽ) / b2
+  ∂x/∂c  =  R ρ (1 − β2)(ĝ² − v̄₋ − ĝ² s) / b2
+  ∂x/∂γ  = −α [ N / D − sign(u) ]
+[end]
+
+The hypergradient of q is the sum over all coordinates of the new gradient times the last step's ∂x/∂q. The six
+sensitivities are not kept: moments are kept one step behind, beside the last gradient, and the last step is redone
+(:func:`redone`). The operations and their order are those of ``csrc/rules/mada.h``, one rounding each: in float32
+both give the same bits, but for torch's square root, which MKL does not always round correctly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ..ops import COEFFICIENTS
+from .common import Scalar, fixed_order_sum, in_double, rounded
+from .pace import PaceOptions, PaceScalars, gain_weight, pace_scalars
+
+
+@dataclass(frozen=True)
+class MadaOptions:
+    """A parameter group's options, by the names of the operator ``mada_step_``; those that PACE has too in ``pace``.
+
+    The coefficients here are the fixed ones; where a bit of ``learn`` is set, the coefficient is read from a tensor.
+    """
+
+    pace: PaceOptions
+    learn: int
+    beta3: float
+    rho: float
+    c: float
+    gamma: float
+    lion_beta1: float
+    lion_beta2: float
+    second_max: bool
+
+    @staticmethod
+    def of(options: dict[str, Any]) -> MadaOptions:
+        shared = {k: options[k] for k in PaceOptions.__dataclass_fields__}
+        return MadaOptions(PaceOptions(**shared), **{k: v for k, v in options.items() if k not in shared})
+
+    def coefficients(self, learned: Sequence[Scalar] | None) -> list[Scalar]:
+        """β1, β2, β3, ρ, c, γ, each learned or fixed."""
+        fixed: list[Scalar] = [self.pace.beta1, self.pace.beta2, self.beta3, self.rho, self.c, self.gamma]
+        if learned is None:
+            return fixed
+        return [learned[k] if self.learn >> k & 1 else fixed[k] for k in range(len(fixed))]
+
+
+class MadaScalars(NamedTuple):
+    """What one step of one tensor needs; the fields of ``MadaScalars`` in csrc/rules/mada.h."""
+
+    beta1: Scalar
+    one_minus_beta1: Scalar
+    beta2: Scalar
+    one_minus_beta2: Scalar
+    beta3: Scalar
+    one_minus_beta3: Scalar
+    lion_beta1: Scalar
+    one_minus_lion_beta1: Scalar
+    lion_beta2: Scalar
+    one_minus_lion_beta2: Scalar
+    rho: Scalar
+    one_minus_rho: Scalar
+    c: Scalar
+    one_minus_c: Scalar
+    mean_new: Scalar
+    mean_old: Scalar
+    eps: Scalar
+    inv_eps: Scalar
+    inv_bias1: Scalar
+    inv_bias2: Scalar
+    lr: Scalar
+    adam_size: Scalar
+    lion_size: Scalar
+    bias1_slope: Scalar
+    bias2_slope: Scalar
+    rho_slope: Scalar
+    square_slope: Scalar
+    twice_square_slope: Scalar
+    pull_gain: Scalar
+    gain_cap: Scalar
+    second_max: bool
+
+
+class MadaMoments(NamedTuple):
+    """m, n, v̄, ṽ and l, ``w`` being ṽ; None is what is not in play."""
+
+    m: Tensor | None
+    n: Tensor | None
+    v: Tensor | None
+    w: Tensor | None
+    l: Tensor | None  # noqa: E741
+
+
+class MadaTerms(NamedTuple):
+    """The terms of Adam's part that the sensitivities share."""
+
+    d: Tensor | None
+    g_hat: Tensor
+    square: Tensor
+    s: Tensor
+    g_tilde: Tensor
+    V: Tensor
+    N: Tensor
+    root: Tensor
+    D: Tensor
+
+
+class MadaStep(NamedTuple):
+    """The moments after the step, α U, and 1 / D, sign(u) and the terms where they are in play."""
+
+    moments: MadaMoments
+    update: Tensor
+    inv_D: Tensor | None
+    sign_u: Tensor | None
+    terms: MadaTerms | None
+
+
+def mada_scalars(o: MadaOptions, t: Scalar, lr: Scalar, q: Sequence[Scalar]) -> MadaScalars:
+    beta1, beta2, beta3, rho, c, gamma = q
+    bias1, bias2 = 1.0 - beta1**t, 1.0 - beta2**t
+    square_slope = rho * (1.0 - beta2) / bias2
+    return MadaScalars(
+        beta1=beta1,
+        one_minus_beta1=1.0 - beta1,
+        beta2=beta2,
+        one_minus_beta2=1.0 - beta2,
+        beta3=beta3,
+        one_minus_beta3=1.0 - beta3,
+        lion_beta1=o.lion_beta1,
+        one_minus_lion_beta1=1.0 - o.lion_beta1,
+        lion_beta2=o.lion_beta2,
+        one_minus_lion_beta2=1.0 - o.lion_beta2,
+        rho=rho,
+        one_minus_rho=1.0 - rho,
+        c=c,
+        one_minus_c=1.0 - c,
+        mean_new=1.0 / t,
+        mean_old=(t - 1.0) / t,
+        eps=o.pace.eps,
+        inv_eps=1.0 / o.pace.eps,
+        inv_bias1=1.0 / bias1,
+        inv_bias2=1.0 / bias2,
+        lr=lr,
+        adam_size=lr * gamma,
+        lion_size=lr * (1.0 - gamma),
+        bias1_slope=t * beta1 ** (t - 1.0) / (bias1 * bias1),
+        bias2_slope=t * beta2 ** (t - 1.0) / bias2,
+        rho_slope=rho / bias2,
+        square_slope=square_slope,
+        twice_square_slope=2.0 * square_slope,
+        pull_gain=lr * o.pace.lambda_pullback * gain_weight(o.pace, t) if o.pace.pullback_from_step else 0.0,
+        gain_cap=1.0 if o.pace.clamp_pullback else math.inf,
+        second_max=o.second_max,
+    )
+
+
+def no_step(o: MadaOptions) -> MadaScalars:
+    """The scalars of a step that leaves the moments as they are and has no sensitivities."""
+    keep = dict.fromkeys(("beta1", "beta2", "beta3", "lion_beta2", "mean_old", "eps"), 1.0)
+    return MadaScalars(**(dict.fromkeys(MadaScalars._fields[:-1], 0.0) | keep), second_max=o.second_max)
+
+
+def last_step(o: MadaOptions, t: Scalar, last: Sequence[Scalar]) -> MadaScalars:
+    """The scalars of step ``t``, which was the last, from what it left in ``last_scalars``."""
+    taken, lr, *q = last
+    if not isinstance(taken, Tensor):
+        return mada_scalars(o, t, lr, q) if taken else no_step(o)
+    redo, none = mada_scalars(o, t, lr, q), no_step(o)
+    fields: list[Any] = [torch.where(taken > 0, a, b) for a, b in zip(redo[:-1], none[:-1], strict=True)]
+    return MadaScalars._make([*fields, o.second_max])
+
+
+def mada_rule(s: MadaScalars, g: Tensor, last_g: Tensor | None, before: MadaMoments) -> MadaStep:
+    """One step, but for weight decay and pullback. ``last_g`` is None where β3 is not in play."""
+    m, n, v, w, l = before  # noqa: E741
+    update = inv_D = sign_u = terms = None
+    if m is not None and v is not None:
+        d = None if last_g is None else g - last_g
+        g_hat = g if d is None else g + s.beta3 * d
+        square = g_hat * g_hat
+        s_v = (square - v).sign()
+        g_tilde = s.c * square + s.one_minus_c * (v + square * s_v)
+        m = s.beta1 * m + s.one_minus_beta1 * g
+        v = s.beta2 * v + s.one_minus_beta2 * g_tilde
+        if w is not None:
+            w = torch.maximum(w, v) if s.second_max else s.mean_new * v + s.mean_old * w
+        V = v * s.inv_bias2 if w is None else (s.rho * v + s.one_minus_rho * w) * s.inv_bias2
+        N = m * s.inv_bias1
+        if n is not None and d is not None:
+            n = s.beta3 * n + s.one_minus_beta3 * d
+            N = N + s.beta3 * n
+        root = V.sqrt()
+        D = root + s.eps
+        inv_D = 1.0 / D
+        update = (s.adam_size * N) * inv_D
+        terms = MadaTerms(d, g_hat, square, s_v, g_tilde, V, N, root, D)
+    if l is not None:
+        sign_u = (s.lion_beta1 * l + s.one_minus_lion_beta1 * g).sign()
+        l = s.lion_beta2 * l + s.one_minus_lion_beta2 * g  # noqa: E741
+        update = s.lion_size * sign_u if update is None else update + s.lion_size * sign_u
+    return MadaStep(MadaMoments(m, n, v, w, l), cast(Tensor, update), inv_D, sign_u, terms)
+
+
+def mada_sensitivities(s: MadaScalars, g: Tensor, before: MadaMoments, step: MadaStep) -> list[Tensor | None]:
+    """∂x/∂q of a step, in the order of COEFFICIENTS; None where the coefficient is not in play."""
+    m, n, v, w, _ = step.moments
+    assert step.terms is not None and m is not None and v is not None and before.m is not None and before.v is not None
+    d, g_hat, square, s_v, g_tilde, V, N, root, D = step.terms
+    product = root * D
+    divides = product >= torch.finfo(product.dtype).tiny
+    inv = 1.0 / product  # one division for 1 / D and 1 / (2 sqrt(V))
+    inv_D = torch.where(divides, inv * root, s.inv_eps)
+    half_inv_root = torch.where(divides, (0.5 * inv) * D, 0.0)
+    kept = 1.0 - (s.pull_gain * inv_D).clamp(max=s.gain_cap)  # (1 − Λ) x' + Λ e, where the pullback is from the step
+    A = (s.adam_size * inv_D) * kept
+    U = N * inv_D
+    R = (A * U) * half_inv_root
+    beta1 = -(A * ((before.m - g) * s.inv_bias1 + m * s.bias1_slope))
+    beta2 = R * (s.rho_slope * (before.v - g_tilde) + V * s.bias2_slope)
+    beta3 = rho = gamma = None
+    if n is not None and before.n is not None and d is not None:
+        through_V = s.twice_square_slope * ((g_hat * (s.c + s.one_minus_c * s_v)) * d)
+        beta3 = R * through_V - A * (n + s.beta3 * (before.n - d))
+    if w is not None:
+        rho = R * (s.inv_bias2 * (v - w))
+    c = R * (s.square_slope * ((square - before.v) - square * s_v))
+    if step.sign_u is not None:
+        gamma = (s.lr * kept) * (step.sign_u - U)
+    return [beta1, beta2, beta3, rho, c, gamma]
+
+
+def pulled(s: PaceScalars, x: Tensor, step: MadaStep, e: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The weights after the step, with weight decay and PACE's pullback by MADA's D, and the average."""
+    stepped = x * s.decay - step.update
+    if e is None:
+        return stepped, None
+    if step.inv_D is not None:
+        gain = (s.gain * step.inv_D).clamp(max=s.gain_cap)
+        stepped = stepped + gain * (e - (stepped if s.from_step else x))
+    return stepped, s.one_minus_weight * e + s.weight * stepped
+
+
+def pull_scalars(o: MadaOptions, t: Scalar) -> PaceScalars:
+    """PACE's scalars; between its updates the average has no weight for the weights."""
+    s = pace_scalars(o.pace, t)
+    if isinstance(t, Tensor):
+        moves = (torch.remainder(t, o.pace.ema_update_freq) == 0).to(t.dtype)
+        return s._replace(weight=moves * s.weight, one_minus_weight=1.0 - moves * s.weight)
+    return s if t % o.pace.ema_update_freq == 0 else s._replace(weight=0.0, one_minus_weight=1.0)
+
+
+def _numbers(row: Tensor) -> Sequence[Scalar]:
+    """The entries of a small tensor: numbers where they are at hand, tensors on a device."""
+    return row.tolist() if row.device.type == "cpu" else row.unbind()  # type: ignore[no-any-return]
+
+
+def _fill(row: Tensor, values: Sequence[Scalar]) -> None:
+    for k, value in enumerate(values):
+        row[k] = value
+
+
+def mada_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    exp_avg_diffs: list[Tensor],
+    second_exp_avg_sqs: list[Tensor],
+    exp_avg_lions: list[Tensor],
+    last_grads: list[Tensor],
+    older_grads: list[Tensor],
+    last_scalars: list[Tensor],
+    emas: list[Tensor],
+    steps: list[Tensor],
+    coefficients: Tensor | None = None,
+    hypergradients: Tensor | None = None,
+    **options: Any,
+) -> None:
+    """What the operator ``mada_step_`` does, tensor by tensor; on any device, and in float64 for float64 parameters.
+
+    Off the CPU the coefficients stay tensors, so that nothing waits for the device.
+    """
+    o = MadaOptions.of(options)
+    q = o.coefficients(None if coefficients is None else _numbers(coefficients))
+    lr = in_double(o.pace.lr).reshape(()) if isinstance(o.pace.lr, Tensor) else o.pace.lr
+    if hypergradients is not None:
+        hypergradients.zero_()
+        hypergradients[-1] = lr
+    for i, (param, step) in enumerate(zip(params, steps, strict=True)):
+        lists = (exp_avgs, exp_avg_diffs, exp_avg_sqs, second_exp_avg_sqs, exp_avg_lions)
+        kept = MadaMoments(*(tensors[i] if tensors else None for tensors in lists))
+        dtype = next(a.dtype for a in kept if a is not None)
+        last_g = last_grads[i] if last_grads else None
+        g = grads[i].to(dtype)
+        g = -g if o.pace.maximize else g
+        before = kept
+        if last_scalars and last_g is not None:
+            t = in_double(step) if o.pace.capturable else step.item()
+            older_g = older_grads[i] if older_grads else None
+            before, slopes = redone(o, t, _numbers(last_scalars[i]), last_g, older_g, kept)
+            if hypergradients is not None:
+                for k, slope in enumerate(slopes):
+                    if slope is not None and o.learn >> k & 1:
+                        hypergradients[k] += fixed_order_sum(g * slope).to(hypergradients.dtype)
+            _fill(last_scalars[i], (1.0, lr, *q))
+        step += 1
+        t = in_double(step) if o.pace.capturable else step.item()
+        previous_g = last_g if exp_avg_diffs else None
+        new = mada_rule(rounded(mada_scalars(o, t, lr, q), dtype), g, previous_g, before)
+        e = emas[i] if emas else None
+        x, average = pulled(rounded(pull_scalars(o, t), dtype), param.to(dtype), new, e)
+        param.copy_(x)
+        if e is not None and average is not None:
+            e.copy_(average)
+        for tensor, value in zip(kept, before if last_scalars else new.moments, strict=True):
+            if tensor is not None and value is not None:
+                tensor.copy_(value)
+        if last_g is not None:
+            (older_grads[i] if older_grads else last_g).copy_(g)
+
+
+def redone(
+    o: MadaOptions, t: Scalar, last: Sequence[Scalar], g: Tensor, last_g: Tensor | None, kept: MadaMoments
+) -> tuple[MadaMoments, list[Tensor | None]]:
+    """The moments after step ``t``, the last one taken, and its ∂x/∂q, from the moments before it."""
+    s = rounded(last_step(o, t, last), g.dtype)
+    step = mada_rule(s, g, last_g, kept)
+    return step.moments, mada_sensitivities(s, g, kept, step)
+
+
+def mada_learn_(
+    coefficients: Tensor,
+    momenta: Tensor,
+    hypergradients: Tensor,
+    hyper_step: Tensor,
+    sums: list[Tensor],
+    *,
+    learn: int,
+    hyper_lr: list[float],
+    hyper_momentum: list[float],
+    lower: list[float],
+    upper: list[float],
+    clip: float,
+    warmup: int,
+) -> None:
+    """What the operator ``mada_learn_`` does; nothing waits for the device."""
+    total = torch.zeros_like(sums[0])
+    for row in sums:
+        total = total + row
+
+    def constant(values: list[float]) -> Tensor:
+        return torch.stack([torch.full_like(hyper_step, value) for value in values])
+
+    bits = constant([float(learn >> k & 1) for k in range(len(COEFFICIENTS))]) > 0
+    moves = total[-1] > 0
+    hyper_step += moves.to(hyper_step.dtype)
+    moves = bits & moves & (hyper_step > warmup)
+    hypergradients.copy_(total[:-1])
+    b = constant(hyper_momentum) * momenta + total[:-1].clamp(-clip, clip)
+    q = torch.minimum(torch.maximum(coefficients - constant(hyper_lr) * b, constant(lower)), constant(upper))
+    momenta.copy_(torch.where(moves, b, momenta))
+    coefficients.copy_(torch.where(moves, q, coefficients))

@@ -1,0 +1,207 @@
+"""PACE in plain torch: AdamW + EMA of the weights + clipped pullback toward it.
+Source: Au and Block, "Training for the Model You Return", arXiv 2606.25086, eq. 8 and 10, Algorithm 1.
+
+[formula: PACE]
+  m   ← β1 m + (1 − β1) g                          first moment
+  v   ← β2 v + (1 − β2) g²                         second moment
+  D   = sqrt(v / (1 − β2^t)) + ε                   Adam's denominator
+  x'  = x (1 − α λ_wd) − α (m / (1 − β1^t)) / D    AdamW
+  w_t = max((1 + γ max(0, t − ρ))^(−κ), 1e−4)      averaging weight
+  Λ   = min(α c w_t / D, 1)                        pullback gain, clipped
+  x₊  = x' + Λ (e − x)                             pulled toward the average e
+  e₊  = (1 − w_t) e + w_t x₊                       the average
+[end]
+
+The operations and their order are those of ``csrc/rules/pace.h``, one rounding each: in float32 both give the same
+bits, but for torch's square root, which MKL does not always round correctly.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import PACE_STATS
+from .common import Scalar, at_least, in_double
+
+
+@dataclass(frozen=True)
+class PaceOptions:
+    """A parameter group's options, by the names of the operator ``pace_step_``, with the meaning of ``PACE``'s."""
+
+    lr: Scalar
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    lambda_pullback: float
+    clamp_pullback: bool
+    beta_ema: float
+    ema_kappa: float | None
+    ema_rho: float
+    ema_gamma: float
+    ema_update_freq: int
+    pullback_from_step: bool
+    maximize: bool
+    capturable: bool
+
+
+class PaceScalars(NamedTuple):
+    """What one step of one tensor needs; the fields of ``PaceScalars`` in csrc/rules/pace.h."""
+
+    grad_sign: float
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    inv_bias2: Scalar
+    eps: float
+    decay: Scalar
+    step_size: Scalar
+    gain: Scalar
+    gain_cap: float
+    weight: Scalar
+    one_minus_weight: Scalar
+    from_step: bool
+
+
+class PaceStep(NamedTuple):
+    """The state after the step, and the terms of the telemetry; the fields of ``PaceStep`` in csrc/rules/pace.h."""
+
+    x: Tensor
+    m: Tensor
+    v: Tensor
+    e: Tensor | None
+    inv_D: Tensor
+    lambda_: Tensor
+    clamped: Tensor
+    adamw: Tensor
+    pullback: Tensor
+    update: Tensor
+
+
+def gain_weight(o: PaceOptions, t: Scalar) -> Scalar:
+    """w_t in the gain; 1 without a decay exponent."""
+    if o.ema_kappa is None:
+        return 1.0
+    return at_least((1.0 + o.ema_gamma * at_least(t - o.ema_rho, 0.0)) ** -o.ema_kappa, 1e-4)
+
+
+def average_weight(o: PaceOptions, t: Scalar) -> Scalar:
+    """w_t in the average; beta_ema without a decay exponent."""
+    return o.beta_ema if o.ema_kappa is None else gain_weight(o, t)
+
+
+def pace_scalars(o: PaceOptions, t: Scalar) -> PaceScalars:
+    lr = in_double(o.lr) if isinstance(o.lr, Tensor) else o.lr
+    w = average_weight(o, t)
+    return PaceScalars(
+        grad_sign=-1.0 if o.maximize else 1.0,
+        beta1=o.beta1,
+        one_minus_beta1=1.0 - o.beta1,
+        beta2=o.beta2,
+        one_minus_beta2=1.0 - o.beta2,
+        inv_bias2=1.0 / (1.0 - o.beta2**t),
+        eps=o.eps,
+        decay=1.0 - lr * o.weight_decay,
+        step_size=lr / (1.0 - o.beta1**t),
+        gain=lr * o.lambda_pullback * gain_weight(o, t),
+        gain_cap=1.0 if o.clamp_pullback else math.inf,
+        weight=w,
+        one_minus_weight=1.0 - w,
+        from_step=o.pullback_from_step,
+    )
+
+
+def pace_rule(
+    s: PaceScalars, g: Tensor, x: Tensor, m: Tensor | None, v: Tensor, e: Tensor | None, pull: bool = True
+) -> PaceStep:
+    """One step in which the average moves. ``m`` is None where β1 = 0, ``e`` where there is no average.
+
+    ``pull`` is False where c = 0: the average is kept, but does not pull.
+    """
+    g = s.grad_sign * g
+    m = g if m is None else s.beta1 * m + s.one_minus_beta1 * g
+    v = s.beta2 * v + s.one_minus_beta2 * (g * g)
+    inv_D = 1.0 / ((v * s.inv_bias2).sqrt() + s.eps)
+    x_adamw = x * s.decay - (s.step_size * m) * inv_D
+    lambda_ = s.gain * inv_D
+    clamped = lambda_.clamp(max=s.gain_cap)
+    if pull and e is not None:
+        pullback = clamped * (e - (x_adamw if s.from_step else x))
+        x_new = x_adamw + pullback
+    else:
+        pullback, x_new = torch.zeros_like(x), x_adamw
+    e_new = None if e is None else s.one_minus_weight * e + s.weight * x_new
+    return PaceStep(x_new, m, v, e_new, inv_D, lambda_, clamped, x_adamw - x, pullback, x_new - x)
+
+
+def pace_stats(o: PaceOptions, t: Scalar, step: PaceStep) -> Tensor:
+    """The telemetry of one tensor's step, laid out as ``pace_kernels.ops.PACE_STATS``."""
+    w = gain_weight(o, t)
+    dtype = torch.float32 if step.x.device.type == "mps" else torch.float64  # MPS has no float64
+    inv_D, lambda_, clamped = (a.to(dtype) for a in (step.inv_D, step.lambda_, step.clamped))
+    gain = o.lr * o.lambda_pullback * w
+    moments = [inv_D.sum(), inv_D.min(), inv_D.max()]
+    clipped = (lambda_ >= 1.0).to(dtype).sum()
+    squares = [a.to(dtype).square().sum() for a in (step.adamw, step.pullback, step.update)]
+    count = torch.full_like(clipped, step.x.numel())
+    raw, effective = [w * a for a in moments], [gain * a for a in moments]
+    return torch.stack([count, *raw, *effective, clamped.sum(), clamped.min(), clamped.max(), clipped, *squares])
+
+
+def merge_stats(rows: list[Tensor]) -> Tensor:
+    """The telemetry of several tensors as of one: sums of sums, minima of minima, maxima of maxima."""
+    stacked = torch.stack(rows)
+    merged = stacked.sum(dim=0)
+    for column in (2, 5, 8):
+        merged[column] = stacked[:, column].amin()
+        merged[column + 1] = stacked[:, column + 1].amax()
+    return merged
+
+
+def pace_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    emas: list[Tensor],
+    steps: list[Tensor],
+    stats: Tensor | None = None,
+    **options: Any,
+) -> None:
+    """What the operator ``pace_step_`` does, tensor by tensor; on any device, and in float64 for float64 parameters.
+
+    With ``capturable`` the step count stays a tensor, so that nothing waits for the device.
+    """
+    o = PaceOptions(**options)
+    pull = o.lambda_pullback != 0.0
+    rows = []
+    for i, (param, step) in enumerate(zip(params, steps, strict=True)):
+        step += 1
+        t = in_double(step) if o.capturable else step.item()
+        v = exp_avg_sqs[i]
+        m = exp_avgs[i] if o.beta1 != 0.0 else None
+        e = emas[i] if emas else None
+        s = pace_scalars(o, t)
+        if o.capturable:  # rounded once, or 0-dimensional parameters would be promoted to float64
+            s = PaceScalars._make(a.to(v.dtype) if isinstance(a, Tensor) else a for a in s)
+        new = pace_rule(s, grads[i].to(v.dtype), param.to(v.dtype), m, v, e, pull)
+        param.copy_(new.x)
+        v.copy_(new.v)
+        if m is not None:
+            m.copy_(new.m)
+        if e is not None and new.e is not None:
+            if isinstance(t, Tensor):
+                e.copy_(torch.where(torch.remainder(t, o.ema_update_freq) == 0, new.e, e))
+            elif t % o.ema_update_freq == 0:
+                e.copy_(new.e)
+        if stats is not None and param.numel() > 0:
+            rows.append(pace_stats(o, t, new).to(stats.dtype))
+    if stats is not None:
+        empty = [math.inf if name.endswith("_min") else 0.0 for name in PACE_STATS]
+        stats.copy_(merge_stats([stats.new_tensor(empty), *rows]))
