@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -42,15 +43,15 @@ inline Format format_of(const char* name, size_t i, const Tensor& t, bool float3
   return dtype == ScalarType::BFloat16 ? Format::kBFloat16 : Format::kFloat16;
 }
 
-// A dense CPU tensor of the parameter's shape.
+// A dense CPU tensor of the parameter's shape. A written one may not repeat elements by stride 0; the
+// optimizers refuse every other overlap of a parameter when it is added.
 inline void check_operand(const char* name, size_t i, const Tensor& t, const Tensor& param, bool written) {
   STD_TORCH_CHECK(t.is_cpu(), entry(name, i), " must be a CPU tensor");
   int32_t layout = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
   STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), entry(name, i), " must be a dense (strided) tensor");
   const auto sizes = t.sizes(), expected = param.sizes();
-  bool same = sizes.size() == expected.size();
-  for (size_t d = 0; same && d < sizes.size(); ++d) same = sizes[d] == expected[d];
+  const bool same = sizes.size() == expected.size() && std::equal(sizes.begin(), sizes.end(), expected.begin());
   STD_TORCH_CHECK(same, entry(name, i), " has shape ", shape_text(t), ", its parameter has ", shape_text(param));
   if (!written || t.is_contiguous()) return;
   const auto strides = t.strides();

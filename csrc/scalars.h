@@ -50,6 +50,7 @@ inline PaceScalars pace_scalars(const PaceOptions& o, double t) {
   s.inv_bias2 = static_cast<float>(1.0 / (1.0 - std::pow(o.beta2, t)));
   s.eps = static_cast<float>(o.eps);
   s.decay = static_cast<float>(1.0 - o.lr * o.weight_decay);
+  s.shrink = static_cast<float>(o.lr * o.weight_decay);
   s.step_size = static_cast<float>(o.lr / (1.0 - std::pow(o.beta1, t)));
   s.gain = static_cast<float>(o.lr * o.lambda_pullback * gain_weight(o, t));
   s.gain_cap = o.clamp_pullback ? 1.0f : std::numeric_limits<float>::infinity();
@@ -71,7 +72,6 @@ using MadaCoefficients = std::array<double, kCoefficients>;
 inline MadaScalars mada_scalars(const MadaOptions& o, double t, double lr, const MadaCoefficients& q) {
   const auto [beta1, beta2, beta3, rho, c, gamma] = q;
   const double bias1 = 1.0 - std::pow(beta1, t), bias2 = 1.0 - std::pow(beta2, t);
-  const double square_slope = rho * (1.0 - beta2) / bias2;
   const auto f = [](double a) { return static_cast<float>(a); };
   MadaScalars s;
   s.beta1 = f(beta1), s.one_minus_beta1 = f(1.0 - beta1);
@@ -84,15 +84,21 @@ inline MadaScalars mada_scalars(const MadaOptions& o, double t, double lr, const
   s.mean_new = f(1.0 / t), s.mean_old = f((t - 1.0) / t);
   s.eps = f(o.pace.eps), s.inv_eps = f(1.0 / o.pace.eps);
   s.inv_bias1 = f(1.0 / bias1), s.inv_bias2 = f(1.0 / bias2);
-  s.lr = f(lr), s.adam_size = f(lr * gamma), s.lion_size = f(lr * (1.0 - gamma));
-  s.bias1_slope = f(t * std::pow(beta1, t - 1.0) / (bias1 * bias1));
-  s.bias2_slope = f(t * std::pow(beta2, t - 1.0) / bias2);
-  s.rho_slope = f(rho / bias2);
-  s.square_slope = f(square_slope), s.twice_square_slope = f(2.0 * square_slope);
+  s.adam_size = f(lr * gamma), s.lion_size = f(lr * (1.0 - gamma));
+  s.bias1_slope = f(t * std::pow(beta1, t - 1.0) / bias1);
+  s.bias2_slope = f(t * std::pow(beta2, t - 1.0));
+  s.square_slope = f(2.0 * rho * (1.0 - beta2) / bias2);
   s.pull_gain = f(o.pace.pullback_from_step ? lr * o.pace.lambda_pullback * gain_weight(o.pace, t) : 0.0);
   s.gain_cap = o.pace.clamp_pullback ? 1.0f : std::numeric_limits<float>::infinity();
   s.second_max = o.second_max;
   return s;
+}
+
+// What all coordinates' terms of MadaStep share: h_q is the factor of q times the sum of the terms.
+inline MadaCoefficients mada_factors(double t, double lr, const MadaCoefficients& q) {
+  const double bias1 = 1.0 - std::pow(q[kBeta1], t), bias2 = 1.0 - std::pow(q[kBeta2], t);
+  const double A = lr * q[kGamma], square = q[kRho] * (1.0 - q[kBeta2]);
+  return {-A / bias1, A / bias2, A, A / bias2, A * square / bias2, lr};
 }
 
 // The scalars of a step that leaves the moments as they are and has no sensitivities.
@@ -103,13 +109,17 @@ inline MadaScalars no_step(const MadaOptions& o) {
   return s;
 }
 
-// The scalars of step t, which was the last, from what it left in `last`: whether there was one, its learning rate,
-// its coefficients.
-inline MadaScalars last_step(const MadaOptions& o, double t, const double* last) {
-  if (last[0] == 0.0) return no_step(o);
+// Step t, which was the last, from what it left in `last`: whether there was one, its learning rate, its coefficients.
+struct LastStep {
+  MadaScalars scalars;
+  MadaCoefficients factors;
+};
+
+inline LastStep last_step(const MadaOptions& o, double t, const double* last) {
+  if (last[0] == 0.0) return {no_step(o), {}};
   MadaCoefficients q;
   std::copy(last + 2, last + 2 + q.size(), q.begin());
-  return mada_scalars(o, t, last[1], q);
+  return {mada_scalars(o, t, last[1], q), mada_factors(t, last[1], q)};
 }
 
 }  // namespace pace

@@ -34,9 +34,10 @@ struct Float16 {
   using Element = uint16_t;
   PACE_RULE float load(uint16_t a) {
     const uint32_t sign = static_cast<uint32_t>(a & 0x8000u) << 16, magnitude = a & 0x7fffu;
-    // Exponent and fraction moved into place are the value times 2^-112 (the biases, 127 and 15, differ by 112); the
-    // product restores it exactly, subnormals included.
-    const float value = float_of(magnitude << 13) * 0x1p112f;
+    // Normal: exponent and fraction move into place, the biases, 127 and 15, differ by 112. Subnormal: the fraction is
+    // put below 0.5, whose last place is 2^-24 too. No float32 subnormal occurs, which a flushing processor would lose.
+    const float value =
+        magnitude < 0x400u ? float_of(magnitude + 0x3f000000u) - 0.5f : float_of((magnitude << 13) + 0x38000000u);
     const uint32_t special = 0x7f800000u | (magnitude << 13);  // infinity and NaN keep their fraction
     return float_of(sign | (magnitude >= 0x7c00u ? special : bits_of(value)));
   }

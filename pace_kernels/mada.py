@@ -21,7 +21,7 @@ from .optimizer import (
     check_number,
     require,
 )
-from .torch_rules.mada import MadaMoments, MadaOptions, redone
+from .torch_rules.mada import MadaMoments, MadaOptions, caught_up
 
 _HYPER_LR = {"beta1": 5e-4, "beta2": 5e-4, "beta3": 0.1, "rho": 0.1, "c": 0.1, "gamma": 0.1}
 _BOUNDS = {"beta1": (0.01, 0.99), "beta2": (0.501, 0.999), "beta3": (0.0, 0.99)} | dict.fromkeys(
@@ -463,7 +463,7 @@ class MADA(KernelOptimizer):
         kept = MadaMoments(*(state.get(name) for name in names))
         o = MadaOptions.of(self._options(group))
         last = state["last_scalars"].tolist()
-        after, _ = redone(o, state["step"].item(), last, state["last_grad"], state.get("older_grad"), kept)
+        after = caught_up(o, state["step"].item(), last, state["last_grad"], state.get("older_grad"), kept)
         for tensor, value in zip(kept, after, strict=True):
             if tensor is not None and value is not None:
                 tensor.copy_(value)
@@ -605,8 +605,8 @@ class MADA(KernelOptimizer):
             options.update(self._fresh({**options, "params": group["params"]}))
         return options
 
-    def _translated(self, loaded: dict[str, Any]) -> dict[str, Any]:
-        loaded = super()._translated(loaded)
+    def _translated(self, loaded: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+        loaded = super()._translated(loaded, notes)
         if self._incoming is not None:
             self._check_sharing(loaded["param_groups"])
         return loaded

@@ -6,6 +6,8 @@ the operator: ``steps`` holds the number of steps taken before the call, and is 
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -94,3 +96,8 @@ def _(coefficients, momenta, hypergradients, hyper_step, sums, **options):  # ty
 @torch.library.register_fake("pace_kernels::swap_", lib=_LIBRARY)
 def _(a, b):  # type: ignore[no-untyped-def]
     _check_lengths(a, {"b": b}, {})
+
+
+# The library that holds the CPU kernels registers them when it is loaded; why it can't be, backends() says.
+with contextlib.suppress(ImportError):
+    from . import _C  # noqa: F401

@@ -6,6 +6,7 @@ A subclass brings what its rule needs: option checks, the names of its state ten
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
 from .backend import Backend, choose, requested
@@ -77,9 +79,16 @@ def require(condition: bool, argument: str, allowed: str, came: object) -> None:
 
 
 def check_number(argument: str, value: object, allowed: str, ok: Callable[[float], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{argument} must be a number, got {value!r}")
-    require(math.isfinite(value) and ok(value), argument, allowed, value)
+    require(math.isfinite(value) and ok(float(value)), argument, allowed, value)
+
+
+def plain_number(value: Any) -> Any:
+    """Numbers of other libraries, such as NumPy's, as Python's; everything else as it is."""
+    if isinstance(value, (bool, int, float)) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def check_lr(lr: object) -> None:
@@ -99,8 +108,11 @@ def check_common_options(group: Group) -> None:
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
     for i in (0, 1):
         check_number(f"betas[{i}]", betas[i], "in [0, 1)", lambda a: 0 <= a < 1)
-    check_number("eps", group["eps"], "finite and > 0", lambda a: a > 0)
+    # Below float32's normal numbers 1 / D could be infinite, and 0 times that is NaN.
+    check_number("eps", group["eps"], "finite and at least 2**-126", lambda a: a >= 2.0**-126)
     check_number("weight_decay", group["weight_decay"], "finite and >= 0", lambda a: a >= 0)
+    for name in ("maximize", "capturable"):
+        require(isinstance(group[name], bool), name, "True or False", group[name])
 
 
 def check_average_options(group: Group) -> None:
@@ -111,7 +123,10 @@ def check_average_options(group: Group) -> None:
     if group["ema_kappa"] is not None:
         check_number("ema_kappa", group["ema_kappa"], "None, or finite and >= 0", lambda a: a >= 0)
     freq = group["ema_update_freq"]
-    require(isinstance(freq, int) and freq >= 1, "ema_update_freq", "an integer >= 1", freq)
+    counts = isinstance(freq, numbers.Integral) and not isinstance(freq, bool) and int(freq) >= 1
+    require(counts, "ema_update_freq", "an integer >= 1", freq)
+    for name in ("clamp_pullback", "use_ema_eval"):
+        require(isinstance(group[name], bool), name, "True or False", group[name])
     form = group["pullback_from"]
     require(form in ("weights", "step"), "pullback_from", '"weights" or "step"', form)
 
@@ -138,7 +153,8 @@ class KernelOptimizer(torch.optim.Optimizer):
         self._dry = False
         self._incoming = None
         self._checked, self._prepared = {}, {}
-        super().__init__(params, defaults)
+        # Part of the groups, because that is what every kind of checkpoint carries.
+        super().__init__(params, {**defaults, "swapped": False})
 
     # ---- what a subclass brings ------------------------------------------------------------------------------------
 
@@ -162,10 +178,6 @@ class KernelOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with options of its own; also in the middle of training. See ``torch.optim.Optimizer``."""
-        if isinstance(param_group, dict):
-            listed = param_group.get("params")
-            if isinstance(listed, Iterator):
-                param_group = {**param_group, "params": list(listed)}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -189,7 +201,7 @@ class KernelOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{name} is {param.layout}: parameters must be dense")
         if param.dtype not in _FLOATING:
             raise ValueError(f"{name} is {param.dtype}: parameters must be one of {', '.join(map(str, _FLOATING))}")
-        if overlaps_itself(param):
+        if not is_lazy(param) and overlaps_itself(param):
             raise ValueError(f"{name} overlaps itself in memory (strides {param.stride()}): clone it")
         if self._backend_name is not None:
             choose(self._backend_name, param.device, param.dtype)
@@ -210,11 +222,21 @@ class KernelOptimizer(torch.optim.Optimizer):
         values, seen = list(group.values()), self._checked.get(id(group), [])
         if len(values) != len(seen) or not all(map(operator.is_, values, seen)):
             changed = [k for k, a, b in zip_longest(group, values, seen) if a is not b]
+            if isinstance(group["betas"], list):
+                group["betas"] = tuple(group["betas"])  # so that no change in place goes unseen
             if changed != ["lr"]:
                 self._prepared.pop(id(group), None)
                 self._check_options(group)
+                self._drop_unused(group)
         check_lr(group["lr"])
         self._checked[id(group)] = values
+
+    def _drop_unused(self, group: Group) -> None:
+        """A state that its option was turned off for would be stale when the option comes back: it starts anew then."""
+        unused = set(self.STATE_TENSORS) - set(self._state_tensors(group))
+        for param in group["params"]:
+            for name in unused & self.state.get(param, {}).keys():
+                del self.state[param][name]
 
     def _collect(self) -> list[Work]:
         """What there is to step, checked: nothing has changed where this raises."""
@@ -222,11 +244,16 @@ class KernelOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             self._check_changed(group)
             buckets: dict[tuple[torch.device, torch.dtype], Work] = {}
+            device, dtype, work = None, None, None
             for i, param in enumerate(group["params"]):
                 grad = param.grad
                 if grad is None:
                     continue
-                device, dtype = param.device, param.dtype
+                if work is None or param.dtype is not dtype or param.device != device:
+                    device, dtype = param.device, param.dtype
+                    work = buckets.get((device, dtype))
+                    if work is None:
+                        work = buckets[device, dtype] = Work(group, choose(self._backend_name, device, dtype))
                 if (
                     grad.dtype is not dtype
                     or grad.layout is not torch.strided
@@ -234,9 +261,6 @@ class KernelOptimizer(torch.optim.Optimizer):
                     or grad.device != device
                 ):
                     self._check_grad(param, grad, self._name(group, i))
-                work = buckets.get((device, dtype))
-                if work is None:
-                    work = buckets[device, dtype] = Work(group, choose(self._backend_name, device, dtype))
                 work.params.append(param)
                 work.grads.append(grad)
             works += buckets.values()
@@ -248,12 +272,27 @@ class KernelOptimizer(torch.optim.Optimizer):
         columns: dict[str, list[Tensor]] = {name: [] for name in names}
         for param in work.params:
             state = self.state[param]
+            if state:
+                self._fit(param, state, names[1])
             for name in names:
                 value = state.get(name)
                 if value is None:
                     value = state[name] = self._initial(name, param, work.group)
                 columns[name].append(value)
         return columns
+
+    def _fit(self, param: Tensor, state: dict[str, Tensor], name: str) -> None:
+        """States follow a parameter whose dtype was changed by hand; a change of its shape is refused."""
+        value = state.get(name)
+        if value is None or (value.dtype is state_dtype(param) and value.shape == param.shape):
+            return
+        if value.shape != param.shape:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} has a state of shape {tuple(value.shape)}: was it resized?"
+            )
+        for key in self.STATE_TENSORS:
+            if key in state:
+                state[key] = as_state(param, state[key])
 
     def _initial(self, name: str, param: Tensor, group: Group) -> Tensor:
         if name == "step":
@@ -272,6 +311,7 @@ class KernelOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            self._require_live("step() with a closure that returns")
         self._step()
         return loss
 
@@ -284,8 +324,7 @@ class KernelOptimizer(torch.optim.Optimizer):
                 self._states(work)
             self._dry = True
             return
-        if self._dry:
-            self._forget_dry_run()
+        self._forget_dry_run()
         prepared = [(work, self._states(work)) for work in works]
         self._launch_all(prepared)
 
@@ -304,9 +343,11 @@ class KernelOptimizer(torch.optim.Optimizer):
         )
 
     def _forget_dry_run(self) -> None:
-        for param in [p for p, state in self.state.items() if state["step"].item() == 0]:
-            del self.state[param]
-        self._dry = False
+        """Drops the states of a dry run, so that averages start at the weights as they are now."""
+        if self._dry:
+            for param in [p for p, state in self.state.items() if "step" in state and state["step"].item() == 0]:
+                del self.state[param]
+            self._dry = False
 
     # ---- the average -----------------------------------------------------------------------------------------------
 
@@ -322,20 +363,24 @@ class KernelOptimizer(torch.optim.Optimizer):
         """
         if self._swapped:
             return
-        trade: list[tuple[Tensor, Tensor]] = []
-        for group in self.param_groups:
-            for param in group["params"]:
-                state = self.state.get(param, {})
-                if not group["use_ema_eval"] or "ema" not in state:
-                    continue
-                if param.dtype == state["ema"].dtype:
-                    state["live"] = state["ema"]
-                    state["ema"] = param.detach()
-                    trade.append((param, state["live"]))
-                else:
-                    state["live"] = param.detach().clone()
-                    param.copy_(state["ema"])
-        self._trade(trade)
+        self._forget_dry_run()
+        groups = [group for group in self.param_groups if group["use_ema_eval"]]
+        entries = [(p, self.state[p]) for group in groups for p in group["params"] if "ema" in self.state.get(p, {})]
+        for param, state in entries:
+            if state["ema"].shape != param.shape:
+                raise RuntimeError(f"a parameter of shape {tuple(param.shape)} has an average of another shape")
+        traded = [(p, state) for p, state in entries if p.dtype == state["ema"].dtype]
+        copied = [(p, state, p.detach().clone()) for p, state in entries if p.dtype != state["ema"].dtype]
+        for param, state, _ in copied:
+            param.copy_(state["ema"])
+        self._trade([(param, state["ema"]) for param, state in traded])
+        # Only now that the contents are in place: an exception above leaves the state as it was.
+        for param, state in traded:
+            state["live"], state["ema"] = state["ema"], param.detach()
+        for _, state, live in copied:
+            state["live"] = live
+        for group in groups:
+            group["swapped"] = True
         self._swapped = True
 
     @torch.no_grad()
@@ -343,19 +388,20 @@ class KernelOptimizer(torch.optim.Optimizer):
         """Puts the weights back that ``eval()`` took out; again is harmless."""
         if not self._swapped:
             return
-        trade: list[tuple[Tensor, Tensor]] = []
+        entries = [
+            (p, self.state[p]) for g in self.param_groups for p in g["params"] if "live" in self.state.get(p, {})
+        ]
+        shared = [p.numel() > 0 and state["ema"].data_ptr() == p.data_ptr() for p, state in entries]
+        for (param, state), trade in zip(entries, shared, strict=True):
+            if not trade:
+                param.copy_(state["live"])
+        self._trade([(p, state["live"]) for (p, state), trade in zip(entries, shared, strict=True) if trade])
+        for (_, state), trade in zip(entries, shared, strict=True):
+            live = state.pop("live")
+            if trade:
+                state["ema"] = live
         for group in self.param_groups:
-            for param in group["params"]:
-                state = self.state.get(param, {})
-                live = state.pop("live", None)
-                if live is None:
-                    continue
-                if param.numel() > 0 and state["ema"].data_ptr() == param.data_ptr():
-                    state["ema"] = live
-                    trade.append((param, live))
-                else:
-                    param.copy_(live)
-        self._trade(trade)
+            group["swapped"] = False
         self._swapped = False
 
     def _trade(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
@@ -377,8 +423,8 @@ class KernelOptimizer(torch.optim.Optimizer):
         ...     validate(model)
         """
         was_swapped = self._swapped
-        self.eval()
         try:
+            self.eval()
             yield
         finally:
             if not was_swapped:
@@ -388,17 +434,21 @@ class KernelOptimizer(torch.optim.Optimizer):
     def ema_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """A copy of ``model.state_dict()`` with averaged weights, to save or to export; nothing is swapped.
 
-        A parameter that has no average yet (it took no step) or is not ours comes as it is. Averages are cast to the
-        parameter's dtype. Raises RuntimeError where this optimizer keeps no average at all.
+        Every parameter that has an average comes averaged, in its own dtype, also where ``use_ema_eval`` is False. One
+        that took no step yet, or is not ours, comes as it is. Raises RuntimeError where this optimizer keeps no
+        average, ValueError where it knows no parameter of the model (a copy of a model has its own).
         """
         if not any(self._keeps_average(group) for group in self.param_groups):
             raise RuntimeError("ema_state_dict(): no group of this optimizer keeps an average")
-        exported: dict[str, Any] = {}
-        for name, value in model.state_dict(keep_vars=True).items():
+        self._forget_dry_run()
+        ours = {param for group in self.param_groups for param in group["params"]}
+        exported: dict[str, Any] = model.state_dict(keep_vars=True)
+        if not any(isinstance(value, Tensor) and value in ours for value in exported.values()):
+            raise ValueError("ema_state_dict(): model has no parameter that this optimizer trains")
+        for name, value in exported.items():
             if isinstance(value, Tensor):
                 average = self.state.get(value, {}).get("ema", value)
-                value = torch.empty_like(value, requires_grad=False).copy_(average)
-            exported[name] = value
+                exported[name] = torch.empty_like(value, requires_grad=False).copy_(average)
         return exported
 
     def _keeps_average(self, group: Group) -> bool:
@@ -412,21 +462,25 @@ class KernelOptimizer(torch.optim.Optimizer):
 
         States are copied and stay float32 (float64 for float64 parameters), whatever the parameter's dtype. An option
         that the checkpoint does not have keeps its present value. A state that does not fit raises ValueError and
-        changes nothing. A state saved between ``eval()`` and ``train()`` comes back swapped.
+        changes nothing. A state saved between ``eval()`` and ``train()`` comes back swapped. The weights themselves are
+        the model's: load the model too, and, for a checkpoint of ``pace-optimizer`` saved in eval mode, load it first.
         """
 
         # Last of the pre-hooks, so that those of the user see the checkpoint as it was saved.
         def translate(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            return self._translated(loaded)
+            return self._translated(loaded, notes)
 
+        notes: list[str] = []
         handle = self.register_load_state_dict_pre_hook(translate)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
             self._incoming = None
+        for note in notes:
+            warnings.warn(note, stacklevel=3)  # beyond no_grad
 
-    def _translated(self, loaded: dict[str, Any]) -> dict[str, Any]:
+    def _translated(self, loaded: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         """``loaded`` in our names and checked. The tensors are kept aside: torch would cast them to the parameter's
         dtype."""
         saved_groups = loaded["param_groups"]
@@ -435,10 +489,9 @@ class KernelOptimizer(torch.optim.Optimizer):
         groups, states, incoming = [], {}, {}
         for number, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
             if saved.get("weight_decay") and saved.get("decoupled_weight_decay") is False:
-                warnings.warn(
+                notes.append(
                     f"param_groups[{number}]: weight_decay {saved['weight_decay']} was Adam's, added to the gradient; "
-                    "here it is decoupled, as in AdamW",
-                    stacklevel=4,
+                    "here it is decoupled, as in AdamW"
                 )
             options = self._merged(saved, group)
             self._check_options(options)
@@ -447,7 +500,17 @@ class KernelOptimizer(torch.optim.Optimizer):
                 if key not in loaded["state"] or not loaded["state"][key]:
                     continue
                 name = f"the state of {self._name(group, i)}"
-                states[key] = incoming[param] = self._translated_state(loaded["state"][key], param, options, name)
+                states[key] = incoming[param] = self._translated_state(
+                    loaded["state"][key], param, options, name, notes
+                )
+            loaded_here = [incoming[param] for param in group["params"] if param in incoming]
+            lost = any("ema" in state and "live" not in state for state in loaded_here)
+            if saved.get("swapped") and saved.get("use_ema_eval") and lost:
+                raise ValueError(
+                    f"param_groups[{number}] was saved between eval() and train(), and its live weights did not come "
+                    "along (flattened distributed checkpoints drop them): call train() before saving"
+                )
+            options["swapped"] = any("live" in state for state in loaded_here)
         self._incoming = incoming
         return {**loaded, "state": states, "param_groups": groups}
 
@@ -456,7 +519,9 @@ class KernelOptimizer(torch.optim.Optimizer):
         options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         return options | {k: v for k, v in saved.items() if k not in _FOREIGN_OPTIONS}
 
-    def _translated_state(self, saved: dict[str, Any], param: Tensor, group: Group, name: str) -> dict[str, Tensor]:
+    def _translated_state(
+        self, saved: dict[str, Any], param: Tensor, group: Group, name: str, notes: list[str]
+    ) -> dict[str, Tensor]:
         state = {_FOREIGN_NAMES.get(k, k): v for k, v in saved.items()}
         known = {"step", "live", *self.STATE_TENSORS, *self.STATE_ROWS}
         if unknown := sorted(map(str, state.keys() - known - _FOREIGN_STATE)):
@@ -465,13 +530,15 @@ class KernelOptimizer(torch.optim.Optimizer):
             if required not in state:
                 raise ValueError(f"{name} lacks {required}: is it the state of another optimizer?")
         if "max_exp_avg_sq" not in self._state_tensors(group) and state.pop("max_exp_avg_sq", None) is not None:
-            warnings.warn(f"{name}: the maximum that AMSGrad keeps is dropped", stacklevel=5)
+            notes.append(f"{name}: the maximum that AMSGrad keeps is dropped")
         state.pop("last_ema_step", None)
         if (theta := state.pop("theta", None)) is not None and "ema" in state:
             # The published code holds the live weights twice. They are needed only where it was saved in eval mode.
             same = theta.shape == param.shape and torch.equal(theta.to(param), param)
             if not same and torch.equal(state["ema"].to(param), param):
                 state["live"] = theta
+            elif not same:
+                notes.append(f"{name}: the model holds neither its weights nor its average; load the model first")
         step = torch.as_tensor(state.pop("step"), dtype=torch.float32)
         if step.numel() != 1 or not float(step) >= 0:
             raise ValueError(f"{name}: step must be one number >= 0, got {step}")

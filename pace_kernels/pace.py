@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .ops import PACE_STATS
-from .optimizer import Group, KernelOptimizer, Work, check_average_options, check_common_options
+from .optimizer import (
+    Group,
+    KernelOptimizer,
+    Work,
+    check_average_options,
+    check_common_options,
+    plain_number,
+    require,
+)
 from .torch_rules.pace import PaceOptions, average_weight, merge_stats
 
 
@@ -37,8 +45,8 @@ class PACE(KernelOptimizer):
         params: parameters, named parameters, or groups of them: dense, of dtype float32, bfloat16, float16 or float64.
             States are float32 (float64 for float64 parameters).
         lr: α ≥ 0, a number or a tensor with one element.
-        betas: (β1, β2), each in [0, 1). With β1 = 0 no first moment is kept.
-        eps: ε > 0.
+        betas: (β1, β2), each in [0, 1). With β1 = 0 no first moment is kept; raised in mid-training, it starts at 0.
+        eps: ε ≥ 2**-126, float32's smallest normal number.
         weight_decay: λ_wd ≥ 0, decoupled from the gradient.
         lambda_pullback: c ≥ 0, the strength of the pullback. 0 is AdamW, with an averaged copy if ``use_ema_eval``.
         clamp_pullback: whether Λ is clipped at 1.
@@ -126,6 +134,7 @@ class PACE(KernelOptimizer):
     def _check_options(self, group: Group) -> None:
         check_common_options(group)
         check_average_options(group)
+        require(isinstance(group["log_stats"], bool), "log_stats", "True or False", group["log_stats"])
 
     def _state_tensors(self, group: Group) -> tuple[str, ...]:
         moment = ("exp_avg",) if group["betas"][0] != 0.0 else ()
@@ -136,23 +145,26 @@ class PACE(KernelOptimizer):
         """The operator's options. They are the group's, but for a few names."""
         beta1, beta2 = group["betas"]
         shared = PaceOptions.__dataclass_fields__.keys() & group.keys()
-        return {k: group[k] for k in shared} | {
+        options = {k: group[k] for k in shared} | {
             "beta1": beta1,
             "beta2": beta2,
             "pullback_from_step": group["pullback_from"] == "step",
         }
+        return {k: plain_number(value) for k, value in options.items()}
 
     def _step(self) -> None:
         self._step_stats = []
         super()._step()
 
     def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> None:
-        options = self._options(work.group)
-        device = work.params[0].device
-        if isinstance(options["lr"], Tensor) and work.backend.name == "cpu":
-            options["lr"] = options["lr"].item()
+        group, device = work.group, work.params[0].device
+        prepared = self._prepared.get(id(group))
+        if prepared is None:
+            prepared = self._prepared[id(group)] = self._options(group)
+        lr = group["lr"]
+        options = {**prepared, "lr": float(lr) if work.backend.name == "cpu" else plain_number(lr)}
         stats = None
-        if work.group["log_stats"]:
+        if group["log_stats"]:
             dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
             stats = torch.empty(len(PACE_STATS), dtype=dtype, device=device)
             self._step_stats.append(stats)
@@ -199,7 +211,7 @@ class PACE(KernelOptimizer):
         """
         for group in self.param_groups:
             if self._keeps_average(group):
-                steps = [float(self.state[p]["step"]) for p in group["params"] if p in self.state]
+                steps = [float(self.state[p]["step"]) for p in group["params"] if "step" in self.state.get(p, {})]
                 options = PaceOptions(**self._options(group))
                 return float(average_weight(options, max(steps, default=0.0)))
         return None

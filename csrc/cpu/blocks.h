@@ -15,7 +15,7 @@
 
 namespace pace {
 
-// Work is dealt in blocks of 16,384 elements (0.6 MB of PACE's operands). Sums are kept per block and added in the
+// Work is dealt in blocks of 16,384 elements (0.3 MB of PACE's operands). Sums are kept per block and added in the
 // order of the blocks, so that they are the same bits for every number of threads.
 inline constexpr int64_t kBlock = 16384;
 // at::parallel_for's usual grain: below this many elements a thread costs more than it brings.

@@ -1,4 +1,4 @@
-// The door between the operators (ops.cpp, compiled once) and the kernels (kernels.cpp, compiled once per instruction
+// The door between the operators (*_ops.cpp, compiled once) and the kernels (kernels.cpp, compiled once per instruction
 // set). Plain structs and function pointers only: nothing here may leave a symbol that two instruction sets could
 // share.
 #pragma once

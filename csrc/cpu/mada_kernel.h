@@ -11,8 +11,8 @@ struct MadaTile {
   float *x, *g, *m, *n, *v, *w, *l, *last, *older, *e;
 };
 
-// The rule over one tile. kLag: moments are one step behind; the last step is redone, and its sensitivities times the
-// new gradient are summed, as six named scalars, so that the loop stays vectorized.
+// The rule over one tile. kLag: moments are one step behind; the last step is redone, and its hypergradient terms are
+// summed, as six named scalars, so that the loop stays vectorized.
 template <bool kLag, bool kDiff, bool kSecond, bool kLion, bool kAdam, bool kAverage>
 void mada_tile(const MadaWork& work, int64_t count, const MadaTile& tile, double* sums) {
   const MadaScalars now = work.now, redo = work.last;  // local copies: stores through the tile can't change them
@@ -28,17 +28,18 @@ void mada_tile(const MadaWork& work, int64_t count, const MadaTile& tile, double
     float m_ = kAdam ? m[i] : 0.0f, n_ = kDiff ? n[i] : 0.0f, v_ = kAdam ? v[i] : 0.0f;
     float w_ = kSecond ? w[i] : 0.0f, l_ = kLion ? l[i] : 0.0f;
     if constexpr (kLag) {
+      const float older_g = kDiff ? older[i] : 0.0f;
       const MadaStep r =
-          mada_rule<kAdam, kDiff, kSecond, kLion>(redo, last_g, kDiff ? older[i] : 0.0f, m_, n_, v_, w_, l_);
-      beta1 += g * r.beta1;
-      beta2 += g * r.beta2;
-      if constexpr (kDiff) beta3 += g * r.beta3;
-      if constexpr (kSecond) rho += g * r.rho;
-      c += g * r.c;
-      if constexpr (kLion) gamma += g * r.gamma;
+          mada_rule<kAdam, kDiff, kSecond, kLion, kAverage>(redo, last_g, older_g, g, m_, n_, v_, w_, l_);
+      beta1 += r.beta1;
+      beta2 += r.beta2;
+      if constexpr (kDiff) beta3 += r.beta3;
+      if constexpr (kSecond) rho += r.rho;
+      c += r.c;
+      if constexpr (kLion) gamma += r.gamma;
       m_ = r.m, n_ = r.n, v_ = r.v, w_ = r.w, l_ = r.l;
     }
-    const MadaStep r = mada_rule<kAdam, kDiff, kSecond, kLion>(now, g, last_g, m_, n_, v_, w_, l_);
+    const MadaStep r = mada_rule<kAdam, kDiff, kSecond, kLion, kAverage>(now, g, last_g, 0.0f, m_, n_, v_, w_, l_);
     const MadaWeights a = mada_weights<kAdam, kAverage>(pull, x[i], kAverage ? e[i] : 0.0f, r.update, r.inv_D);
     if constexpr (!kLag) m_ = r.m, n_ = r.n, v_ = r.v, w_ = r.w, l_ = r.l;
     x[i] = a.x;

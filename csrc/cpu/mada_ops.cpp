@@ -83,6 +83,7 @@ void mada_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
   std::vector<MadaWork> works(params.size());
   std::vector<double> step_counts(params.size());
   std::vector<double*> last(lag ? params.size() : 0);
+  std::vector<MadaCoefficients> factors(lag ? params.size() : 0);
   for (size_t i = 0; i < params.size(); ++i) {
     const Tensor& param = params[i];
     const MemoryOrder order(param);
@@ -118,9 +119,10 @@ void mada_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
     if (!lag) continue;
     last[i] = doubles("last_scalars", last_scalars[i], kLastScalars);
     if (i > 0 && t == step_counts[i - 1] && std::equal(last[i], last[i] + kLastScalars, last[i - 1])) {
-      w.last = works[i - 1].last;
+      w.last = works[i - 1].last, factors[i] = factors[i - 1];
     } else {
-      w.last = last_step(options, t - 1.0, last[i]);
+      const LastStep redo = last_step(options, t - 1.0, last[i]);
+      w.last = redo.scalars, factors[i] = redo.factors;
     }
   }
 
@@ -138,8 +140,13 @@ void mada_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
   }
   if (out == nullptr) return;
   std::fill(out, out + kCoefficients, 0.0);
-  for (const auto& block : sums) {
-    for (size_t k = 0; k < kCoefficients; ++k) out[k] += learn >> k & 1 ? block[k] : 0.0;
+  size_t block = 0;
+  for (size_t i = 0; i < params.size() && lag; ++i) {
+    MadaCoefficients total{};
+    for (int64_t begin = 0; begin < params[i].numel(); begin += kBlock, ++block) {
+      for (size_t k = 0; k < kCoefficients; ++k) total[k] += sums[block][k];
+    }
+    for (size_t k = 0; k < kCoefficients; ++k) out[k] += learn >> k & 1 ? factors[i][k] * total[k] : 0.0;
   }
   out[kCoefficients] = lr;
 }

@@ -9,7 +9,8 @@ namespace {
 
 // A tile is 64 elements, and memory is asked for 256 elements (1 KiB of float32) ahead of it. The hardware prefetcher
 // stops at each 4 KiB page, of each of five operands; this goes on. PACE, 32 M float32 parameters, 2 cores, medians:
-// 24.4 ms; with tiles of 1,024 and no prefetch 27.2 ms; with tiles of 128 to 1,024 and one tile's lines at once 25 to 32.
+// 24.4 ms; with tiles of 1,024 and no prefetch 27.2 ms; with tiles of 128 to 1,024 and one tile's lines at once 25
+// to 32.
 constexpr int64_t kTile = 64;
 constexpr int64_t kAhead = 256;
 

@@ -4,7 +4,7 @@
 // Arithmetic contract: every operation is rounded once, in the order written, and nothing is contracted into a fused
 // multiply-add (-ffp-contract=off, -fmad=false). An element's result then depends on its inputs alone: not on the
 // instruction set, the vector width, its place in the tensor, or how tensors are sharded. The kernels wait for memory,
-// so this costs nothing (bench/README.md).
+// so this costs nothing.
 #pragma once
 
 #include <cstdint>

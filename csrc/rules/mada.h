@@ -52,15 +52,16 @@ struct MadaScalars {
   float rho, one_minus_rho, c, one_minus_c;
   float mean_new, mean_old;  // 1 / t, (t − 1) / t
   float eps, inv_eps;
-  float inv_bias1, inv_bias2;                         // 1 / b1, 1 / b2
-  float lr, adam_size, lion_size;                     // α, α γ, α (1 − γ)
-  float bias1_slope, bias2_slope;                     // t β1^(t−1) / b1², t β2^(t−1) / b2
-  float rho_slope, square_slope, twice_square_slope;  // ρ / b2, ρ (1 − β2) / b2
-  float pull_gain, gain_cap;  // α c w_t where the pullback is from the step, otherwise 0; 1 or infinity
-  int32_t second_max;         // 1: second_moment="max". An int, because the vectorizer has no vector of bool
+  float inv_bias1, inv_bias2;      // 1 / b1, 1 / b2
+  float adam_size, lion_size;      // α γ, α (1 − γ)
+  float bias1_slope, bias2_slope;  // t β1^(t−1) / b1, t β2^(t−1)
+  float square_slope;              // 2 ρ (1 − β2) / b2
+  float pull_gain, gain_cap;       // α c w_t where the pullback is from the step, otherwise 0; 1 or infinity
+  int32_t second_max;              // 1: second_moment="max". An int, because the vectorizer has no vector of bool
 };
 
-// The moments after the step, w being ṽ; α U and 1 / D; and ∂x/∂q. The compiler drops what nobody uses.
+// The moments after the step, w being ṽ; α U and 1 / D; and the terms of the hypergradients, next_g ∂x/∂q but for a
+// factor that all coordinates share (mada_factors in scalars.h). The compiler drops what nobody uses.
 struct MadaStep {
   float m, n, v, w, l;
   float update, inv_D;
@@ -68,9 +69,11 @@ struct MadaStep {
 };
 
 // One step, but for weight decay and pullback. kAdam: Adam's moments are in play, kDiff: differences of gradients,
-// kSecond: ṽ, kLion: Lion. Where a flag is off, its operands are not touched and its results are 0.
-template <bool kAdam, bool kDiff, bool kSecond, bool kLion>
-PACE_RULE MadaStep mada_rule(const MadaScalars& s, float g, float last_g, float m, float n, float v, float w, float l) {
+// kSecond: ṽ, kLion: Lion, kAverage: the average. Where a flag is off, its operands are not touched. `next_g` is the
+// gradient after the step; a step whose terms nobody uses may have any.
+template <bool kAdam, bool kDiff, bool kSecond, bool kLion, bool kAverage>
+PACE_RULE MadaStep mada_rule(const MadaScalars& s, float g, float last_g, float next_g, float m, float n, float v,
+                             float w, float l) {
   MadaStep r;
   const float d = kDiff ? g - last_g : 0.0f;
   const float g_hat = kDiff ? g + s.beta3 * d : g;
@@ -91,19 +94,20 @@ PACE_RULE MadaStep mada_rule(const MadaScalars& s, float g, float last_g, float 
   const float adam = (s.adam_size * N) * r.inv_D, lion = s.lion_size * sign_u;
   r.update = kAdam ? (kLion ? adam + lion : adam) : lion;
 
-  // One division for 1 / D and 1 / (2 sqrt(V)): the divider is what this rule waits for most.
+  // One division for 1 / D and 1 / (2 sqrt(V)); the same 1 / D as above, but that the root may be 0.
   const float product = root * D, inv = 1.0f / product;
   const float inv_D = product >= kSmallestNormal ? inv * root : s.inv_eps;
   const float half_inv_root = product >= kSmallestNormal ? (0.5f * inv) * D : 0.0f;
-  const float kept = 1.0f - smaller(s.pull_gain * inv_D, s.gain_cap);  // (1 − Λ) x' + Λ e, where it is from the step
-  const float A = (s.adam_size * inv_D) * kept, U = N * inv_D, R = (A * U) * half_inv_root;
-  const float through_V = s.twice_square_slope * ((g_hat * (s.c + s.one_minus_c * s_v)) * d);
-  r.beta1 = -(A * ((m - g) * s.inv_bias1 + r.m * s.bias1_slope));
-  r.beta2 = R * (s.rho_slope * (v - g_tilde) + V * s.bias2_slope);
-  r.beta3 = kDiff ? R * through_V - A * (r.n + s.beta3 * (n - d)) : 0.0f;
-  r.rho = kSecond ? R * (s.inv_bias2 * (r.v - r.w)) : 0.0f;
-  r.c = R * (s.square_slope * ((square - v) - square * s_v));
-  r.gamma = kLion ? (s.lr * kept) * (sign_u - U) : 0.0f;
+  const float lambda = smaller(s.pull_gain * inv_D, s.gain_cap);  // (1 − Λ) x' + Λ e, where it is from the step
+  const float h = kAverage ? next_g * (1.0f - lambda) : next_g;
+  const float A = h * inv_D, U = N * inv_D, R = (A * U) * half_inv_root;
+  r.beta1 = A * ((m - g) + r.m * s.bias1_slope);
+  r.beta2 = R * (s.rho * (v - g_tilde) + V * s.bias2_slope);
+  const float square_term = (g_hat * (s.c + s.one_minus_c * s_v)) * d;
+  r.beta3 = kDiff ? R * (s.square_slope * square_term) - A * (r.n + s.beta3 * (n - d)) : 0.0f;
+  r.rho = kSecond ? R * (r.v - r.w) : 0.0f;
+  r.c = R * ((square - v) - square * s_v);
+  r.gamma = kLion ? h * (sign_u - U) : 0.0f;
   return r;
 }
 

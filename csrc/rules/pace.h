@@ -28,10 +28,10 @@ struct PaceScalars {
   float beta2, one_minus_beta2;
   float inv_bias2;  // 1 / (1 − β2^t)
   float eps;
-  float decay;      // 1 − α λ_wd
-  float step_size;  // α / (1 − β1^t)
-  float gain;       // α c w_t
-  float gain_cap;   // 1, or infinity without the clamp
+  float decay, shrink;  // 1 − α λ_wd, α λ_wd
+  float step_size;      // α / (1 − β1^t)
+  float gain;           // α c w_t
+  float gain_cap;       // 1, or infinity without the clamp
   float weight, one_minus_weight;
   int32_t from_step;  // 1: pullback_from="step". An int, because the vectorizer has no vector of bool
 };
@@ -55,14 +55,15 @@ PACE_RULE PaceStep pace_rule(const PaceScalars& s, float g, float x, float m, fl
   r.m = kMoment ? s.beta1 * m + s.one_minus_beta1 * g : g;
   r.v = s.beta2 * v + s.one_minus_beta2 * (g * g);
   r.inv_D = 1.0f / (square_root(r.v * s.inv_bias2) + s.eps);
-  const float x_adamw = x * s.decay - (s.step_size * r.m) * r.inv_D;
+  const float move = (s.step_size * r.m) * r.inv_D;
+  const float x_adamw = x * s.decay - move;
   r.lambda = s.gain * r.inv_D;
   r.clamped = smaller(r.lambda, s.gain_cap);
   r.pullback = kPull ? r.clamped * (e - (s.from_step != 0 ? x_adamw : x)) : 0.0f;
   r.x = kPull ? x_adamw + r.pullback : x_adamw;
   r.e = kAverage ? s.one_minus_weight * e + s.weight * r.x : e;
-  r.adamw = x_adamw - x;
-  r.update = r.x - x;
+  r.adamw = -(x * s.shrink) - move;  // not x' − x, which loses what is small beside x
+  r.update = r.adamw + r.pullback;
   return r;
 }
 

@@ -19,6 +19,11 @@ def in_double(scalar: Tensor) -> Tensor:
     return scalar if scalar.device.type == "mps" else scalar.double()  # MPS has no float64
 
 
+def number(scalar: Scalar) -> Scalar:
+    """A learning rate in double precision, without dimensions."""
+    return in_double(scalar).reshape(()) if isinstance(scalar, Tensor) else scalar
+
+
 def rounded(scalars: Scalars, dtype: torch.dtype) -> Scalars:
     """Tensors among the scalars in the dtype of the states: otherwise 0-dimensional parameters would become float64."""
     fields: list[Any] = [a.to(dtype) if isinstance(a, Tensor) else a for a in scalars]

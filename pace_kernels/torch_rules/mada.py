@@ -35,14 +35,14 @@ R = α γ N / D² / (2 sqrt(V)), which is 0 where V = 0; m₋, n₋, v̄₋ are 
 
 The hypergradient of q is the sum over all coordinates of the new gradient times the last step's ∂x/∂q. The six
 sensitivities are not kept: moments are kept one step behind, beside the last gradient, and the last step is redone
-(:func:`redone`). The operations and their order are those of ``csrc/rules/mada.h``, one rounding each: in float32
+by :func:`mada_rule`. The operations and their order are those of ``csrc/rules/mada.h``, one rounding each: in float32
 both give the same bits, but for torch's square root, which MKL does not always round correctly.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -107,14 +107,11 @@ class MadaScalars(NamedTuple):
     inv_eps: Scalar
     inv_bias1: Scalar
     inv_bias2: Scalar
-    lr: Scalar
     adam_size: Scalar
     lion_size: Scalar
     bias1_slope: Scalar
     bias2_slope: Scalar
-    rho_slope: Scalar
     square_slope: Scalar
-    twice_square_slope: Scalar
     pull_gain: Scalar
     gain_cap: Scalar
     second_max: bool
@@ -157,7 +154,6 @@ class MadaStep(NamedTuple):
 def mada_scalars(o: MadaOptions, t: Scalar, lr: Scalar, q: Sequence[Scalar]) -> MadaScalars:
     beta1, beta2, beta3, rho, c, gamma = q
     bias1, bias2 = 1.0 - beta1**t, 1.0 - beta2**t
-    square_slope = rho * (1.0 - beta2) / bias2
     return MadaScalars(
         beta1=beta1,
         one_minus_beta1=1.0 - beta1,
@@ -179,18 +175,23 @@ def mada_scalars(o: MadaOptions, t: Scalar, lr: Scalar, q: Sequence[Scalar]) -> 
         inv_eps=1.0 / o.pace.eps,
         inv_bias1=1.0 / bias1,
         inv_bias2=1.0 / bias2,
-        lr=lr,
         adam_size=lr * gamma,
         lion_size=lr * (1.0 - gamma),
-        bias1_slope=t * beta1 ** (t - 1.0) / (bias1 * bias1),
-        bias2_slope=t * beta2 ** (t - 1.0) / bias2,
-        rho_slope=rho / bias2,
-        square_slope=square_slope,
-        twice_square_slope=2.0 * square_slope,
+        bias1_slope=t * beta1 ** (t - 1.0) / bias1,
+        bias2_slope=t * beta2 ** (t - 1.0),
+        square_slope=2.0 * rho * (1.0 - beta2) / bias2,
         pull_gain=lr * o.pace.lambda_pullback * gain_weight(o.pace, t) if o.pace.pullback_from_step else 0.0,
         gain_cap=1.0 if o.pace.clamp_pullback else math.inf,
         second_max=o.second_max,
     )
+
+
+def mada_factors(t: Scalar, lr: Scalar, q: Sequence[Scalar]) -> list[Scalar]:
+    """What all coordinates' hypergradient terms share: h_q is the factor of q times the sum of the terms."""
+    beta1, beta2, _, rho, _, gamma = q
+    bias1, bias2 = 1.0 - beta1**t, 1.0 - beta2**t
+    A, square = lr * gamma, rho * (1.0 - beta2)
+    return [-A / bias1, A / bias2, A, A / bias2, A * square / bias2, lr]
 
 
 def no_step(o: MadaOptions) -> MadaScalars:
@@ -199,14 +200,18 @@ def no_step(o: MadaOptions) -> MadaScalars:
     return MadaScalars(**(dict.fromkeys(MadaScalars._fields[:-1], 0.0) | keep), second_max=o.second_max)
 
 
-def last_step(o: MadaOptions, t: Scalar, last: Sequence[Scalar]) -> MadaScalars:
-    """The scalars of step ``t``, which was the last, from what it left in ``last_scalars``."""
+def last_step(o: MadaOptions, t: Scalar, last: Sequence[Scalar]) -> tuple[MadaScalars, list[Scalar]]:
+    """The scalars and factors of step ``t``, which was the last, from what it left in ``last_scalars``."""
     taken, lr, *q = last
+    none, zeros = no_step(o), [0.0] * len(COEFFICIENTS)
     if not isinstance(taken, Tensor):
-        return mada_scalars(o, t, lr, q) if taken else no_step(o)
-    redo, none = mada_scalars(o, t, lr, q), no_step(o)
-    fields: list[Any] = [torch.where(taken > 0, a, b) for a, b in zip(redo[:-1], none[:-1], strict=True)]
-    return MadaScalars._make([*fields, o.second_max])
+        return (mada_scalars(o, t, lr, q), mada_factors(t, lr, q)) if taken else (none, list(zeros))
+
+    def chosen(values: Iterable[Any], otherwise: Iterable[Any]) -> list[Any]:
+        return [torch.where(taken > 0, a, b) for a, b in zip(values, otherwise, strict=True)]
+
+    scalars = chosen(mada_scalars(o, t, lr, q)[:-1], none[:-1])
+    return MadaScalars._make([*scalars, o.second_max]), chosen(mada_factors(t, lr, q), zeros)
 
 
 def mada_rule(s: MadaScalars, g: Tensor, last_g: Tensor | None, before: MadaMoments) -> MadaStep:
@@ -240,8 +245,11 @@ def mada_rule(s: MadaScalars, g: Tensor, last_g: Tensor | None, before: MadaMome
     return MadaStep(MadaMoments(m, n, v, w, l), cast(Tensor, update), inv_D, sign_u, terms)
 
 
-def mada_sensitivities(s: MadaScalars, g: Tensor, before: MadaMoments, step: MadaStep) -> list[Tensor | None]:
-    """∂x/∂q of a step, in the order of COEFFICIENTS; None where the coefficient is not in play."""
+def hypergradient_terms(
+    s: MadaScalars, g: Tensor, next_g: Tensor, before: MadaMoments, step: MadaStep
+) -> list[Tensor | None]:
+    """``next_g`` times ∂x/∂q of a step but for the factors of :func:`mada_factors`, in the order of COEFFICIENTS; None
+    where the coefficient is not in play."""
     m, n, v, w, _ = step.moments
     assert step.terms is not None and m is not None and v is not None and before.m is not None and before.v is not None
     d, g_hat, square, s_v, g_tilde, V, N, root, D = step.terms
@@ -250,21 +258,21 @@ def mada_sensitivities(s: MadaScalars, g: Tensor, before: MadaMoments, step: Mad
     inv = 1.0 / product  # one division for 1 / D and 1 / (2 sqrt(V))
     inv_D = torch.where(divides, inv * root, s.inv_eps)
     half_inv_root = torch.where(divides, (0.5 * inv) * D, 0.0)
-    kept = 1.0 - (s.pull_gain * inv_D).clamp(max=s.gain_cap)  # (1 − Λ) x' + Λ e, where the pullback is from the step
-    A = (s.adam_size * inv_D) * kept
+    h = next_g * (1.0 - (s.pull_gain * inv_D).clamp(max=s.gain_cap))  # (1 − Λ) x' + Λ e, where it is from the step
+    A = h * inv_D
     U = N * inv_D
     R = (A * U) * half_inv_root
-    beta1 = -(A * ((before.m - g) * s.inv_bias1 + m * s.bias1_slope))
-    beta2 = R * (s.rho_slope * (before.v - g_tilde) + V * s.bias2_slope)
+    beta1 = A * ((before.m - g) + m * s.bias1_slope)
+    beta2 = R * (s.rho * (before.v - g_tilde) + V * s.bias2_slope)
     beta3 = rho = gamma = None
     if n is not None and before.n is not None and d is not None:
-        through_V = s.twice_square_slope * ((g_hat * (s.c + s.one_minus_c * s_v)) * d)
-        beta3 = R * through_V - A * (n + s.beta3 * (before.n - d))
+        square_term = (g_hat * (s.c + s.one_minus_c * s_v)) * d
+        beta3 = R * (s.square_slope * square_term) - A * (n + s.beta3 * (before.n - d))
     if w is not None:
-        rho = R * (s.inv_bias2 * (v - w))
-    c = R * (s.square_slope * ((square - before.v) - square * s_v))
+        rho = R * (v - w)
+    c = R * ((square - before.v) - square * s_v)
     if step.sign_u is not None:
-        gamma = (s.lr * kept) * (step.sign_u - U)
+        gamma = h * (step.sign_u - U)
     return [beta1, beta2, beta3, rho, c, gamma]
 
 
@@ -336,11 +344,15 @@ def mada_step_(
         if last_scalars and last_g is not None:
             t = in_double(step) if o.pace.capturable else step.item()
             older_g = older_grads[i] if older_grads else None
-            before, slopes = redone(o, t, _numbers(last_scalars[i]), last_g, older_g, kept)
+            redo, factors = last_step(o, t, _numbers(last_scalars[i]))
+            redo = rounded(redo, dtype)
+            redone = mada_rule(redo, last_g, older_g, kept)
+            before = redone.moments
             if hypergradients is not None:
-                for k, slope in enumerate(slopes):
-                    if slope is not None and o.learn >> k & 1:
-                        hypergradients[k] += fixed_order_sum(g * slope).to(hypergradients.dtype)
+                terms = hypergradient_terms(redo, last_g, g, kept, redone)
+                for k, (factor, term) in enumerate(zip(factors, terms, strict=True)):
+                    if term is not None and o.learn >> k & 1:
+                        hypergradients[k] += (factor * fixed_order_sum(term)).to(hypergradients.dtype)
             _fill(last_scalars[i], (1.0, lr, *q))
         step += 1
         t = in_double(step) if o.pace.capturable else step.item()
@@ -358,13 +370,11 @@ def mada_step_(
             (older_grads[i] if older_grads else last_g).copy_(g)
 
 
-def redone(
+def caught_up(
     o: MadaOptions, t: Scalar, last: Sequence[Scalar], g: Tensor, last_g: Tensor | None, kept: MadaMoments
-) -> tuple[MadaMoments, list[Tensor | None]]:
-    """The moments after step ``t``, the last one taken, and its ∂x/∂q, from the moments before it."""
-    s = rounded(last_step(o, t, last), g.dtype)
-    step = mada_rule(s, g, last_g, kept)
-    return step.moments, mada_sensitivities(s, g, kept, step)
+) -> MadaMoments:
+    """The moments after step ``t``, the last one taken, from the moments before it."""
+    return mada_rule(rounded(last_step(o, t, last)[0], g.dtype), g, last_g, kept).moments
 
 
 def mada_learn_(

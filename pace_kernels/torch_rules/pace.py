@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..ops import PACE_STATS
-from .common import Scalar, at_least, in_double
+from .common import Scalar, at_least, in_double, number, rounded
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class PaceScalars(NamedTuple):
     inv_bias2: Scalar
     eps: float
     decay: Scalar
+    shrink: Scalar
     step_size: Scalar
     gain: Scalar
     gain_cap: float
@@ -97,7 +98,7 @@ def average_weight(o: PaceOptions, t: Scalar) -> Scalar:
 
 
 def pace_scalars(o: PaceOptions, t: Scalar) -> PaceScalars:
-    lr = in_double(o.lr) if isinstance(o.lr, Tensor) else o.lr
+    lr = number(o.lr)
     w = average_weight(o, t)
     return PaceScalars(
         grad_sign=-1.0 if o.maximize else 1.0,
@@ -108,6 +109,7 @@ def pace_scalars(o: PaceOptions, t: Scalar) -> PaceScalars:
         inv_bias2=1.0 / (1.0 - o.beta2**t),
         eps=o.eps,
         decay=1.0 - lr * o.weight_decay,
+        shrink=lr * o.weight_decay,
         step_size=lr / (1.0 - o.beta1**t),
         gain=lr * o.lambda_pullback * gain_weight(o, t),
         gain_cap=1.0 if o.clamp_pullback else math.inf,
@@ -128,7 +130,8 @@ def pace_rule(
     m = g if m is None else s.beta1 * m + s.one_minus_beta1 * g
     v = s.beta2 * v + s.one_minus_beta2 * (g * g)
     inv_D = 1.0 / ((v * s.inv_bias2).sqrt() + s.eps)
-    x_adamw = x * s.decay - (s.step_size * m) * inv_D
+    move = (s.step_size * m) * inv_D
+    x_adamw = x * s.decay - move
     lambda_ = s.gain * inv_D
     clamped = lambda_.clamp(max=s.gain_cap)
     if pull and e is not None:
@@ -137,7 +140,8 @@ def pace_rule(
     else:
         pullback, x_new = torch.zeros_like(x), x_adamw
     e_new = None if e is None else s.one_minus_weight * e + s.weight * x_new
-    return PaceStep(x_new, m, v, e_new, inv_D, lambda_, clamped, x_adamw - x, pullback, x_new - x)
+    adamw = -(x * s.shrink) - move
+    return PaceStep(x_new, m, v, e_new, inv_D, lambda_, clamped, adamw, pullback, adamw + pullback)
 
 
 def pace_stats(o: PaceOptions, t: Scalar, step: PaceStep) -> Tensor:
@@ -145,7 +149,7 @@ def pace_stats(o: PaceOptions, t: Scalar, step: PaceStep) -> Tensor:
     w = gain_weight(o, t)
     dtype = torch.float32 if step.x.device.type == "mps" else torch.float64  # MPS has no float64
     inv_D, lambda_, clamped = (a.to(dtype) for a in (step.inv_D, step.lambda_, step.clamped))
-    gain = o.lr * o.lambda_pullback * w
+    gain = number(o.lr) * o.lambda_pullback * w
     moments = [inv_D.sum(), inv_D.min(), inv_D.max()]
     clipped = (lambda_ >= 1.0).to(dtype).sum()
     squares = [a.to(dtype).square().sum() for a in (step.adamw, step.pullback, step.update)]
@@ -187,9 +191,7 @@ def pace_step_(
         v = exp_avg_sqs[i]
         m = exp_avgs[i] if o.beta1 != 0.0 else None
         e = emas[i] if emas else None
-        s = pace_scalars(o, t)
-        if o.capturable:  # rounded once, or 0-dimensional parameters would be promoted to float64
-            s = PaceScalars._make(a.to(v.dtype) if isinstance(a, Tensor) else a for a in s)
+        s = rounded(pace_scalars(o, t), v.dtype)
         new = pace_rule(s, grads[i].to(v.dtype), param.to(v.dtype), m, v, e, pull)
         param.copy_(new.x)
         v.copy_(new.v)
