@@ -117,7 +117,7 @@ class MADA(KernelOptimizer):
             States are float32 (float64 for float64 parameters).
         lr: α ≥ 0, a number or a tensor with one element. A step with lr = 0 leaves the coefficients alone.
         betas: (β1, β2), each in [0, 1).
-        eps: ε > 0.
+        eps: ε ≥ 2**-126, float32's smallest normal number.
         weight_decay: λ_wd ≥ 0, decoupled from the gradient; no hypergradient sees it.
         beta3: β3 in [0, 1). Fixed at 0, neither n nor a previous gradient is kept.
         rho: ρ in [0, 1]. Fixed at 1, no ṽ is kept.

@@ -95,8 +95,8 @@ def test_saved_while_swapped(dtype: torch.dtype, model_saved_swapped: bool) -> N
 
 
 def test_saved_while_swapped_by_a_helper_that_drops_the_live_weights() -> None:
-    """Flattened distributed checkpoints keep only what a fresh optimizer has: not `live`. That is said, instead of going
-    on from the average."""
+    """Flattened distributed checkpoints keep only what a fresh optimizer has: not `live`. That is said, instead of
+    going on from the average."""
     model = model_of(torch.float32)
     optimizer = PACE(model.parameters())
     train(model, optimizer, range(3))

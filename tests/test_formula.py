@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PLACES = {"PACE": {"README.md", "csrc/rules/pace.h", "pace_kernels/pace.py", "pace_kernels/torch_rules/pace.py"}}
+PLACES = {
+    "PACE": {"README.md", "csrc/rules/pace.h", "pace_kernels/pace.py", "pace_kernels/torch_rules/pace.py"},
+    "MADA": {"README.md", "csrc/rules/mada.h", "pace_kernels/mada.py", "pace_kernels/torch_rules/mada.py"},
+    "MADA hypergradients": {"csrc/rules/mada.h", "pace_kernels/torch_rules/mada.py"},
+}
 
 
 def blocks() -> dict[str, dict[str, str]]:

@@ -136,7 +136,7 @@ def test_no_symbol_leaks_between_instruction_sets(isa: str, tmp_path: Path) -> N
 
 
 def test_sources_contract_nothing() -> None:
-    assert "-ffp-contract=off" in BUILD["KERNEL_FLAGS"]
+    assert "-ffp-contract=off" in BUILD["COMMON_FLAGS"]
 
 
 # ---- storage --------------------------------------------------------------------------------------------------------

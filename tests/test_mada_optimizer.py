@@ -1,0 +1,571 @@
+"""Promise: MADA is a torch.optim optimizer in every respect, and its coefficients are part of it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from pace_kernels import MADA, PACE, backends
+
+BACKENDS = [name for name, row in backends().items() if row.available]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+INSIDE = {"beta3": 0.4, "rho": 0.35, "c": 0.6, "gamma": 0.7, "lr": 1e-2, "hyper_warmup": 2}
+NAMES = ("beta1", "beta2", "beta3", "rho", "c", "gamma")
+
+
+def model_of(dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.Linear(5, 2)).to(dtype)
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range, flip: bool = False) -> None:
+    for t in steps:
+        generator = torch.Generator().manual_seed(t)
+        for p in model.parameters():
+            grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            p.grad = -grad if flip else grad
+        optimizer.step()
+
+
+def groups_of(model: torch.nn.Module) -> list[dict[str, Any]]:
+    return [{"params": list(model[0].parameters())}, {"params": list(model[1].parameters()), "lr": 3e-3}]
+
+
+def assert_same(a: torch.nn.Module, oa: MADA, b: torch.nn.Module, ob: MADA) -> None:
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert oa.state[p].keys() == ob.state[q].keys()
+        for key, value in oa.state[p].items():
+            other = ob.state[q][key]
+            assert torch.equal(value, other) and value.dtype == other.dtype, key
+    assert oa.coefficients == ob.coefficients and oa.hypergradients == ob.hypergradients
+    for ga, gb in zip(oa.param_groups, ob.param_groups, strict=True):
+        for name in ("coefficient_momenta", "hyper_step"):
+            assert ga[name] is gb[name] is None or torch.equal(ga[name], gb[name])
+
+
+def shared(optimizer: MADA) -> bool:
+    first, *others = optimizer.param_groups
+    return all(g["coefficient_values"] is first["coefficient_values"] for g in others)
+
+
+# ---- the coefficients -----------------------------------------------------------------------------------------------
+
+
+def test_global_and_group_coefficients() -> None:
+    model = model_of()
+    optimizer = MADA(groups_of(model), **INSIDE)
+    assert optimizer.coefficients == {"beta1": 0.9, "beta2": 0.95, "beta3": 0.4, "rho": 0.35, "c": 0.6, "gamma": 0.7}
+    assert optimizer.hypergradients == dict.fromkeys(NAMES, 0.0)
+    assert shared(optimizer)
+    train(model, optimizer, range(6))
+    assert all(h != 0.0 for h in optimizer.hypergradients.values())  # type: ignore[union-attr]
+    assert all(optimizer.coefficients[n] != v for n, v in INSIDE.items() if n in NAMES)  # type: ignore[call-overload]
+
+    model = model_of()
+    optimizer = MADA(groups_of(model), coefficients="group", **INSIDE)
+    assert not shared(optimizer)
+    train(model, optimizer, range(6))
+    a, b = optimizer.coefficients
+    assert a["rho"] != b["rho"] and optimizer.hypergradients[0] != optimizer.hypergradients[1]  # type: ignore[index]
+
+
+def test_warm_up_counts_steps() -> None:
+    model = model_of()
+    optimizer = MADA(model.parameters(), hyper_lr=0.1, **{**INSIDE, "hyper_warmup": 4})
+    start = optimizer.coefficients
+    train(model, optimizer, range(4))
+    assert optimizer.coefficients == start and optimizer.hypergradients["rho"] != 0.0  # type: ignore[call-overload]
+    train(model, optimizer, range(4, 5))
+    assert optimizer.coefficients != start
+
+
+def test_fixed_coefficients_follow_their_options() -> None:
+    model, other = model_of(), model_of()
+    scheduled, constant = MADA(model.parameters(), learn=("rho",)), MADA(other.parameters(), learn=("rho",))
+    scheduled.param_groups[0]["betas"] = (0.5, 0.6)
+    scheduled.param_groups[0]["gamma"] = 0.25
+    assert scheduled.coefficients == {"beta1": 0.5, "beta2": 0.6, "beta3": 0.9, "rho": 0.0, "c": 1.0, "gamma": 0.25}
+    train(model, scheduled, range(3))
+    train(other, constant, range(3))
+    assert not torch.equal(next(model.parameters()), next(other.parameters()))
+    assert "exp_avg_lion" in scheduled.state[next(model.parameters())]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_learning_rate_of_zero_leaves_the_coefficients_alone(backend: str) -> None:
+    model = model_of()
+    optimizer = MADA(groups_of(model), hyper_momentum=0.5, backend=backend, **INSIDE)
+    train(model, optimizer, range(5))
+    before = optimizer.coefficients
+    rates = [g["lr"] for g in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(0.0) if backend == "torch" else 0.0
+    train(model, optimizer, range(5, 7))
+    assert optimizer.coefficients == before
+    optimizer.param_groups[1]["lr"] = rates[1]  # one group is enough
+    train(model, optimizer, range(7, 9))
+    assert optimizer.coefficients != before
+
+
+def test_a_parameter_without_a_gradient_rests_and_contributes_nothing() -> None:
+    model, alone = model_of(), model_of()
+    optimizer = MADA(model.parameters(), **INSIDE)
+    train(model, optimizer, range(3))
+    resting = list(model[1].parameters())
+    before = {p: (p.detach().clone(), {k: v.clone() for k, v in optimizer.state[p].items()}) for p in resting}
+    for p in model[0].parameters():
+        p.grad = torch.ones_like(p)
+    for p in resting:
+        p.grad = None
+    everything = copy.deepcopy(optimizer)
+    optimizer.step()
+    for p, (x, state) in before.items():
+        assert torch.equal(p, x) and all(torch.equal(optimizer.state[p][k], v) for k, v in state.items())
+    halves = MADA(alone[0].parameters(), **INSIDE)
+    train(alone[0], halves, range(1))
+    assert optimizer.hypergradients != everything.hypergradients
+    coefficients = optimizer.coefficients
+    optimizer.zero_grad()
+    optimizer.step()  # nobody has a gradient
+    assert optimizer.coefficients == coefficients
+
+
+def test_freeze_goes_on_with_fixed_coefficients() -> None:
+    for case in ({}, {"learn": ("rho", "c")}, {"beta3": 0.0, "learn": ("rho",)}, {"coefficients": "group"}):
+        model = model_of(torch.float64)
+        optimizer = MADA(groups_of(model), **{**INSIDE, "lambda_pullback": 0.1, **case})
+        train(model, optimizer, range(6))
+        twin_model = copy.deepcopy(model)
+        twin = MADA(groups_of(twin_model), **{**INSIDE, "lambda_pullback": 0.1, **case})
+        twin.load_state_dict(optimizer.state_dict())
+        learned = optimizer.coefficients
+        optimizer.freeze()
+        assert optimizer.coefficients == learned and optimizer.freeze() is None
+        assert all(g["learn"] == () and g["coefficient_values"] is None for g in optimizer.param_groups)
+        for group in twin.param_groups:  # the twin learns on, but at a rate of 0
+            group["hyper_lr"] = dict.fromkeys(NAMES, 0.0)
+        train(model, optimizer, range(6, 12))
+        train(twin_model, twin, range(6, 12))
+        for p, q in zip(model.parameters(), twin_model.parameters(), strict=True):
+            assert torch.equal(p, q)
+            state = optimizer.state[p]
+            assert "last_scalars" not in state and "older_grad" not in state
+            assert ("last_grad" in state) == ("exp_avg_diff" in state)
+
+
+def test_freeze_drops_what_the_end_values_do_not_need() -> None:
+    param = torch.nn.Parameter(torch.ones(4))
+    bounds = {"beta3": (0.0, 0.5), "rho": (0.9, 1.0), "gamma": (0.9, 1.0)}
+    optimizer = MADA([param], beta3=0.0, rho=1.0, gamma=1.0, bounds=bounds, hyper_lr=0.0)
+    for _ in range(3):
+        param.grad = torch.ones(4)
+        optimizer.step()
+    assert {"exp_avg_diff", "mean_exp_avg_sq", "exp_avg_lion", "older_grad"} <= optimizer.state[param].keys()
+    optimizer.freeze()
+    assert optimizer.state[param].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    adamw = torch.nn.Parameter(torch.ones(4))
+    plain = MADA.preset("adamw", [adamw], betas=(0.9, 0.95), weight_decay=0.1)
+    for _ in range(3):
+        adamw.grad = torch.ones(4)
+        plain.step()
+    assert all(torch.equal(plain.state[adamw][k], optimizer.state[param][k]) for k in ("exp_avg", "exp_avg_sq"))
+
+
+# ---- groups ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_added_in_mid_training_shares_the_coefficients() -> None:
+    model = model_of()
+    optimizer = MADA(model[0].parameters(), **INSIDE)
+    train(model[0], optimizer, range(5))
+    learned = optimizer.coefficients
+    optimizer.add_param_group({"params": model[1].parameters(), "lr": 1e-3})
+    assert shared(optimizer) and optimizer.coefficients == learned
+    train(model, optimizer, range(5, 8))
+    assert [optimizer.state[p]["step"].item() for p in model.parameters()] == [8, 8, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"learn": ("rho",)}, "learn differs between groups"),
+        ({"rho": 0.5}, "rho is learned and shared between groups, but starts at 0.35 in one and 0.5 in another"),
+        ({"hyper_lr": {"rho": 0.5}}, "hyper_lr differs between groups"),
+        ({"hyper_clip": 1.0}, "hyper_clip differs between groups"),
+        ({"coefficients": "group"}, "coefficients must be the same in all groups"),
+        ({"learn": ("delta",)}, "learn must be coefficients, of beta1, beta2, beta3, rho, c, gamma, got 'delta'"),
+    ],
+)
+def test_groups_that_share_must_agree(group: dict[str, Any], message: str) -> None:
+    model = model_of()
+    optimizer = MADA(model[0].parameters(), **INSIDE)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": list(model[1].parameters()), **group})
+    assert len(optimizer.param_groups) == 1
+    if "coefficients" not in group and "delta" not in str(group):
+        MADA([{"params": list(model[0].parameters())}, {"params": list(model[1].parameters()), **group}],
+             coefficients="group", **INSIDE)  # fmt: skip
+
+
+def test_maximize_is_minimizing_the_negative() -> None:
+    a, b = model_of(), model_of()
+    up, down = MADA(a.parameters(), maximize=True, **INSIDE), MADA(b.parameters(), **INSIDE)
+    train(a, up, range(7), flip=True)
+    train(b, down, range(7))
+    assert_same(a, up, b, down)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_capturable_and_tensor_learning_rates_change_nothing(backend: str) -> None:
+    runs = []
+    for options in ({}, {"capturable": True}, {"lr": torch.tensor(1e-2, dtype=torch.float64)}):
+        model = model_of()
+        optimizer = MADA(model.parameters(), backend=backend, **{**INSIDE, "lambda_pullback": 0.2, **options})
+        train(model, optimizer, range(6))
+        runs.append((model, optimizer))
+    for other in runs[1:]:
+        for p, q in zip(runs[0][0].parameters(), other[0].parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    if backend == "cpu":
+        assert_same(*runs[0], *runs[1])
+        assert_same(*runs[0], *runs[2])
+
+
+def test_mixed_dtypes_in_one_group() -> None:
+    params = [torch.nn.Parameter(torch.ones(3, dtype=d)) for d in DTYPES]
+    optimizer = MADA(params, **INSIDE)
+    for t in range(5):
+        for p in params:
+            p.grad = torch.full_like(p, (-1) ** t * 0.5 + t)
+        optimizer.step()
+    assert [optimizer.state[p]["exp_avg"].dtype for p in params] == [torch.float32] * 3 + [torch.float64]
+    torch.testing.assert_close(params[0].double(), params[3], rtol=1e-5, atol=1e-6)
+
+
+# ---- the average ----------------------------------------------------------------------------------------------------
+
+
+def test_the_average_is_kept_and_swapped() -> None:
+    model = model_of(torch.bfloat16)
+    optimizer = MADA(model.parameters(), use_ema_eval=True, **INSIDE)
+    train(model, optimizer, range(4))
+    live = [p.detach().clone() for p in model.parameters()]
+    with optimizer.averaged():
+        assert all(torch.equal(p, optimizer.state[p]["ema"].to(p.dtype)) for p in model.parameters())
+        with pytest.raises(RuntimeError, match="swapped to EMA"):
+            optimizer.step()
+    assert all(torch.equal(p, x) for p, x in zip(model.parameters(), live, strict=True))
+    assert "ema" not in MADA(model.parameters()).param_groups[0]
+
+
+def test_as_adamw_with_a_pullback_it_is_pace() -> None:
+    a, b = model_of(torch.float64), model_of(torch.float64)
+    options = {"lr": 1e-2, "lambda_pullback": 0.5, "ema_update_freq": 2}
+    ours, pace = MADA.preset("adamw", a.parameters(), **options), PACE(b.parameters(), **options)
+    train(a, ours, range(12))
+    train(b, pace, range(12))
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-15)  # m / b1 and α / b1 are rounded elsewhere
+        torch.testing.assert_close(ours.state[p]["ema"], pace.state[q]["ema"], rtol=1e-14, atol=1e-15)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def through_a_file(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("coefficients", ["global", "group"])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_save_load_go_on(dtype: torch.dtype, coefficients: str, swapped: bool) -> None:
+    options = {**INSIDE, "coefficients": coefficients, "use_ema_eval": True, "hyper_momentum": 0.3}
+    model = model_of(dtype)
+    optimizer = MADA(groups_of(model), **options)
+    train(model, optimizer, range(5))
+    if swapped:
+        optimizer.eval()
+    saved_model, saved = through_a_file([model.state_dict(), optimizer.state_dict()])
+    other = model_of(dtype, seed=9)
+    resumed = MADA(groups_of(other), **{**options, "lr": 5.0, "rho": 0.9})
+    resumed.load_state_dict(saved)
+    other.load_state_dict(saved_model)
+    assert shared(resumed) == (coefficients == "global")
+    optimizer.train()
+    resumed.train()
+    assert_same(model, optimizer, other, resumed)
+    train(model, optimizer, range(5, 9))
+    train(other, resumed, range(5, 9))
+    assert_same(model, optimizer, other, resumed)
+
+
+def test_a_checkpoint_brings_its_own_way_of_learning() -> None:
+    model = model_of()
+    optimizer = MADA(groups_of(model), coefficients="group", **INSIDE)
+    train(model, optimizer, range(4))
+    other = MADA(groups_of(copy.deepcopy(model)), learn=())
+    other.load_state_dict(optimizer.state_dict())
+    assert other.coefficients == optimizer.coefficients
+    optimizer.freeze()
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["learn"] == () and other.param_groups[0]["coefficient_values"] is None
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adamw_checkpoint_loads(amsgrad: bool, dtype: torch.dtype) -> None:
+    """The moments come as they are, after the last step: the first step has nothing to redo, and learns nothing."""
+    model = model_of(dtype)
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.8, 0.99), amsgrad=amsgrad)
+    train(model, adamw, range(4))
+    kind = {"second_moment": "max", "rho": 0.0} if amsgrad else {"rho": 1.0}
+    learning = MADA(model.parameters(), beta3=0.0, hyper_warmup=0, **kind)
+    learning.load_state_dict(adamw.state_dict())
+    assert learning.coefficients["beta1"] == 0.8  # type: ignore[call-overload]
+    assert learning.param_groups[0]["lr"] == 1e-2
+    twin = copy.deepcopy(model)
+    plain = MADA.preset("amsgrad" if amsgrad else "adamw", twin.parameters())
+    plain.load_state_dict(adamw.state_dict())
+    train(model, learning, range(4, 5))
+    train(twin, plain, range(4, 5))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert learning.state[p]["step"].item() == 5
+    assert learning.hypergradients == dict.fromkeys(NAMES, 0.0)
+    train(model, learning, range(5, 6))
+    assert learning.hypergradients["beta1"] != 0.0  # type: ignore[call-overload]
+
+
+def test_checkpoints_that_do_not_fit_change_nothing() -> None:
+    model = model_of()
+    optimizer = MADA(groups_of(model), **INSIDE)
+    train(model, optimizer, range(3))
+
+    def broken(change: Any) -> dict[str, Any]:
+        saved = copy.deepcopy(optimizer.state_dict())
+        change(saved)
+        return saved
+
+    def options(name: str, value: Any) -> Any:
+        return lambda saved: saved["param_groups"][1].update({name: value})
+
+    cases = {
+        "last_scalars must be a tensor of shape": lambda s: s["state"][0].update(last_scalars=torch.zeros(3)),
+        "older_grad must be a tensor of shape": lambda s: s["state"][1].update(older_grad=torch.zeros(3)),
+        "lacks exp_avg_sq": lambda s: s["state"][0].pop("exp_avg_sq"),
+        "learn differs": options("learn", ("rho",)),
+        "second_moment must be": options("second_moment", "median"),
+        "coefficients must be the same": options("coefficients", "group"),
+        "has momentum_buffer": lambda s: s["state"][0].update(momentum_buffer=torch.zeros(3)),
+    }
+    before = copy.deepcopy(optimizer.state_dict())
+    for message, change in cases.items():
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(broken(change))
+        after = optimizer.state_dict()
+        assert str(before) == str(after)
+
+
+def test_the_dry_step_of_the_distributed_helper_leaves_no_trace() -> None:
+    a, b = model_of(), model_of()
+    dry, plain = MADA(groups_of(a), use_ema_eval=True, **INSIDE), MADA(groups_of(b), use_ema_eval=True, **INSIDE)
+    rates = [g["lr"] for g in dry.param_groups]
+    for group in dry.param_groups:
+        group["lr"] = 0.0
+    for p in a.parameters():
+        p.grad = torch.zeros_like(p)
+    dry.step()
+    assert len(dry.state) == 4
+    for group, lr in zip(dry.param_groups, rates, strict=True):
+        group["lr"] = lr
+    with torch.no_grad():
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            p.add_(1.0)
+            q.add_(1.0)
+    train(a, dry, range(4))
+    train(b, plain, range(4))
+    assert_same(a, dry, b, plain)
+
+
+@pytest.mark.parametrize("coefficients", ["global", "group"])
+def test_save_and_load_through_the_distributed_helper(coefficients: str) -> None:
+    model = model_of()
+    optimizer = MADA(groups_of(model), coefficients=coefficients, **INSIDE)
+    train(model, optimizer, range(4))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    other = model_of(seed=3)
+    other.load_state_dict(model.state_dict())
+    resumed = MADA(groups_of(other), coefficients=coefficients, **INSIDE)
+    set_optimizer_state_dict(other, resumed, saved)
+    assert shared(resumed) == (coefficients == "global")
+    train(model, optimizer, range(4, 7))
+    train(other, resumed, range(4, 7))
+    assert_same(model, optimizer, other, resumed)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"])
+def test_pickle_and_deepcopy(how: Any) -> None:
+    model = model_of()
+    optimizer = MADA(groups_of(model), **INSIDE)
+    train(model, optimizer, range(4))
+    other, twin = how((model, optimizer))
+    assert (
+        shared(twin)
+        and twin.param_groups[0]["coefficient_values"] is not optimizer.param_groups[0]["coefficient_values"]
+    )
+    train(model, optimizer, range(4, 8))
+    train(other, twin, range(4, 8))
+    assert_same(model, optimizer, other, twin)
+
+
+# ---- the rest of torch.optim ----------------------------------------------------------------------------------------
+
+
+def test_schedules() -> None:
+    model = model_of()
+    optimizer = MADA(model.parameters(), learn=("rho",), **{k: v for k, v in INSIDE.items() if k != "beta3"})
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=12)
+    rates, betas = [], []
+    for t in range(10):
+        train(model, optimizer, range(t, t + 1))
+        rates.append(optimizer.state[next(model.parameters())]["last_scalars"][1].item())
+        betas.append(optimizer.state[next(model.parameters())]["last_scalars"][2].item())
+        schedule.step()
+    assert len(set(rates)) == 10 and max(rates) == pytest.approx(0.1, rel=0.05)
+    assert len(set(betas)) > 5  # momentum is cycled too
+
+
+def test_closures_hooks_and_names() -> None:
+    model = model_of()
+    optimizer = MADA(model.named_parameters(), **INSIDE)
+    seen: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = sum(p.square().sum() for p in model.parameters())
+        loss.backward()
+        return loss
+
+    assert float(optimizer.step(closure)) > float(optimizer.step(closure))
+    assert seen == ["before", "after"] * 2
+    assert optimizer.param_groups[0]["param_names"][0] == "0.weight"
+
+
+def test_no_reference_cycle_keeps_the_memory() -> None:
+    model = model_of()
+    optimizer = MADA(model.parameters(), **INSIDE)
+    train(model, optimizer, range(2))
+    gone = weakref.ref(optimizer.state[next(model.parameters())]["exp_avg"])
+    gc.disable()
+    try:
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_compiled_training_step() -> None:
+    torch._dynamo.reset()
+    models = [torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [MADA(m.parameters(), **INSIDE) for m in models]
+    x = torch.randn(8, 4)
+
+    def step(model: torch.nn.Module, optimizer: MADA) -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    compiled = torch.compile(step, backend="eager")
+    for _ in range(5):
+        compiled(models[0], optimizers[0])
+        step(models[1], optimizers[1])
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    assert optimizers[0].state[next(models[0].parameters())]["step"].item() == 5
+    assert optimizers[0].coefficients == pytest.approx(optimizers[1].coefficients)
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"learn": ("beta4",)}, "learn must be coefficients, of beta1, beta2, beta3, rho, c, gamma, got 'beta4'"),
+    ({"learn": ("rho",), "hyper_lr": {"delta": 1.0}}, "hyper_lr must be coefficients, of .*, got 'delta'"),
+    ({"hyper_momentum": {"delta": 1.0}}, "hyper_momentum must be coefficients"),
+    ({"bounds": {"delta": (0, 1)}}, "bounds must be coefficients"),
+    ({"hyper_lr": -1.0}, r"hyper_lr\['beta1'\] must be finite and >= 0, got -1"),
+    ({"hyper_lr": {"rho": float("nan")}}, r"hyper_lr\['rho'\] must be finite"),
+    ({"hyper_lr": float("inf")}, r"hyper_lr\['beta1'\] must be finite"),
+    ({"hyper_momentum": 1.0}, r"hyper_momentum\['beta1'\] must be in \[0, 1\), got 1"),
+    ({"hyper_clip": 0.0}, "hyper_clip must be > 0, got 0"),
+    ({"hyper_warmup": -1}, "hyper_warmup must be an integer >= 0, got -1"),
+    ({"hyper_warmup": 1.5}, "hyper_warmup must be an integer >= 0, got 1.5"),
+    ({"betas": (0.995, 0.95)}, r"beta1 must be within its bounds, \[0.01, 0.99\], got 0.995"),
+    ({"betas": (0.9, 0.3)}, r"beta2 must be within its bounds, \[0.501, 0.999\], got 0.3"),
+    ({"rho": 0.5, "bounds": {"rho": (0.6, 0.9)}}, r"rho must be within its bounds, \[0.6, 0.9\], got 0.5"),
+    ({"bounds": {"rho": (0.9, 0.6)}}, r"bounds\['rho'\] must be \(low, high\), low <= high"),
+    ({"bounds": {"rho": (-0.1, 1)}}, r"bounds\['rho'\] must be within \[0, 1\], got -0.1"),
+    ({"bounds": {"beta1": (0.1, 1.0)}}, r"bounds\['beta1'\] must be .*within \[0, 1\)"),
+    ({"bounds": {"rho": 0.5}}, r"bounds must be pairs \(low, high\), got 0.5"),
+    ({"coefficients": "each"}, 'coefficients must be "global" or "group", got \'each\''),
+    ({"second_moment": "median"}, 'second_moment must be "mean" or "max", got \'median\''),
+    ({"learn": (), "beta3": 1.0}, r"beta3 must be in \[0, 1\), got 1"),
+    ({"learn": (), "rho": 1.5}, r"rho must be in \[0, 1\], got 1.5"),
+    ({"learn": (), "gamma": -0.1}, r"gamma must be in \[0, 1\], got -0.1"),
+    ({"learn": (), "c": float("nan")}, r"c must be in \[0, 1\], got nan"),
+    ({"lion_betas": (0.9, 1.0)}, r"lion_betas\[1\] must be in \[0, 1\), got 1"),
+    ({"lion_betas": 0.9}, r"lion_betas must be two numbers in \[0, 1\), got 0.9"),
+    ({"learn": (), "hyper_lr": 0.1}, "hyper_lr was given, but learn is empty: name the coefficients to learn"),
+    ({"learn": (), "hyper_momentum": 0.5}, "hyper_momentum was given, but learn is empty"),
+    ({"learn": (), "hyper_clip": 1.0}, "hyper_clip was given, but learn is empty"),
+    ({"learn": (), "hyper_warmup": 0}, "hyper_warmup was given, but learn is empty"),
+    ({"learn": (), "bounds": {"rho": (0, 1)}}, "bounds was given, but learn is empty"),
+    ({"lr": -1.0}, "lr must be finite and >= 0, got -1"),
+    ({"eps": 0.0}, "eps must be finite and at least"),
+    ({"lambda_pullback": -1.0}, "lambda_pullback must be finite and >= 0"),
+    ({"ema_update_freq": 0}, "ema_update_freq must be an integer >= 1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[str(o) for o, _ in BAD])
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MADA([torch.nn.Parameter(torch.ones(2))], **options)
+
+
+@pytest.mark.parametrize("options", [{"learn": "rho"}, {"bounds": (0, 1)}, {"hyper_clip": "10"}, {"hyper_lr": "fast"}])
+def test_options_of_the_wrong_type(options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=next(iter(options))):
+        MADA([torch.nn.Parameter(torch.ones(2))], **options)
+
+
+def test_options_that_go_bad_in_training_change_nothing() -> None:
+    model = model_of()
+    optimizer = MADA(model.parameters(), **INSIDE)
+    train(model, optimizer, range(3))
+    before = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    group = optimizer.param_groups[0]
+    bad = [("hyper_lr", {**group["hyper_lr"], "rho": -1.0}), ("lr", float("nan")), ("eps", -1.0), ("hyper_clip", -1.0)]
+    for name, value in bad:
+        kept = group[name]
+        group[name] = value
+        with pytest.raises(ValueError, match=name):
+            optimizer.step()
+        group[name] = kept
+    assert str(before) == str([model.state_dict(), optimizer.state_dict()])
+    optimizer.step()
