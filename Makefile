@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench convex clean
 
 demo: $(VENV)/.bench
 	$(BIN)/python bench/train_lm.py
@@ -26,6 +26,9 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/bench_step.py
+
+convex: $(VENV)/.bench
+	$(BIN)/python bench/convex.py
 
 clean:
 	rm -rf $(VENV) build out *.egg-info pace_kernels/*.so

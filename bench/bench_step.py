@@ -1,0 +1,409 @@
+"""How fast is an optimizer step, and how near to the memory's bandwidth? What `make bench` runs.
+
+Times PACE and MADA beside `torch.optim.AdamW` and beside the same rules in plain torch, on three lists of shapes in
+float32 and bfloat16; `harness.py` says how. Prints a table for each, and writes all samples to `step.json` and a chart
+to `step.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from baselines import TENSORS_PER_GRAPH, AutogradMADA, CompiledPACE, EagerPACE
+from harness import (
+    BandwidthProbe,
+    Case,
+    ColdWalk,
+    Contender,
+    Row,
+    as_json,
+    count,
+    held_bytes,
+    machine,
+    measure,
+    moved_bytes,
+    quartiles,
+    ratio,
+    table,
+)
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+try:
+    import pace_kernels
+    from pace_kernels.backend import describe
+except ImportError as reason:
+    sys.exit(
+        f"bench_step: pace_kernels cannot be imported ({reason}); install it first, or set PYTHONPATH to the checkout"
+    )
+
+OURS, MADA, REFERENCE = "pace", "mada", "adamw-fused"
+PRESET, AUTOGRAD = "mada-adamw", "mada-autograd"
+KERNELS = (OURS, "pace-stats", MADA, PRESET)  # the rows that run pace_kernels
+
+
+# --- contenders -----------------------------------------------------------------------------------------------------
+
+
+def optimizer(build: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[list[nn.Parameter]], Contender]:
+    def make(parameters: list[nn.Parameter]) -> Contender:
+        made = build(parameters, **options)
+        return Contender(made.step, lambda: made.state)
+
+    return make
+
+
+def adamw_and_ema(parameters: list[nn.Parameter]) -> Contender:
+    model = nn.ParameterList(parameters)
+    adamw = AdamW(parameters, fused=True)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+
+    def step() -> None:
+        adamw.step()
+        averaged.update_parameters(model)
+
+    return Contender(step, lambda: [adamw.state, *averaged.parameters(), *averaged.buffers()])
+
+
+def compiled_pace(parameters: list[nn.Parameter]) -> Contender:
+    torch.compiler.reset()  # graphs of other shapes, in memory, would count toward the recompilation limit
+    return optimizer(CompiledPACE)(parameters)
+
+
+def autograd_mada(parameters: list[nn.Parameter]) -> Contender:
+    made = AutogradMADA(parameters)
+    return Contender(made.step, made.held)
+
+
+def pace_moved(dtype: torch.dtype) -> int:
+    return moved_bytes(dtype, states=3)
+
+
+def pace_held(dtype: torch.dtype) -> int:
+    return held_bytes(dtype, states=3)
+
+
+def mada_moved(dtype: torch.dtype) -> int:
+    """m, n, v̄, ṽ, l read and written; the gradient before the last one read, and this one written over it; the last
+    one read. 64 in float32."""
+    return moved_bytes(dtype, states=6, read_only=1)
+
+
+def mada_held(dtype: torch.dtype) -> int:
+    return held_bytes(dtype, states=7)
+
+
+def preset_moved(dtype: torch.dtype) -> int:
+    return moved_bytes(dtype, states=2)
+
+
+def preset_held(dtype: torch.dtype) -> int:
+    return held_bytes(dtype, states=2)
+
+
+def adamw_moved(dtype: torch.dtype) -> int:
+    return moved_bytes(dtype, states=2, state_dtype=None)
+
+
+def adamw_held(dtype: torch.dtype) -> int:
+    return held_bytes(dtype, states=2, state_dtype=None)
+
+
+ADAMW_NOTE = "torch.optim keeps states in the parameters' format, so in bfloat16 it moves less and rounds each state"
+
+ROWS = [
+    Row(OURS, "PACE", optimizer(pace_kernels.PACE), pace_moved, pace_held),
+    Row("pace-stats", "PACE, log_stats", optimizer(pace_kernels.PACE, log_stats=True), pace_moved, pace_held),
+    Row(REFERENCE, "AdamW fused", optimizer(AdamW, fused=True), adamw_moved, adamw_held, note=ADAMW_NOTE),
+    Row("adamw-foreach", "AdamW foreach", optimizer(AdamW, foreach=True), adamw_moved, adamw_held, scratch=12),
+    Row("adamw-loop", "AdamW for-loop", optimizer(AdamW, foreach=False), adamw_moved, adamw_held, scratch=12),
+    Row(
+        "adamw-ema",
+        "AdamW fused + EMA",
+        adamw_and_ema,
+        lambda dtype: moved_bytes(dtype, states=3, state_dtype=None),
+        lambda dtype: held_bytes(dtype, states=3, state_dtype=None),
+        scratch=4,
+        note="torch.optim.swa_utils.AveragedModel, a pass of its own after the step",
+    ),
+    Row(
+        "pace-eager",
+        "PACE, eager torch",
+        optimizer(EagerPACE),
+        pace_moved,
+        pace_held,
+        scratch=24,
+        note="one tensor at a time with in-place operations, states in float32 (baselines.py)",
+    ),
+    Row(
+        "pace-compile",
+        "PACE, torch.compile",
+        compiled_pace,
+        pace_moved,
+        pace_held,
+        scratch=24,
+        note=f"the same rule compiled in graphs of {TENSORS_PER_GRAPH} tensors (baselines.py)",
+        compiles=True,
+    ),
+    Row(MADA, "MADA", optimizer(pace_kernels.MADA), mada_moved, mada_held, note="all six coefficients learned"),
+    Row(
+        PRESET,
+        'MADA, preset "adamw"',
+        optimizer(partial(pace_kernels.MADA.preset, "adamw")),
+        preset_moved,
+        preset_held,
+        note="AdamW by MADA's kernel, states in float32",
+    ),
+    Row(
+        AUTOGRAD,
+        "MADA, autograd",
+        autograd_mada,
+        mada_moved,
+        lambda dtype: 88,  # six states and the graph, as measured
+        scratch=24,
+        note="a graph of each step, differentiated by the next gradient (baselines.py), its graph counted as state; "
+        "on one tensor in float32 only, since it takes seconds a step",
+    ),
+]
+# row -> the sizes and formats that it is run on, where that is not all of them
+ONLY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {AUTOGRAD: (("one",), ("float32",))}
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def gpt2(vocabulary: int = 50257, context: int = 1024, layers: int = 12, width: int = 768) -> list[tuple[int, ...]]:
+    """The shapes of GPT-2's parameters, by default of the 124M model; the output layer is the token embedding."""
+    norm = [(width,), (width,)]
+    attention = [(width, 3 * width), (3 * width,), (width, width), (width,)]
+    mlp = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    return [(vocabulary, width), (context, width), *layers * [*norm, *attention, *norm, *mlp], *norm]
+
+
+# key -> title and shapes
+SIZES: dict[str, tuple[str, list[tuple[int, ...]]]] = {
+    "one": ("One tensor of 32 M", [(32 * 2**20,)]),
+    "gpt2": ("GPT-2 124M", gpt2()),
+    "small": ("2,000 tensors of 1,000", 2000 * [(1000,)]),
+}
+QUICK_SIZES: dict[str, tuple[str, list[tuple[int, ...]]]] = {
+    "one": ("One tensor of 64 K", [(64 * 2**10,)]),
+    "gpt2": ("A tiny GPT-2", gpt2(vocabulary=503, context=64, layers=2, width=64)),
+    "small": ("40 tensors of 1,000", 40 * [(1000,)]),
+}
+assert sum(map(count, SIZES["gpt2"][1])) == 124_439_808
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+BANDWIDTH = "read-modify-write bandwidth"
+
+# size, format, row, what it is measured against, target
+TARGETS = [
+    ("one", "float32", OURS, BANDWIDTH, "≥ 0.90"),
+    ("gpt2", "float32", OURS, BANDWIDTH, "≥ 0.90"),
+    ("one", "float32", OURS, REFERENCE, "≤ 1.15"),
+    ("gpt2", "float32", OURS, REFERENCE, "≤ 1.15"),
+    ("one", "float32", "pace-eager", OURS, "≥ 10"),
+    ("one", "bfloat16", "pace-eager", OURS, "≥ 20"),
+    ("small", "float32", OURS, REFERENCE, "≤ 1.2"),
+    ("one", "float32", MADA, BANDWIDTH, "≥ 0.60"),
+    ("gpt2", "float32", MADA, BANDWIDTH, "≥ 0.60"),
+    ("one", "float32", MADA, REFERENCE, "≤ 3"),
+    ("gpt2", "float32", MADA, REFERENCE, "≤ 3"),
+    ("one", "float32", AUTOGRAD, MADA, "≥ 150"),
+    ("one", "float32", PRESET, REFERENCE, "≤ 1.1"),
+    ("gpt2", "float32", PRESET, REFERENCE, "≤ 1.1"),
+]
+
+
+def runs_on(key: str, size: str, dtype: str) -> bool:
+    sizes, dtypes = ONLY.get(key, ((size,), (dtype,)))
+    return size in sizes and dtype in dtypes
+
+
+def acceptance(cases: Mapping[tuple[str, str], Case]) -> list[dict[str, Any]]:
+    """The targets as measured: shares of the bandwidth, ratios of times. Those whose rows did not run are left out."""
+    names = {row.key: row.name for row in ROWS}
+    found = []
+    for size, dtype, key, against, target in TARGETS:
+        case = cases.get((size, dtype))
+        result = case and case.result(key)
+        if against == BANDWIDTH:
+            measured = case.share(result) if result else None
+            what = f"{names[key]}, share of the {BANDWIDTH}"
+        else:
+            other = case and case.result(against)
+            measured = ratio(result.samples, other.samples)[1] if result and other else None
+            what = f"{names[key]} / {names[against]}"
+        if measured is not None:
+            found.append({"what": f"{case.title}, {dtype}: {what}", "measured": measured, "target": target})
+    return found
+
+
+def draw(cases: Sequence[Case], path: Path, subtitle: str) -> None:
+    """Time per parameter of each row as a dot, beside the least that its bytes can take at the measured bandwidth."""
+    import matplotlib.pyplot as plt
+    import plots
+
+    plt.rcParams.update(plots.STYLE)
+    titles = list(dict.fromkeys(case.title for case in cases))
+    dtypes = list(dict.fromkeys(case.dtype for case in cases))
+    every = {result.row.key: result.row for case in cases for result in case.results}
+    rows = [row for row in ROWS if row.key in every][::-1]  # the first row on top
+    grey, blue, orange = plots.PALETTE[:3]
+    figure, grid = plt.subplots(
+        len(dtypes),
+        len(titles),
+        figsize=(1.6 + 3.9 * len(titles), 1.3 + (0.5 + 0.3 * len(rows)) * len(dtypes)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes in grid.flat:
+        axes.set_visible(False)
+    fastest, slowest = float("inf"), 0.0
+    for case in cases:
+        axes = grid[dtypes.index(case.dtype)][titles.index(case.title)]
+        axes.set_visible(True)
+        for y, row in enumerate(rows):
+            result = case.result(row.key)
+            if result is None:
+                axes.annotate("not measured", (0.03, y), xycoords=("axes fraction", "data"), va="center", color=grey)
+                continue
+            low, middle, high = (1e9 * s / case.numel for s in quartiles(result.samples))
+            bound = 1e9 * row.moved(case.dtype) / case.bandwidth()
+            fastest, slowest = min(fastest, low, bound), max(slowest, high, bound)
+            color = blue if row.key in KERNELS else grey
+            axes.hlines(y, bound, middle, color=color, linewidth=1.2, alpha=0.45)
+            axes.hlines(y, low, high, color=color, linewidth=4, alpha=0.45)
+            axes.plot(middle, y, "o", color=color, markersize=7)
+            axes.vlines(bound, y - 0.36, y + 0.36, color=orange, linewidth=2.2)
+            axes.annotate(
+                f"{middle:.2f}" if middle < 10 else f"{middle:.1f}" if middle < 100 else f"{middle:.0f}",
+                (max(middle, high, bound), y),
+                xytext=(8, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                color=color,
+            )
+        axes.set_yticks(range(len(rows)), [row.name for row in rows])
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.grid(axis="y", visible=False)
+        axes.set_title(f"{case.title}, {str(case.dtype).removeprefix('torch.')}")
+        if case.dtype == dtypes[-1]:
+            axes.tick_params(labelbottom=True)
+            axes.set_xlabel("ns per parameter and step")
+    shared = grid[0][0]
+    shared.set_xscale("log")
+    shared.set_xlim(fastest / 1.25, slowest * (slowest / fastest) ** 0.2)  # room for the last number
+    shared.xaxis.set_major_locator(plt.LogLocator(subs=(1, 3)))
+    shared.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    shared.xaxis.set_minor_locator(plt.NullLocator())
+    figure.suptitle(
+        "Time of one optimizer step. Dot and band: median and quartiles. "
+        f"Orange: the row's bytes at the {BANDWIDTH} of the same run.\n{subtitle}",
+        x=0.01,
+        ha="left",
+        fontsize=10,
+    )
+    plots.save(figure, path)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    def some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+        def parse(text: str) -> list[str]:
+            chosen = text.split(",")
+            for name in chosen:
+                if name not in known:
+                    raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
+            return chosen
+
+        return parse
+
+    keys = [row.key for row in ROWS]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--sizes", type=some_of(list(SIZES)), default=list(SIZES), help=f"of {','.join(SIZES)}")
+    parser.add_argument("--dtypes", type=some_of(["float32", "bfloat16", "float16"]), default=["float32", "bfloat16"])
+    parser.add_argument("--rows", type=some_of(keys), help=f"of {','.join(keys)} (default: all)")
+    parser.add_argument("--rounds", type=int, help="samples of each row; slow rows get fewer (default: 21)")
+    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of step.json and step.png")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, 3 rounds, no torch.compile: a test, no numbers"
+    )
+    arguments = parser.parse_args(argv)
+    arguments.rounds = arguments.rounds or (3 if arguments.quick else 21)
+    arguments.rows = arguments.rows or [key for key in keys if not (arguments.quick and key == "pace-compile")]
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    device = arguments.device
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    about = machine(device) | describe()
+    where = about.get("gpu") or f"{about['cpu']}, {about['threads']} threads, {about['cpu_isa'] or about['isa']}"
+    print(f"{where}, torch {about['torch']}, {about['date']}", flush=True)
+
+    walk = ColdWalk(device, 2**20 if arguments.quick else None)
+    probe = BandwidthProbe(device, 2**16) if arguments.quick else BandwidthProbe(device)
+    rows = [row for row in ROWS if row.key in arguments.rows]
+    cases: dict[tuple[str, str], Case] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # empty, so that compile times are those of a first run
+        for dtype in arguments.dtypes:
+            for size in arguments.sizes:
+                title, shapes = (QUICK_SIZES if arguments.quick else SIZES)[size]
+                cases[size, dtype] = case = measure(
+                    title,
+                    [row for row in rows if runs_on(row.key, size, dtype)],
+                    shapes,
+                    getattr(torch, dtype),
+                    device,
+                    rounds=arguments.rounds,
+                    walk=walk,
+                    probe=probe,
+                    anchors=(OURS, MADA, REFERENCE),
+                )
+                print(f"\n{table(case, {REFERENCE: '/ AdamW fused', OURS: '/ PACE'})}", flush=True)
+
+    print()
+    for row in rows:
+        if row.note:
+            print(f"{row.name}: {row.note}")
+    reached = acceptance(cases)
+    if reached:
+        print("\nMeasured (target)" + (", on sizes too small to mean anything:" if arguments.quick else ":"))
+    for line in reached:
+        print(f"  {line['what']}: {line['measured']:.2f} ({line['target']})")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    numbers = {
+        "machine": about,
+        "quick": arguments.quick,
+        "rounds": arguments.rounds,
+        "cases": [as_json(case) for case in cases.values()],
+        "acceptance": reached,
+    }
+    (arguments.out / "step.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    draw(list(cases.values()), arguments.out / "step.png", f"{where}, torch {about['torch']}")
+    print(f"\n{arguments.out / 'step.json'} and {arguments.out / 'step.png'} written")
+
+
+if __name__ == "__main__":
+    main()

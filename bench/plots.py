@@ -1,0 +1,80 @@
+"""The look that all plots of this folder share: quiet axes, direct labels, colours that the colour-blind tell apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws to files, so no display is needed
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, ordered so that neighbours differ in lightness as well.
+PALETTE = ("#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+INK = "#333333"
+GRID = "#E4E4E4"
+
+STYLE = {
+    "font.family": "DejaVu Sans",  # ships with matplotlib, so every machine draws the same picture
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "lines.solid_capstyle": "round",
+    "figure.dpi": 150,
+}
+
+
+def new_figure(widths: Sequence[float], height: float) -> tuple[Figure, list[Axes]]:
+    """One row of panels with the given widths, in inches, under the shared style."""
+    plt.rcParams.update(STYLE)
+    figure, grid = plt.subplots(
+        1, len(widths), figsize=(sum(widths), height), width_ratios=widths, layout="constrained", squeeze=False
+    )
+    figure.get_layout_engine().set(wspace=0.06)
+    return figure, list(grid[0])
+
+
+def label_line_ends(axes: Axes, lines: Sequence[tuple[str, Sequence[float], Sequence[float], str]]) -> None:
+    """Write the text of each (text, xs, ys, colour) right of its last finite point, moved up where texts would overlap.
+
+    Call it last: it lays the figure out and measures distances with the axis limits as they are.
+    """
+    axes.figure.draw_without_rendering()
+    line_height = 1.25 * plt.rcParams["font.size"] / 72 * axes.figure.dpi  # pixels
+    ends = []
+    for text, xs, ys, color in lines:
+        finite = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
+        if finite:
+            ends.append((axes.transData.transform(finite[-1])[1], text, finite[-1], color))
+    lowest_free = -math.inf
+    for pixel_y, text, end, color in sorted(ends):
+        shifted = max(pixel_y, lowest_free)
+        lowest_free = shifted + line_height
+        offset = (6, (shifted - pixel_y) * 72 / axes.figure.dpi)  # points
+        axes.annotate(
+            text, end, xytext=offset, textcoords="offset points", color=color, va="center", annotation_clip=False
+        )
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure, creating its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
