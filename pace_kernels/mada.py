@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ _BOUNDS = {"beta1": (0.01, 0.99), "beta2": (0.501, 0.999), "beta3": (0.0, 0.99)}
 _LEARNED = ("coefficient_values", "coefficient_momenta", "hypergradients", "hyper_step")
 # Options that mean something only where a coefficient is learned, and what they are where nobody gave them.
 _HYPER_DEFAULTS = {"hyper_lr": None, "hyper_momentum": 0.0, "hyper_clip": 10.0, "hyper_warmup": 50, "bounds": None}
+_LEARNING = ("learn", *_HYPER_DEFAULTS)
 _PRESETS: dict[str, dict[str, Any]] = {
     "adamw": {"rho": 1.0, "betas": (0.9, 0.999), "weight_decay": 0.01},
     "amsgrad": {"rho": 0.0, "second_moment": "max", "betas": (0.9, 0.999), "weight_decay": 0.01},
@@ -48,20 +49,30 @@ _SAME_NAME = (
     *("ema_kappa", "ema_rho", "ema_gamma", "ema_update_freq", "maximize", "capturable"),
 )
 
+# Those that the redone step and its sensitivities depend on, beside what it left in last_scalars.
+_REDONE_BY = (
+    *("lion_beta1", "lion_beta2", "eps", "second_max", "pullback_from_step", "lambda_pullback", "clamp_pullback"),
+    *("ema_kappa", "ema_rho", "ema_gamma"),
+)
+
 
 def _bits(learn: tuple[str, ...]) -> int:
     return sum(1 << k for k, name in enumerate(COEFFICIENTS) if name in learn)
 
 
-def _expand(argument: str, given: object, base: Mapping[str, Any], convert: Callable[[object], Any]) -> dict[str, Any]:
-    """An option of each coefficient from a dict, which may leave some out, or from one value for all."""
+def _expand(argument: str, given: object, base: Sequence[Any], convert: Callable[[object], Any]) -> tuple[Any, ...]:
+    """An option of each coefficient, in their order: from a dict, which may leave some out, from six values, or from
+    one for all. A tuple, so that no change in place goes unseen."""
     if given is None:
-        return dict(base)
+        return tuple(base)
+    if isinstance(given, (tuple, list)):
+        require(len(given) == len(COEFFICIENTS), argument, f"given by name, or for all of {COEFFICIENTS}", given)
+        return tuple(convert(value) for value in given)
     if not isinstance(given, Mapping):
-        return dict.fromkeys(COEFFICIENTS, convert(given))
+        return (convert(given),) * len(COEFFICIENTS)
     for name in given:
         _check_name(argument, name)
-    return {**base, **{name: convert(value) for name, value in given.items()}}
+    return tuple(convert(given[name]) if name in given else base[k] for k, name in enumerate(COEFFICIENTS))
 
 
 def _check_name(argument: str, name: object) -> None:
@@ -76,6 +87,16 @@ def _pair(value: object) -> tuple[Any, Any]:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f"bounds must be pairs (low, high), got {value!r}")
     return (value[0], value[1])
+
+
+class _Prepared(NamedTuple):
+    """What the options of a group come to: those of ``mada_step_`` and ``mada_learn_``, the names of its states, and
+    the options of learning as the group has them."""
+
+    step: dict[str, Any]
+    learn: dict[str, Any]
+    states: tuple[str, ...]
+    learning: dict[str, Any]
 
 
 def _fixed(group: Group, name: str) -> float:
@@ -110,14 +131,16 @@ class MADA(KernelOptimizer):
 
     A learned coefficient q then moves by ``q ← Π[q − hyper_lr b]``, ``b ← μ b + clip(h)``, within its bounds. ``h`` is
     the hypergradient: the sum over all coordinates of this step's gradient times ∂x/∂q of the step before
-    (csrc/rules/mada.h has the six of them). They are exact and cost one saved tensor, or two where β3 is in play.
+    (csrc/rules/mada.h has the six of them). They are exact and cost one saved tensor, or two where β3 is in play. Where
+    h is not finite, as after a gradient that is not, ``hypergradients`` shows it and q rests. Options
+    may change in training, ``learn`` by :meth:`freeze` alone; where the states in play change, a step learns nothing.
 
     Arguments:
         params: parameters, named parameters, or groups of them: dense, of dtype float32, bfloat16, float16 or float64.
             States are float32 (float64 for float64 parameters).
         lr: α ≥ 0, a number or a tensor with one element. A step with lr = 0 leaves the coefficients alone.
         betas: (β1, β2), each in [0, 1).
-        eps: ε ≥ 2**-126, float32's smallest normal number.
+        eps: ε ≥ 2**-126, float32's smallest normal number, and ≥ 2**-51 where something is learned.
         weight_decay: λ_wd ≥ 0, decoupled from the gradient; no hypergradient sees it.
         beta3: β3 in [0, 1). Fixed at 0, neither n nor a previous gradient is kept.
         rho: ρ in [0, 1]. Fixed at 1, no ṽ is kept.
@@ -167,6 +190,7 @@ class MADA(KernelOptimizer):
     STATE_ROWS = {"last_scalars": len(LAST_SCALARS)}  # noqa: RUF012
 
     _sums: list[tuple[Group, Tensor]]
+    _built = True  # whether all groups of the constructor are there
 
     def __init__(
         self,
@@ -236,14 +260,18 @@ class MADA(KernelOptimizer):
         defaults = self._expanded(defaults, {})
         self._check_options(defaults)
         self._check_start(defaults)
+        self._built = False
         super().__init__(params, defaults, backend)
+        self._built = True
 
     @classmethod
     def preset(cls, name: str, params: ParamsT, **options: Any) -> MADA:
         """MADA as one of the optimizers that it contains, with no more memory than that one.
 
-        ``options`` go to the constructor, over the preset's: the published defaults of that optimizer. All have
-        AdamW's decoupled weight decay, ``x (1 − α λ_wd)``. What they are, and where the published ones differ:
+        ``options`` go to the constructor, over the preset's: the rule's published coefficients, with AdamW's decoupled
+        weight decay, ``x (1 − α λ_wd)``, and values of lr and weight_decay that need not be those of the public code
+        (there Lion and Adan have no weight decay by default, and Yogi has lr 1e-2). What they are, and where the
+        published ones differ:
 
         - "adamw": ``torch.optim.AdamW``. No difference.
         - "amsgrad": ``torch.optim.AdamW(amsgrad=True)``. No difference from it; the paper's corrects no bias and has no
@@ -280,12 +308,13 @@ class MADA(KernelOptimizer):
                 if name in given and given[name] != default and given[name] != base.get(name):
                     raise ValueError(f"{name} was given, but learn is empty: name the coefficients to learn")
         for name, start, convert in (
-            ("hyper_lr", _HYPER_LR, _same),
-            ("hyper_momentum", dict.fromkeys(COEFFICIENTS, 0.0), _same),
-            ("bounds", _BOUNDS, _pair),
+            ("hyper_lr", [_HYPER_LR[name] for name in COEFFICIENTS], _same),
+            ("hyper_momentum", [0.0] * len(COEFFICIENTS), _same),
+            ("bounds", [_BOUNDS[name] for name in COEFFICIENTS], _pair),
         ):
             if name in given:
-                if name == "bounds" and not (given[name] is None or isinstance(given[name], Mapping)):
+                six = isinstance(given[name], (tuple, list)) and len(given[name]) == len(COEFFICIENTS)
+                if name == "bounds" and not (given[name] is None or six or isinstance(given[name], Mapping)):
                     raise TypeError(f"bounds must be a dict from name to (low, high), got {given[name]!r}")
                 options[name] = _expand(name, given[name], base.get(name, start), convert)
         return options
@@ -293,12 +322,9 @@ class MADA(KernelOptimizer):
     def _check_options(self, group: Group) -> None:
         check_common_options(group)
         check_average_options(group)
-        learn = group["learn"]
-        if "beta3" not in learn:
-            check_number("beta3", group["beta3"], "in [0, 1)", lambda a: 0 <= a < 1)
+        check_number("beta3", group["beta3"], "in [0, 1)", lambda a: 0 <= a < 1)
         for name in ("rho", "c", "gamma"):
-            if name not in learn:
-                check_number(name, group[name], "in [0, 1]", lambda a: 0 <= a <= 1)
+            check_number(name, group[name], "in [0, 1]", lambda a: 0 <= a <= 1)
         lion = group["lion_betas"]
         if not isinstance(lion, (tuple, list)) or len(lion) != 2:
             raise ValueError(f"lion_betas must be two numbers in [0, 1), got {lion!r}")
@@ -307,28 +333,32 @@ class MADA(KernelOptimizer):
         require(group["second_moment"] in ("mean", "max"), "second_moment", '"mean" or "max"', group["second_moment"])
         mode = group["coefficients"]
         require(mode in ("global", "group"), "coefficients", '"global" or "group"', mode)
-        if learn:
-            self._check_hyper_options(group)
+        if group["learn"]:
+            allowed = "at least 2**-51 where coefficients are learned: below, hypergradients take a small sqrt(V) for 0"
+            require(group["eps"] >= 2.0**-51, "eps", allowed, group["eps"])
+        self._check_hyper_options(group)
 
     def _check_hyper_options(self, group: Group) -> None:
-        for name in group["learn"]:
-            check_number(f"hyper_lr[{name!r}]", group["hyper_lr"][name], "finite and >= 0", lambda a: a >= 0)
-            check_number(f"hyper_momentum[{name!r}]", group["hyper_momentum"][name], "in [0, 1)", lambda a: 0 <= a < 1)
-        clip, warmup = group["hyper_clip"], group["hyper_warmup"]
-        if isinstance(clip, bool) or not isinstance(clip, (int, float)):
-            raise TypeError(f"hyper_clip must be a number, got {clip!r}")
-        require(clip > 0, "hyper_clip", "> 0", clip)
-        require(isinstance(warmup, int) and warmup >= 0, "hyper_warmup", "an integer >= 0", warmup)
-
-    def _check_start(self, group: Group) -> None:
-        """Learning starts within the bounds, and the bounds are where the rule is defined."""
-        for name in group["learn"]:
-            low, high = group["bounds"][name]
+        for k, name in enumerate(COEFFICIENTS):
+            check_number(f"hyper_lr[{name!r}]", group["hyper_lr"][k], "finite and >= 0", lambda a: a >= 0)
+            check_number(f"hyper_momentum[{name!r}]", group["hyper_momentum"][k], "in [0, 1)", lambda a: 0 <= a < 1)
+            low, high = group["bounds"][k]
             widest = "within [0, 1)" if name.startswith("beta") else "within [0, 1]"
             for end in (low, high):
                 check_number(f"bounds[{name!r}]", end, widest, lambda a: 0 <= a <= 1)
             ordered = low <= high and (high < 1 or not name.startswith("beta"))
             require(ordered, f"bounds[{name!r}]", f"(low, high), low <= high, {widest}", (low, high))
+        clip, warmup = group["hyper_clip"], group["hyper_warmup"]
+        if isinstance(clip, bool) or not isinstance(clip, (int, float)):
+            raise TypeError(f"hyper_clip must be a number, got {clip!r}")
+        require(clip > 0, "hyper_clip", "> 0", clip)
+        counts = isinstance(warmup, int) and not isinstance(warmup, bool) and 0 <= warmup < 2**63
+        require(counts, "hyper_warmup", "an integer >= 0", warmup)
+
+    def _check_start(self, group: Group) -> None:
+        """Learning starts within the bounds."""
+        for name in group["learn"]:
+            low, high = group["bounds"][COEFFICIENTS.index(name)]
             start = _fixed(group, name)
             require(low <= start <= high, name, f"within its bounds, [{low}, {high}]", start)
 
@@ -337,11 +367,20 @@ class MADA(KernelOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with options of its own; also in the middle of training. See ``torch.optim.Optimizer``.
 
-        With coefficients="global" it shares what the other groups learn, and may not ask for something else.
+        With coefficients="global" it shares what the other groups learn, and how; it may not ask for something else.
         """
         if isinstance(param_group, dict):
             first = self.param_groups[0] if self.param_groups else self.defaults
-            param_group = self._expanded(param_group, self.defaults)
+            base = dict(self.defaults)
+            for group in self.param_groups:
+                self._by_name(group)
+            if self._built and first["coefficients"] == param_group.get("coefficients", "global") == "global":
+                base |= {name: first[name] for name in _LEARNING}
+                base["betas"] = tuple(
+                    _fixed(first if name in first["learn"] else self.defaults, name) for name in ("beta1", "beta2")
+                )
+                base |= {name: first[name] for name in COEFFICIENTS[2:] if name in first["learn"]}
+            param_group = {**base, **self._expanded(param_group, base)}
             param_group.setdefault("coefficients", first["coefficients"])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -353,22 +392,23 @@ class MADA(KernelOptimizer):
             raise
         group.update(self._fresh(group))
         self._share()
+        self._prepared[id(group)] = self._prepare(group)
 
-    def _check_sharing(self, groups: list[Group]) -> None:
-        """Groups that share their coefficients learn the same ones, from the same start, in the same way."""
+    def _check_sharing(self, groups: list[Group], start: bool = True) -> None:
+        """Groups that share their coefficients learn the same ones, in the same way, from the same ``start``."""
         first = groups[0]
         for group in groups[1:]:
             mode = group["coefficients"]
             require(mode == first["coefficients"], "coefficients", "the same in all groups", mode)
             if mode == "group":
                 continue
-            for name in ("learn", *_HYPER_DEFAULTS):
+            for name in _LEARNING:
                 if group[name] != first[name] and (name == "learn" or group["learn"]):
                     raise ValueError(
                         f"{name} differs between groups, which share their coefficients: "
                         'give them the same, or coefficients="group"'
                     )
-            for name in group["learn"]:
+            for name in group["learn"] if start else ():
                 if _fixed(group, name) != _fixed(first, name):
                     raise ValueError(
                         f"{name} is learned and shared between groups, but starts at {_fixed(first, name)} in one and "
@@ -447,6 +487,7 @@ class MADA(KernelOptimizer):
             values = self._group_coefficients(group)
             fixed = {"betas": (values.pop("beta1"), values.pop("beta2")), **values, "learn": ()}
             group.update(fixed, **dict.fromkeys(_LEARNED))
+            self._prepared[id(group)] = self._prepare(group)
             for param in group["params"]:
                 state = self.state.get(param, {})
                 for name in state.keys() - {"step", "live", *self._state_tensors(group)}:
@@ -459,14 +500,48 @@ class MADA(KernelOptimizer):
         state = self.state[param]
         if "last_scalars" not in state:
             return
-        names = ("exp_avg", "exp_avg_diff", "exp_avg_sq", f"{group['second_moment']}_exp_avg_sq", "exp_avg_lion")
+        options = self._arguments(group).step  # those of the step to redo, whatever has been changed since
+        second = "max_exp_avg_sq" if options["second_max"] else "mean_exp_avg_sq"
+        names = ("exp_avg", "exp_avg_diff", "exp_avg_sq", second, "exp_avg_lion")
         kept = MadaMoments(*(state.get(name) for name in names))
-        o = MadaOptions.of(self._options(group))
+        o = MadaOptions.of(options)
         last = state["last_scalars"].tolist()
         after = caught_up(o, state["step"].item(), last, state["last_grad"], state.get("older_grad"), kept)
         for tensor, value in zip(kept, after, strict=True):
             if tensor is not None and value is not None:
                 tensor.copy_(value)
+        state["last_scalars"].zero_()  # nothing to redo
+
+    def _by_name(self, group: Group) -> None:
+        """Hyper options that were replaced since the last step, as they are kept."""
+        kept = self._prepared[id(group)].learning
+        if any(group[name] is not kept[name] for name in _LEARNING):
+            if isinstance(group["learn"], str) or tuple(group["learn"]) != kept["learn"]:
+                raise ValueError(f"learn may not be changed from {kept['learn']}: use freeze() to stop learning")
+            group.update(self._expanded({name: group[name] for name in _LEARNING}, kept))
+
+    def _check_changed(self, group: Group) -> None:
+        self._by_name(group)
+        super()._check_changed(group)
+
+    def _settle(self, groups: list[Group]) -> None:
+        """Moments that are one step behind are brought up to date where the step to redo would come out otherwise by
+        the new options; the next step learns nothing then."""
+        self._check_sharing(self.param_groups, start=False)
+        prepared = [self._prepare(group) for group in groups]
+        for group, new in zip(groups, prepared, strict=True):
+            old = self._prepared[id(group)]
+            same = old.states == new.states and all(old.step[name] == new.step[name] for name in _REDONE_BY)
+            for param in group["params"]:
+                state = self.state.get(param, {})
+                if same or not state:
+                    continue
+                self._catch_up(group, param)
+                if "exp_avg_diff" in new.states and "exp_avg_diff" not in state:
+                    state.pop("last_grad", None)  # no difference of gradients at the first step with β3
+        super()._settle(groups)
+        for group, new in zip(groups, prepared, strict=True):
+            self._prepared[id(group)] = new
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
@@ -508,22 +583,23 @@ class MADA(KernelOptimizer):
         super()._launch_all(prepared)
         self._learn()
 
-    def _arguments(self, group: Group) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The options of ``mada_step_``, lr aside, and of ``mada_learn_``; made anew where the group's change."""
-        arguments = self._prepared.get(id(group))
-        if arguments is None:
-            arguments = self._prepared[id(group)] = (self._options(group), self._learn_options(group))
-        return arguments  # type: ignore[no-any-return]
+    def _prepare(self, group: Group) -> _Prepared:
+        learning = {name: group[name] for name in _LEARNING}
+        return _Prepared(self._options(group), self._learn_options(group), self._state_tensors(group), learning)
+
+    def _arguments(self, group: Group) -> _Prepared:
+        """What the group's options came to when they were last checked; lr aside."""
+        return self._prepared[id(group)]  # type: ignore[no-any-return]
 
     def _learn_options(self, group: Group) -> dict[str, Any]:
         """The options of ``mada_learn_``."""
         return {
             "learn": _bits(group["learn"]),
-            "hyper_lr": [group["hyper_lr"][name] for name in COEFFICIENTS],
-            "hyper_momentum": [group["hyper_momentum"][name] for name in COEFFICIENTS],
-            "lower": [group["bounds"][name][0] for name in COEFFICIENTS],
-            "upper": [group["bounds"][name][1] for name in COEFFICIENTS],
-            "clip": group["hyper_clip"],
+            "hyper_lr": list(map(float, group["hyper_lr"])),
+            "hyper_momentum": list(map(float, group["hyper_momentum"])),
+            "lower": [float(low) for low, _ in group["bounds"]],
+            "upper": [float(high) for _, high in group["bounds"]],
+            "clip": float(group["hyper_clip"]),
             "warmup": group["hyper_warmup"],
         }
 
@@ -543,12 +619,12 @@ class MADA(KernelOptimizer):
         lr, device = group["lr"], work.params[0].device
         if isinstance(lr, Tensor) and device.type == "cpu":
             lr = lr.item()
-        options = self._arguments(group)[0] | {"lr": lr}
+        options = self._arguments(group).step | {"lr": lr}
         values = sums = None
         if group["learn"]:
             values = group["coefficient_values"]
             if values.device != device:
-                values = values.to(device, non_blocking=True)
+                values = values.to(device, non_blocking=device.type != "cpu")
             sums = torch.empty(len(HYPERGRADIENTS), dtype=values.dtype, device=device)
             self._sums.append((group, sums))
         get = states.get
@@ -587,9 +663,10 @@ class MADA(KernelOptimizer):
             by_set.setdefault(id(values), (group, []))[1].append(sums)
         for group, rows in by_set.values():
             device = group["coefficient_values"].device
-            rows = [row if row.device == device else row.to(device, non_blocking=True) for row in rows]
+            free = device.type != "cpu"  # a copy to the CPU has to be waited for
+            rows = [row if row.device == device else row.to(device, non_blocking=free) for row in rows]
             learn = choose(self._backend_name, device, torch.float32).op("mada_learn_")
-            learn(*(group[name] for name in _LEARNED), rows, **self._arguments(group)[1])
+            learn(*(group[name] for name in _LEARNED), rows, **self._arguments(group).learn)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -599,11 +676,27 @@ class MADA(KernelOptimizer):
     def _merged(self, saved: Group, group: Group) -> Group:
         options = super()._merged(saved, group)
         options = self._expanded(options, options)
-        if options["learn"] and not isinstance(saved.get("coefficient_values"), Tensor):
+        if options["learn"] and isinstance(saved.get("coefficient_values"), Tensor):
+            for name, fresh in self._fresh({**options, "params": group["params"]}).items():
+                value = saved.get(name)
+                shape = tuple(fresh.shape) if fresh is not None else ()
+                came = tuple(value.shape) if isinstance(value, Tensor) else value
+                require(came == shape, name, f"a tensor of shape {shape}", came)
+                options[name] = value.to(fresh)  # type: ignore[union-attr]
+        elif options["learn"]:
             # Another optimizer's checkpoint: learning starts at its options.
             self._check_start(options)
             options.update(self._fresh({**options, "params": group["params"]}))
         return options
+
+    def _translated_state(
+        self, saved: dict[str, Any], param: Tensor, group: Group, name: str, notes: list[str]
+    ) -> dict[str, Tensor]:
+        if "last_scalars" in saved:
+            for needed in self._state_tensors(group):
+                if needed not in saved and needed != "ema":
+                    raise ValueError(f"{name} lacks {needed}, without which its last step can't be redone")
+        return super()._translated_state(saved, param, group, name, notes)
 
     def _translated(self, loaded: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         loaded = super()._translated(loaded, notes)
@@ -615,3 +708,5 @@ class MADA(KernelOptimizer):
         super().__setstate__(state)
         self._sums = []
         self._share()
+        for group in self.param_groups:
+            self._prepared[id(group)] = self._prepare(group)

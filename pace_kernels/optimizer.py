@@ -146,13 +146,14 @@ class KernelOptimizer(torch.optim.Optimizer):
     # By id of a group: the options as they were last checked, and what the subclass made of them but for lr.
     _checked: dict[int, list[object]]
     _prepared: dict[int, Any]
+    _changed: list[Group]  # groups whose options were replaced, lr aside, since the last step
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
         self._backend_name = requested(backend)
         self._swapped = False
         self._dry = False
         self._incoming = None
-        self._checked, self._prepared = {}, {}
+        self._checked, self._prepared, self._changed = {}, {}, []
         # Part of the groups, because that is what every kind of checkpoint carries.
         super().__init__(params, {**defaults, "swapped": False})
 
@@ -225,15 +226,20 @@ class KernelOptimizer(torch.optim.Optimizer):
             if isinstance(group["betas"], list):
                 group["betas"] = tuple(group["betas"])  # so that no change in place goes unseen
             if changed != ["lr"]:
-                self._prepared.pop(id(group), None)
                 self._check_options(group)
-                self._drop_unused(group)
+                self._changed.append(group)
         check_lr(group["lr"])
         self._checked[id(group)] = values
 
+    def _settle(self, groups: list[Group]) -> None:
+        """Makes ready groups whose options changed, once all are checked; it may raise before it changes anything."""
+        for group in groups:
+            self._prepared.pop(id(group), None)
+            self._drop_unused(group)
+
     def _drop_unused(self, group: Group) -> None:
         """A state that its option was turned off for would be stale when the option comes back: it starts anew then."""
-        unused = set(self.STATE_TENSORS) - set(self._state_tensors(group))
+        unused = {*self.STATE_TENSORS, *self.STATE_ROWS} - set(self._state_tensors(group))
         for param in group["params"]:
             for name in unused & self.state.get(param, {}).keys():
                 del self.state[param][name]
@@ -264,6 +270,9 @@ class KernelOptimizer(torch.optim.Optimizer):
                 work.params.append(param)
                 work.grads.append(grad)
             works += buckets.values()
+        if self._changed:
+            self._settle(self._changed)
+            self._changed = []
         return works
 
     def _states(self, work: Work) -> dict[str, list[Tensor]]:
@@ -560,7 +569,7 @@ class KernelOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._checked, self._prepared = {}, {}
+        self._checked, self._prepared, self._changed = {}, {}, []
         self.__dict__.setdefault("_incoming", None)
         self.__dict__.setdefault("_dry", False)
         self.__dict__.setdefault("_backend_name", None)

@@ -2,7 +2,9 @@
 // pace_kernels/ops.py.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <optional>
 
 #include "blocks.h"
@@ -173,9 +175,9 @@ void mada_learn_(Tensor coefficients, Tensor momenta, Tensor hypergradients, Ten
   *step += 1.0;
   if (*step <= static_cast<double>(warmup)) return;
   for (size_t k = 0; k < kCoefficients; ++k) {
-    if ((learn >> k & 1) == 0) continue;
-    // Comparisons in this order let NaN through, so that it is seen.
-    const double clipped = total[k] < -clip ? -clip : (total[k] > clip ? clip : total[k]);
+    // What is not finite is seen in the hypergradients, and does not spoil the coefficients of all parameters.
+    if ((learn >> k & 1) == 0 || !std::isfinite(total[k])) continue;
+    const double clipped = std::clamp(total[k], -clip, clip);
     b[k] = hyper_momentum[k] * b[k] + clipped;
     const double moved = q[k] - hyper_lr[k] * b[k];
     q[k] = moved < lower[k] ? lower[k] : (moved > upper[k] ? upper[k] : moved);

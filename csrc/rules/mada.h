@@ -45,6 +45,8 @@ namespace pace {
 // The learned coefficients, in the order of every array of six.
 enum MadaCoefficient { kBeta1, kBeta2, kBeta3, kRho, kC, kGamma, kCoefficients };
 
+constexpr float kLargest = 3.402823466e+38f;  // float32's
+
 // What one step of one tensor needs, computed in double on the host and rounded once (scalars.h).
 struct MadaScalars {
   float beta1, one_minus_beta1, beta2, one_minus_beta2, beta3, one_minus_beta3;
@@ -77,9 +79,11 @@ PACE_RULE MadaStep mada_rule(const MadaScalars& s, float g, float last_g, float 
   MadaStep r;
   const float d = kDiff ? g - last_g : 0.0f;
   const float g_hat = kDiff ? g + s.beta3 * d : g;
-  const float square = g_hat * g_hat;
+  // Squares that overflow are the largest number: 0 times infinity would be NaN. These comparisons let NaN through.
+  const float exact = g_hat * g_hat, square = exact > kLargest ? kLargest : exact;
   const float s_v = sign(square - v);
-  const float g_tilde = s.c * square + s.one_minus_c * (v + square * s_v);
+  const float sum = v + square * s_v, yogi = sum > kLargest ? kLargest : sum;
+  const float g_tilde = s.c * square + s.one_minus_c * yogi;
   r.m = s.beta1 * m + s.one_minus_beta1 * g;
   r.n = kDiff ? s.beta3 * n + s.one_minus_beta3 * d : 0.0f;
   r.v = s.beta2 * v + s.one_minus_beta2 * g_tilde;
@@ -94,7 +98,8 @@ PACE_RULE MadaStep mada_rule(const MadaScalars& s, float g, float last_g, float 
   const float adam = (s.adam_size * N) * r.inv_D, lion = s.lion_size * sign_u;
   r.update = kAdam ? (kLion ? adam + lion : adam) : lion;
 
-  // One division for 1 / D and 1 / (2 sqrt(V)); the same 1 / D as above, but that the root may be 0.
+  // One division for 1 / D and 1 / (2 sqrt(V)); 1 / D may differ from the one above by roundings. Where root D is below
+  // 2^−126, the root is below 2^−24 ε for the ε ≥ 2^−51 that learning requires: D is ε then.
   const float product = root * D, inv = 1.0f / product;
   const float inv_D = product >= kSmallestNormal ? inv * root : s.inv_eps;
   const float half_inv_root = product >= kSmallestNormal ? (0.5f * inv) * D : 0.0f;

@@ -35,8 +35,9 @@ R = α γ N / D² / (2 sqrt(V)), which is 0 where V = 0; m₋, n₋, v̄₋ are 
 
 The hypergradient of q is the sum over all coordinates of the new gradient times the last step's ∂x/∂q. The six
 sensitivities are not kept: moments are kept one step behind, beside the last gradient, and the last step is redone
-by :func:`mada_rule`. The operations and their order are those of ``csrc/rules/mada.h``, one rounding each: in float32
-both give the same bits, but for torch's square root, which MKL does not always round correctly.
+by :func:`mada_rule`. The operations and their order are those of ``csrc/rules/mada.h``, one rounding each: from the
+same coefficients, both give the same bits in float32, but for torch's square root, which MKL does not always round
+correctly. The sums of the hypergradients run in another order, so that learned coefficients differ by roundings.
 """
 
 from __future__ import annotations
@@ -221,9 +222,10 @@ def mada_rule(s: MadaScalars, g: Tensor, last_g: Tensor | None, before: MadaMome
     if m is not None and v is not None:
         d = None if last_g is None else g - last_g
         g_hat = g if d is None else g + s.beta3 * d
-        square = g_hat * g_hat
+        largest = torch.finfo(g.dtype).max  # of squares that overflow: 0 times infinity would be NaN
+        square = (g_hat * g_hat).clamp(max=largest)
         s_v = (square - v).sign()
-        g_tilde = s.c * square + s.one_minus_c * (v + square * s_v)
+        g_tilde = s.c * square + s.one_minus_c * (v + square * s_v).clamp(max=largest)
         m = s.beta1 * m + s.one_minus_beta1 * g
         v = s.beta2 * v + s.one_minus_beta2 * g_tilde
         if w is not None:
@@ -405,6 +407,7 @@ def mada_learn_(
     hyper_step += moves.to(hyper_step.dtype)
     moves = bits & moves & (hyper_step > warmup)
     hypergradients.copy_(total[:-1])
+    moves = moves & total[:-1].isfinite()  # what is not is seen in the hypergradients, and moves nothing
     b = constant(hyper_momentum) * momenta + total[:-1].clamp(-clip, clip)
     q = torch.minimum(torch.maximum(coefficients - constant(hyper_lr) * b, constant(lower)), constant(upper))
     momenta.copy_(torch.where(moves, b, momenta))
