@@ -50,8 +50,7 @@ HELD_OUT = 10  # one file, or one byte of a single file, in so many is for valid
 STDLIB_BYTES = 8_000_000  # upper limit on the standard library's text
 LIVE = "live"  # names the weights being trained, beside the names of their averages
 
-# About 4 minutes on 2 cores. The learning rates bracket the best one of each optimizer.
-FULL_RUN = {"steps": 600, "lrs": [1.5e-3, 3e-3, 6e-3], "batch": 10, "validation_windows": 128}
+FULL_RUN = {"steps": 500, "lrs": [1e-3, 2e-3, 4e-3], "batch": 8, "validation_windows": 128}
 QUICK_RUN = {"steps": 12, "lrs": [5e-4, 1e-3], "batch": 2, "validation_windows": 8}
 
 EXIT_INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
