@@ -488,10 +488,7 @@ class MADA(KernelOptimizer):
             fixed = {"betas": (values.pop("beta1"), values.pop("beta2")), **values, "learn": ()}
             group.update(fixed, **dict.fromkeys(_LEARNED))
             self._prepared[id(group)] = self._prepare(group)
-            for param in group["params"]:
-                state = self.state.get(param, {})
-                for name in state.keys() - {"step", "live", *self._state_tensors(group)}:
-                    del state[name]
+            self._drop_unused(group)
             if group["coefficients"] == "global":
                 self.defaults.update(fixed)
 

@@ -64,3 +64,12 @@ def gradients(steps: int, dtype: torch.dtype, seed: int = 1) -> Iterator[list[to
     scales = [10.0 ** torch.empty(shape).uniform_(low, high, generator=generator) for shape in SHAPES]
     for _ in range(steps):
         yield [(torch.randn(s.shape, generator=generator) * s).to(dtype) for s in scales]
+
+
+def assert_same_bits(a: tuple[list[Any], torch.optim.Optimizer], b: tuple[list[Any], torch.optim.Optimizer]) -> None:
+    """Two trainings, each its parameters and its optimizer, ended with the same weights and states."""
+    for p, q in zip(a[0], b[0], strict=True):
+        assert torch.equal(p, q)
+        assert a[1].state[p].keys() == b[1].state[q].keys()
+        for key, value in a[1].state[p].items():
+            assert torch.equal(value, b[1].state[q][key]), key

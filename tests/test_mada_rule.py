@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from mada_cases import CASES, STATES
-from pace_cases import gradients, weights
+from pace_cases import assert_same_bits, gradients, weights
 
 from pace_kernels import MADA
 
@@ -39,14 +39,6 @@ def train(
                 path.append(values.tolist())
         optimizer.step()
     return params, optimizer
-
-
-def assert_same_bits(a: tuple[list[Any], MADA], b: tuple[list[Any], MADA]) -> None:
-    for p, q in zip(a[0], b[0], strict=True):
-        assert torch.equal(p, q)
-        assert a[1].state[p].keys() == b[1].state[q].keys()
-        for key, value in a[1].state[p].items():
-            assert torch.equal(value, b[1].state[q][key]), key
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pace_bound import Reference
-from pace_cases import CASES, gradients, weights
+from pace_cases import CASES, assert_same_bits, gradients, weights
 
 from pace_kernels import PACE, backends
 from pace_kernels.torch_rules.pace import PaceOptions, pace_rule, pace_scalars
@@ -33,14 +33,6 @@ def train(dtype: torch.dtype, backend: str | None, steps: int = STEPS, **options
             param.grad = grad
         optimizer.step()
     return params, optimizer
-
-
-def assert_same_bits(a: tuple[list[Any], PACE], b: tuple[list[Any], PACE]) -> None:
-    for p, q in zip(a[0], b[0], strict=True):
-        assert torch.equal(p, q)
-        assert a[1].state[p].keys() == b[1].state[q].keys()
-        for key, value in a[1].state[p].items():
-            assert torch.equal(value, b[1].state[q][key]), key
 
 
 def test_the_native_kernel_is_here() -> None:
