@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,19 @@ namespace pace {
 using Tensor = torch::stable::Tensor;
 using TensorList = std::vector<Tensor>;
 using torch::headeronly::ScalarType;
+
+// The device that the tensors of a call must be on.
+struct Place {
+  bool cuda;
+  int32_t index;  // of the CUDA device
+
+  bool holds(const Tensor& t) const { return cuda ? t.is_cuda() && t.get_device_index() == index : t.is_cpu(); }
+  std::string tensor() const {
+    return cuda ? "a tensor on cuda:" + std::to_string(index) : std::string("a CPU tensor");
+  }
+};
+
+inline constexpr Place kCpu{false, 0};
 
 inline std::string entry(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
 
@@ -43,10 +57,11 @@ inline Format format_of(const char* name, size_t i, const Tensor& t, bool float3
   return dtype == ScalarType::BFloat16 ? Format::kBFloat16 : Format::kFloat16;
 }
 
-// A dense CPU tensor of the parameter's shape. A written one may not repeat elements by stride 0; the
+// A dense tensor of the parameter's shape, in its place. A written one may not repeat elements by stride 0; the
 // optimizers refuse every other overlap of a parameter when it is added.
-inline void check_operand(const char* name, size_t i, const Tensor& t, const Tensor& param, bool written) {
-  STD_TORCH_CHECK(t.is_cpu(), entry(name, i), " must be a CPU tensor");
+inline void check_operand(const char* name, size_t i, const Tensor& t, const Tensor& param, bool written,
+                          const Place& place) {
+  STD_TORCH_CHECK(place.holds(t), entry(name, i), " must be ", place.tensor());
   int32_t layout = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
   STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), entry(name, i), " must be a dense (strided) tensor");
@@ -61,9 +76,29 @@ inline void check_operand(const char* name, size_t i, const Tensor& t, const Ten
   }
 }
 
-inline void check_step(const char* name, size_t i, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1 && t.scalar_type() == ScalarType::Float, entry(name, i),
-                  " must be a CPU float32 tensor with one element");
+inline void check_step(const char* name, size_t i, const Tensor& t, const Place& place) {
+  STD_TORCH_CHECK(place.holds(t) && t.numel() == 1 && t.scalar_type() == ScalarType::Float, entry(name, i), " must be ",
+                  place.tensor(), ", float32, with one element");
+}
+
+inline void check_one(const char* name, const std::optional<Tensor>& t, const Place& place) {
+  if (!t) return;
+  STD_TORCH_CHECK(place.holds(*t) && t->numel() == 1 && t->scalar_type() == ScalarType::Float, name, " must be ",
+                  place.tensor(), ", float32, with one element");
+}
+
+inline void check_lr(const std::optional<Tensor>& t, const Place& place) {
+  if (!t) return;
+  const bool number = t->scalar_type() == ScalarType::Float || t->scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(place.holds(*t) && t->numel() == 1 && number, "lr_tensor must be ", place.tensor(),
+                  ", float32 or float64, with one element");
+}
+
+inline double* check_doubles(const char* name, const Tensor& t, size_t count, const Place& place) {
+  STD_TORCH_CHECK(place.holds(t) && t.is_contiguous() && static_cast<size_t>(t.numel()) == count &&
+                      t.scalar_type() == ScalarType::Double,
+                  name, " must be ", place.tensor(), ", contiguous, float64, with ", count, " elements");
+  return static_cast<double*>(t.data_ptr());
 }
 
 inline void check_options(const PaceOptions& o) {

@@ -1,4 +1,5 @@
-// From an optimizer's options and a step count to the scalars of a rule: double on the host, rounded to float once.
+// From an optimizer's options and a step count to the scalars of a rule: in double, rounded to float once. On the host,
+// or, where the step count, the learning rate or the coefficients live on the device, there.
 #pragma once
 
 #include <algorithm>
@@ -27,22 +28,23 @@ struct PaceOptions {
 };
 
 // w_t in the gain; 1 without a decay exponent.
-inline double gain_weight(const PaceOptions& o, double t) {
+PACE_RULE double gain_weight(const PaceOptions& o, double t) {
   if (!o.ema_kappa) return 1.0;
   return std::max(std::pow(1.0 + o.ema_gamma * std::max(0.0, t - o.ema_rho), -*o.ema_kappa), 1e-4);
 }
 
 // w_t in the average; beta_ema without a decay exponent.
-inline double average_weight(const PaceOptions& o, double t) { return o.ema_kappa ? gain_weight(o, t) : o.beta_ema; }
+PACE_RULE double average_weight(const PaceOptions& o, double t) { return o.ema_kappa ? gain_weight(o, t) : o.beta_ema; }
 
-inline bool average_moves(const PaceOptions& o, double t) {
+PACE_RULE bool average_moves(const PaceOptions& o, double t) {
   return std::fmod(t, static_cast<double>(o.ema_update_freq)) == 0.0;
 }
 
-inline PaceScalars pace_scalars(const PaceOptions& o, double t) {
+// `factor` multiplies the gradient: clip coefficient / gradient scale.
+PACE_RULE PaceScalars pace_scalars(const PaceOptions& o, double t, float factor) {
   const double w = average_weight(o, t);
   PaceScalars s;
-  s.grad_sign = o.maximize ? -1.0f : 1.0f;
+  s.grad_factor = o.maximize ? -factor : factor;
   s.beta1 = static_cast<float>(o.beta1);
   s.one_minus_beta1 = static_cast<float>(1.0 - o.beta1);
   s.beta2 = static_cast<float>(o.beta2);
@@ -57,6 +59,7 @@ inline PaceScalars pace_scalars(const PaceOptions& o, double t) {
   s.weight = static_cast<float>(w);
   s.one_minus_weight = static_cast<float>(1.0 - w);
   s.from_step = o.pullback_from_step;
+  s.moves = average_moves(o, t);
   return s;
 }
 
@@ -69,7 +72,7 @@ struct MadaOptions {
 
 using MadaCoefficients = std::array<double, kCoefficients>;
 
-inline MadaScalars mada_scalars(const MadaOptions& o, double t, double lr, const MadaCoefficients& q) {
+PACE_RULE MadaScalars mada_scalars(const MadaOptions& o, double t, double lr, const MadaCoefficients& q) {
   const auto [beta1, beta2, beta3, rho, c, gamma] = q;
   const double bias1 = 1.0 - std::pow(beta1, t), bias2 = 1.0 - std::pow(beta2, t);
   const auto f = [](double a) { return static_cast<float>(a); };
@@ -95,31 +98,37 @@ inline MadaScalars mada_scalars(const MadaOptions& o, double t, double lr, const
 }
 
 // What all coordinates' terms of MadaStep share: h_q is the factor of q times the sum of the terms.
-inline MadaCoefficients mada_factors(double t, double lr, const MadaCoefficients& q) {
+PACE_RULE MadaCoefficients mada_factors(double t, double lr, const MadaCoefficients& q) {
   const double bias1 = 1.0 - std::pow(q[kBeta1], t), bias2 = 1.0 - std::pow(q[kBeta2], t);
   const double A = lr * q[kGamma], square = q[kRho] * (1.0 - q[kBeta2]);
   return {-A / bias1, A / bias2, A, A / bias2, A * square / bias2, lr};
 }
 
 // The scalars of a step that leaves the moments as they are and has no sensitivities.
-inline MadaScalars no_step(const MadaOptions& o) {
+PACE_RULE MadaScalars no_step(const MadaOptions& o) {
   MadaScalars s{};
   s.beta1 = s.beta2 = s.beta3 = s.lion_beta2 = s.mean_old = s.eps = 1.0f;
   s.second_max = o.second_max;
   return s;
 }
 
-// Step t, which was the last, from what it left in `last`: whether there was one, its learning rate, its coefficients.
+// What a parameter remembers of its last step, in doubles: what can be done about it, its learning rate, its
+// coefficients. LAST_SCALARS in pace_kernels/ops.py.
+enum LastScalar { kTaken, kLastLr, kLastCoefficients, kLastScalars = kLastCoefficients + kCoefficients };
+// kTaken: 1, the step is to be redone; 0, it is not, but its gradient was kept; −1, no gradient was kept yet.
+constexpr double kRedo = 1.0, kDone = 0.0, kNoGradient = -1.0;
+
+// Step t, which was the last, from what it left in `last`.
 struct LastStep {
   MadaScalars scalars;
   MadaCoefficients factors;
 };
 
-inline LastStep last_step(const MadaOptions& o, double t, const double* last) {
-  if (last[0] == 0.0) return {no_step(o), {}};
+PACE_RULE LastStep last_step(const MadaOptions& o, double t, const double* last) {
+  if (last[kTaken] <= kDone) return {no_step(o), {}};
   MadaCoefficients q;
-  std::copy(last + 2, last + 2 + q.size(), q.begin());
-  return {mada_scalars(o, t, last[1], q), mada_factors(t, last[1], q)};
+  for (int k = 0; k < kCoefficients; ++k) q[k] = last[kLastCoefficients + k];
+  return {mada_scalars(o, t, last[kLastLr], q), mada_factors(t, last[kLastLr], q)};
 }
 
 }  // namespace pace

@@ -11,8 +11,13 @@ namespace pace {
 
 enum class Format : uint8_t { kFloat32, kBFloat16, kFloat16 };
 
+#if defined(__CUDA_ARCH__)
+PACE_RULE uint32_t bits_of(float a) { return __float_as_uint(a); }
+PACE_RULE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+#else
 PACE_RULE uint32_t bits_of(float a) { return __builtin_bit_cast(uint32_t, a); }
 PACE_RULE float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+#endif
 
 struct Float32 {
   using Element = float;

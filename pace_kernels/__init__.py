@@ -7,8 +7,9 @@ what computes here.
 
 from . import ops
 from .backend import backends
+from .clipping import clip_coefficient
 from .mada import MADA
 from .pace import PACE
 
-__all__ = ["MADA", "PACE", "backends", "ops"]
+__all__ = ["MADA", "PACE", "backends", "clip_coefficient", "ops"]
 __version__ = "0.1.0"

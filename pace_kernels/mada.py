@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .backend import choose
-from .ops import COEFFICIENTS, HYPERGRADIENTS, LAST_SCALARS
+from .ops import COEFFICIENTS, DONE, HYPERGRADIENTS, LAST_SCALARS, NO_GRADIENT, REDO
 from .optimizer import (
     Group,
     KernelOptimizer,
@@ -189,7 +189,8 @@ class MADA(KernelOptimizer):
     )
     STATE_ROWS = {"last_scalars": len(LAST_SCALARS)}  # noqa: RUF012
 
-    _sums: list[tuple[Group, Tensor]]
+    # Of a step: the group, its sums, and what its gradients were scaled by.
+    _sums: list[tuple[Group, Tensor, dict[str, Tensor]]]
     _built = True  # whether all groups of the constructor are there
 
     def __init__(
@@ -503,11 +504,13 @@ class MADA(KernelOptimizer):
         kept = MadaMoments(*(state.get(name) for name in names))
         o = MadaOptions.of(options)
         last = state["last_scalars"].tolist()
+        if last[0] != REDO:
+            return
         after = caught_up(o, state["step"].item(), last, state["last_grad"], state.get("older_grad"), kept)
         for tensor, value in zip(kept, after, strict=True):
             if tensor is not None and value is not None:
                 tensor.copy_(value)
-        state["last_scalars"].zero_()  # nothing to redo
+        state["last_scalars"][0] = DONE
 
     def _by_name(self, group: Group) -> None:
         """Hyper options that were replaced since the last step, as they are kept."""
@@ -535,7 +538,7 @@ class MADA(KernelOptimizer):
                     continue
                 self._catch_up(group, param)
                 if "exp_avg_diff" in new.states and "exp_avg_diff" not in state:
-                    state.pop("last_grad", None)  # no difference of gradients at the first step with β3
+                    state.pop("last_scalars", None)  # no difference of gradients at the first step with β3
         super()._settle(groups)
         for group, new in zip(groups, prepared, strict=True):
             self._prepared[id(group)] = new
@@ -556,18 +559,16 @@ class MADA(KernelOptimizer):
                 names += ("mean_exp_avg_sq",) if group["second_moment"] == "mean" else ("max_exp_avg_sq",)
         if gamma != 1.0 or "gamma" in learn:
             names += ("exp_avg_lion",)
-        if learn:
+        if "last_grad" in names:
             names += ("last_scalars",)
         return (*names, "ema") if pull or group["use_ema_eval"] else names
 
     def _initial(self, name: str, param: Tensor, group: Group) -> Tensor:
         if name == "last_scalars":
             dtype = torch.float32 if param.device.type == "mps" else torch.float64
-            return torch.zeros(len(LAST_SCALARS), dtype=dtype, device=param.device)
-        if name == "last_grad" and param.grad is not None:
-            # At the first step there is no difference of gradients: d = g − g.
-            grad = as_state(param, param.grad)
-            return grad.neg_() if group["maximize"] else grad
+            row = torch.zeros(len(LAST_SCALARS), dtype=dtype, device=param.device)
+            row[0] = NO_GRADIENT
+            return row
         if name in ("mean_exp_avg_sq", "max_exp_avg_sq"):
             # v̄ itself, which is 0 but in a checkpoint of Adam: as if it had been that all along.
             return as_state(param, self.state[param]["exp_avg_sq"])
@@ -576,9 +577,11 @@ class MADA(KernelOptimizer):
     # ---- the step --------------------------------------------------------------------------------------------------
 
     def _launch_all(self, prepared: list[tuple[Work, dict[str, list[Tensor]]]]) -> None:
-        self._sums = []
-        super()._launch_all(prepared)
-        self._learn()
+        try:
+            super()._launch_all(prepared)
+            self._learn()
+        finally:
+            self._sums = []
 
     def _prepare(self, group: Group) -> _Prepared:
         learning = {name: group[name] for name in _LEARNING}
@@ -612,18 +615,15 @@ class MADA(KernelOptimizer):
         return options
 
     def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> None:
-        group = work.group
-        lr, device = group["lr"], work.params[0].device
-        if isinstance(lr, Tensor) and device.type == "cpu":
-            lr = lr.item()
-        options = self._arguments(group).step | {"lr": lr}
+        group, device = work.group, work.device
+        options = {**self._arguments(group).step, "capturable": work.on_device, **work.lr(), **work.scaling}
         values = sums = None
         if group["learn"]:
             values = group["coefficient_values"]
             if values.device != device:
                 values = values.to(device, non_blocking=device.type != "cpu")
             sums = torch.empty(len(HYPERGRADIENTS), dtype=values.dtype, device=device)
-            self._sums.append((group, sums))
+            self._sums.append((group, sums, work.scaling))
         get = states.get
         last_grads, older_grads = get("last_grad", []), get("older_grad", [])
         work.backend.op("mada_step_")(
@@ -643,10 +643,7 @@ class MADA(KernelOptimizer):
             sums,
             **options,
         )
-        if not older_grads:
-            return
-        if group["capturable"]:  # a captured graph knows the tensors, not their names
-            work.backend.op("swap_")(last_grads, older_grads)
+        if not older_grads or work.on_device or work.left_undone():
             return
         for param in work.params:
             state = self.state[param]
@@ -654,16 +651,18 @@ class MADA(KernelOptimizer):
 
     def _learn(self) -> None:
         """Moves the coefficients, once for each set of them that took part in the step."""
-        by_set: dict[int, tuple[Group, list[Tensor]]] = {}
-        for group, sums in self._sums:
-            values = group["coefficient_values"]
-            by_set.setdefault(id(values), (group, []))[1].append(sums)
-        for group, rows in by_set.values():
+        by_set: dict[int, tuple[Group, dict[str, Tensor], list[Tensor]]] = {}
+        for group, sums, scaling in self._sums:
+            by_set.setdefault(id(group["coefficient_values"]), (group, scaling, []))[2].append(sums)
+        for group, scaling, rows in by_set.values():
             device = group["coefficient_values"].device
             free = device.type != "cpu"  # a copy to the CPU has to be waited for
             rows = [row if row.device == device else row.to(device, non_blocking=free) for row in rows]
+            found_inf = scaling.get("found_inf")
+            if found_inf is not None and found_inf.device != device:
+                found_inf = found_inf.to(device, non_blocking=free)
             learn = choose(self._backend_name, device, torch.float32).op("mada_learn_")
-            learn(*(group[name] for name in _LEARNED), rows, **self._arguments(group).learn)
+            learn(*(group[name] for name in _LEARNED), rows, found_inf, **self._arguments(group).learn)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -689,11 +688,17 @@ class MADA(KernelOptimizer):
     def _translated_state(
         self, saved: dict[str, Any], param: Tensor, group: Group, name: str, notes: list[str]
     ) -> dict[str, Tensor]:
-        if "last_scalars" in saved:
+        if "last_scalars" in saved and group["learn"]:
             for needed in self._state_tensors(group):
                 if needed not in saved and needed != "ema":
                     raise ValueError(f"{name} lacks {needed}, without which its last step can't be redone")
-        return super()._translated_state(saved, param, group, name, notes)
+        state = super()._translated_state(saved, param, group, name, notes)
+        if "last_grad" in state and "last_scalars" not in state and "last_scalars" in self._state_tensors(group):
+            # An earlier version kept scalars only where something was learned. The gradient is one of a step all the
+            # same, but in the state of a dry run.
+            state["last_scalars"] = self._initial("last_scalars", param, group)
+            state["last_scalars"][0] = DONE if state["step"] > 0 else NO_GRADIENT
+        return state
 
     def _translated(self, loaded: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         loaded = super()._translated(loaded, notes)

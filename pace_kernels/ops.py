@@ -13,27 +13,36 @@ from torch import Tensor
 
 _LIBRARY = torch.library.Library("pace_kernels", "DEF")
 
-# One PACE step (csrc/rules/pace.h). `exp_avgs` may be empty where beta1 is 0, `emas` where lambda_pullback is 0. With
-# `capturable` the step counts live on the parameters' device, and no kernel waits for it.
+# Every step takes four tensors with one element on the device of the parameters, each of which may be missing, and none
+# of which is waited for: `lr_tensor` in place of lr; `grad_scale`, which divides the gradients, and `clip_coef`, which
+# multiplies them (float32; both within the pass: the gradients themselves stay as they are); and `found_inf` (float32):
+# where it is not 0, nothing changes. `capturable`: the step counts live on the device of the parameters, otherwise on
+# the CPU. Where `found_inf` is given off the CPU they have to, since only the device knows whether a step counts.
+#
+# One PACE step (csrc/rules/pace.h). `exp_avgs` may be empty where beta1 is 0, `emas` where lambda_pullback is 0.
 _LIBRARY.define(
     "pace_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] emas, Tensor(e!)[] steps, Tensor(f!)? stats=None, *, float lr, float beta1, float beta2, float eps, "
+    "Tensor(d!)[] emas, Tensor(e!)[] steps, Tensor(f!)? stats=None, Tensor? lr_tensor=None, Tensor? grad_scale=None, "
+    "Tensor? clip_coef=None, Tensor? found_inf=None, *, float lr, float beta1, float beta2, float eps, "
     "float weight_decay, float lambda_pullback, bool clamp_pullback, float beta_ema, float? ema_kappa, float ema_rho, "
     "float ema_gamma, int ema_update_freq, bool pullback_from_step, bool maximize, bool capturable) -> ()"
 )
 # One MADA step (csrc/rules/mada.h). A list may be empty where nothing needs it; those that are there say what is in
 # play: `exp_avgs` and `exp_avg_sqs` Adam's moments, `exp_avg_diffs` the differences of gradients, `second_exp_avg_sqs`
-# the running mean or maximum, `exp_avg_lions` Lion's moment, `emas` the average. With `last_scalars` (LAST_SCALARS
-# each) moments are one step behind and `last_grads` holds the gradient of that step; where differences are in play,
-# `older_grads` holds the one before, the new one is written over it, and the caller exchanges the two lists.
-# Coefficient i is coefficients[i] where bit i of `learn` is set, otherwise the option of its name. The sums over all
-# coordinates of this call are written to `hypergradients` (HYPERGRADIENTS).
+# the running mean or maximum, `exp_avg_lions` Lion's moment, `emas` the average. `last_grads` are there where
+# differences are in play or something is learned, and with them `last_scalars` (LAST_SCALARS each). Where something is
+# learned, moments are one step behind and `last_grads` holds the gradient of that step; where differences are in play
+# too, `older_grads` holds the one before, the new one is written over it, and the caller exchanges the two lists; with
+# `capturable` the lists keep their roles. Coefficient i is coefficients[i] where bit i of `learn` is set, otherwise the
+# option of its name. The sums over all coordinates of this call are written to `hypergradients` (HYPERGRADIENTS); where
+# `found_inf` says that nothing happens, zeros.
 _LIBRARY.define(
     "mada_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] exp_avg_diffs, Tensor(e!)[] second_exp_avg_sqs, Tensor(f!)[] exp_avg_lions, "
     "Tensor(g!)[] last_grads, Tensor(h!)[] older_grads, Tensor(i!)[] last_scalars, Tensor(j!)[] emas, "
-    "Tensor(k!)[] steps, Tensor? coefficients=None, Tensor(l!)? hypergradients=None, *, int learn, float lr, "
-    "float beta1, float beta2, float beta3, float rho, float c, float gamma, float eps, float weight_decay, "
+    "Tensor(k!)[] steps, Tensor? coefficients=None, Tensor(l!)? hypergradients=None, Tensor? lr_tensor=None, "
+    "Tensor? grad_scale=None, Tensor? clip_coef=None, Tensor? found_inf=None, *, int learn, float lr, float beta1, "
+    "float beta2, float beta3, float rho, float c, float gamma, float eps, float weight_decay, "
     "float lion_beta1, float lion_beta2, bool second_max, float lambda_pullback, bool clamp_pullback, float beta_ema, "
     "float? ema_kappa, float ema_rho, float ema_gamma, int ema_update_freq, bool pullback_from_step, bool maximize, "
     "bool capturable) -> ()"
@@ -41,16 +50,18 @@ _LIBRARY.define(
 # Moves the learned coefficients after all mada_step_ calls of a step: adds up their sums, in order, into
 # `hypergradients` (6), clips them, adds them to `momenta` (6), descends and projects. Float64, all on one device. Where
 # the learning rates add up to 0 nothing but `hypergradients` changes, and in the first `warmup` steps `hyper_step` too.
+# Where `found_inf` is not 0, nothing does.
 _LIBRARY.define(
     "mada_learn_(Tensor(a!) coefficients, Tensor(b!) momenta, Tensor(c!) hypergradients, Tensor(d!) hyper_step, "
-    "Tensor[] sums, *, int learn, float[] hyper_lr, float[] hyper_momentum, float[] lower, float[] upper, float clip, "
+    "Tensor[] sums, Tensor? found_inf=None, *, int learn, float[] hyper_lr, float[] hyper_momentum, float[] lower, "
+    "float[] upper, float clip, "
     "int warmup) -> ()"
 )
 # Exchanges the contents of a[i] and b[i], both float32, without a copy of either.
 _LIBRARY.define("swap_(Tensor(a!)[] a, Tensor(b!)[] b) -> ()")
 
 # What `stats` holds after a step, float64: sums, minima and maxima over all coordinates of the call. PaceStat in
-# csrc/cpu/pace_ops.cpp has the same order. "raw" is the gain before alpha c, "effective" before the clamp, "lambda"
+# csrc/stats.h has the same order. "raw" is the gain before alpha c, "effective" before the clamp, "lambda"
 # after it.
 PACE_STATS = (
     *("count", "raw_sum", "raw_min", "raw_max", "effective_sum", "effective_min", "effective_max"),
@@ -66,8 +77,11 @@ MADA_STATES = (
 COEFFICIENTS = ("beta1", "beta2", "beta3", "rho", "c", "gamma")
 # What a call of mada_step_ leaves in `hypergradients`, float64: a sum for each coefficient, and the learning rate.
 HYPERGRADIENTS = (*COEFFICIENTS, "lr")
-# What a parameter remembers of its last step, float64: whether there was one (1 or 0), and what it used.
+# What a parameter remembers of its last step, float64: what can be done about it, and what it used. `taken` is REDO
+# where the moments are those before it, DONE where they are those after it, NO_GRADIENT where there is no gradient of a
+# last step: then the step takes its own for it, so that differences are 0. LastScalar in csrc/scalars.h.
 LAST_SCALARS = ("taken", "lr", *COEFFICIENTS)
+REDO, DONE, NO_GRADIENT = 1.0, 0.0, -1.0
 
 
 def _check_lengths(params: list[Tensor], required: dict[str, list[Tensor]], optional: dict[str, list[Tensor]]) -> None:
@@ -77,7 +91,7 @@ def _check_lengths(params: list[Tensor], required: dict[str, list[Tensor]], opti
 
 
 @torch.library.register_fake("pace_kernels::pace_step_", lib=_LIBRARY)
-def _(params, grads, exp_avgs, exp_avg_sqs, emas, steps, stats=None, **options):  # type: ignore[no-untyped-def]
+def _(params, grads, exp_avgs, exp_avg_sqs, emas, steps, *tensors, **options):  # type: ignore[no-untyped-def]
     required = {"grads": grads, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
     _check_lengths(params, required, {"exp_avgs": exp_avgs, "emas": emas})
 
@@ -89,7 +103,7 @@ def _(params, grads, *lists, **options):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("pace_kernels::mada_learn_", lib=_LIBRARY)
-def _(coefficients, momenta, hypergradients, hyper_step, sums, **options):  # type: ignore[no-untyped-def]
+def _(coefficients, momenta, hypergradients, hyper_step, sums, found_inf=None, **options):  # type: ignore[no-untyped-def]
     pass
 
 
@@ -98,6 +112,9 @@ def _(a, b):  # type: ignore[no-untyped-def]
     _check_lengths(a, {"b": b}, {})
 
 
-# The library that holds the CPU kernels registers them when it is loaded; why it can't be, backends() says.
+# The libraries that hold the kernels register them when they are loaded; why one can't be, backends() says.
 with contextlib.suppress(ImportError):
     from . import _C  # noqa: F401
+if torch.version.cuda is not None:
+    with contextlib.suppress(ImportError):
+        from . import _cuda  # noqa: F401

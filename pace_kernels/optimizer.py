@@ -30,16 +30,47 @@ _FOREIGN_OPTIONS = ("amsgrad", "foreach", "fused", "differentiable", "decoupled_
 # State of the published pace-optimizer: the same tensors under other names. `theta` is its copy of the live weights.
 _FOREIGN_NAMES = {"m": "exp_avg", "v": "exp_avg_sq"}
 _FOREIGN_STATE = {"theta", "last_ema_step", "max_exp_avg_sq"}
+# What torch 2.10 has under the second name, a later torch under the first; there the second warns.
+_HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on that device. A copy to the CPU has to be waited for, others do not."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 @dataclass
 class Work:
-    """The parameters of one group that step together: on one device, in one dtype, each with a gradient."""
+    """The parameters of one group that step together: on one device, in one dtype, each with a gradient.
+
+    ``scaling`` are the arguments grad_scale, clip_coef and found_inf of the operators, those that were given.
+    ``on_device``: the step counts live on the parameters' device, and nothing may be read from it.
+    """
 
     group: Group
     backend: Backend
+    scaling: dict[str, Tensor]
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
+    on_device: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    def lr(self) -> dict[str, Any]:
+        """The learning rate as arguments of an operator; on a device it is not read."""
+        lr = self.group["lr"]
+        if not isinstance(lr, Tensor):
+            return {"lr": plain_number(lr)}
+        if lr.device.type == "cpu":
+            return {"lr": lr.item()}
+        return {"lr": 0.0, "lr_tensor": moved(lr, self.device)}
+
+    def left_undone(self) -> bool:
+        """Whether ``found_inf`` says so, as far as that can be told without waiting for a device."""
+        found_inf = self.scaling.get("found_inf")
+        return found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf)
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -96,6 +127,8 @@ def check_lr(lr: object) -> None:
         require(lr.numel() == 1, "lr", "a number or a tensor with one element", lr)
         if lr.device.type == "cpu":  # elsewhere, reading it would wait for the device
             check_number("lr", lr.item(), "finite and >= 0", lambda a: a >= 0)
+        else:
+            require(lr.dtype in (torch.float32, torch.float64), "lr", "float32 or float64 on a device", lr.dtype)
     else:
         check_number("lr", lr, "finite and >= 0", lambda a: a >= 0)
 
@@ -133,6 +166,11 @@ def check_average_options(group: Group) -> None:
 
 class KernelOptimizer(torch.optim.Optimizer):
     """Base class; not for direct use."""
+
+    # torch.amp.GradScaler then sets the attributes grad_scale and found_inf for the time of a step, and leaves it to
+    # the step to unscale the gradients, and to do nothing where one is not finite.
+    _step_supports_amp_scaling = True
+    _health_check = getattr(torch.optim.Optimizer, next(n for n in _HEALTH_CHECKS if hasattr(torch.optim.Optimizer, n)))
 
     # Names of the state tensors that this class of optimizer may keep, beside `step` and, while swapped, `live`.
     STATE_TENSORS: ClassVar[tuple[str, ...]] = ()
@@ -244,9 +282,28 @@ class KernelOptimizer(torch.optim.Optimizer):
             for name in unused & self.state.get(param, {}).keys():
                 del self.state[param][name]
 
-    def _collect(self) -> list[Work]:
+    def _scaling(self, clip_coef: Tensor | float | None) -> dict[str, Tensor]:
+        """What mixed precision and clipping hand over, checked: float32 tensors with one element."""
+        given = {
+            "grad_scale": getattr(self, "grad_scale", None),
+            "clip_coef": clip_coef,
+            "found_inf": getattr(self, "found_inf", None),
+        }
+        scaling = {}
+        for name, value in given.items():
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
+                check_number(name, value, "finite and >= 0", lambda a: a >= 0)
+                value = torch.tensor(float(value), dtype=torch.float32)
+            require(value.numel() == 1, name, "a number or a tensor with one element", value)
+            scaling[name] = value.detach().to(torch.float32)
+        return scaling
+
+    def _collect(self, scaling: dict[str, Tensor]) -> list[Work]:
         """What there is to step, checked: nothing has changed where this raises."""
         works: list[Work] = []
+        here: dict[torch.device, dict[str, Tensor]] = {}
         for group in self.param_groups:
             self._check_changed(group)
             buckets: dict[tuple[torch.device, torch.dtype], Work] = {}
@@ -259,7 +316,10 @@ class KernelOptimizer(torch.optim.Optimizer):
                     device, dtype = param.device, param.dtype
                     work = buckets.get((device, dtype))
                     if work is None:
-                        work = buckets[device, dtype] = Work(group, choose(self._backend_name, device, dtype))
+                        if device not in here:
+                            here[device] = {k: moved(v, device) for k, v in scaling.items()}
+                        backend = choose(self._backend_name, device, dtype)
+                        work = buckets[device, dtype] = Work(group, backend, here[device])
                 if (
                     grad.dtype is not dtype
                     or grad.layout is not torch.strided
@@ -288,7 +348,21 @@ class KernelOptimizer(torch.optim.Optimizer):
                 if value is None:
                     value = state[name] = self._initial(name, param, work.group)
                 columns[name].append(value)
+        self._place_steps(work, columns["step"])
         return columns
+
+    def _place_steps(self, work: Work, steps: list[Tensor]) -> None:
+        """Step counts follow the parameters to their device, and stay there, where only it knows whether a step counts:
+        with ``found_inf``; and with ``capturable``, where a captured graph advances them."""
+        device = work.device
+        work.on_device = work.group["capturable"]
+        if device.type == "cpu":
+            return
+        away = [i for i, step in enumerate(steps) if step.device.type == "cpu"]
+        work.on_device = work.on_device or "found_inf" in work.scaling or len(away) < len(steps)
+        if work.on_device:
+            for i in away:
+                steps[i] = self.state[work.params[i]]["step"] = steps[i].to(device, non_blocking=True)
 
     def _fit(self, param: Tensor, state: dict[str, Tensor], name: str) -> None:
         """States follow a parameter whose dtype was changed by hand; a change of its shape is refused."""
@@ -313,21 +387,29 @@ class KernelOptimizer(torch.optim.Optimizer):
     # ---- the step --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One optimization step. ``closure`` recomputes the loss, as in ``torch.optim``; its value is returned."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, clip_coef: Tensor | float | None = None
+    ) -> Any:
+        """One optimization step. ``closure`` recomputes the loss, as in ``torch.optim``; its value is returned.
+
+        ``clip_coef`` (>= 0, a number or a tensor with one element, on any device) multiplies the gradients within the
+        pass, so that clipping them by :func:`pace_kernels.clip_coefficient` costs no pass of its own; the gradients
+        themselves stay as they are. It is not read back from its device.
+        """
+        self._health_check()
         self._require_live("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
             self._require_live("step() with a closure that returns")
-        self._step()
+        self._step(clip_coef)
         return loss
 
     # One operator call a group is all there is to compile: torch.compile runs it as it is, between its graphs.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _step(self) -> None:
-        works = self._collect()
+    def _step(self, clip_coef: Tensor | float | None = None) -> None:
+        works = self._collect(self._scaling(clip_coef))
         if not self.state and self._is_dry_run(works):
             for work in works:
                 self._states(work)
@@ -344,12 +426,18 @@ class KernelOptimizer(torch.optim.Optimizer):
 
     def _is_dry_run(self, works: list[Work]) -> bool:
         """torch.distributed.checkpoint creates empty states by a first step with zero gradients and lr = 0. Such a step
-        leaves all as a real first step expects it: no step is counted."""
+        leaves all as a real first step expects it: no step is counted. Where a warm-up starts at lr = 0, asking waits
+        for the device, once."""
         return (
             bool(works)
-            and all(float(group["lr"]) == 0.0 for group in self.param_groups)
+            and all(self._lr_is_zero(group["lr"]) for group in self.param_groups)
             and all(not grad.any() for work in works for grad in work.grads)
         )
+
+    @staticmethod
+    def _lr_is_zero(lr: float | Tensor) -> bool:
+        """As far as that can be told without waiting for a device."""
+        return (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) == 0.0
 
     def _forget_dry_run(self) -> None:
         """Drops the states of a dry run, so that averages start at the weights as they are now."""

@@ -152,17 +152,16 @@ class PACE(KernelOptimizer):
         }
         return {k: plain_number(value) for k, value in options.items()}
 
-    def _step(self) -> None:
+    def _launch_all(self, prepared: list[tuple[Work, dict[str, list[Tensor]]]]) -> None:
         self._step_stats = []
-        super()._step()
+        super()._launch_all(prepared)
 
     def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> None:
-        group, device = work.group, work.params[0].device
+        group, device = work.group, work.device
         prepared = self._prepared.get(id(group))
         if prepared is None:
             prepared = self._prepared[id(group)] = self._options(group)
-        lr = group["lr"]
-        options = {**prepared, "lr": float(lr) if work.backend.name == "cpu" else plain_number(lr)}
+        options = {**prepared, "capturable": work.on_device, **work.lr(), **work.scaling}
         stats = None
         if group["log_stats"]:
             dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64

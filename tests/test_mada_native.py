@@ -157,7 +157,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "exp_avg_lions may be empty only where gamma is fixed at 1": {"exp_avg_lions": []},
     "exp_avg_diffs may be empty only where beta3 is fixed at 0": {"exp_avg_diffs": []},
     "second_exp_avg_sqs may be empty only where rho is fixed at 1": {"second_exp_avg_sqs": []},
-    "last_scalars may be empty only where nothing is learned": {"last_scalars": []},
+    "last_scalars has 0 tensors, params has 2": {"last_scalars": []},
     "last_grads has 0 tensors": {"last_grads": []},
     "older_grads has 0 tensors": {"older_grads": []},
     "emas has 0 tensors": {"emas": []},
@@ -165,9 +165,15 @@ REFUSED: dict[str, dict[str, Any]] = {
         "older_grads": [torch.rand(7, 3), torch.rand(3, 7)]
     },
     r"last_grads\[1\] must be float32": {"last_grads": [torch.rand(7, 3), torch.rand(7, 3).bfloat16()]},
-    "last_scalars must be a contiguous CPU float64 tensor with 8": {"last_scalars": [torch.zeros(8), torch.zeros(8)]},
-    "coefficients must be a contiguous CPU float64 tensor with 6": {"coefficients": torch.zeros(5).double()},
-    "hypergradients must be a contiguous CPU float64 tensor with 7": {"hypergradients": torch.zeros(6).double()},
+    r"last_scalars\[0\] must be a CPU tensor, contiguous, float64, with 8 elements": {
+        "last_scalars": [torch.zeros(8), torch.zeros(8)]
+    },
+    "coefficients must be a CPU tensor, contiguous, float64, with 6 elements": {
+        "coefficients": torch.zeros(5).double()
+    },
+    "hypergradients must be a CPU tensor, contiguous, float64, with 7 elements": {
+        "hypergradients": torch.zeros(6).double()
+    },
     r"beta3 must lie in \[0, 1\), got 1": {"beta3": 1.0},
     r"rho must lie in \[0, 1\], got 1.5": {"rho": 1.5},
     r"gamma must lie in \[0, 1\], got -0.5": {"gamma": -0.5},

@@ -164,8 +164,8 @@ def test_freeze_goes_on_with_fixed_coefficients() -> None:
         for p, q in zip(model.parameters(), twin_model.parameters(), strict=True):
             assert torch.equal(p, q)
             state = optimizer.state[p]
-            assert "last_scalars" not in state and "older_grad" not in state
-            assert ("last_grad" in state) == ("exp_avg_diff" in state)
+            assert "older_grad" not in state
+            assert ("last_scalars" in state) == ("last_grad" in state) == ("exp_avg_diff" in state)
 
 
 def test_freeze_drops_what_the_end_values_do_not_need() -> None:
@@ -702,3 +702,15 @@ def test_a_group_added_takes_what_the_first_has_now() -> None:
     optimizer.add_param_group({"params": list(model[1].parameters())})
     assert optimizer.param_groups[1]["hyper_lr"] == (0.3,) * 6
     train(model, optimizer, range(2))
+
+
+def test_gradients_are_freed_by_zero_grad() -> None:
+    """Between steps nothing holds them: they are a copy of the weights, for the time of the next backward pass."""
+    param = torch.nn.Parameter(torch.ones(5))
+    optimizer = MADA([param])
+    for _ in range(2):
+        param.grad = torch.ones(5)
+        grad = weakref.ref(param.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert grad() is None

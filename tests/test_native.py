@@ -346,7 +346,7 @@ REFUSED = {
     r"params\[1\] must be float32, bfloat16 or float16": lambda: bad(0, torch.randn(7, 3).double()),
     r"exp_avg_sqs\[1\] must be float32": lambda: bad(3, torch.randn(7, 3).bfloat16()),
     r"exp_avgs\[1\] overlaps itself": lambda: bad(2, torch.randn(3).expand(7, 3)),
-    r"steps\[1\] must be a CPU float32 tensor with one element": lambda: bad(5, torch.zeros(2)),
+    r"steps\[1\] must be a CPU tensor, float32, with one element": lambda: bad(5, torch.zeros(2)),
 }
 
 

@@ -5,9 +5,7 @@
 
 #include <cstdint>
 
-#include "../rules/mada.h"
-#include "../rules/pace.h"
-#include "../storage.h"
+#include "../stats.h"
 
 namespace pace {
 
@@ -28,15 +26,10 @@ struct PaceWork {
   PaceScalars scalars;
 };
 
-// Sums over a block of elements; minima and maxima of 1/D as the bits of the float.
-struct PaceSums {
-  double inv_D, clamped, clipped, adamw_sq, pullback_sq, update_sq;
-  uint32_t min_inv_D, max_inv_D;
-};
-
 struct MadaWork {
   Stream x, g, m, n, v, w, l, last_g, older_g, e;
   bool lag, diff, second, lion, adam, average;  // flags of mada_tile
+  bool first;                                   // no last gradient was kept yet: d = 0, whatever last_g holds
   MadaScalars last, now;                        // of the step that is redone, where there is one, and of the new one
   PaceScalars pull;
 };

@@ -20,10 +20,14 @@ void mada_tile(const MadaWork& work, int64_t count, const MadaTile& tile, double
   float *const x = tile.x, *const m = tile.m, *const n = tile.n, *const v = tile.v, *const w = tile.w,
                *const l = tile.l, *const last = tile.last, *const older = tile.older, *const e = tile.e;
   const float* const grad = tile.g;
+  if (last != nullptr && work.first) {  // the gradient itself, so that d = g − g
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) last[i] = pull.grad_factor * grad[i];
+  }
   float beta1 = 0, beta2 = 0, beta3 = 0, rho = 0, c = 0, gamma = 0;
 #pragma omp simd reduction(+ : beta1, beta2, beta3, rho, c, gamma)
   for (int64_t i = 0; i < count; ++i) {
-    const float g = pull.grad_sign * grad[i];
+    const float g = pull.grad_factor * grad[i];
     const float last_g = kLag || kDiff ? last[i] : 0.0f;
     float m_ = kAdam ? m[i] : 0.0f, n_ = kDiff ? n[i] : 0.0f, v_ = kAdam ? v[i] : 0.0f;
     float w_ = kSecond ? w[i] : 0.0f, l_ = kLion ? l[i] : 0.0f;

@@ -120,8 +120,22 @@ struct MadaWeights {
   float x, e;
 };
 
+// How one coefficient learns.
+struct HyperOptions {
+  double lr, momentum, lower, upper, clip;
+};
+
+// One step of the coefficient q and its momentum b down the hypergradient h: b ← μ b + clip(h), q ← Π[q − hyper_lr b].
+// What is not finite moves nothing: it would spoil the coefficients of all parameters.
+PACE_RULE void hyper_rule(const HyperOptions& o, double h, double& q, double& b) {
+  if (!(h - h == 0.0)) return;
+  b = o.momentum * b + (h < -o.clip ? -o.clip : (h > o.clip ? o.clip : h));
+  const double moved = q - o.lr * b;
+  q = moved < o.lower ? o.lower : (moved > o.upper ? o.upper : moved);
+}
+
 // The weights after the step, with weight decay and PACE's pullback, and the average. `p` are PACE's scalars; without a
-// pullback its gain is 0, and while the average rests its weight is.
+// pullback its gain is 0.
 template <bool kAdam, bool kAverage>
 PACE_RULE MadaWeights mada_weights(const PaceScalars& p, float x, float e, float update, float inv_D) {
   MadaWeights a;
@@ -130,7 +144,8 @@ PACE_RULE MadaWeights mada_weights(const PaceScalars& p, float x, float e, float
     const float gain = smaller(p.gain * inv_D, p.gain_cap);
     a.x = a.x + gain * (e - (p.from_step != 0 ? a.x : x));
   }
-  a.e = kAverage ? p.one_minus_weight * e + p.weight * a.x : 0.0f;
+  const float moved = p.one_minus_weight * e + p.weight * a.x;
+  a.e = kAverage ? (p.moves != 0 ? moved : e) : 0.0f;
   return a;
 }
 

@@ -23,7 +23,7 @@ namespace pace {
 
 // What one step of one tensor needs, computed in double on the host and rounded once (scalars.h).
 struct PaceScalars {
-  float grad_sign;  // −1: maximize
+  float grad_factor;  // clip coefficient / gradient scale, negative to maximize; 1 without either
   float beta1, one_minus_beta1;
   float beta2, one_minus_beta2;
   float inv_bias2;  // 1 / (1 − β2^t)
@@ -34,6 +34,7 @@ struct PaceScalars {
   float gain_cap;       // 1, or infinity without the clamp
   float weight, one_minus_weight;
   int32_t from_step;  // 1: pullback_from="step". An int, because the vectorizer has no vector of bool
+  int32_t moves;      // 1: the average moves in this step
 };
 
 // The state after the step, and what the telemetry sums over coordinates. Unused terms cost nothing: the compiler drops
@@ -51,7 +52,7 @@ struct PaceStep {
 template <bool kMoment, bool kPull, bool kAverage>
 PACE_RULE PaceStep pace_rule(const PaceScalars& s, float g, float x, float m, float v, float e) {
   PaceStep r;
-  g = s.grad_sign * g;
+  g = s.grad_factor * g;
   r.m = kMoment ? s.beta1 * m + s.one_minus_beta1 * g : g;
   r.v = s.beta2 * v + s.one_minus_beta2 * (g * g);
   r.inv_D = 1.0f / (square_root(r.v * s.inv_bias2) + s.eps);

@@ -34,6 +34,30 @@ def at_least(value: Scalar, low: float) -> Scalar:
     return value.clamp(min=low) if isinstance(value, Tensor) else max(value, low)
 
 
+def grad_factor(grad_scale: Tensor | None, clip_coef: Tensor | None) -> Scalar:
+    """What the gradient is multiplied with, float32: clip coefficient / gradient scale. A number where both are on the
+    CPU or missing, a tensor on a device."""
+    if grad_scale is None and clip_coef is None:
+        return 1.0
+    given = clip_coef if clip_coef is not None else grad_scale
+    factor = torch.ones_like(given) if clip_coef is None else clip_coef  # type: ignore[arg-type]
+    if grad_scale is not None:
+        factor = factor / grad_scale
+    return factor.item() if factor.device.type == "cpu" else factor.reshape(())
+
+
+class Keep:
+    """Writes results, but where ``found_inf`` is not 0 keeps what is there. On a device nothing waits for it."""
+
+    def __init__(self, found_inf: Tensor | None) -> None:
+        here = found_inf is not None and found_inf.device.type == "cpu"
+        self.all = here and bool(found_inf)  # nothing is to be written at all
+        self._found = None if here or found_inf is None else found_inf.reshape(()) != 0
+
+    def copy_(self, target: Tensor, value: Tensor) -> None:
+        target.copy_(value if self._found is None else torch.where(self._found, target, value.to(target.dtype)))
+
+
 def fixed_order_sum(a: Tensor) -> Tensor:
     """The sum in float64, the same bits for every number of threads: each row by one thread, then their sums."""
     flat = in_double(a.reshape(-1))

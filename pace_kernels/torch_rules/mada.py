@@ -50,8 +50,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..ops import COEFFICIENTS
-from .common import Scalar, fixed_order_sum, in_double, rounded
+from ..ops import COEFFICIENTS, DONE, NO_GRADIENT, REDO
+from .common import Keep, Scalar, fixed_order_sum, grad_factor, in_double, number, rounded
 from .pace import PaceOptions, PaceScalars, gain_weight, pace_scalars
 
 
@@ -206,10 +206,12 @@ def last_step(o: MadaOptions, t: Scalar, last: Sequence[Scalar]) -> tuple[MadaSc
     taken, lr, *q = last
     none, zeros = no_step(o), [0.0] * len(COEFFICIENTS)
     if not isinstance(taken, Tensor):
-        return (mada_scalars(o, t, lr, q), mada_factors(t, lr, q)) if taken else (none, list(zeros))
+        return (mada_scalars(o, t, lr, q), mada_factors(t, lr, q)) if taken > DONE else (none, list(zeros))
 
     def chosen(values: Iterable[Any], otherwise: Iterable[Any]) -> list[Any]:
-        return [torch.where(taken > 0, a, b) for a, b in zip(values, otherwise, strict=True)]
+        # Of two numbers torch.where makes float32; of the row's own kind, float64.
+        first = (a if isinstance(a, Tensor) else torch.full_like(taken, a) for a in values)
+        return [torch.where(taken > DONE, a, b) for a, b in zip(first, otherwise, strict=True)]
 
     scalars = chosen(mada_scalars(o, t, lr, q)[:-1], none[:-1])
     return MadaScalars._make([*scalars, o.second_max]), chosen(mada_factors(t, lr, q), zeros)
@@ -286,16 +288,9 @@ def pulled(s: PaceScalars, x: Tensor, step: MadaStep, e: Tensor | None) -> tuple
     if step.inv_D is not None:
         gain = (s.gain * step.inv_D).clamp(max=s.gain_cap)
         stepped = stepped + gain * (e - (stepped if s.from_step else x))
-    return stepped, s.one_minus_weight * e + s.weight * stepped
-
-
-def pull_scalars(o: MadaOptions, t: Scalar) -> PaceScalars:
-    """PACE's scalars; between its updates the average has no weight for the weights."""
-    s = pace_scalars(o.pace, t)
-    if isinstance(t, Tensor):
-        moves = (torch.remainder(t, o.pace.ema_update_freq) == 0).to(t.dtype)
-        return s._replace(weight=moves * s.weight, one_minus_weight=1.0 - moves * s.weight)
-    return s if t % o.pace.ema_update_freq == 0 else s._replace(weight=0.0, one_minus_weight=1.0)
+    if isinstance(s.moves, Tensor):
+        return stepped, torch.where(s.moves != 0, s.one_minus_weight * e + s.weight * stepped, e)
+    return stepped, s.one_minus_weight * e + s.weight * stepped if s.moves else e
 
 
 def _numbers(row: Tensor) -> Sequence[Scalar]:
@@ -303,9 +298,31 @@ def _numbers(row: Tensor) -> Sequence[Scalar]:
     return row.tolist() if row.device.type == "cpu" else row.unbind()  # type: ignore[no-any-return]
 
 
-def _fill(row: Tensor, values: Sequence[Scalar]) -> None:
+def _row(like: Tensor, values: Sequence[Scalar]) -> Tensor:
+    """The values as a small tensor; those that are on a device are not waited for."""
+    row = torch.empty_like(like)
     for k, value in enumerate(values):
         row[k] = value
+    return row
+
+
+def _or_new(taken: Scalar, last_g: Tensor, g: Tensor) -> Tensor:
+    """The gradient of the last step, or where none was kept yet, this step's."""
+    if isinstance(taken, Tensor):
+        return torch.where(taken == NO_GRADIENT, g, last_g)
+    return g if taken == NO_GRADIENT else last_g
+
+
+def _remember(keep: Keep, last_g: Tensor, g: Tensor, last: Tensor, older: Tensor | None, roles_stay: bool) -> None:
+    """Writes the new gradient; over the older one where there is one, since the caller exchanges the two."""
+    if older is None:
+        keep.copy_(last, g)
+    elif roles_stay:
+        keep.copy_(older, last_g)
+        keep.copy_(last, g)
+    else:
+        keep.copy_(last, last_g)
+        keep.copy_(older, g)
 
 
 def mada_step_(
@@ -323,53 +340,62 @@ def mada_step_(
     steps: list[Tensor],
     coefficients: Tensor | None = None,
     hypergradients: Tensor | None = None,
+    lr_tensor: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    found_inf: Tensor | None = None,
     **options: Any,
 ) -> None:
     """What the operator ``mada_step_`` does, tensor by tensor; on any device, and in float64 for float64 parameters.
 
     Off the CPU the coefficients stay tensors, so that nothing waits for the device.
     """
-    o = MadaOptions.of(options)
+    o = MadaOptions.of(options | ({} if lr_tensor is None else {"lr": lr_tensor}))
     q = o.coefficients(None if coefficients is None else _numbers(coefficients))
-    lr = in_double(o.pace.lr).reshape(()) if isinstance(o.pace.lr, Tensor) else o.pace.lr
-    if hypergradients is not None:
-        hypergradients.zero_()
-        hypergradients[-1] = lr
-    for i, (param, step) in enumerate(zip(params, steps, strict=True)):
+    lr = number(o.pace.lr)
+    factor, keep = grad_factor(grad_scale, clip_coef), Keep(found_inf)
+    sums: list[Scalar] = [0.0] * len(COEFFICIENTS)
+    for i, (param, step) in enumerate(zip(params, steps, strict=True) if not keep.all else ()):
         lists = (exp_avgs, exp_avg_diffs, exp_avg_sqs, second_exp_avg_sqs, exp_avg_lions)
         kept = MadaMoments(*(tensors[i] if tensors else None for tensors in lists))
         dtype = next(a.dtype for a in kept if a is not None)
         last_g = last_grads[i] if last_grads else None
-        g = grads[i].to(dtype)
-        g = -g if o.pace.maximize else g
+        t = in_double(step) if o.pace.capturable else step.item()
+        pull = pace_scalars(o.pace, t + 1.0, factor)
+        g = rounded(pull, dtype).grad_factor * grads[i].to(dtype)
         before = kept
-        if last_scalars and last_g is not None:
-            t = in_double(step) if o.pace.capturable else step.item()
+        last = _numbers(last_scalars[i]) if last_scalars else ()
+        if last_g is not None:
+            last_g = _or_new(last[0], last_g, g)
+        if o.learn and last_g is not None:
             older_g = older_grads[i] if older_grads else None
-            redo, factors = last_step(o, t, _numbers(last_scalars[i]))
+            redo, factors = last_step(o, t, last)
             redo = rounded(redo, dtype)
             redone = mada_rule(redo, last_g, older_g, kept)
             before = redone.moments
             if hypergradients is not None:
                 terms = hypergradient_terms(redo, last_g, g, kept, redone)
-                for k, (factor, term) in enumerate(zip(factors, terms, strict=True)):
+                for k, (shared, term) in enumerate(zip(factors, terms, strict=True)):
                     if term is not None and o.learn >> k & 1:
-                        hypergradients[k] += (factor * fixed_order_sum(term)).to(hypergradients.dtype)
-            _fill(last_scalars[i], (1.0, lr, *q))
-        step += 1
-        t = in_double(step) if o.pace.capturable else step.item()
+                        sums[k] = sums[k] + shared * fixed_order_sum(term)
+        t = t + 1.0
         previous_g = last_g if exp_avg_diffs else None
         new = mada_rule(rounded(mada_scalars(o, t, lr, q), dtype), g, previous_g, before)
         e = emas[i] if emas else None
-        x, average = pulled(rounded(pull_scalars(o, t), dtype), param.to(dtype), new, e)
-        param.copy_(x)
+        x, average = pulled(rounded(pull, dtype), param.to(dtype), new, e)
+        keep.copy_(step, step + 1)
+        keep.copy_(param, x)
         if e is not None and average is not None:
-            e.copy_(average)
-        for tensor, value in zip(kept, before if last_scalars else new.moments, strict=True):
+            keep.copy_(e, average)
+        for tensor, value in zip(kept, before if o.learn else new.moments, strict=True):
             if tensor is not None and value is not None:
-                tensor.copy_(value)
+                keep.copy_(tensor, value)
         if last_g is not None:
-            (older_grads[i] if older_grads else last_g).copy_(g)
+            _remember(keep, last_g, g, last_grads[i], older_grads[i] if older_grads else None, o.pace.capturable)
+            keep.copy_(last_scalars[i], _row(last_scalars[i], (REDO if o.learn else DONE, lr, *q)))
+    if hypergradients is not None:
+        hypergradients.zero_()
+        keep.copy_(hypergradients, _row(hypergradients, (*sums, 0.0 if keep.all else lr)))
 
 
 def caught_up(
@@ -385,6 +411,7 @@ def mada_learn_(
     hypergradients: Tensor,
     hyper_step: Tensor,
     sums: list[Tensor],
+    found_inf: Tensor | None = None,
     *,
     learn: int,
     hyper_lr: list[float],
@@ -395,6 +422,9 @@ def mada_learn_(
     warmup: int,
 ) -> None:
     """What the operator ``mada_learn_`` does; nothing waits for the device."""
+    keep = Keep(found_inf)
+    if keep.all:
+        return
     total = torch.zeros_like(sums[0])
     for row in sums:
         total = total + row
@@ -404,11 +434,11 @@ def mada_learn_(
 
     bits = constant([float(learn >> k & 1) for k in range(len(COEFFICIENTS))]) > 0
     moves = total[-1] > 0
-    hyper_step += moves.to(hyper_step.dtype)
+    keep.copy_(hyper_step, hyper_step + moves.to(hyper_step.dtype))
     moves = bits & moves & (hyper_step > warmup)
-    hypergradients.copy_(total[:-1])
+    keep.copy_(hypergradients, total[:-1])
     moves = moves & total[:-1].isfinite()  # what is not is seen in the hypergradients, and moves nothing
     b = constant(hyper_momentum) * momenta + total[:-1].clamp(-clip, clip)
     q = torch.minimum(torch.maximum(coefficients - constant(hyper_lr) * b, constant(lower)), constant(upper))
-    momenta.copy_(torch.where(moves, b, momenta))
-    coefficients.copy_(torch.where(moves, q, coefficients))
+    keep.copy_(momenta, torch.where(moves, b, momenta))
+    keep.copy_(coefficients, torch.where(moves, q, coefficients))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..ops import PACE_STATS
-from .common import Scalar, at_least, in_double, number, rounded
+from .common import Keep, Scalar, at_least, grad_factor, in_double, number, rounded
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PaceOptions:
 class PaceScalars(NamedTuple):
     """What one step of one tensor needs; the fields of ``PaceScalars`` in csrc/rules/pace.h."""
 
-    grad_sign: float
+    grad_factor: Scalar
     beta1: float
     one_minus_beta1: float
     beta2: float
@@ -68,6 +68,7 @@ class PaceScalars(NamedTuple):
     weight: Scalar
     one_minus_weight: Scalar
     from_step: bool
+    moves: Scalar
 
 
 class PaceStep(NamedTuple):
@@ -97,11 +98,19 @@ def average_weight(o: PaceOptions, t: Scalar) -> Scalar:
     return o.beta_ema if o.ema_kappa is None else gain_weight(o, t)
 
 
-def pace_scalars(o: PaceOptions, t: Scalar) -> PaceScalars:
+def average_moves(o: PaceOptions, t: Scalar) -> Scalar:
+    """1 or 0, as a number of t's kind."""
+    if isinstance(t, Tensor):
+        return (torch.remainder(t, o.ema_update_freq) == 0).to(t.dtype)
+    return float(t % o.ema_update_freq == 0)
+
+
+def pace_scalars(o: PaceOptions, t: Scalar, factor: Scalar = 1.0) -> PaceScalars:
+    """``factor`` multiplies the gradient: clip coefficient / gradient scale."""
     lr = number(o.lr)
     w = average_weight(o, t)
     return PaceScalars(
-        grad_sign=-1.0 if o.maximize else 1.0,
+        grad_factor=-factor if o.maximize else factor,
         beta1=o.beta1,
         one_minus_beta1=1.0 - o.beta1,
         beta2=o.beta2,
@@ -116,6 +125,7 @@ def pace_scalars(o: PaceOptions, t: Scalar) -> PaceScalars:
         weight=w,
         one_minus_weight=1.0 - w,
         from_step=o.pullback_from_step,
+        moves=average_moves(o, t),
     )
 
 
@@ -126,7 +136,7 @@ def pace_rule(
 
     ``pull`` is False where c = 0: the average is kept, but does not pull.
     """
-    g = s.grad_sign * g
+    g = s.grad_factor * g
     m = g if m is None else s.beta1 * m + s.one_minus_beta1 * g
     v = s.beta2 * v + s.one_minus_beta2 * (g * g)
     inv_D = 1.0 / ((v * s.inv_bias2).sqrt() + s.eps)
@@ -176,34 +186,40 @@ def pace_step_(
     emas: list[Tensor],
     steps: list[Tensor],
     stats: Tensor | None = None,
+    lr_tensor: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    found_inf: Tensor | None = None,
     **options: Any,
 ) -> None:
     """What the operator ``pace_step_`` does, tensor by tensor; on any device, and in float64 for float64 parameters.
 
     With ``capturable`` the step count stays a tensor, so that nothing waits for the device.
     """
-    o = PaceOptions(**options)
+    o = PaceOptions(**options | ({} if lr_tensor is None else {"lr": lr_tensor}))
     pull = o.lambda_pullback != 0.0
-    rows = []
-    for i, (param, step) in enumerate(zip(params, steps, strict=True)):
-        step += 1
+    factor, keep = grad_factor(grad_scale, clip_coef), Keep(found_inf)
+    rows: list[Tensor] = []
+    for i, (param, step) in enumerate(zip(params, steps, strict=True) if not keep.all else ()):
+        keep.copy_(step, step + 1)
         t = in_double(step) if o.capturable else step.item()
         v = exp_avg_sqs[i]
         m = exp_avgs[i] if o.beta1 != 0.0 else None
         e = emas[i] if emas else None
-        s = rounded(pace_scalars(o, t), v.dtype)
+        s = rounded(pace_scalars(o, t, factor), v.dtype)
         new = pace_rule(s, grads[i].to(v.dtype), param.to(v.dtype), m, v, e, pull)
-        param.copy_(new.x)
-        v.copy_(new.v)
+        keep.copy_(param, new.x)
+        keep.copy_(v, new.v)
         if m is not None:
-            m.copy_(new.m)
+            keep.copy_(m, new.m)
         if e is not None and new.e is not None:
-            if isinstance(t, Tensor):
-                e.copy_(torch.where(torch.remainder(t, o.ema_update_freq) == 0, new.e, e))
-            elif t % o.ema_update_freq == 0:
-                e.copy_(new.e)
+            if isinstance(s.moves, Tensor):
+                keep.copy_(e, torch.where(s.moves != 0, new.e, e))
+            elif s.moves:
+                keep.copy_(e, new.e)
         if stats is not None and param.numel() > 0:
             rows.append(pace_stats(o, t, new).to(stats.dtype))
     if stats is not None:
-        empty = [math.inf if name.endswith("_min") else 0.0 for name in PACE_STATS]
-        stats.copy_(merge_stats([stats.new_tensor(empty), *rows]))
+        nothing = [math.inf if name.endswith("_min") else 0.0 for name in PACE_STATS]
+        empty = torch.stack([torch.full_like(stats[0], value) for value in nothing])
+        keep.copy_(stats.copy_(empty), merge_stats([empty, *rows]))

@@ -1,0 +1,76 @@
+"""Clipping by the global norm without a pass over the gradients: the coefficient is handed to the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .optimizer import check_number, moved, require
+
+
+@torch.no_grad()
+def clip_coefficient(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    *,
+    grad_scale: Tensor | float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What ``torch.nn.utils.clip_grad_norm_`` multiplies gradients with, without doing so.
+
+    ::
+
+        coefficient = min(max_norm / (norm + 1e-6), 1)
+
+    ``optimizer.step(clip_coef=coefficient)`` then clips within its pass, which saves reading and writing the gradients
+    once more: 8 bytes a float32 parameter beside the 36 of a PACE step. Nothing waits for the device.
+
+    Arguments:
+        parameters: a parameter or several; those without a gradient do not count.
+        max_norm: the largest norm, > 0.
+        norm_type: the p of the norm, > 0; may be infinite.
+        grad_scale: by what the gradients are scaled still: ``scaler._get_scale_async()`` of a
+            ``torch.amp.GradScaler`` whose ``unscale_`` was not called. A tensor with one element, or a number > 0.
+
+    Returns: ``(coefficient, norm)``, tensors without dimensions, of the norm before clipping and without the scale.
+
+    Raises: ValueError where an argument is out of its range.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(4))
+    >>> weight.grad = torch.full((4,), 3.0)
+    >>> coefficient, norm = clip_coefficient([weight], max_norm=1.5)
+    >>> round(norm.item(), 3), round(coefficient.item(), 3)
+    (6.0, 0.25)
+    """
+    check_number("max_norm", max_norm, "finite and > 0", lambda a: a > 0)
+    require(norm_type > 0, "norm_type", "> 0", norm_type)
+    if isinstance(grad_scale, Tensor):
+        require(grad_scale.numel() == 1, "grad_scale", "a number or a tensor with one element", grad_scale)
+    elif grad_scale is not None:
+        check_number("grad_scale", grad_scale, "finite and > 0", lambda a: a > 0)
+    tensors = [parameters] if isinstance(parameters, Tensor) else parameters
+    norm = _total_norm([p.grad for p in tensors if p.grad is not None], float(norm_type))
+    if isinstance(grad_scale, Tensor):
+        norm = norm / moved(grad_scale, norm.device).reshape(())
+    elif grad_scale is not None:
+        norm = norm / grad_scale
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
+
+
+def _total_norm(grads: list[Tensor], norm_type: float) -> Tensor:
+    """As ``torch.nn.utils.get_total_norm`` has it, but of float16 and bfloat16 in float32: squares of gradients that a
+    scaler has scaled are beyond float16."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for grad in grads:
+        alike.setdefault((grad.device, grad.dtype), []).append(grad)
+    norms: list[Tensor] = []
+    for (_, dtype), some in alike.items():
+        wide = dtype if dtype == torch.float64 else torch.float32
+        norms += torch._foreach_norm(some, norm_type, dtype=wide)
+    if not norms:
+        return torch.zeros(())
+    first = norms[0].device
+    total: Tensor = torch.linalg.vector_norm(torch.stack([moved(norm, first) for norm in norms]), norm_type)
+    return total
