@@ -1,28 +1,37 @@
 # Everything is set up in .venv by the first command that needs it. On another torch: make demo TORCH=2.14.1
+# A second environment, .venv-cuda (5.7 GB), has torch's CUDA build and a CUDA compiler, for the tests of the CUDA
+# library, which need no GPU: make test CUDA=0 goes without.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp')
+CUDA ?= 1
+CUDA_TORCH ?= 2.14.1
+CUDA_VENV := $(VENV)-cuda
+# The compiler of the CUDA that this torch is built with. cuobjdump is not released with every toolkit.
+NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
+        nvidia-cuda-cccl==13.0.85 nvidia-cuda-cuobjdump==13.2.86
+CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(CSRC) $(shell find tests -name '*.cpp')
 
-.PHONY: demo test lint format bench convex clean
+.PHONY: demo test lint format bench convex roofline occupancy gpu clean
 
 demo: $(VENV)/.bench
 	$(BIN)/python bench/train_lm.py
 
-test: lint
+test: lint $(if $(filter 1,$(CUDA)),$(CUDA_VENV)/.torch-$(CUDA_TORCH))
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(CPP)
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/bench_step.py
@@ -30,8 +39,20 @@ bench: $(VENV)/.bench
 convex: $(VENV)/.bench
 	$(BIN)/python bench/convex.py
 
+roofline: $(VENV)/.bench
+	$(BIN)/python bench/roofline.py --json out/bench/roofline.json --png out/bench/roofline.png
+
+# Registers and occupancy of the CUDA kernels, from their machine code.
+occupancy: $(VENV)/.test $(CUDA_VENV)/.torch-$(CUDA_TORCH)
+	cd tests && ../$(BIN)/python -m emulated.occupancy
+
+# On a machine with a GPU, with its own PYTHON and nothing downloaded: build, tests, benchmark, in BUDGET seconds.
+BUDGET ?= 540
+gpu:
+	$(PYTHON) bench/gpu.py --budget $(BUDGET)
+
 clean:
-	rm -rf $(VENV) build out *.egg-info pace_kernels/*.so
+	rm -rf $(VENV) $(CUDA_VENV) build out *.egg-info pace_kernels/*.so
 
 # torch first, since the extension is built against it; then the package, in place.
 $(VENV)/.torch-$(TORCH): Makefile
@@ -39,6 +60,12 @@ $(VENV)/.torch-$(TORCH): Makefile
 	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja
 	$(BIN)/pip install --quiet "torch==$(TORCH)"
 	rm -f $(VENV)/.torch-* && touch $@
+
+$(CUDA_VENV)/.torch-$(CUDA_TORCH): Makefile
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/pip install --quiet --no-compile "setuptools>=77" wheel ninja numpy
+	$(CUDA_VENV)/bin/pip install --quiet --no-compile "torch==$(CUDA_TORCH)" $(NVCC)
+	rm -f $(CUDA_VENV)/.torch-* && touch $@
 
 $(VENV)/.bench: $(VENV)/.torch-$(TORCH) pyproject.toml setup.py $(CSRC)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[bench]"

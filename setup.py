@@ -1,28 +1,36 @@
-"""Builds pace_kernels._C, the native CPU kernels, against PyTorch's stable ABI.
+"""Builds the native kernels against PyTorch's stable ABI, one wheel (cp310-abi3) for every CPython >= 3.10 and torch >=
+2.10: pace_kernels._C, the CPU kernels, and beside it, where torch is a CUDA build and there is an nvcc,
+pace_kernels._cuda. Environment variables:
 
-One wheel (cp310-abi3) so built runs on every CPython >= 3.10 and every torch >= 2.10. Environment variables:
-
-    PACE_NO_EXT=1   build without the extension; the package then computes through torch
-    CXX             the C++17 compiler (GCC >= 11 or Clang >= 14)
-
-CUDA kernels will be a second library built and loaded beside this one, so that this one stays free of CUDA.
+    PACE_NO_EXT=1        build without extensions; the package then computes through Triton or torch
+    PACE_CUDA            auto (default): the CUDA kernels where they can be built; 0: not; 1: or fail with the reason
+    PACE_CUDA_ARCHS      compute capabilities, as in TORCH_CUDA_ARCH_LIST; no GPU is asked (default: CUDA_ARCHS below)
+    CUDA_HOME            the CUDA toolkit (default: the nvidia wheels beside torch, nvcc on PATH, /usr/local/cuda)
+    CXX                  the C++17 compiler (GCC >= 11 or Clang >= 14)
 """
+
+from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
 
 NO_EXT = os.environ.get("PACE_NO_EXT", "0") not in ("", "0")
+PACE_CUDA = os.environ.get("PACE_CUDA") or "auto"
 
 # Narrowest first. Arm's baseline is NEON. The rules' arithmetic contract (csrc/rules/arith.h) is -ffp-contract=off, so
 # that all of these compute the same bits; the other two let the compiler vectorize square roots and selects.
-ISA_FLAGS = {"baseline": []}
+ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
     ISA_FLAGS["avx512"] = [
@@ -39,56 +47,239 @@ DEFINES = [
 ]
 KERNELS = "csrc/cpu/kernels.cpp"  # compiled once per instruction set
 SOURCES = ["csrc/module.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("isa", "mada_ops", "pace_ops", "swap_ops"))]
-HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
+HERE = os.path.dirname(os.path.abspath(__file__))
+HEADERS = sorted(path for end in ("h", "cuh") for path in glob(f"csrc/**/*.{end}", root_dir=HERE, recursive=True))
+
+# Ampere (A100; RTX 30), Hopper, Blackwell (B200; RTX 50), and PTX for what lies between (8.7, 11.0) and comes after.
+# Ada (8.9) runs 8.6's code.
+CUDA_ARCHS = "8.0+PTX;8.6;9.0;10.0;12.0+PTX"
+# -fmad=false is the arithmetic contract again. The kernels' parameters, up to 32,764 bytes, need CUDA >= 12.1.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xfatbin=-compress-all"]
+NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_SOURCES = ["csrc/cuda/module.cpp", "csrc/cuda/ops.cpp", "csrc/cuda/plan.cpp"]
+# Device code, an object each: name, source, defines. MADA has many instances, so an object for each pair of formats.
+FORMATS = [("Float32", "Float32")]
+FORMATS += [(x, g) for x in ("BFloat16", "Float16") for g in (x, "Float32")]
+CUDA_KERNELS = [
+    *(("pace", "csrc/cuda/pace.cu", []), ("small", "csrc/cuda/small.cu", [])),
+    *((f"mada_{x}_{g}", "csrc/cuda/mada.cu", [f"-DPACE_X={x}", f"-DPACE_G={g}"]) for x, g in FORMATS),
+]
+
+
+class Nvcc:
+    """A CUDA compiler and the toolkit that it belongs to. An nvcc on PATH may be a wrapper: the toolkit is what the
+    compiler itself says."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        said = self._say("--dryrun", "-E", "-x", "cu", os.devnull)
+        top = re.search(r"^#\$ TOP=(.*)$", said, re.M)
+        self.root = Path(top.group(1).strip()).resolve() if top else None
+        found = re.search(r"release (\d+)\.(\d+)", self._say("--version"))
+        self.version = (int(found.group(1)), int(found.group(2))) if found else (0, 0)
+
+    def _say(self, *arguments: str) -> str:
+        """What it answers; nothing, where it does not run at all."""
+        try:
+            done = subprocess.run([self.path, *arguments], capture_output=True, text=True)
+        except OSError:
+            return ""
+        return done.stdout + done.stderr
+
+    def static_runtime(self) -> Path | None:
+        if self.root is None:
+            return None
+        places = ("lib64", "lib", f"targets/{platform.machine()}-linux/lib", "targets/sbsa-linux/lib")
+        return next((p for p in (self.root / d / "libcudart_static.a" for d in places) if p.exists()), None)
+
+    def knows(self, arch: str) -> bool:
+        return f"sm_{arch.removesuffix('+PTX').replace('.', '')}" in self._say("--list-gpu-code").split()
+
+
+def find_nvcc(cuda_major: int | None = None) -> Nvcc | str:
+    """The first nvcc of that major version of CUDA, or of any; or why there is none."""
+    packages = [Path(path) / "nvidia" for path in sys.path if path]
+    places = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    if not places:
+        places += [bin_ for p in packages for bin_ in sorted(p.glob("cu*/bin"), reverse=True)]
+        if on_path := shutil.which("nvcc"):
+            places.append(Path(on_path).parent)
+        places.append(Path("/usr/local/cuda/bin"))
+    # Through a symbolic link nvcc does not find its own files.
+    found = [Nvcc(str((place / "nvcc").resolve())) for place in places if (place / "nvcc").exists()]
+    if not found:
+        return "no nvcc in CUDA_HOME, among the nvidia wheels, on PATH or in /usr/local/cuda"
+    usable = [nvcc for nvcc in found if nvcc.version >= (12, 1) and nvcc.static_runtime() is not None]
+    if not usable:
+        return (
+            f"{found[0].path} (CUDA {'.'.join(map(str, found[0].version))}) is older than 12.1 or has no static cudart"
+        )
+    return next((nvcc for nvcc in usable if nvcc.version[0] == cuda_major), usable[0])
+
+
+def cuda_archs(nvcc: Nvcc) -> list[str]:
+    """Those asked for, all of which nvcc must know; or those of the default that it knows."""
+    asked = os.environ.get("PACE_CUDA_ARCHS") or ""
+    archs = re.split(r"[;, ]+", asked.strip() or CUDA_ARCHS)
+    unknown = [arch for arch in archs if not (re.fullmatch(r"\d+\.\d(\+PTX)?", arch) and nvcc.knows(arch))]
+    if unknown and asked:
+        sys.exit(f"PACE_CUDA_ARCHS: {nvcc.path} does not know {', '.join(unknown)}; allowed are 9.0, 9.0+PTX and so on")
+    known = [arch for arch in archs if arch not in unknown]
+    if not known:
+        raise RuntimeError(f"{nvcc.path} knows none of {CUDA_ARCHS}")
+    if unknown:
+        print(f"pace_kernels: nvcc does not know {', '.join(unknown)}; PTX of {known[-1]} beside", file=sys.stderr)
+        known[-1] = known[-1].removesuffix("+PTX") + "+PTX"
+    return known
+
+
+def compile_cuda_kernels(nvcc: Nvcc, archs: list[str], out: str) -> list[str]:
+    """The objects of CUDA_KERNELS; what is up to date is left as it is."""
+    gencode = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        gencode.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            gencode.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    os.makedirs(out, exist_ok=True)
+
+    def build(name: str, source: str, defines: list[str]) -> str:
+        target = Path(out) / f"{name}.o"
+        host = [f"-ccbin={os.environ['CXX'].split()[0]}"] if os.environ.get("CXX") else []
+        command = [nvcc.path, *NVCC_FLAGS, *host, *gencode, *defines, "-c", source, "-o", str(target)]
+        stamp = target.with_suffix(".command")
+        text = f"{nvcc.version} {' '.join(command)}"
+        newest = max(os.path.getmtime(path) for path in (source, *HEADERS))
+        if not (target.exists() and stamp.exists() and stamp.read_text() == text and stamp.stat().st_mtime > newest):
+            stamp.unlink(missing_ok=True)
+            subprocess.run(command, check=True)
+            stamp.write_text(text)
+        return str(target)
+
+    # The largest first, so that no core is left with one at the end.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda kernel: build(*kernel), reversed(CUDA_KERNELS)))
 
 
 class BuildKernels(build_ext):
-    """Compiles each source with the flags of its instruction set; setuptools knows only one set of flags a library."""
+    """Compiles each source with the flags of its instruction set or device; setuptools knows one set of flags."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            from torch.utils.cpp_extension import include_paths, library_paths
+            import torch.utils.cpp_extension  # noqa: F401
         except ImportError:
             sys.exit(
                 "pace_kernels builds against the torch you use: install torch >= 2.10 first, then "
                 "`pip install --no-build-isolation pace_kernels` (PACE_NO_EXT=1 builds without native kernels)."
             )
+        if ext.name != "pace_kernels._cuda":
+            return self._build_cpu(ext)
+        try:
+            self._build_cuda(ext)
+        except (RuntimeError, subprocess.CalledProcessError, CompileError, LinkError) as error:
+            if PACE_CUDA == "1":
+                sys.exit(f"PACE_CUDA=1, but the CUDA kernels can't be built: {error}")
+            # The CPU kernels are built by now, and serve without it. setuptools leaves out what is optional and failed.
+            print(f"pace_kernels: going on without CUDA kernels: {error}", file=sys.stderr)
+            raise CompileError(str(error)) from error
 
-        def compile_source(source: str, isa: str | None) -> str:
-            defines = DEFINES + ([("PACE_ISA", isa)] if isa else [])
-            flags = [*COMMON_FLAGS, *(KERNEL_FLAGS + ISA_FLAGS[isa] if isa else [])]
-            flags += [f"-isystem{path}" for path in include_paths()]
-            out = os.path.join(self.build_temp, isa or "common")
-            (built,) = self.compiler.compile(
-                [source], output_dir=out, macros=defines, include_dirs=self.include_dirs, extra_postargs=flags
-            )
-            return built
+    def _compile(self, source: str, out: str, flags: list[str], defines: list[tuple[str, str | None]]) -> str:
+        from torch.utils.cpp_extension import include_paths
 
-        jobs = [(KERNELS, isa) for isa in ISA_FLAGS] + [(source, None) for source in SOURCES]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda job: compile_source(*job), jobs))
+        (built,) = self.compiler.compile(
+            [source],
+            output_dir=os.path.join(self.build_temp, out),
+            macros=DEFINES + defines,
+            include_dirs=self.include_dirs,
+            extra_postargs=[*COMMON_FLAGS, *flags, *(f"-isystem{path}" for path in include_paths())],
+        )
+        return str(built)
+
+    def _link(self, ext: Extension, objects: list[str], libraries: list[str], directories: list[str]) -> None:
+        from torch.utils.cpp_extension import library_paths
+
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
-            libraries=["torch", "torch_cpu", "c10"],
-            library_dirs=library_paths(),
+            libraries=["torch", "torch_cpu", "c10", *libraries],
+            library_dirs=[*library_paths(), *directories],
             target_lang="c++",
         )
 
+    def _build_cpu(self, ext: Extension) -> None:
+        jobs = [(KERNELS, isa) for isa in ISA_FLAGS] + [(source, None) for source in SOURCES]
 
-def native_extension() -> list[Extension]:
+        def compile_one(job: tuple[str, str | None]) -> str:
+            source, isa = job
+            if isa is None:
+                return self._compile(source, "common", [], [])
+            return self._compile(source, isa, KERNEL_FLAGS + ISA_FLAGS[isa], [("PACE_ISA", isa)])
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, jobs))
+        self._link(ext, objects, [], [])
+
+    def _build_cuda(self, ext: Extension) -> None:
+        nvcc = cuda_compiler()
+        assert isinstance(nvcc, Nvcc), nvcc
+        archs = cuda_archs(nvcc)
+        objects = compile_cuda_kernels(nvcc, archs, os.path.join(self.build_temp, "cuda"))
+        defines = [("USE_CUDA", None), ("PACE_CUDA_ARCHITECTURES", f'"{";".join(archs)}"')]
+        objects += [self._compile(source, "cuda", [], defines) for source in CUDA_SOURCES]
+        runtime = nvcc.static_runtime()
+        assert runtime is not None
+        self._link(ext, objects, ["torch_cuda", "cudart_static", "rt", "dl", "pthread"], [str(runtime.parent)])
+
+
+def cuda_compiler() -> Nvcc | str:
+    """The nvcc for the torch that is here, or why the CUDA kernels can't be built."""
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    return find_nvcc(int(torch.version.cuda.split(".")[0]))
+
+
+def native_extensions() -> list[Extension]:
     if NO_EXT:
         print("pace_kernels: PACE_NO_EXT is set, building without native kernels", file=sys.stderr)
         return []
+    if PACE_CUDA not in ("auto", "0", "1"):
+        sys.exit(f"PACE_CUDA must be auto, 0 or 1, got {PACE_CUDA!r}")
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None and shutil.which("g++") is None:
+        if PACE_CUDA == "1":
+            sys.exit(f"PACE_CUDA=1, but there is no C++ compiler ({compiler})")
         print(f"pace_kernels: no C++ compiler ({compiler}), building without native kernels", file=sys.stderr)
         return []
-    return [Extension("pace_kernels._C", [KERNELS, *SOURCES], depends=HEADERS, language="c++", py_limited_api=True)]
+    extensions = [
+        Extension("pace_kernels._C", [KERNELS, *SOURCES], depends=HEADERS, language="c++", py_limited_api=True)
+    ]
+    if PACE_CUDA == "0":
+        return extensions
+    nvcc = cuda_compiler()
+    if isinstance(nvcc, Nvcc):
+        sources = [*CUDA_SOURCES, *sorted({source for _, source, _ in CUDA_KERNELS})]
+        extensions.append(
+            Extension(
+                *("pace_kernels._cuda", sources),
+                depends=HEADERS,
+                language="c++",
+                py_limited_api=True,
+                optional=PACE_CUDA != "1",
+            )
+        )
+    elif PACE_CUDA == "1":
+        sys.exit(f"PACE_CUDA=1, but the CUDA kernels can't be built: {nvcc}")
+    else:
+        print(f"pace_kernels: building without CUDA kernels: {nvcc}", file=sys.stderr)
+    return extensions
 
 
 if __name__ == "__main__":
-    extensions = native_extension()
+    extensions = native_extensions()
     setup(
         ext_modules=extensions,
         cmdclass={"build_ext": BuildKernels},

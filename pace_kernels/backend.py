@@ -8,6 +8,7 @@ table that is available and covers the parameter.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -21,29 +22,70 @@ from . import torch_rules
 
 @dataclass(frozen=True)
 class Backend:
-    """One row. ``devices`` and ``dtypes`` are what it covers; None means everything that torch has."""
+    """One row. ``devices`` and ``dtypes`` are what it covers; None means everything that torch has. ``only_by_name``
+    are devices that it covers too, but that the automatic choice does not give it."""
 
     name: str
     available: bool
     reason: str | None
     devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
+    architectures: str | None = None  # compute capabilities that the kernels were compiled for
+    only_by_name: tuple[str, ...] = ()
 
-    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def refusal(self, device: torch.device, dtype: torch.dtype, by_name: bool = False) -> str | None:
         """Why this backend can't step a parameter on ``device`` in ``dtype``; None where it can."""
         if not self.available:
             return self.reason
-        if self.devices is not None and device.type not in self.devices:
-            return f"it covers parameters on {', '.join(self.devices)}, not on {device.type}"
+        devices = self.devices
+        if devices is not None and by_name:
+            devices = (*devices, *self.only_by_name)
+        if devices is not None and device.type not in devices:
+            return f"it covers parameters on {', '.join(devices)}, not on {device.type}"
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"it covers {', '.join(str(d) for d in self.dtypes)}, not {dtype}"
+        if self.architectures is not None and device.type == "cuda":
+            capability = torch.cuda.get_device_capability(device)
+            if not runs_on(self.architectures, capability):
+                return f"it was built for {self.architectures}, not for {capability[0]}.{capability[1]}"
         return None
 
     def op(self, name: str) -> Callable[..., None]:
         """The function that does the operator ``name`` (pace_kernels/ops.py) on this backend."""
         if self.name == "torch":
             return getattr(torch_rules, name)  # type: ignore[no-any-return]
+        if self.name == "triton":
+            # Only now: importing Triton takes longer than all the rest.
+            return getattr(importlib.import_module(".triton_kernels", __package__), name)  # type: ignore[no-any-return]
         return getattr(torch.ops.pace_kernels, name).default  # type: ignore[no-any-return]
+
+
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether kernels for ``architectures`` ("8.0;9.0+PTX") run on a GPU of that compute capability: machine code does
+    within a major version from its minor one on, PTX on everything later."""
+    for entry in architectures.split(";"):
+        major, minor = map(int, entry.removesuffix("+PTX").split("."))
+        if major == capability[0] and minor <= capability[1]:
+            return True
+        if entry.endswith("+PTX") and (major, minor) <= capability:
+            return True
+    return False
+
+
+def _native_cuda() -> Backend:
+    if torch.version.cuda is None:
+        return Backend("cuda", False, f"torch {torch.__version__} is not a CUDA build")
+    reason: str | None
+    try:
+        from . import _cuda
+    except ImportError as error:
+        reason = f"the CUDA extension is not built or does not load ({error}); PACE_CUDA=1 builds it or says why not"
+        return Backend("cuda", False, reason)
+    reason = _cuda.driver_refusal()
+    if reason is not None:
+        return Backend("cuda", False, reason)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return Backend("cuda", True, None, ("cuda",), dtypes, architectures=_cuda.architectures())
 
 
 def _native_cpu() -> Backend:
@@ -59,11 +101,28 @@ def _native_cpu() -> Backend:
     return Backend("cpu", True, None, ("cpu",), (torch.float32, torch.bfloat16, torch.float16))
 
 
+def _triton() -> Backend:
+    if importlib.util.find_spec("triton") is None:
+        return Backend("triton", False, "the package triton is not installed")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    # Triton's interpreter, for tests: the kernels then run in NumPy, slowly, and on the CPU too.
+    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y"):
+        return Backend("triton", True, None, ("cuda",), dtypes, only_by_name=("cpu",))
+    built_for_gpus = torch.version.cuda is not None or torch.version.hip is not None
+    if not (built_for_gpus and torch.cuda.is_available()):
+        return Backend("triton", False, "there is no GPU that this torch can use")
+    return Backend("triton", True, None, ("cuda",), dtypes)
+
+
+# By device: the backends that one would expect there.
+_KERNELS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+
+
 @functools.cache
 def _table() -> dict[str, Backend]:
     rows = (
-        Backend("cuda", False, "CUDA kernels are not part of this version"),
-        Backend("triton", False, "Triton kernels are not part of this version"),
+        _native_cuda(),
+        _triton(),
         _native_cpu(),
         Backend("torch", True, None),
     )
@@ -99,12 +158,13 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backen
     """The backend for a parameter on ``device`` in ``dtype``: the one of that name, or the fastest that covers it."""
     if name is not None:
         row = _table()[name]
-        if (why := row.refusal(device, dtype)) is not None:
+        if (why := row.refusal(device, dtype, by_name=True)) is not None:
             raise RuntimeError(f"backend={name!r} can't step this parameter: {why}")
         return row
     row = next(row for row in _table().values() if row.refusal(device, dtype) is None)
-    if row.name == "torch" and device.type == "cpu" and not _table()["cpu"].available:
-        _say_once(f"pace_kernels computes through torch, more slowly: {_table()['cpu'].reason}")
+    if row.name == "torch" and device.type in _KERNELS and dtype != torch.float64:
+        passed = [_table()[other].refusal(device, dtype) for other in _KERNELS[device.type]]
+        _say_once(f"pace_kernels computes through torch, more slowly: {'; '.join(filter(None, passed))}")
     return row
 
 

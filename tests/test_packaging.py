@@ -6,13 +6,23 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "pace_kernels", "triton_kernels")
+SOURCES = (
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "csrc",
+    "pace_kernels",
+    "triton_kernels",
+)
 
 
 @pytest.fixture
@@ -114,6 +124,18 @@ def test_without_torch_the_build_stops_with_one_sentence(tree: Path, tmp_path: P
     assert last.startswith("pace_kernels builds against the torch you use: install torch >= 2.10 first")
     assert "--no-build-isolation" in last
     assert "Traceback" not in done.stderr
+
+
+def test_the_source_archive_has_every_source(tree: Path) -> None:
+    """Also where it is made without torch, a compiler or nvcc: those who build from it may have them."""
+    command = [sys.executable, "setup.py", "sdist", "--dist-dir", "dist"]
+    subprocess.run(command, cwd=tree, env={**os.environ, "PACE_NO_EXT": "1"}, capture_output=True, check=True)
+    (archive,) = (tree / "dist").iterdir()
+    with tarfile.open(archive) as opened:
+        packed = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
+    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    wanted |= {f"triton_kernels/{path.name}" for path in (ROOT / "triton_kernels").glob("*.py")}
+    assert {"csrc/cuda/mada.cu", "csrc/cuda/sweep.cuh", "csrc/rules/pace.h"} <= wanted <= packed
 
 
 def test_torch_is_not_among_the_build_requirements() -> None:

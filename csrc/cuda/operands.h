@@ -1,0 +1,168 @@
+// From torch's tensors to addresses of consecutive elements on a device, and the launch of a plan on its stream.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <numeric>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../arguments.h"
+#include "kernels.h"
+#include "plan.h"
+
+namespace pace {
+
+inline Place place_of(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cuda(), name, " must be a tensor on a CUDA device");
+  return {true, t.get_device_index()};
+}
+
+// The elements fill their memory without gaps, in whatever order of the dimensions.
+inline bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  const auto sizes = t.sizes(), strides = t.strides();
+  std::vector<size_t> dims(sizes.size());
+  std::iota(dims.begin(), dims.end(), 0);
+  std::sort(dims.begin(), dims.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
+  int64_t expected = 1;
+  for (const size_t d : dims) {
+    if (sizes[d] == 0) return true;
+    if (sizes[d] == 1) continue;
+    if (strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+inline bool same_order(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), left = a.strides(), right = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] > 1 && left[d] != right[d]) return false;
+  }
+  return true;
+}
+
+inline Tensor empty_in_order_of(const Tensor& order, const Tensor& like) {
+  const auto sizes = order.sizes(), strides = order.strides();
+  int32_t dtype = 0, device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype, device, like.get_device_index(),
+                                                         &handle));
+  return Tensor(handle);
+}
+
+// The operands of a call. Kernels walk memory as it lies; an operand that lies otherwise than its parameter, or a
+// parameter with gaps, is walked as a copy, which is copied back where it was written.
+class Operands {
+ public:
+  explicit Operands(const Place& place) : place_(place) {}
+
+  // Parameter i, whose memory sets the order for its other operands.
+  void* parameter(const TensorList& params, size_t i, Format* format) {
+    const Tensor& t = params[i];
+    check_operand("params", i, t, t, true, place_);
+    *format = format_of("params", i, t, false);
+    param_ = order_ = t;
+    if (is_dense(t)) return t.data_ptr();
+    order_ = torch::stable::empty_like(t);
+    torch::stable::copy_(order_, t);
+    back_.emplace_back(t, order_);
+    return order_.data_ptr();
+  }
+
+  // Null where the operand is not in play.
+  void* operand(const char* name, const TensorList& list, size_t i, bool needed, bool state, bool written,
+                Format* format = nullptr) {
+    if (!needed) return nullptr;
+    const Tensor& t = list[i];
+    check_operand(name, i, t, param_, written, place_);
+    const Format f = format_of(name, i, t, state);
+    if (format != nullptr) *format = f;
+    if (same_order(t, order_)) return t.data_ptr();
+    Tensor copy = empty_in_order_of(order_, t);
+    torch::stable::copy_(copy, t);
+    copies_.push_back(copy);
+    if (written) back_.emplace_back(t, copy);
+    return copy.data_ptr();
+  }
+
+  float* state(const char* name, const TensorList& list, size_t i, bool needed = true) {
+    return static_cast<float*>(operand(name, list, i, needed, true, true));
+  }
+
+  // What was written to copies, back to where it belongs.
+  void copy_back() {
+    for (auto& [tensor, copy] : back_) torch::stable::copy_(tensor, copy);
+  }
+
+ private:
+  Place place_;
+  Tensor param_, order_;
+  TensorList copies_;
+  std::vector<std::pair<Tensor, Tensor>> back_;
+};
+
+// The step count of parameter i: on the device its address, otherwise its value.
+inline std::pair<float*, double> step_of(const TensorList& steps, size_t i, bool on_device, const Place& place) {
+  check_step("steps", i, steps[i], on_device ? place : kCpu);
+  float* const data = static_cast<float*>(steps[i].data_ptr());
+  return on_device ? std::make_pair(data, 0.0) : std::make_pair(static_cast<float*>(nullptr), double{*data});
+}
+
+inline void count_steps(const TensorList& steps) {
+  for (const Tensor& step : steps) *static_cast<float*>(step.data_ptr()) += 1.0f;
+}
+
+inline float* address(const std::optional<Tensor>& t) { return t ? static_cast<float*>(t->data_ptr()) : nullptr; }
+inline double* doubles(const std::optional<Tensor>& t) { return t ? static_cast<double*>(t->data_ptr()) : nullptr; }
+
+inline StepRequest step_request(const std::optional<Tensor>& lr, double value, const GradScaling& scaling,
+                                bool capturable, const std::optional<Tensor>& result) {
+  STD_TORCH_CHECK(capturable || !scaling.found_inf,
+                  "found_inf needs capturable: only the device knows whether a step counts, so steps must be there");
+  const bool is_double = lr && lr->scalar_type() == ScalarType::Double;
+  return {{value, lr ? lr->data_ptr() : nullptr, is_double},
+          {address(scaling.grad_scale), address(scaling.clip_coef)},
+          address(scaling.found_inf),
+          doubles(result)};
+}
+
+// Memory for a plan, from torch's allocator: in the order of the stream, so that it may be freed before the kernels
+// ran.
+class DeviceWorkspace {
+ public:
+  explicit DeviceWorkspace(const Tensor& like) : like_(like) {}
+
+  Workspace give() {
+    return [this](size_t bytes) {
+      return buffers_.emplace_back(torch::stable::new_empty(like_, {static_cast<int64_t>(bytes)}, ScalarType::Byte))
+          .data_ptr();
+    };
+  }
+
+ private:
+  Tensor like_;
+  TensorList buffers_;
+};
+
+inline void launch(const Plan& plan, const Place& place) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(place.index, &stream));
+  for (const KernelCall& call : plan) {
+    const char* const error =
+        launch_kernel(call.id, call.blocks, call.threads, call.parameters.data(), place.index, stream);
+    STD_TORCH_CHECK(error == nullptr, "pace_kernels: a CUDA kernel could not be launched: ", error);
+  }
+}
+
+}  // namespace pace

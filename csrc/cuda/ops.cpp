@@ -1,0 +1,115 @@
+// The operators on CUDA: check, plan, launch on the current stream. Nothing here waits for the device. Declared in
+// pace_kernels/ops.py.
+#include <torch/csrc/stable/library.h>
+
+#include "operands.h"
+
+namespace pace {
+namespace {
+
+void pace_step(const PaceArguments& a) {
+  if (a.params.empty()) return;
+  const Place place = place_of("params[0]", a.params[0]);
+  check_arguments(a, place);
+  const torch::stable::accelerator::DeviceGuard guard(place.index);
+  const PaceRequest request{step_request(a.lr, a.options.lr, a.scaling, a.capturable, a.stats), a.options,
+                            !a.emas.empty()};
+  Operands operands(place);
+  std::vector<PaceTensor> tensors(a.params.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    PaceTensor& t = tensors[i];
+    t.x = operands.parameter(a.params, i, &t.x_format);
+    t.g = operands.operand("grads", a.grads, i, true, false, false, &t.g_format);
+    t.m = operands.state("exp_avgs", a.exp_avgs, i, a.options.beta1 != 0.0);
+    t.v = operands.state("exp_avg_sqs", a.exp_avg_sqs, i);
+    t.e = operands.state("emas", a.emas, i, !a.emas.empty());
+    t.numel = a.params[i].numel();
+    std::tie(t.step, t.steps_taken) = step_of(a.steps, i, a.capturable, place);
+  }
+  DeviceWorkspace workspace(a.params[0]);
+  launch(plan_pace(tensors, request, workspace.give()), place);
+  operands.copy_back();
+  if (!a.capturable) count_steps(a.steps);
+}
+
+void mada_step(const MadaArguments& a) {
+  if (a.params.empty()) return;
+  const Place place = place_of("params[0]", a.params[0]);
+  check_arguments(a, place);
+  const torch::stable::accelerator::DeviceGuard guard(place.index);
+  MadaRequest request{step_request(a.lr, a.options.pace.lr, a.scaling, a.capturable, a.hypergradients),
+                      a.options,
+                      a.fixed,
+                      doubles(a.coefficients),
+                      a.learn,
+                      a.diff(),
+                      a.second(),
+                      a.lion(),
+                      a.adam(),
+                      a.capturable};
+  Operands operands(place);
+  std::vector<MadaTensor> tensors(a.params.size());
+  const bool grads_kept = a.lag() || a.diff();
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    MadaTensor& t = tensors[i];
+    t.x = operands.parameter(a.params, i, &t.x_format);
+    t.g = operands.operand("grads", a.grads, i, true, false, false, &t.g_format);
+    t.m = operands.state("exp_avgs", a.exp_avgs, i, a.adam());
+    t.n = operands.state("exp_avg_diffs", a.exp_avg_diffs, i, a.diff());
+    t.v = operands.state("exp_avg_sqs", a.exp_avg_sqs, i, a.adam());
+    t.w = operands.state("second_exp_avg_sqs", a.second_exp_avg_sqs, i, a.second());
+    t.l = operands.state("exp_avg_lions", a.exp_avg_lions, i, a.lion());
+    t.last_g = operands.state("last_grads", a.last_grads, i, grads_kept);
+    t.older_g = operands.state("older_grads", a.older_grads, i, a.lag() && a.diff());
+    t.e = operands.state("emas", a.emas, i, !a.emas.empty());
+    t.last = grads_kept ? static_cast<double*>(a.last_scalars[i].data_ptr()) : nullptr;
+    t.numel = a.params[i].numel();
+    std::tie(t.step, t.steps_taken) = step_of(a.steps, i, a.capturable, place);
+  }
+  DeviceWorkspace workspace(a.params[0]);
+  launch(plan_mada(tensors, request, workspace.give()), place);
+  operands.copy_back();
+  if (!a.capturable) count_steps(a.steps);
+}
+
+void mada_learn(const LearnArguments& a) {
+  const Place place = place_of("coefficients", a.coefficients);
+  check_arguments(a, place);
+  STD_TORCH_CHECK(a.sums.size() <= LearnLaunch::kCapacity, "sums must have at most ", LearnLaunch::kCapacity,
+                  " entries, got ", a.sums.size());
+  const torch::stable::accelerator::DeviceGuard guard(place.index);
+  LearnRequest request{};
+  for (const Tensor& row : a.sums) request.sums.push_back(static_cast<const double*>(row.data_ptr()));
+  request.coefficients = doubles(a.coefficients), request.momenta = doubles(a.momenta);
+  request.hypergradients = doubles(a.hypergradients), request.hyper_step = doubles(a.hyper_step);
+  request.found_inf = address(a.found_inf);
+  for (size_t k = 0; k < kCoefficients; ++k) request.options[k] = hyper_options(a, k);
+  request.warmup = static_cast<double>(a.warmup);
+  request.learn = a.learn;
+  launch(plan_learn(request), place);
+}
+
+void swap(const TensorList& a, const TensorList& b) {
+  if (a.empty()) return;
+  const Place place = place_of("a[0]", a[0]);
+  const torch::stable::accelerator::DeviceGuard guard(place.index);
+  Operands operands(place);
+  std::vector<SwapPair> pairs(a.size());
+  for (size_t i = 0; i < a.size(); ++i) {
+    Format format{};
+    format_of("a", i, a[i], true);
+    pairs[i] = {static_cast<float*>(operands.parameter(a, i, &format)), operands.state("b", b, i), a[i].numel()};
+  }
+  launch(plan_swap(pairs), place);
+  operands.copy_back();
+}
+
+}  // namespace
+}  // namespace pace
+
+STABLE_TORCH_LIBRARY_IMPL(pace_kernels, CUDA, m) {
+  m.impl("pace_step_", TORCH_BOX(&pace::pace_step_<pace::pace_step>));
+  m.impl("mada_step_", TORCH_BOX(&pace::mada_step_<pace::mada_step>));
+  m.impl("mada_learn_", TORCH_BOX(&pace::mada_learn_<pace::mada_learn>));
+  m.impl("swap_", TORCH_BOX(&pace::swap_<pace::swap>));
+}

@@ -1,0 +1,133 @@
+// PACE on the GPU: csrc/rules/pace.h in the sweep of sweep.cuh.
+#include "kernels.h"
+#include "sweep.cuh"
+
+namespace pace {
+
+// What a thread sums, in float as on the CPU: at most 32 elements.
+struct PaceThreadSums {
+  float inv_D = 0, clamped = 0, clipped = 0, adamw_sq = 0, pullback_sq = 0, update_sq = 0;
+  uint32_t min_inv_D = kNoSums.min_inv_D, max_inv_D = kNoSums.max_inv_D;
+};
+
+template <class X, class G, bool kMoment, bool kPull, bool kAverage, bool kStats>
+struct PaceRound {
+  void* x;
+  const void* g;
+  float *m, *v, *e;
+  const PaceStepScalars& scalars;
+  PaceThreadSums& sums;
+
+  template <int N>
+  __device__ __forceinline__ void run(int64_t at) const {
+    const PaceScalars s = scalars.rule;
+    const bool moves = kAverage && s.moves != 0;
+    Vector<X, N> xs;
+    Vector<G, N> gs;
+    Vector<Float32, N> ms, vs, es;
+    xs.load(x, at);
+    gs.load(g, at);
+    if constexpr (kMoment) ms.load(m, at);
+    vs.load(v, at);
+    if constexpr (kAverage) {
+      if (kPull || moves) es.load(e, at);
+    }
+    loads_end();
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const PaceStep r = pace_rule<kMoment, kPull, kAverage>(s, gs.get(j), xs.get(j), kMoment ? ms.get(j) : 0.0f,
+                                                             vs.get(j), kAverage ? es.get(j) : 0.0f);
+      xs.set(j, r.x);
+      if constexpr (kMoment) ms.set(j, r.m);
+      vs.set(j, r.v);
+      if constexpr (kAverage) es.set(j, r.e);
+      if constexpr (kStats) add(r);
+    }
+    xs.store(x, at);
+    if constexpr (kMoment) ms.store(m, at);
+    vs.store(v, at);
+    if constexpr (kAverage) {
+      if (moves) es.store(e, at);
+    }
+  }
+
+  __device__ __forceinline__ void add(const PaceStep& r) const {
+    sums.inv_D += r.inv_D;
+    sums.clamped += r.clamped;
+    sums.clipped += r.lambda >= 1.0f ? 1.0f : 0.0f;
+    sums.adamw_sq += r.adamw * r.adamw;
+    sums.pullback_sq += r.pullback * r.pullback;
+    sums.update_sq += r.update * r.update;
+    const uint32_t bits = bits_of(r.inv_D) & 0x7fffffffu;
+    sums.min_inv_D = bits < sums.min_inv_D ? bits : sums.min_inv_D;
+    sums.max_inv_D = bits > sums.max_inv_D ? bits : sums.max_inv_D;
+  }
+};
+
+// kAverage: an average is kept; whether it moves in this step is a scalar. 5 blocks a multiprocessor leave 96 registers
+// a thread, 4 leave 128, which the sums need.
+template <class X, class G, bool kMoment, bool kPull, bool kAverage, bool kStats>
+__global__ void __launch_bounds__(kThreads, kStats ? 4 : 5) pace_kernel(const __grid_constant__ PaceLaunch launch) {
+  if (skipped(launch.found_inf)) return;
+  __shared__ PaceStepScalars scalars;
+  const Stretch part = find_stretch(launch.table);
+  copy_scalars(&scalars, launch.scalars, launch.device_scalars, part.tensor);
+  PaceThreadSums sums;
+  const int i = part.tensor;
+  const PaceRound<X, G, kMoment, kPull, kAverage, kStats> round{launch.x[i], launch.g[i], launch.m[i], launch.v[i],
+                                                                launch.e[i], scalars,     sums};
+  sweep<kVector<X, G>>(part, all_aligned(round.x, round.g, round.m, round.v, round.e), round);
+  if constexpr (kStats) {
+    __shared__ PaceSums warps[kThreads / 32];
+    const PaceSums mine{sums.inv_D,       sums.clamped,   sums.clipped,   sums.adamw_sq,
+                        sums.pullback_sq, sums.update_sq, sums.min_inv_D, sums.max_inv_D};
+    const PaceSums all = block_reduce(
+        mine, warps,
+        [](const PaceSums& a, const PaceSums& b) {
+          return PaceSums{a.inv_D + b.inv_D,
+                          a.clamped + b.clamped,
+                          a.clipped + b.clipped,
+                          a.adamw_sq + b.adamw_sq,
+                          a.pullback_sq + b.pullback_sq,
+                          a.update_sq + b.update_sq,
+                          a.min_inv_D < b.min_inv_D ? a.min_inv_D : b.min_inv_D,
+                          a.max_inv_D > b.max_inv_D ? a.max_inv_D : b.max_inv_D};
+        },
+        [](const PaceSums& a, int distance) {
+          const auto from = [&](auto value) { return __shfl_down_sync(0xffffffffu, value, distance); };
+          return PaceSums{from(a.inv_D),       from(a.clamped),   from(a.clipped),   from(a.adamw_sq),
+                          from(a.pullback_sq), from(a.update_sq), from(a.min_inv_D), from(a.max_inv_D)};
+        });
+    if (threadIdx.x == 0) block_stats(launch.rows[blockIdx.x].stats, all, part.count, scalars.stat);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) pace_scalars_kernel(const __grid_constant__ PaceScalarsLaunch launch) {
+  const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
+  if (i >= launch.tensors || skipped(launch.found_inf)) return;
+  float* const step = launch.step[i];
+  const double t = (step != nullptr ? static_cast<double>(*step) : launch.steps_taken) + 1.0;
+  PaceOptions options = launch.options;
+  options.lr = read(launch.lr);
+  launch.out[i] = {pace_scalars(options, t, read(launch.factor)), pace_stat_scalars(options, t)};
+  if (step != nullptr) *step = static_cast<float>(t);
+}
+
+template <class X, class G>
+const void* pace_function(const KernelId& id) {
+#define PULLED(m, p, a)                                                                           \
+  {                                                                                               \
+    (const void*)pace_kernel<X, G, m, p, a, false>, (const void*)pace_kernel<X, G, m, p, a, true> \
+  }
+  static const void* const functions[2][3][2] = {
+      {PULLED(false, false, false), PULLED(false, false, true), PULLED(false, true, true)},
+      {PULLED(true, false, false), PULLED(true, false, true), PULLED(true, true, true)}};
+#undef PULLED
+  return functions[id.moment][id.pull ? 2 : (id.average ? 1 : 0)][id.stats];
+}
+
+const void* pace_kernel_function(const KernelId& id) { return PACE_BY_FORMAT(pace_function, id); }
+
+const void* pace_scalars_function() { return (const void*)pace_scalars_kernel; }
+
+}  // namespace pace

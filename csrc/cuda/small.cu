@@ -1,0 +1,168 @@
+// The small kernels: MADA's scalars, sums over blocks, learning, the exchange of two tensors; and the launch itself.
+#include <cuda_runtime.h>
+
+#include "kernels.h"
+#include "sweep.cuh"
+
+namespace pace {
+
+__global__ void __launch_bounds__(kThreads) mada_scalars_kernel(const __grid_constant__ MadaScalarsLaunch launch) {
+  const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
+  if (i >= launch.tensors || skipped(launch.found_inf)) return;
+  float* const step = launch.step[i];
+  double* const last = launch.last[i];
+  const double taken = step != nullptr ? static_cast<double>(*step) : launch.steps_taken, t = taken + 1.0;
+  MadaOptions options = launch.options;
+  const double lr = options.pace.lr = read(launch.lr);
+  MadaCoefficients q;
+  for (int k = 0; k < kCoefficients; ++k)
+    q[k] = (launch.learn >> k & 1) != 0 ? launch.coefficients[k] : launch.fixed[k];
+  MadaStepScalars& out = launch.out[i];
+  out.now = mada_scalars(options, t, lr, q);
+  out.pull = pace_scalars(options.pace, t, read(launch.factor));
+  out.first = last != nullptr && last[kTaken] == kNoGradient;
+  if (launch.learn != 0) {
+    const LastStep redo = last_step(options, taken, last);
+    out.last = redo.scalars;
+    out.factors = redo.factors;
+  }
+  if (step != nullptr) *step = static_cast<float>(t);
+  if (last == nullptr) return;
+  last[kTaken] = launch.learn != 0 ? kRedo : kDone;
+  last[kLastLr] = lr;
+  for (int k = 0; k < kCoefficients; ++k) last[kLastCoefficients + k] = q[k];
+}
+
+__device__ __forceinline__ void clear(PaceRow& row) { clear_stats(row.stats); }
+__device__ __forceinline__ void merge(PaceRow& a, const PaceRow& b) { merge_stats(a.stats, b.stats); }
+__device__ __forceinline__ void clear(MadaRow& row) {
+  for (int k = 0; k < kCoefficients; ++k) row.sums[k] = 0.0;
+}
+__device__ __forceinline__ void merge(MadaRow& a, const MadaRow& b) {
+  for (int k = 0; k < kCoefficients; ++k) a.sums[k] += b.sums[k];
+}
+
+__device__ __forceinline__ void write_result(const SumLaunch<PaceRow>& launch, const PaceRow& row, bool) {
+  for (int k = 0; k < kPaceStats; ++k) launch.result[k] = row.stats[k];
+}
+__device__ __forceinline__ void write_result(const SumLaunch<MadaRow>& launch, const MadaRow& row, bool skip) {
+  for (int k = 0; k < kCoefficients; ++k) launch.result[k] = (launch.learn >> k & 1) != 0 ? row.sums[k] : 0.0;
+  launch.result[kCoefficients] = skip ? 0.0 : read(launch.lr);
+}
+
+template <class Row>
+__global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant__ SumLaunch<Row> launch) {
+  __shared__ Row rows[kSumThreads];
+  const int thread = static_cast<int>(threadIdx.x);
+  const bool skip = skipped(launch.found_inf);
+  const int64_t begin = blockIdx.x * kRowsPerBlock, end = begin + kRowsPerBlock;
+  const int64_t count = skip ? 0 : launch.count;
+  Row mine;
+  clear(mine);
+  for (int64_t i = begin + thread; i < end && i < count; i += kSumThreads) merge(mine, launch.rows[i]);
+  rows[thread] = mine;
+  for (int half = kSumThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (thread < half) merge(rows[thread], rows[thread + half]);
+  }
+  if (thread != 0) return;
+  if (launch.out != nullptr) {
+    launch.out[blockIdx.x] = rows[0];
+  } else {
+    write_result(launch, rows[0], skip);
+  }
+}
+
+// One warp: a lane for each coefficient, and one for the learning rates.
+__global__ void __launch_bounds__(32) learn_kernel(const __grid_constant__ LearnLaunch launch) {
+  const int k = static_cast<int>(threadIdx.x);
+  if (skipped(launch.found_inf)) return;
+  double total = 0.0;
+  if (k <= kCoefficients) {
+    for (int call = 0; call < launch.calls; ++call) total += launch.sums[call][k];
+  }
+  const bool steps = __shfl_sync(0xffffffffu, total, kCoefficients) > 0.0;
+  double step = *launch.hyper_step;
+  step += steps ? 1.0 : 0.0;
+  __syncwarp();
+  if (k == 0) *launch.hyper_step = step;
+  if (k >= kCoefficients) return;
+  launch.hypergradients[k] = total;
+  if (!steps || !(step > launch.warmup) || (launch.learn >> k & 1) == 0) return;
+  double q = launch.coefficients[k], b = launch.momenta[k];
+  hyper_rule(launch.options[k], total, q, b);
+  launch.coefficients[k] = q;
+  launch.momenta[k] = b;
+}
+
+struct SwapRound {
+  float *a, *b;
+
+  template <int N>
+  __device__ __forceinline__ void run(int64_t at) const {
+    Vector<Float32, N> from_a, from_b;
+    from_a.load(a, at);
+    from_b.load(b, at);
+    from_b.store(a, at);
+    from_a.store(b, at);
+  }
+};
+
+__global__ void __launch_bounds__(kThreads) swap_kernel(const __grid_constant__ SwapLaunch launch) {
+  const Stretch part = find_stretch(launch.table);
+  const SwapRound round{launch.a[part.tensor], launch.b[part.tensor]};
+  sweep<4>(part, all_aligned(round.a, round.b), round);
+}
+
+template <class X, class G>
+const void* mada_function(const KernelId& id);  // mada.cu, one object for each pair of formats
+
+static const void* function_of(const KernelId& id) {
+  switch (id.family) {
+    case KernelFamily::kPaceScalars:
+      return pace_scalars_function();
+    case KernelFamily::kPace:
+      return pace_kernel_function(id);
+    case KernelFamily::kPaceSum:
+      return (const void*)sum_kernel<PaceRow>;
+    case KernelFamily::kMadaScalars:
+      return (const void*)mada_scalars_kernel;
+    case KernelFamily::kMada:
+      return PACE_BY_FORMAT(mada_function, id);
+    case KernelFamily::kMadaSum:
+      return (const void*)sum_kernel<MadaRow>;
+    case KernelFamily::kLearn:
+      return (const void*)learn_kernel;
+    case KernelFamily::kSwap:
+      return (const void*)swap_kernel;
+  }
+  return nullptr;
+}
+
+const char* launch_kernel(const KernelId& id, int32_t blocks, int32_t threads, const void* parameters, int32_t device,
+                          void* stream) {
+  // torch's runtime has made the device current; this library's own, linked statically, must know it too.
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    void* arguments[] = {const_cast<void*>(parameters)};
+    error = cudaLaunchKernel(function_of(id), dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
+                             arguments, 0, static_cast<cudaStream_t>(stream));
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+std::string driver_refusal() {
+  int driver = 0, runtime = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || cudaRuntimeGetVersion(&runtime) != cudaSuccess) return "";
+  // Minor versions are compatible: a driver of CUDA 12.1 runs what CUDA 12.8 compiled. Before 12.1, kernels had no more
+  // than 4 KiB of parameters.
+  const int needed = runtime / 1000 > 12 ? runtime / 1000 * 1000 : 12010;
+  if (driver == 0 || driver >= needed) return "";
+  const auto text = [](int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  };
+  return "the driver is of CUDA " + text(driver) + "; the kernels, built by CUDA " + text(runtime) + ", need " +
+         text(needed) + " or later";
+}
+
+}  // namespace pace

@@ -1,0 +1,144 @@
+"""Builds the CUDA library in the second environment (.venv-cuda, which `make test` sets up: torch's CUDA build and
+nvcc), takes its objects apart into PTX and machine code, and builds the door to the plan of launches.
+
+All is kept in build/cuda; setup.py compiles again only what has changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import runpy
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+PYTHON = Path(os.environ.get("PACE_CUDA_PYTHON", ROOT / ".venv-cuda" / "bin" / "python"))
+BUILD = ROOT / "build" / "cuda"
+SETTINGS = runpy.run_path(str(ROOT / "setup.py"), run_name="build settings")
+ARCHS = tuple(arch.removesuffix("+PTX").replace(".", "") for arch in SETTINGS["CUDA_ARCHS"].split(";"))
+
+
+def run(command: Iterable[object], **options: Any) -> str:
+    done = subprocess.run([str(a) for a in command], capture_output=True, text=True, **options)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(str(a) for a in command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def missing() -> str | None:
+    """Why the library can't be built here; None where it can."""
+    if not PYTHON.exists():
+        return f"{PYTHON} is not there: `make test` sets it up"
+    return None
+
+
+@functools.cache
+def library() -> Path:
+    """The folder that holds the package with both libraries, as a user of torch's CUDA build gets it."""
+    env = {**os.environ, "PACE_CUDA": "1"}
+    run([PYTHON, "setup.py", "build", "--build-temp", BUILD, "--build-lib", BUILD / "lib"], cwd=ROOT, env=env)
+    return BUILD / "lib"
+
+
+@functools.cache
+def tool(name: str) -> str:
+    (path,) = run([PYTHON, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).split()
+    found = sorted(Path(path).glob(f"nvidia/*/bin/{name}")) + sorted(Path(path).glob(f"triton/backends/*/bin/{name}"))
+    if not found:
+        raise RuntimeError(f"{name} is not in {path}")
+    return str(found[0])
+
+
+@functools.cache
+def objects() -> tuple[Path, ...]:
+    library()
+    return tuple(sorted((BUILD / "cuda").glob("*.o")))
+
+
+@functools.cache
+def ptx(arch: str) -> tuple[str, ...]:
+    """The PTX of each object for a virtual architecture, as it lies in the library."""
+    texts = []
+    for path in objects():
+        text = run([tool("cuobjdump"), "-ptx", path])
+        parts = [part for part in re.split(r"(?m)^Fatbin \w+ code:\n=+\n", text) if f"arch = sm_{arch}\n" in part]
+        parts = [part for part in parts if ".entry" in part]
+        assert len(parts) == 1, (path, len(parts))
+        texts.append(parts[0][parts[0].index(".version") :])
+    return tuple(texts)
+
+
+def ptx_archs() -> list[str]:
+    return [a.removesuffix("+PTX").replace(".", "") for a in SETTINGS["CUDA_ARCHS"].split(";") if a.endswith("+PTX")]
+
+
+def demangled(names: list[str]) -> dict[str, str]:
+    """From names as C++ has them, without arguments and spaces, to those in PTX and machine code."""
+    lines = run(["c++filt", *names]).splitlines()
+    plain = (re.sub(r"^void |\(pace::\w+(<.*?>)?\)$| ", "", line) for line in lines)
+    return dict(zip(plain, names, strict=True))
+
+
+@functools.cache
+def kernels(arch: str) -> dict[str, tuple[str, str]]:
+    """By demangled name: the PTX text that a kernel is in, and its name there."""
+    found = {}
+    for text in ptx(arch):
+        names = demangled(re.findall(r"\.entry (\w+)\(", text))
+        found |= {plain: (text, name) for plain, name in names.items()}
+    return found
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    instructions: tuple[str, ...]
+    registers: int
+    stack: int
+    shared: int
+
+
+@functools.cache
+def machine_code(arch: str) -> dict[str, MachineCode]:
+    """By demangled name: the instructions of a kernel for a real architecture, and what it occupies."""
+    found = {}
+    for path in objects():
+        code = run([tool("cuobjdump"), "-sass", "-arch", f"sm_{arch}", path])
+        usage = run([tool("cuobjdump"), "-res-usage", "-arch", f"sm_{arch}", path])
+        used = dict(re.findall(r"Function (\w+):\s*\n\s*(REG:.*)", usage))
+        bodies = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s+Function : |\Z)", code, re.S))
+        for plain, name in demangled(list(bodies)).items():
+            lines = (re.sub(r"/\*.*?\*/", "", line).strip() for line in bodies[name].splitlines())
+            fields = dict(re.findall(r"(\w+(?:\[\d+\])?):(\d+)", used[name]))
+            found[plain] = MachineCode(
+                tuple(line for line in lines if line.endswith(";")),
+                int(fields["REG"]),
+                int(fields["STACK"]) + int(fields["LOCAL"]),
+                int(fields["SHARED"]),
+            )
+    return found
+
+
+@functools.cache
+def plan_module() -> Any:
+    """The module cuda_plan: csrc/cuda/plan.cpp behind tests/emulated/plan_module.cpp."""
+    sources = [ROOT / "tests" / "emulated" / "plan_module.cpp", ROOT / "csrc" / "cuda" / "plan.cpp"]
+    out = BUILD / f"cuda_plan{sysconfig.get_config_var('EXT_SUFFIX')}"
+    newest = max(p.stat().st_mtime for p in [*sources, *(ROOT / h for h in SETTINGS["HEADERS"])])
+    if not out.exists() or out.stat().st_mtime < newest:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        includes = run([sys.executable, "-m", "pybind11", "--includes"]).split()
+        flags = [flag for flag in SETTINGS["COMMON_FLAGS"] if flag != "-O3"]
+        run(["c++", "-shared", "-fPIC", "-O1", *flags, *includes, f"-I{ROOT / 'csrc'}", *sources, "-o", out])
+    spec = importlib.util.spec_from_file_location("cuda_plan", out)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

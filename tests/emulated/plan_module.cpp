@@ -1,0 +1,166 @@
+// The door from Python to the plan of CUDA launches (csrc/cuda/plan.h), for tests: addresses are integers, options come
+// by name, and out come the kernels with the bytes of their parameters. Built by build.py beside this file.
+#include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "cuda/plan.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using pace::Format;
+
+template <class T>
+T* pointer(const py::handle& source, const char* name) {
+  const py::object value = source[name];
+  return value.is_none() ? nullptr : reinterpret_cast<T*>(value.cast<uintptr_t>());
+}
+
+template <class T>
+T value(const py::handle& source, const char* name) {
+  return py::object(source[name]).cast<T>();
+}
+
+Format format(const std::string& name) {
+  if (name == "float32") return Format::kFloat32;
+  return name == "bfloat16" ? Format::kBFloat16 : Format::kFloat16;
+}
+
+const char* format_name(Format f) {
+  return f == Format::kFloat32 ? "Float32" : (f == Format::kBFloat16 ? "BFloat16" : "Float16");
+}
+
+pace::PaceOptions pace_options(const py::dict& o) {
+  const auto f = [&](const char* name) { return value<double>(o, name); };
+  return {f("lr"),
+          f("beta1"),
+          f("beta2"),
+          f("eps"),
+          f("weight_decay"),
+          f("lambda_pullback"),
+          value<bool>(o, "clamp_pullback"),
+          f("beta_ema"),
+          value<std::optional<double>>(o, "ema_kappa"),
+          f("ema_rho"),
+          f("ema_gamma"),
+          value<int64_t>(o, "ema_update_freq"),
+          value<bool>(o, "pullback_from_step"),
+          value<bool>(o, "maximize")};
+}
+
+pace::StepRequest step_request(const py::dict& r, double lr) {
+  return {{lr, pointer<void>(r, "lr_tensor"), value<bool>(r, "lr_is_double")},
+          {pointer<float>(r, "grad_scale"), pointer<float>(r, "clip_coef")},
+          pointer<float>(r, "found_inf"),
+          pointer<double>(r, "result")};
+}
+
+pace::Workspace workspace(const std::function<uintptr_t(size_t)>& take) {
+  return [take](size_t bytes) { return reinterpret_cast<void*>(take(bytes)); };
+}
+
+py::list calls(const pace::Plan& plan) {
+  static const char* const families[] = {"pace_scalars", "pace",     "pace_sum", "mada_scalars",
+                                         "mada",         "mada_sum", "learn",    "swap"};
+  py::list out;
+  for (const pace::KernelCall& c : plan) {
+    const pace::KernelId& id = c.id;
+    py::dict call;
+    call["family"] = families[static_cast<int>(id.family)];
+    call["formats"] = py::make_tuple(format_name(id.x), format_name(id.g));
+    call["pace_flags"] = py::make_tuple(id.moment, id.pull, id.average, id.stats);
+    call["mada_flags"] = py::make_tuple(id.lag, id.diff, id.second, id.lion, id.adam);
+    call["blocks"] = c.blocks;
+    call["threads"] = c.threads;
+    call["parameters"] = py::bytes(reinterpret_cast<const char*>(c.parameters.data()), c.parameters.size());
+    out.append(call);
+  }
+  return out;
+}
+
+py::list plan_pace(const py::list& tensors, const py::dict& options, const py::dict& request,
+                   const std::function<uintptr_t(size_t)>& take) {
+  std::vector<pace::PaceTensor> list;
+  for (const py::handle& t : tensors) {
+    list.push_back({pointer<void>(t, "x"), pointer<void>(t, "g"), pointer<float>(t, "m"), pointer<float>(t, "v"),
+                    pointer<float>(t, "e"), format(value<std::string>(t, "x_format")),
+                    format(value<std::string>(t, "g_format")), value<int64_t>(t, "numel"), pointer<float>(t, "step"),
+                    value<double>(t, "steps_taken")});
+  }
+  const pace::PaceOptions o = pace_options(options);
+  const pace::PaceRequest r{step_request(request, o.lr), o, value<bool>(request, "average")};
+  return calls(pace::plan_pace(list, r, workspace(take)));
+}
+
+py::list plan_mada(const py::list& tensors, const py::dict& options, const py::dict& request,
+                   const std::function<uintptr_t(size_t)>& take) {
+  std::vector<pace::MadaTensor> list;
+  for (const py::handle& t : tensors) {
+    list.push_back({pointer<void>(t, "x"), pointer<void>(t, "g"), pointer<float>(t, "m"), pointer<float>(t, "n"),
+                    pointer<float>(t, "v"), pointer<float>(t, "w"), pointer<float>(t, "l"), pointer<float>(t, "last_g"),
+                    pointer<float>(t, "older_g"), pointer<float>(t, "e"), format(value<std::string>(t, "x_format")),
+                    format(value<std::string>(t, "g_format")), value<int64_t>(t, "numel"), pointer<float>(t, "step"),
+                    value<double>(t, "steps_taken"), pointer<double>(t, "last")});
+  }
+  const pace::PaceOptions o = pace_options(options);
+  const auto f = [&](const char* name) { return value<double>(options, name); };
+  const pace::MadaRequest r{step_request(request, o.lr),
+                            {o, f("lion_beta1"), f("lion_beta2"), value<bool>(options, "second_max")},
+                            {o.beta1, o.beta2, f("beta3"), f("rho"), f("c"), f("gamma")},
+                            pointer<double>(request, "coefficients"),
+                            value<int64_t>(options, "learn"),
+                            value<bool>(request, "diff"),
+                            value<bool>(request, "second"),
+                            value<bool>(request, "lion"),
+                            value<bool>(request, "adam"),
+                            value<bool>(options, "capturable")};
+  return calls(pace::plan_mada(list, r, workspace(take)));
+}
+
+py::list plan_swap(const py::list& pairs) {
+  std::vector<pace::SwapPair> list;
+  for (const py::handle& p : pairs) {
+    list.push_back({pointer<float>(p, "a"), pointer<float>(p, "b"), value<int64_t>(p, "numel")});
+  }
+  return calls(pace::plan_swap(list));
+}
+
+py::list plan_learn(const py::dict& r) {
+  pace::LearnRequest request{};
+  for (const uintptr_t row : value<std::vector<uintptr_t>>(r, "sums")) {
+    request.sums.push_back(reinterpret_cast<const double*>(row));
+  }
+  request.coefficients = pointer<double>(r, "coefficients"), request.momenta = pointer<double>(r, "momenta");
+  request.hypergradients = pointer<double>(r, "hypergradients"), request.hyper_step = pointer<double>(r, "hyper_step");
+  request.found_inf = pointer<float>(r, "found_inf");
+  const auto lists = [&](const char* name) { return value<std::vector<double>>(r, name); };
+  for (size_t k = 0; k < pace::kCoefficients; ++k) {
+    request.options[k] = {lists("hyper_lr")[k], lists("hyper_momentum")[k], lists("lower")[k], lists("upper")[k],
+                          value<double>(r, "clip")};
+  }
+  request.warmup = value<double>(r, "warmup");
+  request.learn = value<int64_t>(r, "learn");
+  return calls(pace::plan_learn(request));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(cuda_plan, m) {
+  m.def("pace", &plan_pace);
+  m.def("mada", &plan_mada);
+  m.def("swap", &plan_swap);
+  m.def("learn", &plan_learn);
+  m.attr("CHUNK") = pace::kChunk;
+  m.attr("PARAMETER_BYTES") = pace::kParameterBytes;
+  m.attr("CAPACITY") = py::dict(py::arg("pace") = static_cast<int>(pace::PaceLaunch::kCapacity),
+                                py::arg("mada") = static_cast<int>(pace::MadaLaunch::kCapacity),
+                                py::arg("swap") = static_cast<int>(pace::SwapLaunch::kCapacity),
+                                py::arg("pace_scalars") = static_cast<int>(pace::PaceScalarsLaunch::kCapacity));
+  m.attr("SIZES") = py::dict(py::arg("pace_scalars") = sizeof(pace::PaceStepScalars),
+                             py::arg("mada_scalars") = sizeof(pace::MadaStepScalars),
+                             py::arg("pace_row") = sizeof(pace::PaceRow), py::arg("mada_row") = sizeof(pace::MadaRow));
+}

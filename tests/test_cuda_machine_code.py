@@ -1,0 +1,112 @@
+"""Promise: for every architecture, no kernel spills; sweeps load and store 128 bits at a time, all loads of a round
+before the first use; nothing is contracted; and enough threads fit a multiprocessor to keep its memory busy."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from emulated import build
+from emulated.build import machine_code
+from emulated.occupancy import sweeps, table, warps
+
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+
+
+def operands(match: re.Match[str]) -> tuple[int, int, int]:
+    """128-bit loads and stores of a round, and how many of the loads, the last, hang on whether the average moves."""
+    family, x, g, flags = match.groups()
+    on = [flag == "true" for flag in flags.split(",")]
+    narrow = x != "Float32"
+    x_parts, g_parts, state = 1, (2 if narrow and g == "Float32" else 1), (2 if narrow else 1)
+    if family == "pace":
+        moment, pull, average, _ = on
+        states, maybe = state * (1 + moment + average), state * (average and not pull)
+        return x_parts + g_parts + states, x_parts + states, maybe
+    lag, diff, second, lion, adam = on
+    states = state * (2 * adam + diff + second + lion + (lag or diff) + (lag and diff) + 1)
+    return x_parts + g_parts + states, x_parts + states, state
+
+
+@pytest.mark.parametrize("arch", build.ARCHS)
+def test_every_instance_is_there(arch: str) -> None:
+    names = [match.group(1) for _, match, _ in sweeps(arch)]
+    assert names.count("pace") == 5 * 12 and names.count("mada") == 5 * 17
+    assert len(machine_code(arch)) == len(names) + 6  # scalars of both, sums of both, learning, swap
+
+
+@pytest.mark.parametrize("arch", build.ARCHS)
+def test_nothing_spills(arch: str) -> None:
+    for name, code in machine_code(arch).items():
+        assert code.stack == 0, name
+        assert not any(re.search(r"\b(LDL|STL)\b", line) for line in code.instructions), name
+
+
+@pytest.mark.parametrize("arch", build.ARCHS)
+def test_the_vector_path_moves_128_bits(arch: str) -> None:
+    for name, match, code in sweeps(arch):
+        loads, stores, _ = operands(match)
+        wide = [line for line in code.instructions if re.search(r"\b(LDG|STG)\.E\.128\b", line)]
+        assert sum("LDG" in line for line in wide) == loads, name
+        assert sum("STG" in line for line in wide) == stores, name
+
+
+@pytest.mark.parametrize("arch", build.ARCHS)
+def test_all_loads_of_a_round_come_before_the_first_use(arch: str) -> None:
+    """From the first 128-bit load to the last, no instruction reads a register that one of them fills. Loads that hang
+    on whether the average moves may come after a branch, and are not looked at."""
+    for name, match, code in sweeps(arch):
+        loads, _, maybe = operands(match)
+        places = [i for i, line in enumerate(code.instructions) if "LDG.E.128" in line][: loads - maybe]
+        filled: set[int] = set()
+        for line in code.instructions[places[0] : places[-1] + 1]:
+            target, sources = registers(line)
+            assert not filled & set(sources), (name, line)
+            if "LDG.E.128" in line:
+                filled |= set(range(target, target + 4))
+
+
+def registers(line: str) -> tuple[int, list[int]]:
+    """The number of the register that an instruction writes, -1 where its first operand is none (a store, a comparison
+    that sets a predicate), and those that it reads; R64 of an address stands for R64 and R65."""
+    operands = re.sub(r"^(@!?U?P\w+ )?[\w.]+ ?", "", line).split(", ")
+    target = re.fullmatch(r"R(\d+)(\.\w+)*", operands[0].rstrip(" ;"))
+    read = []
+    for number, wide in re.findall(r"\bR(\d+)(\.64)?", ", ".join(operands[1:] if target else operands)):
+        read += [int(number)] + ([int(number) + 1] if wide else [])
+    return (int(target.group(1)) if target else -1), read
+
+
+def test_registers_of_instructions() -> None:
+    assert registers("@P0 LDG.E.128 R48, desc[UR12][R108.64] ;") == (48, [108, 109])
+    assert registers("STG.E.128 desc[UR12][R2.64], R4 ;") == (-1, [2, 3, 4])
+    assert registers("ISETP.NE.AND P0, PT, R4, RZ, PT ;") == (-1, [4])
+    assert registers("FMUL R11, R36.reuse, R5 ;") == (11, [36, 5])
+
+
+@pytest.mark.parametrize("arch", build.ARCHS)
+def test_occupancy(arch: str) -> None:
+    """The memory of a multiprocessor of an H100 is busy with some 15 KB in flight (3.35 TB/s x 0.6 µs / 132). PACE has
+    80 to 144 bytes a thread of loads in flight in a round, MADA 160 to 288."""
+    for name, match, code in sweeps(arch):
+        narrow = match.group(2) != "Float32"
+        least = 16 if match.group(1) == "pace" else (8 if narrow else 12)
+        assert warps(arch, code) >= least, (name, code.registers)
+        loads, _, _ = operands(match)
+        assert warps(arch, code) * 32 * loads * 16 >= 2 * 15_000, name
+
+
+def test_the_readme_has_this_table() -> None:
+    readme = (build.ROOT / "README.md").read_text()
+    assert "\n".join(table()) in readme, "make occupancy"
+
+
+@pytest.mark.parametrize("arch", build.ARCHS)
+def test_nothing_is_contracted(arch: str) -> None:
+    """FFMA is there for IEEE division and square root alone: 4 to 6 each, none where the rule has neither."""
+    for name, code in machine_code(arch).items():
+        fused = sum("FFMA" in line for line in code.instructions)
+        functions = sum("MUFU.RCP" in line or "MUFU.RSQ" in line for line in code.instructions)
+        assert fused <= 6 * functions + 8, name
+        if functions == 0:
+            assert fused == 0, name

@@ -1,0 +1,114 @@
+"""Promise: the plan of CUDA launches covers every element once, with as few launches as its tables allow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from emulated import build
+from hypothesis import given
+from hypothesis import strategies as st
+
+OPTIONS: dict[str, Any] = {
+    "lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.01, "lambda_pullback": 5.0,
+    "clamp_pullback": True, "beta_ema": 0.01, "ema_kappa": 0.2, "ema_rho": 0.0, "ema_gamma": 1.0, "ema_update_freq": 1,
+    "pullback_from_step": False, "maximize": False, "capturable": False,
+}  # fmt: skip
+MADA = {
+    **OPTIONS, "learn": 0, "beta3": 0.9, "rho": 0.0, "c": 1.0, "gamma": 1.0, "lion_beta1": 0.9, "lion_beta2": 0.9,
+    "second_max": False,
+}  # fmt: skip
+REQUEST: dict[str, Any] = {
+    **dict.fromkeys(("lr_tensor", "grad_scale", "clip_coef", "found_inf", "result", "coefficients")),
+    **dict.fromkeys(("average", "diff", "second", "lion", "adam"), True),
+    "lr_is_double": False,
+}
+PLAN = build.plan_module()
+
+
+def tensor(numel: int, **changes: Any) -> dict[str, Any]:
+    address = 0x1000 if numel > 0 else None
+    pointers = dict.fromkeys((*"xgmnvwle", "last_g"), address) | dict.fromkeys(("older_g", "last", "step"))
+    formats = {"x_format": "float32", "g_format": "float32"}
+    return {**pointers, **formats, "numel": numel, "steps_taken": 0.0, **changes}
+
+
+def plan(tensors: list[dict[str, Any]], **request: Any) -> list[dict[str, Any]]:
+    return PLAN.pace(tensors, OPTIONS, {**REQUEST, **request}, lambda size: 0x2000)
+
+
+def blocks(numel: int) -> int:
+    return -(-numel // PLAN.CHUNK)
+
+
+def test_thousands_of_small_tensors_are_few_launches() -> None:
+    for count in (1, 2000, 5000):
+        calls = plan([tensor(1000) for _ in range(count)])
+        assert len(calls) == -(-count // PLAN.CAPACITY["pace"])
+        assert sum(c["blocks"] for c in calls) == count
+        on_device = plan([tensor(1000, step=0x3000) for _ in range(count)])
+        scalars = -(-count // PLAN.CAPACITY["pace_scalars"])
+        assert [c["family"] for c in on_device] == ["pace_scalars"] * scalars + ["pace"] * len(calls)
+    assert PLAN.CAPACITY["pace"] >= 600 and PLAN.CAPACITY["mada"] >= 350
+
+
+def test_parameters_fit_the_limit() -> None:
+    mada = PLAN.mada([tensor(1000)], MADA, REQUEST, lambda size: 0x2000)
+    for call in [*plan([tensor(1000, step=0x3000)], result=0x4000), *mada, *PLAN.swap([{"a": 1, "b": 1, "numel": 1}])]:
+        assert len(call["parameters"]) <= PLAN.PARAMETER_BYTES == 32764
+
+
+def test_tensors_beyond_32_bits() -> None:
+    (call,) = plan([tensor(2**33 + 1)])
+    assert call["blocks"] == 2**33 // PLAN.CHUNK + 1
+    # A launch has no more than 2^30 blocks, so that these are cut.
+    assert [c["blocks"] for c in plan([tensor(2**41), tensor(2**41), tensor(5)])] == [2**29 * 2, 1]
+    assert [c["blocks"] for c in plan([tensor(2**42), tensor(2**42)])] == [2**30, 2**30]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 20_000), st.sampled_from(["float32", "bfloat16", "float16"]), st.integers(0, 3)),
+        min_size=1,
+        max_size=40,
+    ),
+    st.booleans(),
+)
+def test_every_element_is_in_one_launch(tensors: list[tuple[int, str, int]], on_device: bool) -> None:
+    """Launches are cut by format and, where scalars come from the host, by step count; and by nothing else."""
+    made = [
+        tensor(n, x_format=x, g_format=x, steps_taken=float(t), step=0x3000 if on_device else None)
+        for n, x, t in tensors
+    ]
+    calls = [c for c in plan(made) if c["family"] == "pace"]
+    kinds = {(x, None if on_device else t) for n, x, t in tensors}
+    alive = {(x, None if on_device else t) for n, x, t in tensors if n > 0}
+    assert len(alive) <= len(calls) <= len(kinds)
+    assert sum(c["blocks"] for c in calls) == sum(blocks(n) for n, _, _ in tensors)
+
+
+def test_step_counts_of_the_host_reach_the_device_by_value() -> None:
+    """Where only the gradient's scale is on the device, the scalars are computed there, for each step count."""
+    calls = plan([tensor(10, steps_taken=float(t)) for t in (3, 1, 3, 2)], grad_scale=0x5000)
+    assert [c["family"] for c in calls] == ["pace_scalars"] * 3 + ["pace"]
+
+
+@pytest.mark.parametrize(("rows", "launches"), [(1, 1), (1024, 1), (1025, 2), (1024**2, 2), (1024**2 + 1, 3)])
+def test_levels_of_sums(rows: int, launches: int) -> None:
+    calls = plan([tensor(rows * PLAN.CHUNK)], result=0x4000)
+    sums = [c for c in calls if c["family"] == "pace_sum"]
+    assert len(sums) == launches and sums[-1]["blocks"] == 1
+
+
+@pytest.mark.parametrize("order", [(0, 10), (10, 0)])
+def test_an_empty_tensor_hides_nothing(order: tuple[int, int]) -> None:
+    """It has no addresses, as its operands have not; what is in play is said by the call."""
+    (pace,) = plan([tensor(n) for n in order])
+    assert pace["pace_flags"] == (True, True, True, False)
+    (mada,) = PLAN.mada([tensor(n) for n in order], MADA, REQUEST, lambda size: 0x2000)
+    assert mada["mada_flags"] == (False, True, True, True, True)
+
+
+def test_nothing_to_do() -> None:
+    assert plan([tensor(0)]) == []
+    assert [c["family"] for c in plan([tensor(0)], result=0x4000)] == ["pace_sum"]
