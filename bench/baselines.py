@@ -102,8 +102,8 @@ class CompiledPACE(EagerPACE):
         for t, same_age in groupby(params, key=lambda p: self.state[p]["step"]):
             # What changes from step to step goes in as tensors: a new Python number would mean a new compilation.
             changing = (lr, 1 - beta1**t, 1 - beta2**t, averaging_weight(t, group))
-            scalars = torch.tensor(changing, dtype=torch.float32).unbind()
             same_age = list(same_age)
+            scalars = torch.tensor(changing, dtype=torch.float32).to(same_age[0].device, non_blocking=True).unbind()
             for start in range(0, len(same_age), TENSORS_PER_GRAPH):
                 some = same_age[start : start + TENSORS_PER_GRAPH]
                 states = [self.state[p] for p in some]

@@ -32,9 +32,9 @@ from harness import (
     measure,
     moved_bytes,
     quartiles,
-    ratio,
     table,
 )
+from shapes import gpt2
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -126,7 +126,7 @@ ROWS = [
     Row("pace-stats", "PACE, log_stats", optimizer(pace_kernels.PACE, log_stats=True), pace_moved, pace_held),
     Row(REFERENCE, "AdamW fused", optimizer(AdamW, fused=True), adamw_moved, adamw_held, note=ADAMW_NOTE),
     Row("adamw-foreach", "AdamW foreach", optimizer(AdamW, foreach=True), adamw_moved, adamw_held, scratch=12),
-    Row("adamw-loop", "AdamW for-loop", optimizer(AdamW, foreach=False), adamw_moved, adamw_held, scratch=12),
+    Row("adamw-loop", "AdamW for-loop", optimizer(AdamW, foreach=False), adamw_moved, adamw_held, scratch_of_one=12),
     Row(
         "adamw-ema",
         "AdamW fused + EMA",
@@ -142,7 +142,7 @@ ROWS = [
         optimizer(EagerPACE),
         pace_moved,
         pace_held,
-        scratch=24,
+        scratch_of_one=24,
         note="one tensor at a time with in-place operations, states in float32 (baselines.py)",
     ),
     Row(
@@ -151,7 +151,7 @@ ROWS = [
         compiled_pace,
         pace_moved,
         pace_held,
-        scratch=24,
+        scratch_of_one=24,
         note=f"the same rule compiled in graphs of {TENSORS_PER_GRAPH} tensors (baselines.py)",
         compiles=True,
     ),
@@ -180,14 +180,6 @@ ONLY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {AUTOGRAD: (("one",),
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
-
-
-def gpt2(vocabulary: int = 50257, context: int = 1024, layers: int = 12, width: int = 768) -> list[tuple[int, ...]]:
-    """The shapes of GPT-2's parameters, by default of the 124M model; the output layer is the token embedding."""
-    norm = [(width,), (width,)]
-    attention = [(width, 3 * width), (3 * width,), (width, width), (width,)]
-    mlp = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
-    return [(vocabulary, width), (context, width), *layers * [*norm, *attention, *norm, *mlp], *norm]
 
 
 # key -> title and shapes
@@ -243,16 +235,20 @@ def acceptance(cases: Mapping[tuple[str, str], Case]) -> list[dict[str, Any]]:
             measured = case.share(result) if result else None
             what = f"{names[key]}, share of the {BANDWIDTH}"
         else:
-            other = case and case.result(against)
-            measured = ratio(result.samples, other.samples)[1] if result and other else None
+            measured = case.against(result, against) if result else None
             what = f"{names[key]} / {names[against]}"
         if measured is not None:
             found.append({"what": f"{case.title}, {dtype}: {what}", "measured": measured, "target": target})
     return found
 
 
-def draw(cases: Sequence[Case], path: Path, subtitle: str) -> None:
-    """Time per parameter of each row as a dot, beside the least that its bytes can take at the measured bandwidth."""
+def draw(
+    cases: Sequence[Case], path: Path, subtitle: str, known: Sequence[Row] = ROWS, ours: Sequence[str] = KERNELS
+) -> None:
+    """Time per parameter of each row as a dot, beside the least that its bytes can take at the measured bandwidth.
+
+    `known`: the rows in their order, `ours` the keys of those that run pace_kernels.
+    """
     import matplotlib.pyplot as plt
     import plots
 
@@ -260,7 +256,7 @@ def draw(cases: Sequence[Case], path: Path, subtitle: str) -> None:
     titles = list(dict.fromkeys(case.title for case in cases))
     dtypes = list(dict.fromkeys(case.dtype for case in cases))
     every = {result.row.key: result.row for case in cases for result in case.results}
-    rows = [row for row in ROWS if row.key in every][::-1]  # the first row on top
+    rows = [row for row in known if row.key in every][::-1]  # the first row on top
     grey, blue, orange = plots.PALETTE[:3]
     figure, grid = plt.subplots(
         len(dtypes),
@@ -285,7 +281,7 @@ def draw(cases: Sequence[Case], path: Path, subtitle: str) -> None:
             low, middle, high = (1e9 * s / case.numel for s in quartiles(result.samples))
             bound = 1e9 * row.moved(case.dtype) / case.bandwidth()
             fastest, slowest = min(fastest, low, bound), max(slowest, high, bound)
-            color = blue if row.key in KERNELS else grey
+            color = blue if row.key in ours else grey
             axes.hlines(y, bound, middle, color=color, linewidth=1.2, alpha=0.45)
             axes.hlines(y, low, high, color=color, linewidth=4, alpha=0.45)
             axes.plot(middle, y, "o", color=color, markersize=7)

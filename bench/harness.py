@@ -6,7 +6,12 @@ A ratio of two contenders is the median of their ratios round by round, not the 
 machine drifts. Slow contenders take part in fewer rounds, evenly spread. Reported as well is what other processes took
 of the CPUs meanwhile: a threaded step waits for its slowest thread, and one busy neighbour can cost it milliseconds.
 
-**Cold caches.** Before every sample a buffer of 1.25 times the last-level cache (on CUDA: 4 times L2) is rewritten.
+**On a GPU** a step is timed by events in the stream before and after it, several steps a sample, each behind a cold
+walk that the device works on while the next step is issued. So what Python does behind the device's back is hidden up
+to the length of a walk, as it is behind a backward pass. Beyond it the device waits, and that is in the step's time.
+How long Python was busy with a step is a column of its own ("host ms").
+
+**Cold caches.** Before every step a buffer of 1.25 times the last-level cache (on a GPU: 4 times L2) is rewritten.
 The contenders share weights and gradients, which saves memory, and nobody finds them in cache. The walk writes, so that
 a sample starts with a cache full of dirty lines, as after a backward pass, and pays for its own writes. With 480 MiB of
 L3, a read-modify-write of 42 MB ran at 102 GB/s without a walk and at 45 GB/s after it, one of 671 MB at 52 GB/s
@@ -16,10 +21,11 @@ either way.
 beyond that counts against it. GB/s is those bytes divided by the time.
 
 **Bandwidth.** The yardstick is an in-place `mul_` over five arrays of 134 MB, one after the other, timed as one more
-contender: 8 bytes an element. It is threaded and needs no compiler. Tiny C loops on the same memory (2 cores, AVX-512)
-reached 0.95 times its bandwidth with one array at a time, 1.04 times with five at once, and 0.98 times with five of
-which four are written, as in PACE. So it is a fair yardstick and no hard limit: shares a little above 1 are possible.
-The factor is −1 because storing unchanged bits, zeros above all, is cheaper on some CPUs.
+contender: 8 bytes an element. On a GPU copies within such arrays are timed beside it. On the CPU `mul_` is threaded and
+needs no compiler. Tiny C loops on the same memory (2 cores, AVX-512) reached 0.95 times its bandwidth with one array at
+a time, 1.04 times with five at once, and 0.98 times with five of which four are written, as in PACE. So it is a fair
+yardstick and no hard limit: shares a little above 1 are possible. The factor is −1 because storing unchanged bits,
+zeros above all, is cheaper on some CPUs.
 """
 
 from __future__ import annotations
@@ -27,6 +33,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import gc
+import math
 import os
 import platform
 import random
@@ -37,7 +44,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +55,9 @@ PROBE_ELEMENTS = 32 * MIB  # of each array: 134 MB, 671 MB together, what PACE h
 MIN_ROUNDS = 5
 SECONDS_A_CONTENDER = 4.0  # those slower than this over all rounds get fewer, but never fewer than MIN_ROUNDS
 WARM_UP = 2  # calls before the first sample, beyond the first step
+# Bytes of the walk where the caches beyond L2 are not known: AMD's Infinity Cache, 256 MiB on an MI300X, is not in what
+# torch says about L2.
+HIP_WALK_BYTES = 512 * MIB
 
 
 # --- byte accounting ------------------------------------------------------------------------------------------------
@@ -111,6 +121,7 @@ class Row:
     moved: Callable[[torch.dtype], int]
     held: Callable[[torch.dtype], int]  # states; decides with `scratch` which contenders fit into memory together
     scratch: int = 0  # temporaries at the peak of a step, an upper bound
+    scratch_of_one: int = 0  # the same, where they are those of one tensor at a time
     note: str = ""
     compiles: bool = False  # in its first step: then the table tells how long, or why this machine cannot
 
@@ -121,8 +132,30 @@ class Result:
     missing: str = ""  # why there are no numbers
     first_step_s: float = 0.0
     samples: dict[int, float] = field(default_factory=dict)  # round -> seconds
+    host_samples: dict[int, float] = field(default_factory=dict)  # round -> seconds in which Python was busy
     peak_extra: int | None = None  # bytes
     state_bytes: int = 0
+
+
+class DeviceLost(RuntimeError):
+    """The device answers nothing any more in this process, as after an illegal memory access."""
+
+
+def nothing(*_: object) -> None:
+    pass
+
+
+@dataclass
+class Watch:
+    """Who follows a run, and how far it may go."""
+
+    row: Callable[[str], object] = nothing  # is told the key of the row that is about to run
+    progress: Callable[[Case], object] = nothing  # gets the case with what it has by now, after every round
+    keep_going: bool = False  # a row that fails is a row with the reason
+    deadline: float = math.inf  # of time.monotonic(): then no row and no round is started any more
+
+    def is_late(self) -> bool:
+        return time.monotonic() > self.deadline
 
 
 @dataclass
@@ -135,6 +168,8 @@ class Case:
     probe_bytes: int
     results: list[Result]
     probe_samples: dict[int, float] = field(default_factory=dict)  # round -> seconds
+    copy_bytes: int = 0
+    copy_samples: dict[int, float] = field(default_factory=dict)  # round -> seconds, where copies are timed
     others_busy: float = 0.0  # CPUs that other processes kept busy while the samples were taken
 
     @property
@@ -149,6 +184,10 @@ class Case:
         """Read-modify-write bytes per second of the probe, median."""
         return self.probe_bytes / quartiles(self.probe_samples)[1]
 
+    def copy_bandwidth(self) -> float | None:
+        """Bytes read and written per second by a copy, median, where copies were timed."""
+        return self.copy_bytes / quartiles(self.copy_samples)[1] if self.copy_samples else None
+
     def rate(self, result: Result) -> float:
         """Bytes per second, of those that the algorithm must move, median."""
         return result.row.moved(self.dtype) * self.numel / quartiles(result.samples)[1]
@@ -157,6 +196,13 @@ class Case:
         """Share of the read-modify-write bandwidth, median over the rounds."""
         bytes_ratio = result.row.moved(self.dtype) * self.numel / self.probe_bytes
         return bytes_ratio * ratio(self.probe_samples, result.samples)[1]
+
+    def against(self, result: Result, key: str) -> float | None:
+        """The row's time over that of row `key`, median over the rounds; None where no round has both."""
+        other = self.result(key)
+        if other is None or not result.samples.keys() & other.samples.keys():
+            return None
+        return ratio(result.samples, other.samples)[1]
 
 
 def count(shape: tuple[int, ...]) -> int:
@@ -183,19 +229,38 @@ def ratio(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[float, float,
 # --- timing ---------------------------------------------------------------------------------------------------------
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """One call. On CUDA from the moment it is issued on an idle device to the end of its last kernel."""
+class Sample(NamedTuple):
+    seconds: float
+    host_seconds: float  # of them, those in which Python was busy; the same on the CPU
+
+
+def timed(
+    call: Callable[[], object], device: torch.device, steps: int = 1, before: Callable[[], object] = nothing
+) -> Sample:
+    """Mean over `steps` calls, with `before` each, which is not counted.
+
+    On CUDA from the end of what was issued before a call to the end of its own last kernel.
+    """
     if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(steps)]
+        host = 0.0
         torch.cuda.synchronize(device)
-        start.record()
+        for start, end in events:
+            before()
+            start.record()
+            start_s = time.perf_counter()
+            call()
+            host += time.perf_counter() - start_s
+            end.record()
+        torch.cuda.synchronize(device)
+        return Sample(sum(start.elapsed_time(end) for start, end in events) / 1e3 / steps, host / steps)
+    total = 0.0
+    for _ in range(steps):
+        before()
+        start_s = time.perf_counter()
         call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    start_s = time.perf_counter()
-    call()
-    return time.perf_counter() - start_s
+        total += time.perf_counter() - start_s
+    return Sample(total / steps, total / steps)
 
 
 def time_interleaved(
@@ -203,37 +268,52 @@ def time_interleaved(
     device: torch.device,
     *,
     rounds: int,
-    before: Callable[[], object] = lambda: None,
+    keep: Callable[[str, int, Sample], object],
+    failed: Callable[[str, Exception], object],
+    steps: int = 1,
+    before: Callable[[], object] = nothing,
+    after_round: Callable[[], object] = nothing,
     seed: int = 0,
     budget_s: float = SECONDS_A_CONTENDER,
-) -> dict[str, dict[int, float]]:
-    """Times every call once a round, in shuffled order, `before` each sample; name -> round -> seconds.
+    watch: Watch | None = None,
+) -> None:
+    """Times every call once a round, in shuffled order, `before` each step; `keep` gets name, round and sample.
 
-    A call that would take longer than `budget_s` over all rounds takes part in fewer.
+    A call that would take longer than `budget_s` over all rounds takes part in fewer. One that raises is handed to
+    `failed`, and takes part no more if that returns.
     """
+    watch = watch or Watch()
     takes_part: dict[str, set[int]] = {}
     for name, call in calls.items():
-        fastest = float("inf")
-        for _ in range(WARM_UP):
-            before()
-            fastest = min(fastest, seconds(call, device))
-        n = min(rounds, max(MIN_ROUNDS, int(budget_s / max(fastest, 1e-9))))
+        fastest = math.inf
+        watch.row(name)
+        try:
+            for _ in range(WARM_UP):
+                fastest = min(fastest, timed(call, device, before=before).seconds)
+        except Exception as reason:
+            failed(name, reason)
+            continue
+        n = min(rounds, max(MIN_ROUNDS, int(budget_s / max(fastest * steps, 1e-9))))
         takes_part[name] = {i * rounds // n for i in range(n)}
 
-    samples: dict[str, dict[int, float]] = {name: {} for name in calls}
-    order, shuffle = list(calls), random.Random(seed).shuffle
+    order, shuffle = list(takes_part), random.Random(seed).shuffle
     gc.collect()
     gc.disable()  # a collection inside a sample would be charged to whoever is on
     try:
         for i in range(rounds):
             shuffle(order)
-            for name in order:
-                if i in takes_part[name]:
-                    before()
-                    samples[name][i] = seconds(calls[name], device)
+            for name in list(order):
+                if i not in takes_part[name] or (i > 0 and watch.is_late()):
+                    continue
+                watch.row(name)
+                try:
+                    keep(name, i, timed(calls[name], device, steps, before))
+                except Exception as reason:
+                    failed(name, reason)
+                    order.remove(name)
+            after_round()
     finally:
         gc.enable()
-    return samples
 
 
 class ColdWalk:
@@ -241,7 +321,8 @@ class ColdWalk:
 
     def __init__(self, device: torch.device, nbytes: int | None = None) -> None:
         if nbytes is None and device.type == "cuda":
-            nbytes = 4 * torch.cuda.get_device_properties(device).L2_cache_size
+            hip = torch.version.hip is not None
+            nbytes = HIP_WALK_BYTES if hip else 4 * torch.cuda.get_device_properties(device).L2_cache_size
         elif nbytes is None:
             nbytes = last_level_cache() * 5 // 4
         self.buffer = torch.empty(nbytes // 4, device=device)
@@ -263,6 +344,18 @@ class BandwidthProbe:
     def __call__(self) -> None:
         for array in self.arrays:
             array.mul_(-1.0)
+
+
+class CopyProbe:
+    """A copy of the upper half of a probe's arrays over the lower when called."""
+
+    def __init__(self, arrays: Sequence[Tensor]) -> None:
+        self.pairs = [array.chunk(2) for array in arrays]
+        self.nbytes = sum(2 * low.numel() * low.element_size() for low, _ in self.pairs)
+
+    def __call__(self) -> None:
+        for low, high in self.pairs:
+            low.copy_(high)
 
 
 # --- peak memory ----------------------------------------------------------------------------------------------------
@@ -334,15 +427,40 @@ def make_parameters(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype, devic
 
 
 def waves(rows: Sequence[Row], anchors: Sequence[str], fits: Callable[[list[Row]], bool]) -> list[list[Row]]:
-    """Cuts `rows` into runs that fit into memory together; the anchors, to which others are compared, are in each."""
+    """Cuts `rows` into runs that fit into memory together; the anchors, to which others are compared, are in each, but
+    where a row leaves no room for them."""
     fixed = [r for r in rows if r.key in anchors]
-    others = [r for r in rows if r.key not in anchors]
+    if not fits(fixed):
+        fixed = []
     cut = [list(fixed)]
-    for row in others:
-        if len(cut[-1]) > len(fixed) and not fits([*cut[-1], row]):
+    alone = []
+    for row in rows:
+        if row in fixed:
+            continue
+        if not fits([*fixed, row]):
+            alone.append([row])
+            continue
+        if not fits([*cut[-1], row]):
             cut.append(list(fixed))
         cut[-1].append(row)
-    return cut
+    return [wave for wave in cut if wave] + alone
+
+
+def in_short(reason: BaseException) -> str:
+    first, *_ = str(reason).splitlines() or [""]
+    return f"{type(reason).__name__}: {first}"
+
+
+def check_alive(device: torch.device) -> None:
+    """Raises DeviceLost where a failure left the device in a state that this process cannot leave."""
+    if device.type != "cuda":
+        return
+    gc.collect()  # what the failed row held
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    except RuntimeError as reason:
+        raise DeviceLost(in_short(reason)) from reason
 
 
 def measure(
@@ -355,50 +473,99 @@ def measure(
     rounds: int,
     walk: ColdWalk,
     probe: BandwidthProbe,
+    copy: CopyProbe | None = None,
     anchors: Sequence[str] = (),
+    steps: int = 1,
     seed: int = 0,
+    excluded: Mapping[str, str] | None = None,
+    watch: Watch | None = None,
 ) -> Case:
-    """Times the rows on tensors of these shapes. Rows that do not fit into memory together take turns."""
-    results = {row.key: Result(row) for row in rows}
+    """Times the rows on tensors of these shapes. Rows that do not fit into memory together take turns.
+
+    `excluded`: keys of rows that are not to run, with the reason.
+    """
+    watch = watch or Watch()
+    results = {row.key: Result(row, (excluded or {}).get(row.key, "")) for row in rows}
     case = Case(title, list(shapes), dtype, probe.nbytes, list(results.values()))
+    case.copy_bytes = copy.nbytes if copy else 0
     parameters = make_parameters(shapes, dtype, device)
+    largest = max(map(count, shapes))
 
     def need(some: list[Row]) -> float:
-        return case.numel * (sum(r.held(dtype) for r in some) + max(r.scratch for r in some))
+        held = case.numel * sum(r.held(dtype) for r in some)
+        return held + max((case.numel * r.scratch + largest * r.scratch_of_one for r in some), default=0)
+
+    def failed(key: str, reason: Exception) -> None:
+        if key not in results or not (results[key].row.compiles or watch.keep_going):
+            raise reason
+        results[key].missing = in_short(reason)
+        watch.progress(case)
+        check_alive(device)
 
     def run(wave: list[Row], first_round: int) -> None:
         contenders: dict[str, Contender] = {}
         for row in wave:
+            if watch.is_late():
+                results[row.key].missing = results[row.key].missing or "the time was up"
+                continue
+            watch.row(row.key)
             try:
                 contender = row.make(parameters)
-                results[row.key].first_step_s = seconds(contender.step, device)
+                results[row.key].first_step_s = timed(contender.step, device).seconds
             except Exception as reason:
-                if not row.compiles:
-                    raise
-                results[row.key].missing = f"{type(reason).__name__}: {reason}".splitlines()[0]
+                failed(row.key, reason)
                 continue
             contenders[row.key] = contender
         calls: dict[str, Callable[[], object]] = {key: c.step for key, c in contenders.items()}
         calls["probe"] = probe
+        if copy is not None:
+            calls["copy"] = copy
+
+        def keep(key: str, i: int, sample: Sample) -> None:
+            if key in results:
+                results[key].samples[first_round + i] = sample.seconds
+                results[key].host_samples[first_round + i] = sample.host_seconds
+            else:
+                kept = case.probe_samples if key == "probe" else case.copy_samples
+                kept[first_round + i] = sample.seconds
+
         others_s, start_s = others_cpu_seconds(), time.perf_counter()
-        samples = time_interleaved(calls, device, rounds=rounds, before=walk, seed=seed + first_round)
+        time_interleaved(
+            calls,
+            device,
+            rounds=rounds,
+            keep=keep,
+            failed=failed,
+            steps=steps,
+            before=walk,
+            after_round=lambda: watch.progress(case),
+            seed=seed + first_round,
+            watch=watch,
+        )
         busy = (others_cpu_seconds() - others_s) / (time.perf_counter() - start_s)
         case.others_busy = max(case.others_busy, busy)
-        for key, of_key in samples.items():
-            kept = case.probe_samples if key == "probe" else results[key].samples
-            kept.update({first_round + i: s for i, s in of_key.items()})
         for key, contender in contenders.items():
-            results[key].peak_extra = peak_extra_bytes(contender.step, device)
-            results[key].state_bytes = bytes_of(contender.state())
+            if not results[key].missing:
+                watch.row(key)
+                results[key].peak_extra = peak_extra_bytes(contender.step, device)
+                results[key].state_bytes = bytes_of(contender.state())
 
     gc.collect()  # of an earlier case
     budget = 0.85 * available_memory(device)
-    too_large = [row for row in rows if need([row]) > budget]
-    for row in too_large:
-        results[row.key].missing = f"needs {need([row]) / 1e9:.1f} GB, {budget / 1e9:.1f} GB can be had"
-    possible = [row for row in rows if row not in too_large]
+    possible = []
+    for row in rows:
+        if results[row.key].missing:
+            continue
+        if need([row]) > budget:
+            results[row.key].missing = f"needs {need([row]) / 1e9:.1f} GB, {budget / 1e9:.1f} GB can be had"
+        else:
+            possible.append(row)
     for i, wave in enumerate(waves(possible, anchors, lambda some: need(some) <= budget)):
         run(wave, first_round=i * rounds)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    watch.progress(case)
     return case
 
 
@@ -459,54 +626,75 @@ def machine(device: torch.device) -> dict[str, Any]:
 # --- the report -----------------------------------------------------------------------------------------------------
 
 
-def table(case: Case, anchors: Mapping[str, str]) -> str:
-    """The case as text. `anchors`: key -> heading of a column with the ratio to that row's time."""
-    heads = ["", "ms", "quartiles", "ns/param", "B/param", "GB/s", "of rmw", *anchors.values()]
-    heads += ["peak extra MB", "state B/param", "rounds"]
-    lines, notes = [heads], []
+def cells(case: Case, anchors: Mapping[str, str]) -> list[list[str]]:
+    """The case as rows of text, the first one the headings. `anchors`: key -> heading of a column with the ratio to
+    that row's time."""
+    copies = bool(case.copy_samples)  # as on a GPU
+    heads = ["", "ms", "quartiles", *(["host ms"] if copies else []), "ns/param", "B/param", "GB/s", "of rmw"]
+    heads += [*(["of copy"] if copies else []), *anchors.values(), "peak extra MB", "state B/param", "rounds"]
+    lines = [heads]
     for result in case.results:
         row = result.row
-        if result.samples:
-            low, middle, high = quartiles(result.samples)
-            against = [case.result(key) for key in anchors]
-            peak = "?" if result.peak_extra is None else f"{result.peak_extra / 1e6:.1f}"
-            lines.append(
-                [
-                    row.name,
-                    f"{1e3 * middle:.2f}",
-                    f"{1e3 * low:.2f} – {1e3 * high:.2f}",
-                    f"{1e9 * middle / case.numel:.3f}",
-                    f"{row.moved(case.dtype)}",
-                    f"{case.rate(result) / 1e9:.1f}",
-                    f"{100 * case.share(result):.0f} %",
-                    *(
-                        "–" if other is None else f"{ratio(result.samples, other.samples)[1]:.2f} ×"
-                        for other in against
-                    ),
-                    peak,
-                    f"{result.state_bytes / case.numel:.2f}",
-                    f"{len(result.samples)}",
-                ]
-            )
-        else:
+        if not result.samples or not case.probe_samples:
             lines.append([row.name, "–"] + [""] * (len(heads) - 2))
-        if result.missing:
-            notes.append(f"  {row.name}: not measured, {result.missing}")
-        elif row.compiles:
-            notes.append(f"  {row.name}: the first step, which compiles, took {result.first_step_s:.1f} s")
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    text = [
+            continue
+        low, middle, high = quartiles(result.samples)
+        ratios = [case.against(result, key) for key in anchors]
+        line = [row.name, f"{1e3 * middle:.2f}", f"{1e3 * low:.2f} – {1e3 * high:.2f}"]
+        if copies:
+            line.append(f"{1e3 * quartiles(result.host_samples)[1]:.2f}")
+        line += [f"{1e9 * middle / case.numel:.3f}", f"{row.moved(case.dtype)}", f"{case.rate(result) / 1e9:.1f}"]
+        line.append(f"{100 * case.share(result):.0f} %")
+        if copies:
+            line.append(f"{100 * case.rate(result) / case.copy_bandwidth():.0f} %")
+        line += ["–" if a is None else f"{a:.2f} ×" for a in ratios]
+        line.append("?" if result.peak_extra is None else f"{result.peak_extra / 1e6:.1f}")
+        line += [f"{result.state_bytes / case.numel:.2f}", f"{len(result.samples)}"]
+        lines.append(line)
+    return lines
+
+
+def heading(case: Case) -> str:
+    bandwidth = "bandwidth not measured"
+    if case.probe_samples:
+        bandwidth = f"read-modify-write bandwidth {case.bandwidth() / 1e9:.1f} GB/s"
+    copy = case.copy_bandwidth()
+    return (
         f"{case.title}, {str(case.dtype).removeprefix('torch.')}: {case.numel:,} parameters in "
-        f"{len(case.shapes):,} tensor{'s' * (len(case.shapes) > 1)}; "
-        f"read-modify-write bandwidth {case.bandwidth() / 1e9:.1f} GB/s; "
-        f"other processes kept {case.others_busy:.1f} CPUs busy"
-    ]
+        f"{len(case.shapes):,} tensor{'s' * (len(case.shapes) > 1)}; {bandwidth}"
+        + (f"; copy {copy / 1e9:.1f} GB/s" if copy else "")
+        + f"; other processes kept {case.others_busy:.1f} CPUs busy"
+    )
+
+
+def notes(case: Case) -> list[str]:
+    found = []
+    for result in case.results:
+        if result.missing:
+            found.append(f"{result.row.name}: not measured, {result.missing}")
+        elif result.row.compiles:
+            found.append(f"{result.row.name}: the first step, which compiles, took {result.first_step_s:.1f} s")
+    return found
+
+
+def table(case: Case, anchors: Mapping[str, str]) -> str:
+    """The case as text, with the columns of `cells`."""
+    lines = cells(case, anchors)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [heading(case)]
     for line in lines:
-        cells = [line[0].ljust(widths[0])] + [
+        padded = [line[0].ljust(widths[0])] + [
             cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)
         ]
-        text.append("  ".join(cells).rstrip())
-    return "\n".join(text + notes)
+        text.append("  ".join(padded).rstrip())
+    return "\n".join(text + [f"  {note}" for note in notes(case)])
+
+
+def markdown(case: Case, anchors: Mapping[str, str]) -> str:
+    heads, *lines = cells(case, anchors)
+    rule = ["---"] + ["---:"] * (len(heads) - 1)
+    text = [f"| {' | '.join(line)} |" for line in (heads, rule, *lines)]
+    return "\n".join([heading(case), "", *text, *(f"\n{note}" for note in notes(case))])
 
 
 def as_json(case: Case) -> dict[str, Any]:
@@ -514,19 +702,22 @@ def as_json(case: Case) -> dict[str, Any]:
     for result in case.results:
         row = result.row
         entry: dict[str, Any] = {"key": row.key, "name": row.name, "missing": result.missing}
-        if result.samples:
+        if result.samples and case.probe_samples:
             low, middle, high = quartiles(result.samples)
             entry |= {
                 "seconds_median": middle,
                 "seconds_quartiles": [low, high],
+                "host_seconds_median": quartiles(result.host_samples)[1],
                 "ns_per_parameter": 1e9 * middle / case.numel,
                 "bytes_moved_per_parameter": row.moved(case.dtype),
                 "gb_per_s": case.rate(result) / 1e9,
                 "share_of_rmw_bandwidth": case.share(result),
                 "peak_extra_bytes": result.peak_extra,
                 "state_bytes_per_parameter": result.state_bytes / case.numel,
+                "state_bytes": result.state_bytes,
                 "first_step_s": result.first_step_s,
                 "samples_s": result.samples,
+                "host_samples_s": result.host_samples,
             }
         rows.append(entry)
     return {
@@ -534,9 +725,33 @@ def as_json(case: Case) -> dict[str, Any]:
         "dtype": str(case.dtype).removeprefix("torch."),
         "parameters": case.numel,
         "tensors": len(case.shapes),
-        "rmw_bandwidth_bytes_per_s": case.bandwidth(),
+        "rmw_bandwidth_bytes_per_s": case.bandwidth() if case.probe_samples else None,
         "probe_bytes": case.probe_bytes,
         "probe_samples_s": case.probe_samples,
+        "copy_bandwidth_bytes_per_s": case.copy_bandwidth(),
+        "copy_bytes": case.copy_bytes,
+        "copy_samples_s": case.copy_samples,
         "other_processes_busy_cpus": case.others_busy,
         "rows": rows,
     }
+
+
+def from_json(saved: Mapping[str, Any], rows: Mapping[str, Row], shapes: Sequence[tuple[int, ...]]) -> Case:
+    """What `as_json` made of a case. `rows`: by key."""
+
+    def by_round(samples: Mapping[str, float]) -> dict[int, float]:
+        return {int(i): s for i, s in samples.items()}
+
+    results = []
+    for entry in saved["rows"]:
+        result = Result(rows[entry["key"]], entry["missing"])
+        if "samples_s" in entry:
+            result.samples, result.host_samples = by_round(entry["samples_s"]), by_round(entry["host_samples_s"])
+            result.peak_extra, result.state_bytes = entry["peak_extra_bytes"], entry["state_bytes"]
+            result.first_step_s = entry["first_step_s"]
+        results.append(result)
+    case = Case(saved["title"], list(shapes), getattr(torch, saved["dtype"]), saved["probe_bytes"], results)
+    case.probe_samples = by_round(saved["probe_samples_s"])
+    case.copy_bytes, case.copy_samples = saved["copy_bytes"], by_round(saved["copy_samples_s"])
+    case.others_busy = saved["other_processes_busy_cpus"]
+    return case

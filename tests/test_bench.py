@@ -81,6 +81,106 @@ def test_rows_hold_the_documented_bytes(bench_step: ModuleType, harness: ModuleT
     assert harness.bytes_of(contender.state()) / 10_000 == pytest.approx(row.held(torch.float32), abs=0.05)
 
 
+@pytest.fixture
+def roofline(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCH))
+    return pytest.importorskip("roofline")
+
+
+@pytest.mark.parametrize(
+    ("name", "float32", "bfloat16"),
+    [
+        ("PACE", 36, 30),
+        ("PACE, average at rest", 32, 26),
+        ("PACE without average", 28, 22),
+        ("MADA, all six learned", 64, 58),
+        ("MADA, adamw or yogi", 28, 22),
+        ("MADA, lion", 20, 14),
+        ("AdamW fused", 28, 14),
+        ("AdamW fused + EMA, two passes", 40, 20),
+    ],
+)
+def test_the_roofline_moves_the_bytes_of_the_rules(
+    roofline: ModuleType, name: str, float32: int, bfloat16: int
+) -> None:
+    (step,) = (step for step in roofline.STEPS if step.name == name)
+    assert (step.moved(torch.float32), step.moved(torch.bfloat16)) == (float32, bfloat16)
+
+
+def test_bytes_of_eager_steps_are_counted(roofline: ModuleType) -> None:
+    """By hand, float32: lerp 12, mul 8, addcmul 12, div 8, sqrt 8, add 8, reciprocal 8, mul 8, clamp 8, sub 12, mul 12,
+    mul 8, addcdiv 16, add 12, lerp 12. In bfloat16 two casts of 6 and a copy back of 6 come to that."""
+    eager = roofline.counted(roofline.EagerPACE)
+    assert (eager(torch.float32), eager(torch.bfloat16)) == (152, 170)
+    fused = roofline.counted(lambda params: torch.optim.AdamW(params, fused=True))
+    assert (fused(torch.float32), fused(torch.bfloat16)) == (28, 14)
+
+
+def test_the_roofline_is_labelled_a_bound(
+    roofline: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roofline.main(["--json", str(tmp_path / "roofline.json"), "--png", str(tmp_path / "roofline.png")])
+    said = capsys.readouterr().out
+    assert said.count("BOUND computed from published bandwidths, not a measurement") == 2
+    assert all(gpu.source in said for gpu in roofline.GPUS)
+    numbers = json.loads((tmp_path / "roofline.json").read_text(encoding="utf-8"))
+    assert numbers["label"].startswith("BOUND")
+    row = next(r for r in numbers["bounds"]["float32"] if r["optimizer"] == "PACE" and r["size"] == "1.7B")
+    # 1,711,376,384 × 36 bytes / 3.35e12 bytes a second
+    assert row["bound_ms"]["H100 SXM"] == pytest.approx(1_711_376_384 * 36 / 3.35e12 * 1e3)
+    large = next(r for r in numbers["bounds"]["float32"] if r["optimizer"] == "PACE" and r["size"] == "7B")
+    assert large["bound_ms"]["H100 SXM"] is None  # 135 GB
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_shapes_have_the_published_numbers_of_parameters(roofline: ModuleType) -> None:
+    counted = {size: sum(map(roofline.count, shapes)) for size, shapes in roofline.SIZES.items()}
+    assert counted == {"124M": 124_439_808, "1.7B": 1_711_376_384, "7B": 6_738_415_616}
+
+
+def test_steps_on_a_gpu_are_timed_by_events(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a device that does what it is told at once: it shows what is timed, and what is not."""
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1e3 * (end.at - self.at)
+
+    def advance(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
+    device = torch.device("cuda")
+    sample = harness.timed(lambda: advance(2.0), device, steps=3, before=lambda: advance(100.0))
+    assert sample == (pytest.approx(2.0), pytest.approx(2.0))
+
+
+def row(harness: ModuleType, key: str, held: int) -> object:
+    return harness.Row(key, key, lambda parameters: None, lambda dtype: 0, lambda dtype: held)
+
+
+def test_rows_that_do_not_fit_together_take_turns(harness: ModuleType) -> None:
+    rows = [row(harness, "anchor", 3), row(harness, "a", 4), row(harness, "b", 4), row(harness, "c", 8)]
+
+    def waves(budget: int) -> list[list[str]]:
+        def fits(some: list) -> bool:
+            return sum(r.held(torch.float32) for r in some) <= budget
+
+        return [[r.key for r in wave] for wave in harness.waves(rows, ("anchor",), fits)]
+
+    assert waves(19) == [["anchor", "a", "b", "c"]]
+    assert waves(11) == [["anchor", "a", "b"], ["anchor", "c"]]
+    assert waves(8) == [["anchor", "a"], ["anchor", "b"], ["c"]]  # no room for the anchor beside c
+
+
 def test_autograd_mada_computes_what_the_kernels_do(monkeypatch: pytest.MonkeyPatch, harness: ModuleType) -> None:
     """A baseline that computed something else would be none. Float32, every coefficient in play."""
     monkeypatch.syspath_prepend(str(BENCH))

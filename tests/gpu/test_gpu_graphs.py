@@ -1,0 +1,92 @@
+"""Promise: a step captured into a CUDA graph and replayed does what a step does, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import on_gpu
+import pytest
+import torch
+from mada_cases import INSIDE, SOON
+from on_gpu import DEVICE, assert_same, both, contents, need
+from pace_cases import gradients
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "PACE": ("PACE", {}),
+    "PACE, every third step": ("PACE", {"ema_update_freq": 3}),
+    "PACE, statistics": ("PACE", {"log_stats": True}),
+    "MADA": ("MADA", {**INSIDE, **SOON}),
+    "MADA, pulled": ("MADA", {**INSIDE, **SOON, "lambda_pullback": 2.0}),
+    "MADA, fixed": ("MADA", {**INSIDE, "learn": ()}),
+    "MADA, preset adamw": ("MADA", {"beta3": 0.0, "rho": 1.0, "learn": ()}),
+}
+WARM_UP, STEPS = 3, 10
+
+
+def run(case: str, backend: str, dtype: torch.dtype, captured: bool) -> tuple[dict[str, Any], list[list[float]]]:
+    """Weights and states in the end, and the coefficients after every step. The learning rate, a tensor, and the
+    gradients change in place between steps."""
+    kind, options = CASES[case]
+    params = on_gpu.parameters(dtype=dtype)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    lr = torch.tensor(0.0, device=DEVICE)
+    optimizer = on_gpu.OPTIMIZERS[kind](params, lr=lr, capturable=True, backend=need(backend), **options)
+    graph, path = None, []
+    for t, grads in enumerate(gradients(STEPS, dtype)):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad.copy_(grad)
+        lr.fill_(1e-2 / (1 + t))
+        if captured and t < WARM_UP:
+            with on_gpu.beside():
+                optimizer.step()
+        elif captured:
+            graph = graph or on_gpu.Graph(optimizer.step)
+            graph.replay()
+        else:
+            optimizer.step()
+        if kind == "MADA" and optimizer.param_groups[0]["learn"]:
+            path.append(optimizer.param_groups[0]["coefficient_values"].tolist())
+    found = contents(params, optimizer)
+    if options.get("log_stats"):
+        stats = optimizer.get_step_stats()
+        found["stats"] = torch.tensor(list(stats.values()), dtype=torch.float64)
+    return found, path
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_a_replayed_step_is_a_step(case: str, dtype: torch.dtype, backend: str) -> None:
+    replayed, path = run(case, backend, dtype, captured=True)
+    stepped, expected = run(case, backend, dtype, captured=False)
+    assert_same(replayed, stepped)
+    assert path == expected
+    if path:
+        assert path[WARM_UP] != path[-1]  # coefficients move in replays
+    assert replayed["0 step"].item() == STEPS
+
+
+@both
+@on_gpu.each
+def test_a_replayed_step_does_nothing_where_a_gradient_is_infinite(kind: str, backend: str) -> None:
+    params = on_gpu.parameters()
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = on_gpu.OPTIMIZERS[kind](params, lr=1e-2, capturable=True, backend=need(backend))
+    optimizer.grad_scale = torch.full((), 8.0, device=DEVICE)
+    optimizer.found_inf = torch.zeros((), device=DEVICE)
+    with on_gpu.beside():
+        optimizer.step()
+        optimizer.step()
+    graph = on_gpu.Graph(optimizer.step)
+    graph.replay()
+    before = contents(params, optimizer)
+    optimizer.found_inf.fill_(1.0)
+    graph.replay()
+    assert_same(contents(params, optimizer), before)
+    optimizer.found_inf.fill_(0.0)
+    graph.replay()
+    after = contents(params, optimizer)
+    assert after["0 step"].item() == before["0 step"].item() + 1 == 4
+    assert not torch.equal(after["0 weights"], before["0 weights"])

@@ -1,0 +1,76 @@
+"""Promise: a step runs on the current stream, in its order, and on the device of its parameters."""
+
+from __future__ import annotations
+
+import on_gpu
+import pytest
+import torch
+from on_gpu import DEVICE, assert_same, both, contents, each, need
+from pace_cases import gradients
+
+
+@both
+@each
+def test_a_step_follows_the_work_of_its_stream(kind: str, backend: str) -> None:
+    """Gradients are written late on a side stream, and weights are overwritten after the steps there: a step on another
+    stream would read the one too early, or write the other too late."""
+    found = []
+    for late in (True, False):
+        params = on_gpu.parameters()
+        optimizer = on_gpu.OPTIMIZERS[kind](params, lr=1e-2, backend=need(backend))
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        with on_gpu.beside():
+            copies = []
+            for grads in gradients(4, torch.float32):
+                ready = on_gpu.on(DEVICE, grads)
+                if late:
+                    on_gpu.occupy(20.0)
+                for param, grad in zip(params, ready, strict=True):
+                    param.grad.copy_(grad)
+                optimizer.step()
+                copies.append(params[0].detach().clone())
+        found.append(contents(params, optimizer) | {f"copy {i}": c.cpu() for i, c in enumerate(copies)})
+    assert_same(found[0], found[1])
+
+
+@both
+@each
+def test_memory_of_a_step_is_not_given_to_another_stream_too_early(kind: str, backend: str) -> None:
+    """Scalars and tables of pointers that a step takes from torch's allocator are used after the call returns."""
+    found = []
+    for noisy in (True, False):
+        params = on_gpu.parameters()
+        optimizer = on_gpu.OPTIMIZERS[kind](params, lr=1e-2, backend=need(backend))
+        for grads in gradients(5, torch.float32):
+            on_gpu.give(params, grads)
+            if noisy:
+                on_gpu.occupy(5.0)  # the step's kernels start when its call has returned long ago
+            optimizer.step()
+            if noisy:
+                for size in (64, 512, 4096, 65536):  # takes what was freed, and writes over it
+                    torch.full((size,), 255, dtype=torch.uint8, device=DEVICE)
+                    torch.full((size,), 255, dtype=torch.uint8, pin_memory=not on_gpu.DRY)
+        found.append(contents(params, optimizer))
+    assert_same(found[0], found[1])
+
+
+@both
+@each
+@on_gpu.gpu_only
+def test_a_step_on_a_device_that_is_not_the_current_one(kind: str, backend: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    found = []
+    for device in (torch.device("cuda", 1), torch.device("cuda", 0)):
+        params = on_gpu.parameters(device)
+        optimizer = on_gpu.OPTIMIZERS[kind](params, lr=1e-2, backend=need(backend), use_ema_eval=True)
+        for grads in gradients(3, torch.float32):
+            on_gpu.give(params, grads)
+            optimizer.step()
+            assert torch.cuda.current_device() == 0
+        with optimizer.averaged():
+            averages = [p.detach().cpu() for p in params]
+        found.append(contents(params, optimizer) | {f"average {i}": a for i, a in enumerate(averages)})
+    if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
+        assert_same(found[0], found[1])
