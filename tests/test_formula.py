@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
+CODE = {"csrc/rules/{}.h", "pace_kernels/torch_rules/{}.py", "triton_kernels/{}.py"}
 PLACES = {
-    "PACE": {"README.md", "csrc/rules/pace.h", "pace_kernels/pace.py", "pace_kernels/torch_rules/pace.py"},
-    "MADA": {"README.md", "csrc/rules/mada.h", "pace_kernels/mada.py", "pace_kernels/torch_rules/mada.py"},
-    "MADA hypergradients": {"csrc/rules/mada.h", "pace_kernels/torch_rules/mada.py"},
+    "PACE": {"README.md", "pace_kernels/pace.py", *(place.format("pace") for place in CODE)},
+    "MADA": {"README.md", "pace_kernels/mada.py", *(place.format("mada") for place in CODE)},
+    "MADA hypergradients": {place.format("mada") for place in CODE},
 }
 
 
@@ -39,8 +42,15 @@ def test_no_formula_is_written_in_one_place_only() -> None:
         assert len(set(texts.values())) == 1, rule
 
 
-def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def test_the_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, scaling = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {})
+    names: dict[str, Any] = {}
+    exec(compile(training, "README.md", "exec"), names)
     assert (tmp_path / "averaged.pt").exists()
+    model, optimizer = names["model"], names["optimizer"]
+    optimizer.zero_grad()
+    names |= {"scaler": torch.amp.GradScaler("cpu"), "loss": model(torch.ones(64, 32)).square().mean()}
+    before = model.weight.detach().clone()
+    exec(compile(scaling, "README.md", "exec"), names)
+    assert names["norm"] > 0 and not torch.equal(model.weight, before)

@@ -96,6 +96,14 @@ class Operands {
     return copy.data_ptr();
   }
 
+  // The gradient of parameter i. There are kernels for the formats of PACE_BY_FORMAT (kernels.h).
+  void* gradient(const TensorList& grads, size_t i, Format parameter, Format* format) {
+    void* const address = operand("grads", grads, i, true, false, false, format);
+    STD_TORCH_CHECK(*format == parameter || *format == Format::kFloat32, entry("grads", i),
+                    " must be of its parameter's dtype, or float32");
+    return address;
+  }
+
   float* state(const char* name, const TensorList& list, size_t i, bool needed = true) {
     return static_cast<float*>(operand(name, list, i, needed, true, true));
   }

@@ -19,7 +19,7 @@ void pace_step(const PaceArguments& a) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     PaceTensor& t = tensors[i];
     t.x = operands.parameter(a.params, i, &t.x_format);
-    t.g = operands.operand("grads", a.grads, i, true, false, false, &t.g_format);
+    t.g = operands.gradient(a.grads, i, t.x_format, &t.g_format);
     t.m = operands.state("exp_avgs", a.exp_avgs, i, a.options.beta1 != 0.0);
     t.v = operands.state("exp_avg_sqs", a.exp_avg_sqs, i);
     t.e = operands.state("emas", a.emas, i, !a.emas.empty());
@@ -53,7 +53,7 @@ void mada_step(const MadaArguments& a) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     MadaTensor& t = tensors[i];
     t.x = operands.parameter(a.params, i, &t.x_format);
-    t.g = operands.operand("grads", a.grads, i, true, false, false, &t.g_format);
+    t.g = operands.gradient(a.grads, i, t.x_format, &t.g_format);
     t.m = operands.state("exp_avgs", a.exp_avgs, i, a.adam());
     t.n = operands.state("exp_avg_diffs", a.exp_avg_diffs, i, a.diff());
     t.v = operands.state("exp_avg_sqs", a.exp_avg_sqs, i, a.adam());

@@ -1,0 +1,112 @@
+"""Promise: the Triton kernels compile for the GPUs that we name, read and write 16 bytes at a time, spill nothing, and
+contract nothing. Nothing here needs a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections import Counter
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("in Triton's interpreter there is nothing to compile", allow_module_level=True)
+
+import triton
+from pace_kernels.triton_kernels import aot
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+LARGEST = ("pace float32", "pace bfloat16 stats", "mada float32", "mada bfloat16 pulled capturable")
+OTHERS = (
+    *("pace bfloat16", "pace float32 AdamW", "pace float32 unaligned stats", "pace bfloat16/float32", "pace float16"),
+    *("mada float32 fixed", "mada bfloat16 AdamW", "mada float32 unaligned", "swap float32", "mada float32 hyperadam"),
+    *("pace scalars", "mada scalars on device", "stats", "hypergradients rows", "learn"),
+)
+# Operands that a program of aligned float32 reads and writes.
+OPERANDS = {
+    "pace float32": (5, 4),
+    "pace float32 AdamW": (4, 3),
+    "mada float32": (9, 8),  # one of them in a first step alone
+    "mada float32 fixed": (8, 7),
+    "mada float32 hyperadam": (5, 4),
+    "swap float32": (2, 2),
+}
+# With bfloat16 weights and gradients PACE's threads have eight elements: one access of 16 bytes for them, two for every
+# float32 operand. MADA's have four: 8 bytes for weights and gradients (launch.py).
+NARROW = {"pace bfloat16": (2 + 6, 1 + 6), "pace float16": (2 + 6, 1 + 6), "pace bfloat16/float32": (1 + 8, 1 + 6)}
+# Registers a thread: with as many, 4 programs of PACE (2 with statistics of bfloat16) and 3 of MADA fit on an SM. They
+# are those of the compiler and the assembler in Triton 3.9; with 3.7 a few kernels take more, and two spill, 8 and 56
+# bytes.
+EXACT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+REGISTERS = {"pace": 64, "pace bfloat16": 80, "pace float16": 80, "pace bfloat16 stats": 128, "mada": 168}
+TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120}
+
+
+def of_target(target: str) -> dict[str, Any]:
+    names = (*LARGEST, *OTHERS) if target == "sm_80" else LARGEST
+    return aot.compile_kernels(GPUTarget("cuda", TARGETS[target], 32), names)
+
+
+def resources(cubin: bytes, tmp_path: Any) -> dict[str, int]:
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(cubin)
+    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+
+
+def opcodes(ptx: str) -> Counter[str]:
+    return Counter(re.findall(r"^\s*(?:@!?%p\d+\s+)?([a-z]\w*(?:\.\w+)*)", ptx, re.M))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nvidia(target: str, tmp_path: Any) -> None:
+    for name, kernel in of_target(target).items():
+        ptx = opcodes(kernel.asm["ptx"])
+        wide = {
+            kind: sum(n for op, n in ptx.items() if re.fullmatch(rf"{kind}\.global\S*\.v4\.b32", op))
+            for kind in ("ld", "st")
+        }
+        if name in OPERANDS or name in NARROW:
+            assert (wide["ld"], wide["st"]) == (OPERANDS | NARROW)[name], name
+        # Nothing is contracted or approximated. (Float64 has fused operations, in exponentials and logarithms alone.)
+        single = [op for op in ptx if op.endswith("f32")]
+        assert not [op for op in single if op.startswith(("fma", "mad", "ex2", "lg2", "rcp", "rsqrt"))], name
+        assert {op for op in single if op.startswith(("div", "sqrt"))} <= {"div.rn.f32", "sqrt.rn.f32"}, name
+        if "scalars" not in name:  # where float64's exponential compares high words as floats
+            assert not [op for op in single if ".ftz" in op or ".approx" in op], name
+        assert not [op for op in ptx if op.startswith(("atom.", "red."))], name
+        used = resources(kernel.asm["cubin"], tmp_path)
+        assert used["STACK"] + used["LOCAL"] <= (0 if EXACT else 64), name
+        rule = name.split()[0]
+        if rule in ("pace", "mada") and "scalars" not in name and EXACT:
+            assert used["REG"] <= REGISTERS.get(name, REGISTERS[rule]) + 16 * ("stats" in name), (name, used)
+
+
+def test_amd() -> None:
+    for name, kernel in aot.compile_kernels(
+        GPUTarget("hip", "gfx942", 64), (*LARGEST, "mada scalars on device")
+    ).items():
+        assert len(kernel.asm["hsaco"]) > 0
+        code = kernel.asm["amdgcn"]
+        assert re.findall(r"\.vgpr_spill_count:\s*(\d+)", code) == ["0"]
+        if "scalars" not in name:
+            assert "global_load_dwordx4" in code and "global_store_dwordx4" in code
+            # An IEEE division is made of three fused operations and two that accumulate, a root has two; there are no
+            # others.
+            divisions, roots = code.count("v_div_fixup_f32"), code.count("v_sqrt_f32")
+            fused = Counter(re.findall(r"\bv_(?:pk_)?(?:fma|mad)\w*f32", code))
+            assert divisions > 0 and roots > 0
+            assert fused["v_fma_f32"] == 3 * divisions + 2 * roots
+            assert fused["v_fmac_f32"] + fused["v_fmac_f32_e32"] == 2 * divisions
+            assert set(fused) <= {"v_fma_f32", "v_fmac_f32", "v_fmac_f32_e32"}
+
+
+def test_every_variant_has_a_signature() -> None:
+    for name, variant in aot.variants().items():
+        types = aot.signature(variant.kernel, variant.constants)
+        assert list(types) == variant.kernel.arg_names, name
