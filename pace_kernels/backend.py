@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,13 +106,18 @@ def _triton() -> Backend:
     if importlib.util.find_spec("triton") is None:
         return Backend("triton", False, "the package triton is not installed")
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    # Triton's interpreter, for tests: the kernels then run in NumPy, slowly, and on the CPU too.
+    # Triton's interpreter, for tests: the kernels then run in NumPy, slowly, and on the CPU alone: a table of addresses
+    # on a GPU means nothing there.
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y"):
-        return Backend("triton", True, None, ("cuda",), dtypes, only_by_name=("cpu",))
+        return Backend("triton", True, None, (), dtypes, only_by_name=("cpu",))
     built_for_gpus = torch.version.cuda is not None or torch.version.hip is not None
     if not (built_for_gpus and torch.cuda.is_available()):
         return Backend("triton", False, "there is no GPU that this torch can use")
-    return Backend("triton", True, None, ("cuda",), dtypes)
+    if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+        return Backend("triton", False, "Triton needs a C compiler for its launcher, and there is no cc, gcc or clang")
+    # Not compiled ahead: any GPU that Triton supports and the kernels are meant for.
+    architectures = None if torch.version.hip is not None else "8.0+PTX"
+    return Backend("triton", True, None, ("cuda",), dtypes, architectures=architectures)
 
 
 # By device: the backends that one would expect there.

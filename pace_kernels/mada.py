@@ -161,7 +161,8 @@ class MADA(KernelOptimizer):
         clamp_pullback, beta_ema, ema_kappa, ema_rho, ema_gamma, ema_update_freq, pullback_from: as in :class:`PACE`.
         use_ema_eval: whether ``eval()`` and ``averaged()`` swap this group's average in; keeps an average.
         maximize: whether to maximize the objective.
-        capturable: whether the step counts live on the parameters' device, for CUDA graphs.
+        capturable: whether the step counts live on the parameters' device, for CUDA graphs. What changes between
+            replays must be a tensor there too: lr, and the clip_coef of ``step()``.
         backend: "cpu", "torch" or another name of ``backends()``, which works or raises; None takes the environment
             variable PACE_BACKEND, or else the fastest backend that is there.
 

@@ -61,7 +61,8 @@ class PACE(KernelOptimizer):
         pullback_from: "weights" measures the pullback from the weights before the step, as above; "step" from the
             stepped ones: x₊ = x' + Λ (e − x').
         maximize: whether to maximize the objective.
-        capturable: whether the step counts live on the parameters' device, for CUDA graphs.
+        capturable: whether the step counts live on the parameters' device, for CUDA graphs. What changes between
+            replays must be a tensor there too: lr, and the clip_coef of ``step()``.
         backend: "cpu", "torch" or another name of ``backends()``, which works or raises; None takes the environment
             variable PACE_BACKEND, or else the fastest backend that is there.
 

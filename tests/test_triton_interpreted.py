@@ -109,7 +109,7 @@ def test_pace(case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("case", "dtype"), pairs(mada_cases.CASES))
 def test_mada(case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hypergradient's terms are the same, their sums run in another order: on the CPU through at most 256 terms in
-    float32, here through 16, so that they differ by at most 272 u times the sum of the terms' sizes. That is what the
+    float32, here through 32, so that they differ by at most 288 u times the sum of the terms' sizes. That is what the
     torch rule gives where it sums sizes."""
     runs: dict[str, Any] = {}
     sums: dict[str, list[Any]] = {"cpu": [], "triton": [], "torch": []}
@@ -127,7 +127,7 @@ def test_mada(case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
     for ours, theirs, sizes in zip(sums["triton"], sums["cpu"], sums["torch"], strict=False):
         assert ours.keys() == theirs.keys()
         for name, size in sizes.items():
-            assert abs(ours[name] - theirs[name]) <= 272 * 2**-24 * abs(size) * 1.001, name
+            assert abs(ours[name] - theirs[name]) <= 288 * 2**-24 * abs(size) * 1.001, name
     if learns and steps > 2:
         assert any(value != 0.0 for value in sums["triton"][-1].values())
 
@@ -452,36 +452,50 @@ def test_tensors_that_are_refused(name: str, value: torch.Tensor) -> None:
     refuses(ops.pace_step_, list(test_native.operands()), {**test_native.OPTIONS, name: value}, name)
 
 
-def test_tables_are_kept_while_addresses_stay_and_are_few() -> None:
+def test_a_tensor_without_memory_is_refused() -> None:
+    """As a DTensor is, which says that it has elements: its kernels would write to address 0."""
+    lists = list(test_native.operands())
+    with pytest.MonkeyPatch.context() as patch:
+        real = torch.Tensor.data_ptr
+        patch.setattr(torch.Tensor, "data_ptr", lambda t: 0 if t is lists[0][1] else real(t))
+        refuses(ops.pace_step_, lists, test_native.OPTIONS, "no memory of its own")
+
+
+def test_tables_are_kept_while_addresses_stay_and_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     lists = test_native.operands()
     ops.pace_step_(*lists, **test_native.OPTIONS)
     count = len(table._plans)
     first = list(table._plans._recent.values())[-1]
     ops.pace_step_(*lists, **test_native.OPTIONS)
     assert len(table._plans) == count and list(table._plans._recent.values())[-1] is first
+    monkeypatch.setattr(table._plans, "_limit", 10 * first[1].nbytes)
     kept = [test_native.operands() for _ in range(20)]
     for each in kept:
         ops.pace_step_(*each, **test_native.OPTIONS)
-    assert len(table._plans) <= 16 and len(table._blocks) <= 16
+    assert len(table._plans) == 10 and table._plans._held == 10 * first[1].nbytes
 
 
 def test_what_a_capture_has_seen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU; here by its absence."""
-    capturing = False
+    capturing, stream = False, 7
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=stream))
     uploads, device = table.Uploads(2), torch.device("cuda")
-    eager = uploads.get(device, "a", object)
-    assert uploads.get(device, "a", object) is eager
-    capturing = True
-    assert uploads.get(device, "a", object) is eager  # its copy was made before
-    within = uploads.get(device, "b", object)
-    assert uploads.get(device, "b", object) is not within
+
+    def get(key: str) -> Any:
+        return uploads.get(device, key, lambda: SimpleNamespace(nbytes=1))
+
+    eager = get("a")
+    assert get("a") is eager
+    capturing, stream = True, 8
+    assert get("a") is eager  # its copy was made before, and a capture begins on an idle device
+    within = get("b")
+    assert get("b") is not within
     capturing = False
-    assert uploads.get(device, "b", object) is not within
+    assert get("b") is not within and get("a") is not eager  # another stream's copy may be under way
     for key in "cdef":
-        uploads.get(device, key, object)
-    assert len(uploads) == 2 and eager in uploads._captured and within in uploads._captured
+        get(key)
+    assert len(uploads) == 2 and {id(eager), id(within)} <= uploads._captured.keys()
 
 
 def test_the_backend_is_chosen_by_name_alone_here() -> None:
@@ -489,7 +503,8 @@ def test_the_backend_is_chosen_by_name_alone_here() -> None:
     assert row.available and row.reason is None
     cpu = torch.device("cpu")
     assert choose("triton", cpu, F32) is row and choose(None, cpu, F32) is not row
-    assert choose(None, torch.device("cuda"), BF16) is row
+    with pytest.warns(RuntimeWarning, match="computes through torch"):  # addresses on a GPU mean nothing here
+        assert choose(None, torch.device("cuda"), BF16).name == "torch"
     assert choose("triton", cpu, F32).op("swap_") is ops.swap_
     with pytest.raises(RuntimeError, match=r"it covers torch\.float32"):
         choose("triton", cpu, torch.float64)

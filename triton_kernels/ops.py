@@ -29,7 +29,7 @@ from .sweep import CHUNK
 from .table import Plan, Uploads, plan, upload
 
 _CPU = torch.device("cpu")
-_hyper_options = Uploads(16)
+_hyper_options = Uploads(1 << 16)
 
 # What the kernels of scalars take by the names of the operators' options.
 _NUMBERS = ("beta1", "beta2", "eps", "weight_decay", "lambda_pullback", "beta_ema", "ema_rho", "ema_gamma")
@@ -139,7 +139,7 @@ def _lay_out(
     device: torch.device,
 ) -> Layout:
     """Where everything lies. Tensors of the same step count come side by side."""
-    taken = [0.0] * len(steps) if on_device or not steps else torch.cat([s.reshape(1) for s in steps]).tolist()
+    taken = [0.0] * len(steps) if on_device or not steps else [step.item() for step in steps]
     order = None
     if len(list(groupby(taken))) > len(set(taken)):
         order = sorted(range(len(taken)), key=taken.__getitem__)
@@ -161,7 +161,7 @@ def _lay_out(
 def _finish(layout: Layout, steps: list[Tensor], on_device: bool) -> None:
     layout.staged.write_back()
     if steps and not on_device:
-        torch._foreach_add_(steps, 1)
+        torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)  # a number would become a tensor for each
 
 
 def _each_step_count(layout: Layout, kernel: Any, **named: Any) -> None:
@@ -228,6 +228,7 @@ def _add_up(kernel: Any, rows: Tensor, result: Tensor, **named: Any) -> None:
 # ---- the operators --------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def pace_step_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -308,6 +309,7 @@ def _check_in_play(lists: dict[str, list[Tensor]], learn: int, o: dict[str, Any]
     require(not lag or coefficients is not None, "coefficients may be missing only where nothing is learned")
 
 
+@torch.no_grad()
 def mada_step_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -426,6 +428,7 @@ def mada_step_(
         _add_up(sums._sum_hypergradients_kernel, rows, hypergradients, found_inf_ptr=found_inf, learn=learn, **lr)
 
 
+@torch.no_grad()
 def mada_learn_(
     coefficients: Tensor,
     momenta: Tensor,
@@ -475,6 +478,7 @@ def mada_learn_(
     )
 
 
+@torch.no_grad()
 def swap_(a: list[Tensor], b: list[Tensor]) -> None:
     """What the operator ``swap_`` does."""
     check_length("b", b, a)

@@ -2,7 +2,7 @@
 once, so that step counts, learning rates and coefficients that live there are never waited for.
 
 The expressions and their order are those of ``csrc/scalars.h``. Powers are exp(y log x), off by at most
-(1 + 1.5 |y log x|) 2^-52: below 2^-42 of the power, where |y log x| > 745 would underflow. 1 − β^t is then off by
+(1 + 1.5 |y log x|) 2^-52: below 2^-41 of the power, where |y log x| > 745 would underflow. 1 − β^t is then off by
 2^-51 / (1 − β) of itself, 4e-13 for β = 0.999, where half a unit of float32 is 3e-8 to 6e-8: about one scalar in 1e5 is
 a unit of float32 away from that of the CPU.
 """

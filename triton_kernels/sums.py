@@ -1,7 +1,7 @@
 """Sums over coordinates: within a block, over the blocks of a program, over the rows that programs leave. Always in the
 same order, so that they are the same bits on every run; no atomics.
 
-Within a thread at most 16 terms are added in float32, as in the other kernels; everything above is float64.
+Within a thread at most 32 terms are added in float32, as in the other kernels; everything above is float64.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ _MINIMA = tl.constexpr(1 << 2 | 1 << 5 | 1 << 8)
 _MAXIMA = tl.constexpr(1 << 3 | 1 << 6 | 1 << 9)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _sum_stats_kernel(rows_ptr, out_ptr, count, found_inf_ptr, OUT_WIDTH: tl.constexpr):
     """Row p of `out` from rows p · ROWS_OF_A_PROGRAM and on. With OUT_WIDTH 14 it is the statistics, and where the step
     was left undone, those of nothing."""
@@ -205,7 +205,7 @@ def store_terms(row_ptr, factors_ptr, sums):
         tl.store(row_ptr + k, tl.load(factors_ptr + k) * sums[k])
 
 
-@triton.jit(do_not_specialize=["learn"])
+@triton.jit(do_not_specialize=["learn", "count"])
 def _sum_hypergradients_kernel(
     rows_ptr, out_ptr, count, found_inf_ptr, lr_ptr, lr: tl.float64, learn, OUT_WIDTH: tl.constexpr
 ):

@@ -4,6 +4,10 @@ program has. One launch then does the whole list, and thousands of small tensors
 
 from __future__ import annotations
 
+import functools
+import operator
+import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -40,35 +44,46 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 class Uploads:
     """Small tensors on a device, kept while they are asked for again: a training whose gradients stay in place copies
-    nothing. The least recently used are dropped.
+    nothing. The least recently used are dropped, beyond ``limit`` bytes.
 
-    A captured graph may be replayed at any time, so what a capture has seen is never dropped. What is made within one
-    is not handed out again: its copy is part of that graph, and nothing is there before a replay. Kept by stream too,
-    since a copy is ordered before the kernels of its own stream alone.
+    A captured graph may be replayed at any time, so what a capture has seen is never dropped. It takes what was made
+    before it, since a capture begins when the device is idle; what is made within one is not handed out again: its copy
+    is part of that graph, and nothing is there before a replay. Elsewhere a table serves the stream that it was made
+    on: a copy is ordered before the kernels of its own stream alone.
     """
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._recent: OrderedDict[Hashable, Any] = OrderedDict()
-        self._captured: list[Any] = []
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held = limit, 0
+        self._recent: OrderedDict[Hashable, tuple[int, Any]] = OrderedDict()
+        self._captured: dict[int, Any] = {}
+        self._lock = threading.Lock()
 
     def get(self, device: torch.device, key: Hashable, make: Callable[[], Any]) -> Any:
         on_gpu = device.type == "cuda"
         capturing = on_gpu and torch.cuda.is_current_stream_capturing()
         stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-        key = (device, stream, key)
-        value = self._recent.get(key)
-        if value is None:
-            value = make()
-            if not capturing:
-                self._recent[key] = value
-                if len(self._recent) > self._size:
-                    self._recent.popitem(last=False)
-        else:
-            self._recent.move_to_end(key)
-        if capturing:
-            self._captured.append(value)
+        key = (device, key)
+        with self._lock:
+            made_on, value = self._recent.get(key, (stream, None))
+            if value is not None and (capturing or made_on == stream):
+                self._recent.move_to_end(key)
+                if capturing:
+                    self._captured[id(value)] = value
+                return value
+        value = make()
+        with self._lock:
+            if capturing:
+                self._captured[id(value)] = value
+            else:
+                self._held += value.nbytes - self._drop(key)
+                self._recent[key] = (stream, value)
+                while self._held > self._limit and len(self._recent) > 1:
+                    self._held -= self._drop(next(iter(self._recent)))
         return value
+
+    def _drop(self, key: Hashable) -> int:
+        _, value = self._recent.pop(key, (0, None))
+        return 0 if value is None else int(value.nbytes)
 
     def __len__(self) -> int:
         return len(self._recent)
@@ -76,17 +91,24 @@ class Uploads:
 
 @dataclass
 class Uploaded:
-    """A tensor on the device, and its source in pinned memory, which a captured copy reads again at each replay."""
+    """A tensor on the device, and, where its copy is part of a graph, the source that each replay reads again."""
 
     tensor: Tensor
-    source: Tensor
+    source: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
 
 
 def upload(source: Tensor, device: torch.device) -> Uploaded:
     if device.type != "cuda":
-        return Uploaded(source.to(device), source)
-    source = source.pin_memory()
-    return Uploaded(source.to(device, non_blocking=True), source)
+        return Uploaded(source.to(device))
+    if torch.cuda.is_current_stream_capturing():
+        # Pinning may allocate, which ends a capture; a copy from pageable memory is captured as a node.
+        return Uploaded(source.to(device, non_blocking=True), source)
+    # torch keeps pinned memory until the copy is done.
+    return Uploaded(source.pin_memory().to(device, non_blocking=True))
 
 
 @dataclass
@@ -108,16 +130,23 @@ class Plan:
     rows: int  # programs in all
     kept: tuple[Uploaded, ...]  # what the tensors above belong to
 
+    @property
+    def nbytes(self) -> int:
+        return self.table.nbytes
 
-# Each entry is 128 bytes a tensor and 4 a program. Gradients that are allocated anew in each step come back to few
-# sets of addresses.
-_plans = Uploads(16)
-_blocks = Uploads(16)
+
+# A plan is 128 bytes a tensor, its map of programs 4 bytes a program. Gradients that are allocated anew in each step
+# come back to few sets of addresses; with an optimizer for each parameter there are as many plans as parameters.
+_plans = Uploads(64 << 20)
+_blocks = Uploads(64 << 20)
 
 
 def plan(columns: dict[int, list[Tensor]], numels: list[int], device: torch.device, chunk: int) -> Plan:
     """The plan of tensors of `numels` elements; `columns` holds the operands by their column of the table."""
     addresses = {column: list(map(Tensor.data_ptr, tensors)) for column, tensors in columns.items()}
+    for values in addresses.values():
+        if 0 in values and any(a == 0 and n > 0 for a, n in zip(values, numels, strict=True)):
+            raise RuntimeError("a tensor has no memory of its own, as a DTensor has not: pass its local part")
     x_dtypes = [t.dtype for t in columns[X.value]]
     g_dtypes = [t.dtype for t in columns[G.value]] if G.value in columns else x_dtypes
     key = (tuple(numels), tuple(x_dtypes), tuple(g_dtypes), *((c, tuple(a)) for c, a in addresses.items()))
@@ -134,7 +163,7 @@ def _make_plan(
 ) -> Plan:
     count = len(numels)
     swept = [a for column, a in addresses.items() if column not in _SMALL]
-    unaligned = [any(address % 16 for address in row) for row in zip(*swept, strict=True)]
+    unaligned = [functools.reduce(operator.or_, row) % 16 != 0 for row in zip(*swept, strict=True)]
     classes = list(zip(unaligned, map(str, x_dtypes), map(str, g_dtypes), strict=True))
     order = sorted(range(count), key=classes.__getitem__)  # keeps the order within a class
     programs = [-(-n // chunk) for n in numels]
@@ -148,11 +177,11 @@ def _make_plan(
         if at > begin:
             parts.append(Part(x_dtypes[i], g_dtypes[i], not unaligned[i], begin, at - begin))
     table = torch.zeros(count, TABLE_WIDTH.value, dtype=torch.int64)
-    table[:, NUMEL.value] = torch.tensor(numels)
-    table[:, FIRST_BLOCK.value] = torch.tensor(first_block)
-    table[:, FIRST_ROW.value] = torch.tensor(list(accumulate(programs, initial=0))[:-1])
-    for column, values in addresses.items():
-        table[:, column] = torch.tensor(values)
+    counted = {NUMEL.value: numels, FIRST_BLOCK.value: first_block}
+    counted[FIRST_ROW.value] = list(accumulate(programs, initial=0))[:-1]
+    for column, values in (counted | addresses).items() if count > 0 else ():
+        # An array first: torch.tensor looks at each number of a list.
+        table[:, column] = torch.frombuffer(array("q", values), dtype=torch.int64)
 
     def tensor_of_block() -> Uploaded:
         repeats = torch.tensor([programs[i] for i in order], dtype=torch.int64)
