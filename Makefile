@@ -8,9 +8,9 @@ BIN := $(VENV)/bin
 CUDA ?= 1
 CUDA_TORCH ?= 2.14.1
 CUDA_VENV := $(VENV)-cuda
-# The compiler of the CUDA that this torch is built with. cuobjdump is not released with every toolkit.
+# The compiler of the CUDA that this torch is built with. cuobjdump and nvdisasm are not released with every toolkit.
 NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
-        nvidia-cuda-cccl==13.0.85 nvidia-cuda-cuobjdump==13.2.86
+        nvidia-cuda-cccl==13.0.85 nvidia-cuda-cuobjdump==13.2.86 nvidia-cuda-nvdisasm==13.2.86
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(CSRC) $(shell find tests -name '*.cpp')
 
