@@ -115,6 +115,7 @@ inline void check_arguments(const MadaArguments& a, const Place& place) {
   check_length("emas", a.emas, a.params, a.pull() ? nullptr : "");
   check_length("steps", a.steps, a.params);
   for (size_t i = 0; i < a.last_scalars.size(); ++i) {
+    if (are_doubles(a.last_scalars[i], kLastScalars, place)) continue;  // or else its name, which takes a string
     check_doubles(entry("last_scalars", i).c_str(), a.last_scalars[i], kLastScalars, place);
   }
   if (a.coefficients) check_doubles("coefficients", *a.coefficients, kCoefficients, place);

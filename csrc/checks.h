@@ -94,11 +94,14 @@ inline void check_lr(const std::optional<Tensor>& t, const Place& place) {
                   ", float32 or float64, with one element");
 }
 
-inline double* check_doubles(const char* name, const Tensor& t, size_t count, const Place& place) {
-  STD_TORCH_CHECK(place.holds(t) && t.is_contiguous() && static_cast<size_t>(t.numel()) == count &&
-                      t.scalar_type() == ScalarType::Double,
-                  name, " must be ", place.tensor(), ", contiguous, float64, with ", count, " elements");
-  return static_cast<double*>(t.data_ptr());
+inline bool are_doubles(const Tensor& t, size_t count, const Place& place) {
+  return place.holds(t) && t.is_contiguous() && static_cast<size_t>(t.numel()) == count &&
+         t.scalar_type() == ScalarType::Double;
+}
+
+inline void check_doubles(const char* name, const Tensor& t, size_t count, const Place& place) {
+  STD_TORCH_CHECK(are_doubles(t, count, place), name, " must be ", place.tensor(), ", contiguous, float64, with ",
+                  count, " elements");
 }
 
 inline void check_options(const PaceOptions& o) {

@@ -19,6 +19,7 @@ from .optimizer import (
     check_average_options,
     check_common_options,
     check_number,
+    moved,
     require,
 )
 from .torch_rules.mada import MadaMoments, MadaOptions, caught_up
@@ -620,9 +621,7 @@ class MADA(KernelOptimizer):
         options = {**self._arguments(group).step, "capturable": work.on_device, **work.lr(), **work.scaling}
         values = sums = None
         if group["learn"]:
-            values = group["coefficient_values"]
-            if values.device != device:
-                values = values.to(device, non_blocking=device.type != "cpu")
+            values = moved(group["coefficient_values"], device)
             sums = torch.empty(len(HYPERGRADIENTS), dtype=values.dtype, device=device)
             self._sums.append((group, sums, work.scaling))
         get = states.get
@@ -657,11 +656,8 @@ class MADA(KernelOptimizer):
             by_set.setdefault(id(group["coefficient_values"]), (group, scaling, []))[2].append(sums)
         for group, scaling, rows in by_set.values():
             device = group["coefficient_values"].device
-            free = device.type != "cpu"  # a copy to the CPU has to be waited for
-            rows = [row if row.device == device else row.to(device, non_blocking=free) for row in rows]
-            found_inf = scaling.get("found_inf")
-            if found_inf is not None and found_inf.device != device:
-                found_inf = found_inf.to(device, non_blocking=free)
+            rows = [moved(row, device) for row in rows]
+            found_inf = moved(scaling["found_inf"], device) if "found_inf" in scaling else None
             learn = choose(self._backend_name, device, torch.float32).op("mada_learn_")
             learn(*(group[name] for name in _LEARNED), rows, found_inf, **self._arguments(group).learn)
 

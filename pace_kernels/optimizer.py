@@ -362,7 +362,7 @@ class KernelOptimizer(torch.optim.Optimizer):
         work.on_device = work.on_device or "found_inf" in work.scaling or len(away) < len(steps)
         if work.on_device:
             for i in away:
-                steps[i] = self.state[work.params[i]]["step"] = steps[i].to(device, non_blocking=True)
+                steps[i] = self.state[work.params[i]]["step"] = moved(steps[i], device)
 
     def _fit(self, param: Tensor, state: dict[str, Tensor], name: str) -> None:
         """States follow a parameter whose dtype was changed by hand; a change of its shape is refused."""

@@ -100,8 +100,9 @@ void step(const MadaArguments& a) {
     for (int64_t begin = 0; begin < params[i].numel(); begin += kBlock, ++block) {
       for (size_t k = 0; k < kCoefficients; ++k) total[k] += sums[block][k];
     }
-    for (size_t k = 0; k < kCoefficients; ++k)
+    for (size_t k = 0; k < kCoefficients; ++k) {
       out[k] += a.learned(static_cast<MadaCoefficient>(k)) ? factors[i][k] * total[k] : 0.0;
+    }
   }
   out[kCoefficients] = lr;
 }
