@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from .optimizer import check_number, moved, require
+from .sharding import Axes, axes, local_as, reduce_
 
 
 @torch.no_grad()
@@ -34,7 +36,8 @@ def clip_coefficient(
         grad_scale: by what the gradients are scaled still: ``scaler._get_scale_async()`` of a
             ``torch.amp.GradScaler`` whose ``unscale_`` was not called. A tensor with one element, or a number > 0.
 
-    Returns: ``(coefficient, norm)``, tensors without dimensions, of the norm before clipping and without the scale.
+    Returns: ``(coefficient, norm)``, tensors without dimensions, of the norm before clipping and without the scale. Of
+    sharded parameters (DTensors) it is the norm of all shards, in plain tensors; all ranks have to make the call.
 
     Raises: ValueError where an argument is out of its range.
 
@@ -51,12 +54,30 @@ def clip_coefficient(
     elif grad_scale is not None:
         check_number("grad_scale", grad_scale, "finite and > 0", lambda a: a > 0)
     tensors = [parameters] if isinstance(parameters, Tensor) else parameters
-    norm = _total_norm([p.grad for p in tensors if p.grad is not None], float(norm_type))
+    by_axes: dict[Axes, list[Tensor]] = {}
+    for p in tensors:
+        if p.grad is not None:
+            by_axes.setdefault(axes(p), []).append(local_as(p, p.grad))
+    norm = _over_axes({over: _total_norm(grads, float(norm_type)) for over, grads in by_axes.items()}, float(norm_type))
     if isinstance(grad_scale, Tensor):
         norm = norm / moved(grad_scale, norm.device).reshape(())
     elif grad_scale is not None:
         norm = norm / grad_scale
     return (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
+
+
+def _over_axes(norms: dict[Axes, Tensor], norm_type: float) -> Tensor:
+    """The norm of all that these are norms of, each of the local parts of what is sharded over its axes."""
+    if set(norms) <= {()}:
+        return norms.get((), torch.zeros(()))
+    first = next(iter(norms.values())).device
+    powers = {over: moved(norm, first).to(torch.float64) for over, norm in norms.items()}
+    if norm_type == math.inf:
+        reduce_(((row, over) for over, row in powers.items()), "MAX")
+        return torch.stack(list(powers.values())).amax().to(torch.float32)
+    powers = {over: row**norm_type for over, row in powers.items()}
+    reduce_((row, over) for over, row in powers.items())
+    return torch.stack(list(powers.values())).sum().pow(1.0 / norm_type).to(torch.float32)
 
 
 def _total_norm(grads: list[Tensor], norm_type: float) -> Tensor:

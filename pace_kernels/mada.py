@@ -22,6 +22,7 @@ from .optimizer import (
     moved,
     require,
 )
+from .sharding import all_reduce_, local, reduce_
 from .torch_rules.mada import MadaMoments, MadaOptions, caught_up
 
 _HYPER_LR = {"beta1": 5e-4, "beta2": 5e-4, "beta3": 0.1, "rho": 0.1, "c": 0.1, "gamma": 0.1}
@@ -164,6 +165,13 @@ class MADA(KernelOptimizer):
         maximize: whether to maximize the objective.
         capturable: whether the step counts live on the parameters' device, for CUDA graphs. What changes between
             replays must be a tensor there too: lr, and the clip_coef of ``step()``.
+        skip_nonfinite: whether a NaN or an infinity in a gradient leaves the whole step undone, of all groups, and on
+            all ranks that a DTensor is sharded over; ``skipped_steps`` counts them. That reads the gradients once more.
+            By default they spread into the weights and states of their coordinates, as in ``torch.optim.AdamW``.
+        hyper_process_group: a ``torch.distributed.ProcessGroup`` whose ranks hold different parameters as plain
+            tensors, as ``ZeroRedundancyOptimizer`` has it: hypergradients are summed over it, so that all ranks learn
+            the same coefficients. DTensors need none: theirs are summed over the axes of the mesh that they are sharded
+            over. One all-reduce of a few numbers a step, or one for each such axis.
         backend: "cpu", "torch" or another name of ``backends()``, which works or raises; None takes the environment
             variable PACE_BACKEND, or else the fastest backend that is there.
 
@@ -191,8 +199,8 @@ class MADA(KernelOptimizer):
     )
     STATE_ROWS = {"last_scalars": len(LAST_SCALARS)}  # noqa: RUF012
 
-    # Of a step: the group, its sums, and what its gradients were scaled by.
-    _sums: list[tuple[Group, Tensor, dict[str, Tensor]]]
+    # Of a step: the group, its sums, and the work they are of.
+    _sums: list[tuple[Group, Tensor, Work]]
     _built = True  # whether all groups of the constructor are there
 
     def __init__(
@@ -227,6 +235,8 @@ class MADA(KernelOptimizer):
         pullback_from: str = "weights",
         maximize: bool = False,
         capturable: bool = False,
+        skip_nonfinite: bool = False,
+        hyper_process_group: Any = None,
         backend: str | None = None,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -258,7 +268,9 @@ class MADA(KernelOptimizer):
             "pullback_from": pullback_from,
             "maximize": maximize,
             "capturable": capturable,
+            "skip_nonfinite": skip_nonfinite,
         }
+        self._hyper_process_group = hyper_process_group
         self._sums = []
         defaults = self._expanded(defaults, {})
         self._check_options(defaults)
@@ -503,12 +515,13 @@ class MADA(KernelOptimizer):
         options = self._arguments(group).step  # those of the step to redo, whatever has been changed since
         second = "max_exp_avg_sq" if options["second_max"] else "mean_exp_avg_sq"
         names = ("exp_avg", "exp_avg_diff", "exp_avg_sq", second, "exp_avg_lion")
-        kept = MadaMoments(*(state.get(name) for name in names))
+        kept = MadaMoments(*(local(state[name]) if name in state else None for name in names))
         o = MadaOptions.of(options)
         last = state["last_scalars"].tolist()
         if last[0] != REDO:
             return
-        after = caught_up(o, state["step"].item(), last, state["last_grad"], state.get("older_grad"), kept)
+        older = local(state["older_grad"]) if "older_grad" in state else None
+        after = caught_up(o, state["step"].item(), last, local(state["last_grad"]), older, kept)
         for tensor, value in zip(kept, after, strict=True):
             if tensor is not None and value is not None:
                 tensor.copy_(value)
@@ -623,7 +636,7 @@ class MADA(KernelOptimizer):
         if group["learn"]:
             values = moved(group["coefficient_values"], device)
             sums = torch.empty(len(HYPERGRADIENTS), dtype=values.dtype, device=device)
-            self._sums.append((group, sums, work.scaling))
+            self._sums.append((group, sums, work))
         get = states.get
         last_grads, older_grads = get("last_grad", []), get("older_grad", [])
         work.backend.op("mada_step_")(
@@ -645,21 +658,40 @@ class MADA(KernelOptimizer):
         )
         if not older_grads or work.on_device or work.left_undone():
             return
-        for param in work.params:
+        for param in work.owners:
             state = self.state[param]
             state["last_grad"], state["older_grad"] = state["older_grad"], state["last_grad"]
 
     def _learn(self) -> None:
         """Moves the coefficients, once for each set of them that took part in the step."""
+        reduce_((sums, work.axes) for _, sums, work in self._sums)
         by_set: dict[int, tuple[Group, dict[str, Tensor], list[Tensor]]] = {}
-        for group, sums, scaling in self._sums:
-            by_set.setdefault(id(group["coefficient_values"]), (group, scaling, []))[2].append(sums)
+        for group, sums, work in self._sums:
+            by_set.setdefault(id(group["coefficient_values"]), (group, work.scaling, []))[2].append(sums)
+        if self._hyper_process_group is not None:
+            by_set = self._over_process_group(by_set)
         for group, scaling, rows in by_set.values():
             device = group["coefficient_values"].device
             rows = [moved(row, device) for row in rows]
             found_inf = moved(scaling["found_inf"], device) if "found_inf" in scaling else None
             learn = choose(self._backend_name, device, torch.float32).op("mada_learn_")
             learn(*(group[name] for name in _LEARNED), rows, found_inf, **self._arguments(group).learn)
+
+    def _over_process_group(
+        self, by_set: dict[int, tuple[Group, dict[str, Tensor], list[Tensor]]]
+    ) -> dict[int, tuple[Group, dict[str, Tensor], list[Tensor]]]:
+        """One row for each set of coefficients, summed over the process group. A rank whose parameters took no part has
+        to take part here: others wait for it."""
+        scaling = next((given for _, given, _ in by_set.values()), {})
+        sets = {id(group["coefficient_values"]): group for group in self.param_groups if group["learn"]}
+        totals = {}
+        for key, group in sets.items():
+            values = group["coefficient_values"]
+            rows = [moved(row, values.device) for row in by_set[key][2]] if key in by_set else []
+            totals[key] = torch.stack([values.new_zeros(len(HYPERGRADIENTS)), *rows]).sum(dim=0)
+        if totals:
+            all_reduce_(list(totals.values()), self._hyper_process_group)
+        return {key: (sets[key], scaling, [total]) for key, total in totals.items()}
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -706,6 +738,7 @@ class MADA(KernelOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._sums = []
+        self.__dict__.setdefault("_hyper_process_group", None)  # a pickle has none
         self._share()
         for group in self.param_groups:
             self._prepared[id(group)] = self._prepare(group)

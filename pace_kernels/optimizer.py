@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +23,13 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
 from .backend import Backend, choose, requested
+from .sharding import Axes, agree, axes, gathered, is_partial, is_sharded, local, local_as, on_first_rank, reduce_
 
 Group: TypeAlias = dict[str, Any]
+
+# Of the groups and states in a checkpoint. 1: the first that says so. What has none is of before (0) or of another
+# optimizer; the states of 0 have the same names and meaning.
+FORMAT = 1
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Options that torch.optim.Adam and AdamW keep in their groups and that mean nothing here.
@@ -30,6 +37,10 @@ _FOREIGN_OPTIONS = ("amsgrad", "foreach", "fused", "differentiable", "decoupled_
 # State of the published pace-optimizer: the same tensors under other names. `theta` is its copy of the live weights.
 _FOREIGN_NAMES = {"m": "exp_avg", "v": "exp_avg_sq"}
 _FOREIGN_STATE = {"theta", "last_ema_step", "max_exp_avg_sq"}
+# What the groups hold beside options: whether the average is swapped in, the format of a checkpoint, and how many steps
+# skip_nonfinite left undone (a tensor that the groups share, once there is something to count).
+_GROUP_STATE: Group = {"swapped": False, "format_version": FORMAT, "skipped_steps": None}
+_NO_AXES: Axes = ()
 # What torch 2.10 has under the second name, a later torch under the first; there the second warns.
 _HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 
@@ -39,17 +50,44 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
+class uninterrupted:
+    """Within this context a Ctrl-C waits. Python raises KeyboardInterrupt between any two of its instructions, so also
+    between a kernel and what belongs to it: weights and states would then be of different steps."""
+
+    def __enter__(self) -> None:
+        self._handler, self._came = None, False
+        if threading.current_thread() is threading.main_thread():  # no other one gets it
+            handler = signal.getsignal(signal.SIGINT)
+            if callable(handler):
+                self._handler = handler
+                signal.signal(signal.SIGINT, self._later)
+
+    def _later(self, number: int, frame: Any) -> None:
+        self._came = True
+
+    def __exit__(self, *_: object) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            if self._came:
+                self._handler(signal.SIGINT, None)
+
+
 @dataclass
 class Work:
-    """The parameters of one group that step together: on one device, in one dtype, each with a gradient.
+    """The parameters of one group that step together: on one device, in one dtype, each with a gradient, and sharded
+    over the same ``axes`` of a mesh, if they are.
 
-    ``scaling`` are the arguments grad_scale, clip_coef and found_inf of the operators, those that were given.
-    ``on_device``: the step counts live on the parameters' device, and nothing may be read from it.
+    ``owners`` are the parameters as the group has them, which states belong to; ``params`` and ``grads`` what the
+    kernels get: the same tensors, or of DTensors the local parts. ``scaling`` are the arguments grad_scale, clip_coef
+    and found_inf of the operators, those that were given. ``on_device``: the step counts live on the parameters'
+    device, and nothing may be read from it.
     """
 
     group: Group
     backend: Backend
     scaling: dict[str, Tensor]
+    axes: Axes = ()
+    owners: list[Tensor] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     on_device: bool = False
@@ -78,9 +116,17 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def as_state(param: Tensor, value: Tensor) -> Tensor:
-    """A copy of ``value`` as a state of ``param``: its device and memory layout, in the dtype of states."""
-    return torch.empty_like(param, dtype=state_dtype(param)).copy_(value)
+def as_state(param: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of ``value`` as a state of ``param``: its device, memory layout and shards, in the dtype of states."""
+    state = torch.empty_like(param, dtype=dtype or state_dtype(param), requires_grad=False)
+    local(state).copy_(local_as(param, value))
+    return state
+
+
+def holds(param: Tensor, value: Tensor) -> bool:
+    """Whether the parameter holds these values, on every rank that has a part of it."""
+    here = local(param)
+    return agree(torch.equal(local_as(param, value).to(here), here), here.device, axes(param))
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
@@ -144,7 +190,7 @@ def check_common_options(group: Group) -> None:
     # Below float32's normal numbers 1 / D could be infinite, and 0 times that is NaN.
     check_number("eps", group["eps"], "finite and at least 2**-126", lambda a: a >= 2.0**-126)
     check_number("weight_decay", group["weight_decay"], "finite and >= 0", lambda a: a >= 0)
-    for name in ("maximize", "capturable"):
+    for name in ("maximize", "capturable", "skip_nonfinite"):
         require(isinstance(group[name], bool), name, "True or False", group[name])
 
 
@@ -172,6 +218,8 @@ class KernelOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     _health_check = getattr(torch.optim.Optimizer, next(n for n in _HEALTH_CHECKS if hasattr(torch.optim.Optimizer, n)))
 
+    # Whether gradients are operands of the step. Where they are not, having one is what puts a parameter into a step.
+    READS_GRADIENTS: ClassVar[bool] = True
     # Names of the state tensors that this class of optimizer may keep, beside `step` and, while swapped, `live`.
     STATE_TENSORS: ClassVar[tuple[str, ...]] = ()
     # Names of small float64 states, with their number of elements.
@@ -193,7 +241,7 @@ class KernelOptimizer(torch.optim.Optimizer):
         self._incoming = None
         self._checked, self._prepared, self._changed = {}, {}, []
         # Part of the groups, because that is what every kind of checkpoint carries.
-        super().__init__(params, {**defaults, "swapped": False})
+        super().__init__(params, {**defaults, **_GROUP_STATE})
 
     # ---- what a subclass brings ------------------------------------------------------------------------------------
 
@@ -240,12 +288,26 @@ class KernelOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{name} is {param.layout}: parameters must be dense")
         if param.dtype not in _FLOATING:
             raise ValueError(f"{name} is {param.dtype}: parameters must be one of {', '.join(map(str, _FLOATING))}")
-        if not is_lazy(param) and overlaps_itself(param):
-            raise ValueError(f"{name} overlaps itself in memory (strides {param.stride()}): clone it")
+        if is_partial(param):
+            raise ValueError(f"{name} is a DTensor with Partial placements: parameters must be replicated or sharded")
+        if not is_lazy(param) and overlaps_itself(local(param)):
+            raise ValueError(f"{name} overlaps itself in memory (strides {local(param).stride()}): clone it")
         if self._backend_name is not None:
             choose(self._backend_name, param.device, param.dtype)
 
+    def _local_grad(self, param: Tensor, grad: Tensor, group: Group, i: int) -> Tensor:
+        """The local part of a DTensor's gradient, placed as the parameter is."""
+        if not is_sharded(grad):
+            name = self._name(group, i)
+            raise RuntimeError(f"the gradient of {name} is a plain tensor: it must be a DTensor as the parameter is")
+        if grad.shape != param.shape:
+            shapes = f"{tuple(grad.shape)}, not {tuple(param.shape)}"
+            raise RuntimeError(f"the gradient of {self._name(group, i)} has shape {shapes}")
+        return local_as(param, grad)
+
     def _check_grad(self, param: Tensor, grad: Tensor, name: str) -> None:
+        if is_sharded(grad):
+            raise RuntimeError(f"the gradient of {name} is a DTensor, the parameter is not")
         if grad.layout is not torch.strided:
             raise RuntimeError(f"the gradient of {name} is {grad.layout}: gradients must be dense")
         if grad.shape != param.shape:
@@ -306,28 +368,38 @@ class KernelOptimizer(torch.optim.Optimizer):
         here: dict[torch.device, dict[str, Tensor]] = {}
         for group in self.param_groups:
             self._check_changed(group)
-            buckets: dict[tuple[torch.device, torch.dtype], Work] = {}
+            buckets: dict[tuple[torch.device, torch.dtype, Axes], Work] = {}
             device, dtype, work = None, None, None
-            for i, param in enumerate(group["params"]):
-                grad = param.grad
+            over: Axes = ()
+            for i, owner in enumerate(group["params"]):
+                grad = owner.grad
                 if grad is None:
                     continue
-                if work is None or param.dtype is not dtype or param.device != device:
-                    device, dtype = param.device, param.dtype
-                    work = buckets.get((device, dtype))
+                param, its_axes = owner, _NO_AXES
+                if is_sharded(owner):
+                    param, its_axes = local(owner), axes(owner)
+                    if self.READS_GRADIENTS:
+                        grad = self._local_grad(owner, grad, group, i)
+                if work is None or param.dtype is not dtype or param.device != device or its_axes != over:
+                    device, dtype, over = param.device, param.dtype, its_axes
+                    work = buckets.get((device, dtype, over))
                     if work is None:
                         if device not in here:
                             here[device] = {k: moved(v, device) for k, v in scaling.items()}
                         backend = choose(self._backend_name, device, dtype)
-                        work = buckets[device, dtype] = Work(group, backend, here[device])
+                        work = buckets[device, dtype, over] = Work(group, backend, here[device], over)
+                work.owners.append(owner)
+                work.params.append(param)
+                if not self.READS_GRADIENTS:
+                    continue
                 if (
                     grad.dtype is not dtype
                     or grad.layout is not torch.strided
                     or grad.shape != param.shape
                     or grad.device != device
+                    or (param is owner and is_sharded(grad))
                 ):
                     self._check_grad(param, grad, self._name(group, i))
-                work.params.append(param)
                 work.grads.append(grad)
             works += buckets.values()
         if self._changed:
@@ -339,15 +411,15 @@ class KernelOptimizer(torch.optim.Optimizer):
         """The states of the work's parameters; what is missing is created."""
         names = ("step", *self._state_tensors(work.group))
         columns: dict[str, list[Tensor]] = {name: [] for name in names}
-        for param in work.params:
-            state = self.state[param]
+        for owner, param in zip(work.owners, work.params, strict=True):
+            state = self.state[owner]
             if state:
-                self._fit(param, state, names[1])
+                self._fit(owner, state, names[1], param is owner)
             for name in names:
                 value = state.get(name)
                 if value is None:
-                    value = state[name] = self._initial(name, param, work.group)
-                columns[name].append(value)
+                    value = state[name] = self._initial(name, owner, work.group)
+                columns[name].append(value if param is owner else local(value))
         self._place_steps(work, columns["step"])
         return columns
 
@@ -362,12 +434,15 @@ class KernelOptimizer(torch.optim.Optimizer):
         work.on_device = work.on_device or "found_inf" in work.scaling or len(away) < len(steps)
         if work.on_device:
             for i in away:
-                steps[i] = self.state[work.params[i]]["step"] = moved(steps[i], device)
+                steps[i] = self.state[work.owners[i]]["step"] = moved(steps[i], device)
 
-    def _fit(self, param: Tensor, state: dict[str, Tensor], name: str) -> None:
-        """States follow a parameter whose dtype was changed by hand; a change of its shape is refused."""
+    def _fit(self, param: Tensor, state: dict[str, Tensor], name: str, plain: bool) -> None:
+        """States follow a parameter whose dtype or shards were changed by hand; a change of its shape is refused."""
         value = state.get(name)
-        if value is None or (value.dtype is state_dtype(param) and value.shape == param.shape):
+        if value is None:
+            return
+        placed = type(value) is Tensor if plain else axes(value) == axes(param)
+        if placed and value.dtype is state_dtype(param) and value.shape == param.shape:
             return
         if value.shape != param.shape:
             raise RuntimeError(
@@ -382,7 +457,9 @@ class KernelOptimizer(torch.optim.Optimizer):
             return torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
         if name == "ema":
             return as_state(param, param)
-        return torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
+        zeros = torch.empty_like(param, dtype=state_dtype(param), requires_grad=False)
+        local(zeros).zero_()
+        return zeros
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
@@ -409,30 +486,75 @@ class KernelOptimizer(torch.optim.Optimizer):
     # One operator call a group is all there is to compile: torch.compile runs it as it is, between its graphs.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step(self, clip_coef: Tensor | float | None = None) -> None:
-        works = self._collect(self._scaling(clip_coef))
-        if not self.state and self._is_dry_run(works):
-            for work in works:
-                self._states(work)
-            self._dry = True
-            return
-        self._forget_dry_run()
-        prepared = [(work, self._states(work)) for work in works]
-        self._launch_all(prepared)
+        with uninterrupted():
+            works = self._collect(self._scaling(clip_coef))
+            if not self.state and self._is_dry_run(works):
+                for work in works:
+                    self._states(work)
+                self._dry = True
+                return
+            self._forget_dry_run()
+            self._find_nonfinite(works)
+            prepared = [(work, self._states(work)) for work in works]
+            self._launch_all(prepared)
 
     def _launch_all(self, prepared: list[tuple[Work, dict[str, list[Tensor]]]]) -> None:
         for work, states in prepared:
             self._launch(work, states)
             torch.autograd.graph.increment_version(work.params)
+            if work.axes:
+                torch.autograd.graph.increment_version(work.owners)
+
+    def _find_nonfinite(self, works: list[Work]) -> None:
+        """With ``skip_nonfinite``, makes the whole step one that is left undone where a gradient of such a group is not
+        finite, on whichever rank: as if a gradient scaler had found it. Counts it. Nothing waits for a device."""
+        watched = [work for work in works if work.group["skip_nonfinite"]]
+        if not watched:
+            return
+        found = [self._largest(work) for work in watched]
+        reduce_(((value, work.axes) for value, work in zip(found, watched, strict=True)), "MAX")
+        home = found[0].device
+        bad = torch.stack([moved(value, home) for value in found]).amax()
+        for scaling in {id(work.scaling): work.scaling for work in works}.values():
+            if "found_inf" in scaling:
+                bad = torch.maximum(bad, (moved(scaling["found_inf"], home) != 0).to(bad.dtype).reshape(()))
+        count = next((g["skipped_steps"] for g in self.param_groups if g["skipped_steps"] is not None), None)
+        count = torch.zeros((), dtype=torch.int64) if count is None else count
+        count = moved(count, home)
+        count += bad.to(torch.int64)
+        for group in self.param_groups:
+            if group["skipped_steps"] is not count:
+                group["skipped_steps"] = count
+                self._checked.pop(id(group), None)
+        for work in works:
+            work.scaling["found_inf"] = moved(bad, work.device)
+
+    @staticmethod
+    def _largest(work: Work) -> Tensor:
+        """1 where a gradient of the work is not finite, otherwise 0; float32. It reads each gradient once."""
+        grads = [grad for grad in work.grads if grad.numel() > 0]
+        if not grads:
+            return torch.zeros((), dtype=torch.float32, device=work.device)
+        largest = torch.stack(torch._foreach_norm(grads, math.inf))
+        return (~largest.isfinite()).any().to(torch.float32)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``skip_nonfinite`` left undone. Reading waits for the device."""
+        counts = [group["skipped_steps"] for group in self.param_groups if group["skipped_steps"] is not None]
+        return int(counts[0]) if counts else 0
 
     def _is_dry_run(self, works: list[Work]) -> bool:
         """torch.distributed.checkpoint creates empty states by a first step with zero gradients and lr = 0. Such a step
         leaves all as a real first step expects it: no step is counted. Where a warm-up starts at lr = 0, asking waits
         for the device, once."""
-        return (
-            bool(works)
-            and all(self._lr_is_zero(group["lr"]) for group in self.param_groups)
-            and all(not grad.any() for work in works for grad in work.grads)
-        )
+        if not works or not all(self._lr_is_zero(group["lr"]) for group in self.param_groups):
+            return False
+        moves = [float(any(bool(grad.any()) for grad in work.grads)) for work in works]
+        # All ranks have to take the step for the same: on some of them a shard may have no gradient but zeros.
+        rows = [torch.tensor(value, device=work.device) for value, work in zip(moves, works, strict=True)]
+        reduce_(((row, work.axes) for row, work in zip(rows, works, strict=True)), "MAX")
+        return not any(map(bool, rows))
 
     @staticmethod
     def _lr_is_zero(lr: float | Tensor) -> bool:
@@ -458,18 +580,21 @@ class KernelOptimizer(torch.optim.Optimizer):
 
         float32 weights and their averages trade places without a copy; narrower weights are kept beside.
         """
-        if self._swapped:
-            return
+        if not self._swapped:
+            with uninterrupted():
+                self._swap_in()
+
+    def _swap_in(self) -> None:
         self._forget_dry_run()
         groups = [group for group in self.param_groups if group["use_ema_eval"]]
         entries = [(p, self.state[p]) for group in groups for p in group["params"] if "ema" in self.state.get(p, {})]
         for param, state in entries:
-            if state["ema"].shape != param.shape:
+            if local(state["ema"]).shape != local(param).shape:
                 raise RuntimeError(f"a parameter of shape {tuple(param.shape)} has an average of another shape")
         traded = [(p, state) for p, state in entries if p.dtype == state["ema"].dtype]
-        copied = [(p, state, p.detach().clone()) for p, state in entries if p.dtype != state["ema"].dtype]
+        copied = [(p, state, as_state(p, p, p.dtype)) for p, state in entries if p.dtype != state["ema"].dtype]
         for param, state, _ in copied:
-            param.copy_(state["ema"])
+            local(param).copy_(local(state["ema"]))
         self._trade([(param, state["ema"]) for param, state in traded])
         # Only now that the contents are in place: an exception above leaves the state as it was.
         for param, state in traded:
@@ -483,15 +608,19 @@ class KernelOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def train(self) -> None:
         """Puts the weights back that ``eval()`` took out; again is harmless."""
-        if not self._swapped:
-            return
+        if self._swapped:
+            with uninterrupted():
+                self._swap_out()
+
+    def _swap_out(self) -> None:
         entries = [
             (p, self.state[p]) for g in self.param_groups for p in g["params"] if "live" in self.state.get(p, {})
         ]
-        shared = [p.numel() > 0 and state["ema"].data_ptr() == p.data_ptr() for p, state in entries]
+        places = [(local(p), local(state["ema"])) for p, state in entries]
+        shared = [here.numel() > 0 and average.data_ptr() == here.data_ptr() for here, average in places]
         for (param, state), trade in zip(entries, shared, strict=True):
             if not trade:
-                param.copy_(state["live"])
+                local(param).copy_(local(state["live"]))
         self._trade([(p, state["live"]) for (p, state), trade in zip(entries, shared, strict=True) if trade])
         for (_, state), trade in zip(entries, shared, strict=True):
             live = state.pop("live")
@@ -506,11 +635,12 @@ class KernelOptimizer(torch.optim.Optimizer):
         buckets: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         for a, b in pairs:
             left, right = buckets.setdefault((a.device, a.dtype), ([], []))
-            left.append(a)
-            right.append(b)
+            left.append(local(a))
+            right.append(local(b))
         for (device, dtype), (left, right) in buckets.items():
             choose(self._backend_name, device, dtype).op("swap_")(left, right)
             torch.autograd.graph.increment_version(left)
+        torch.autograd.graph.increment_version([a for a, _ in pairs if is_sharded(a)])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -528,12 +658,15 @@ class KernelOptimizer(torch.optim.Optimizer):
                 self.train()
 
     @torch.no_grad()
-    def ema_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
+    def ema_state_dict(self, model: torch.nn.Module, *, full: bool = False) -> dict[str, Any]:
         """A copy of ``model.state_dict()`` with averaged weights, to save or to export; nothing is swapped.
 
         Every parameter that has an average comes averaged, in its own dtype, also where ``use_ema_eval`` is False. One
         that took no step yet, or is not ours, comes as it is. Raises RuntimeError where this optimizer keeps no
         average, ValueError where it knows no parameter of the model (a copy of a model has its own).
+
+        Sharded weights (DTensors) come sharded. ``full``: gathered, on the CPU of rank 0; the other ranks get an empty
+        dict, and hold one whole tensor at a time. All ranks have to call it then.
         """
         if not any(self._keeps_average(group) for group in self.param_groups):
             raise RuntimeError("ema_state_dict(): no group of this optimizer keeps an average")
@@ -542,11 +675,12 @@ class KernelOptimizer(torch.optim.Optimizer):
         exported: dict[str, Any] = model.state_dict(keep_vars=True)
         if not any(isinstance(value, Tensor) and value in ours for value in exported.values()):
             raise ValueError("ema_state_dict(): model has no parameter that this optimizer trains")
-        for name, value in exported.items():
+        for name, value in list(exported.items()):
             if isinstance(value, Tensor):
                 average = self.state.get(value, {}).get("ema", value)
-                exported[name] = torch.empty_like(value, requires_grad=False).copy_(average)
-        return exported
+                copy = as_state(value, average, value.dtype)
+                exported[name] = gathered(copy) if full else copy
+        return exported if not full or on_first_rank() else {}
 
     def _keeps_average(self, group: Group) -> bool:
         return "ema" in self._state_tensors(group)
@@ -590,7 +724,8 @@ class KernelOptimizer(torch.optim.Optimizer):
                     f"param_groups[{number}]: weight_decay {saved['weight_decay']} was Adam's, added to the gradient; "
                     "here it is decoupled, as in AdamW"
                 )
-            options = self._merged(saved, group)
+            self._check_format(saved, number)
+            options = self._merged(saved, group) | {"format_version": FORMAT}
             self._check_options(options)
             groups.append(options)
             for i, (key, param) in enumerate(zip(saved["params"], group["params"], strict=True)):
@@ -610,6 +745,16 @@ class KernelOptimizer(torch.optim.Optimizer):
             options["swapped"] = any("live" in state for state in loaded_here)
         self._incoming = incoming
         return {**loaded, "state": states, "param_groups": groups}
+
+    def _check_format(self, saved: Group, number: int) -> None:
+        version = saved.get("format_version", 0)
+        if isinstance(version, bool) or not isinstance(version, int) or version < 0:
+            raise ValueError(f"param_groups[{number}]: format_version must be an integer >= 0, got {version!r}")
+        if version > FORMAT:
+            raise ValueError(
+                f"param_groups[{number}] was saved in format {version} by a later pace_kernels; this one reads formats "
+                f"up to {FORMAT}"
+            )
 
     def _merged(self, saved: Group, group: Group) -> Group:
         """The options of a group after loading: the saved ones, and the present ones where none was saved."""
@@ -631,8 +776,8 @@ class KernelOptimizer(torch.optim.Optimizer):
         state.pop("last_ema_step", None)
         if (theta := state.pop("theta", None)) is not None and "ema" in state:
             # The published code holds the live weights twice. They are needed only where it was saved in eval mode.
-            same = theta.shape == param.shape and torch.equal(theta.to(param), param)
-            if not same and torch.equal(state["ema"].to(param), param):
+            same = theta.shape == param.shape and holds(param, theta)
+            if not same and state["ema"].shape == param.shape and holds(param, state["ema"]):
                 state["live"] = theta
             elif not same:
                 notes.append(f"{name}: the model holds neither its weights nor its average; load the model first")
@@ -649,7 +794,7 @@ class KernelOptimizer(torch.optim.Optimizer):
             if key in self.STATE_ROWS:
                 ours[key] = self._initial(key, param, group).copy_(value)
             else:
-                ours[key] = torch.empty_like(param).copy_(value) if key == "live" else as_state(param, value)
+                ours[key] = as_state(param, value, param.dtype if key == "live" else None)
         return ours
 
     def __getstate__(self) -> dict[str, Any]:
@@ -661,6 +806,9 @@ class KernelOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_incoming", None)
         self.__dict__.setdefault("_dry", False)
         self.__dict__.setdefault("_backend_name", None)
+        for group in self.param_groups:  # pickled before there were these
+            for name, value in {**_GROUP_STATE, "skip_nonfinite": False}.items():
+                group.setdefault(name, value)
         if self._incoming is not None:
             self.state.clear()
             self.state.update(self._incoming)

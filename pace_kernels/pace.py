@@ -19,6 +19,7 @@ from .optimizer import (
     plain_number,
     require,
 )
+from .sharding import Axes, gathered_rows
 from .torch_rules.pace import PaceOptions, average_weight, merge_stats
 
 
@@ -63,6 +64,9 @@ class PACE(KernelOptimizer):
         maximize: whether to maximize the objective.
         capturable: whether the step counts live on the parameters' device, for CUDA graphs. What changes between
             replays must be a tensor there too: lr, and the clip_coef of ``step()``.
+        skip_nonfinite: whether a NaN or an infinity in a gradient leaves the whole step undone, of all groups, and on
+            all ranks that a DTensor is sharded over; ``skipped_steps`` counts them. That reads the gradients once more.
+            By default they spread into the weights and states of their coordinates, as in ``torch.optim.AdamW``.
         backend: "cpu", "torch" or another name of ``backends()``, which works or raises; None takes the environment
             variable PACE_BACKEND, or else the fastest backend that is there.
 
@@ -86,7 +90,7 @@ class PACE(KernelOptimizer):
 
     STATE_TENSORS = ("exp_avg", "exp_avg_sq", "ema")
 
-    _step_stats: list[Tensor]
+    _step_stats: list[tuple[Tensor, Axes]]
 
     def __init__(
         self,
@@ -108,6 +112,7 @@ class PACE(KernelOptimizer):
         pullback_from: str = "weights",
         maximize: bool = False,
         capturable: bool = False,
+        skip_nonfinite: bool = False,
         backend: str | None = None,
     ) -> None:
         defaults = {
@@ -127,6 +132,7 @@ class PACE(KernelOptimizer):
             "pullback_from": pullback_from,
             "maximize": maximize,
             "capturable": capturable,
+            "skip_nonfinite": skip_nonfinite,
         }
         self._step_stats = []
         self._check_options(defaults)
@@ -167,7 +173,7 @@ class PACE(KernelOptimizer):
         if group["log_stats"]:
             dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
             stats = torch.empty(len(PACE_STATS), dtype=dtype, device=device)
-            self._step_stats.append(stats)
+            self._step_stats.append((stats, work.axes))
         work.backend.op("pace_step_")(
             work.params,
             work.grads,
@@ -185,11 +191,13 @@ class PACE(KernelOptimizer):
         ``raw_lambda_{mean,max,min}``: the gain before α c, w_t / D. ``effective_lambda_*``: α c w_t / D.
         ``lambda_*``: Λ, after the clamp. ``lambda_clipped_frac``: the share of coordinates where α c w_t / D ≥ 1.
         ``adam_step_norm``, ``pullback_norm``, ``update_norm``: 2-norms of x' − x, of the pullback, and of x₊ − x before
-        it is rounded to the parameter's dtype. They stay on the device until this call, which waits for it.
+        it is rounded to the parameter's dtype. They stay on the device until this call, which waits for it. Of sharded
+        parameters they are of all shards: all ranks have to make the call.
         """
         if not self._step_stats:
             return {}
-        values = merge_stats([s.to("cpu", torch.float64) for s in self._step_stats]).tolist()
+        rows = [row for stats, over in self._step_stats for row in gathered_rows(stats, over)]
+        values = merge_stats([row.to("cpu", torch.float64) for row in rows]).tolist()
         s = dict(zip(PACE_STATS, values, strict=True))
         count = s["count"]
         if count == 0:

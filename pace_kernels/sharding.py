@@ -1,0 +1,129 @@
+"""Sharded tensors: the kernels work on the local part of a DTensor, and states are DTensors as their parameters are.
+
+Nothing here goes through DTensor's dispatch, which costs tens of microseconds an operation: local parts are attributes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+# The axes of device meshes that a tensor is sharded over, as (mesh, number of the axis): what has to be added up for a
+# sum over all of its elements. Axes that hold copies are not among them.
+Axes: TypeAlias = tuple[tuple[Any, int], ...]
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor. There is none before torch.distributed.tensor was imported, which takes a second."""
+    if type(tensor) in _PLAIN:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that lies on this rank; a plain tensor itself."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def axes(tensor: Tensor) -> Axes:
+    """The axes that a DTensor is sharded over; of a plain tensor, none."""
+    if not is_sharded(tensor):
+        return ()
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    return tuple((mesh, k) for k, placed in enumerate(placements) if not placed.is_replicate() and mesh.size(k) > 1)
+
+
+def is_partial(tensor: Tensor) -> bool:
+    """Whether the ranks hold summands of a DTensor instead of its elements."""
+    return is_sharded(tensor) and any(placed.is_partial() for placed in tensor.placements)  # type: ignore[attr-defined]
+
+
+def local_as(param: Tensor, value: Tensor) -> Tensor:
+    """What of ``value``, of the shape of ``param``, belongs to the local part of ``param``.
+
+    A DTensor that is placed otherwise is redistributed, which all ranks of its mesh have to take part in.
+    """
+    if not is_sharded(param):
+        # A whole DTensor for a plain parameter, as a checkpoint of a sharded run may have it.
+        return value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined, no-any-return]
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    if not is_sharded(value):
+        from torch.distributed.tensor import distribute_tensor
+
+        # Every rank has all of it and takes its part: no communication.
+        value = distribute_tensor(value.to(param.device), mesh, placements, src_data_rank=None)
+    elif value.placements != placements or value.device_mesh != mesh:  # type: ignore[attr-defined]
+        value = value.redistribute(mesh, placements)  # type: ignore[attr-defined]
+    return _arrived(local(value))
+
+
+def _arrived(tensor: Tensor) -> Tensor:
+    """Collectives of DTensor are asynchronous: what one brings has to be waited for before a kernel reads it."""
+    if type(tensor) not in _PLAIN and hasattr(tensor, "wait"):
+        return tensor.wait()  # type: ignore[no-any-return]
+    return tensor
+
+
+def reduce_(rows: Iterable[tuple[Tensor, Axes]], op: str = "SUM") -> None:
+    """Adds up each row in place (or takes the MAX or MIN) over the ranks along its axes: rows of one dtype and length.
+    One collective for each axis, whatever the number of rows (and for each device, should there be several)."""
+    by_axis: dict[tuple[Any, int, torch.device], list[Tensor]] = {}
+    for row, its_axes in rows:
+        for mesh, k in its_axes:
+            by_axis.setdefault((mesh, k, row.device), []).append(row)
+    for (mesh, k, _), some in by_axis.items():
+        all_reduce_(some, mesh.get_group(k), op)
+
+
+def all_reduce_(rows: list[Tensor], process_group: Any, op: str = "SUM") -> None:
+    """Adds up each row in place over the ranks of a process group, all in one collective."""
+    import torch.distributed as dist
+
+    packed = torch.stack(rows)
+    if dist.get_backend(process_group) == "nccl" and packed.device.type == "cpu":
+        packed = packed.cuda()
+    dist.all_reduce(packed, getattr(dist.ReduceOp, op), group=process_group)
+    for row, reduced in zip(rows, packed.unbind(), strict=True):
+        row.copy_(reduced)
+
+
+def gathered_rows(row: Tensor, its_axes: Axes) -> list[Tensor]:
+    """The rows of all ranks along the axes, in their order."""
+    rows = [row]
+    for mesh, k in its_axes:
+        packed = torch.stack(rows)
+        parts = [torch.empty_like(packed) for _ in range(mesh.size(k))]
+        torch.distributed.all_gather(parts, packed, group=mesh.get_group(k))
+        rows = list(torch.cat(parts).unbind())
+    return rows
+
+
+def agree(value: bool, device: torch.device, its_axes: Axes) -> bool:
+    """Whether ``value`` is true on all ranks along the axes."""
+    if not its_axes:
+        return value
+    row = torch.tensor(float(value), device=device)
+    reduce_([(row, its_axes)], "MIN")
+    return bool(row)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor, on the CPU; where it is sharded, only on rank 0 (elsewhere an empty one)."""
+    if is_sharded(tensor):
+        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+        if not on_first_rank():
+            return tensor.new_empty(0, device="cpu")
+    return tensor.cpu()
+
+
+def on_first_rank() -> bool:
+    """Whether this is rank 0, or the only one."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0
