@@ -85,7 +85,8 @@ def _total_norm(grads: list[Tensor], norm_type: float) -> Tensor:
     scaler has scaled are beyond float16."""
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for grad in grads:
-        alike.setdefault((grad.device, grad.dtype), []).append(grad)
+        if grad.numel() > 0:  # of nothing there is no largest element
+            alike.setdefault((grad.device, grad.dtype), []).append(grad)
     norms: list[Tensor] = []
     for (_, dtype), some in alike.items():
         wide = dtype if dtype == torch.float64 else torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import os
 import tempfile
@@ -19,6 +20,7 @@ TIMEOUT = 120  # seconds
 
 def _serve(rank: int, world: int, rendezvous: str, connection: Connection) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    faulthandler.enable()
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",
@@ -27,7 +29,11 @@ def _serve(rank: int, world: int, rendezvous: str, connection: Connection) -> No
         world_size=world,
         timeout=timedelta(seconds=TIMEOUT),
     )
-    while (order := connection.recv()) is not None:
+    while True:
+        try:
+            order = connection.recv()
+        except EOFError:  # the tests are over
+            break
         function, arguments = order
         try:
             connection.send((True, function(*arguments)))
@@ -62,24 +68,21 @@ class Ranks:
             try:
                 done, result = connection.recv()
             except EOFError:
-                done, result = False, "it died"
+                self._processes[rank].join(timeout=10)
+                done, result = False, f"it died, exit code {self._processes[rank].exitcode}"
             results.append(result)
             if not done:
                 failures.append(f"rank {rank}: {result}")
         if failures:
-            self.close(kill=True)  # the others may be waiting in a collective
             start.cache_clear()
+            self.kill()  # the others may be waiting in a collective
             raise AssertionError("\n".join(failures))
         return results
 
-    def close(self, kill: bool = False) -> None:
-        for connection, process in zip(self._connections, self._processes, strict=True):
-            if kill:
-                process.kill()
-            elif process.is_alive():
-                connection.send(None)
+    def kill(self) -> None:
         for process in self._processes:
-            process.join(timeout=10)
+            process.kill()
+            process.join()
         self._folder.cleanup()
 
 
