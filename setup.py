@@ -46,7 +46,8 @@ DEFINES = [
     ("PACE_CPU_VARIANTS", " ".join(f"X({isa})" for isa in ISA_FLAGS)),
 ]
 KERNELS = "csrc/cpu/kernels.cpp"  # compiled once per instruction set
-SOURCES = ["csrc/module.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("isa", "mada_ops", "pace_ops", "swap_ops"))]
+OPERATORS = ("mada_ops", "pace_ops", "pullback_ops", "swap_ops")
+SOURCES = ["csrc/module.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("isa", *OPERATORS))]
 HERE = os.path.dirname(os.path.abspath(__file__))
 HEADERS = sorted(path for end in ("h", "cuh") for path in glob(f"csrc/**/*.{end}", root_dir=HERE, recursive=True))
 
@@ -61,7 +62,7 @@ CUDA_SOURCES = ["csrc/cuda/module.cpp", "csrc/cuda/ops.cpp", "csrc/cuda/plan.cpp
 FORMATS = [("Float32", "Float32")]
 FORMATS += [(x, g) for x in ("BFloat16", "Float16") for g in (x, "Float32")]
 CUDA_KERNELS = [
-    *(("pace", "csrc/cuda/pace.cu", []), ("small", "csrc/cuda/small.cu", [])),
+    *((name, f"csrc/cuda/{name}.cu", []) for name in ("pace", "pullback", "small")),
     *((f"mada_{x}_{g}", "csrc/cuda/mada.cu", [f"-DPACE_X={x}", f"-DPACE_G={g}"]) for x, g in FORMATS),
 ]
 

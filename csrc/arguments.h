@@ -1,5 +1,6 @@
 // The operators' arguments by name, and the checks of them that all devices share. Declared in pace_kernels/ops.py;
-// each device registers its own function of the struct, through pace_step_, mada_step_, mada_learn_ and swap_ below.
+// each device registers its own function of the struct, through pace_step_, mada_step_, mada_learn_, pullback_
+// and swap_ below.
 #pragma once
 
 #include <optional>
@@ -54,6 +55,17 @@ struct LearnArguments {
   std::vector<double> hyper_lr, hyper_momentum, lower, upper;
   double clip;
   int64_t warmup;
+};
+
+struct PullbackArguments {
+  TensorList params, befores, second_moments, emas, steps;
+  std::optional<Tensor> stats, lr, found_inf;
+  PullbackOptions options;
+  bool capturable;
+
+  bool pull() const { return options.pulls(); }
+  bool before() const { return !befores.empty(); }
+  bool moment() const { return !second_moments.empty(); }
 };
 
 constexpr int kHypergradients = kCoefficients + 1;  // what a call leaves: a sum for each coefficient, and the lr
@@ -137,6 +149,23 @@ inline void check_arguments(const LearnArguments& a, const Place& place) {
   check_one("found_inf", a.found_inf, place);
 }
 
+inline void check_arguments(const PullbackArguments& a, const Place& place) {
+  check_options(a.options.pace);
+  const std::optional<double>& gain = a.options.gain;
+  STD_TORCH_CHECK(!gain || (*gain >= 0.0 && *gain <= 1.0), "gain must lie in [0, 1], got ", gain.value_or(0.0));
+  STD_TORCH_CHECK(a.options.step_offset >= 0, "step_offset must be >= 0, got ", a.options.step_offset);
+  STD_TORCH_CHECK(a.pull() || !a.before(), "befores must be empty where nothing pulls");
+  STD_TORCH_CHECK(a.pull() || !a.moment(), "second_moments must be empty where nothing pulls");
+  STD_TORCH_CHECK(!gain || !a.moment(), "second_moments must be empty where gain is given");
+  check_length("befores", a.befores, a.params, "");
+  check_length("second_moments", a.second_moments, a.params, gain || !a.pull() ? "" : nullptr);
+  check_length("emas", a.emas, a.params);
+  check_length("steps", a.steps, a.params);
+  if (a.stats) check_doubles("stats", *a.stats, kPaceStats, place);
+  check_lr(a.lr, place);
+  check_one("found_inf", a.found_inf, place);
+}
+
 inline HyperOptions hyper_options(const LearnArguments& a, size_t k) {
   return {a.hyper_lr[k], a.hyper_momentum[k], a.lower[k], a.upper[k], a.clip};
 }
@@ -208,6 +237,29 @@ void mada_learn_(Tensor coefficients, Tensor momenta, Tensor hypergradients, Ten
                  int64_t warmup) {
   run({coefficients, momenta, hypergradients, hyper_step, std::move(sums), found_inf, learn, std::move(hyper_lr),
        std::move(hyper_momentum), std::move(lower), std::move(upper), clip, warmup});
+}
+
+template <void (*run)(const PullbackArguments&)>
+void pullback_(TensorList params, TensorList befores, TensorList second_moments, TensorList emas, TensorList steps,
+               std::optional<Tensor> stats, std::optional<Tensor> lr_tensor, std::optional<Tensor> found_inf, double lr,
+               double lambda_pullback, std::optional<double> gain, bool clamp_pullback, double beta2, double eps,
+               int64_t step_offset, double beta_ema, std::optional<double> ema_kappa, double ema_rho, double ema_gamma,
+               int64_t ema_update_freq, bool capturable) {
+  PaceOptions pace{};
+  pace.lr = lr, pace.beta2 = beta2, pace.eps = eps;
+  pace.lambda_pullback = lambda_pullback, pace.clamp_pullback = clamp_pullback;
+  pace.beta_ema = beta_ema, pace.ema_kappa = ema_kappa, pace.ema_rho = ema_rho, pace.ema_gamma = ema_gamma;
+  pace.ema_update_freq = ema_update_freq;
+  run({std::move(params),
+       std::move(befores),
+       std::move(second_moments),
+       std::move(emas),
+       std::move(steps),
+       stats,
+       lr_tensor,
+       found_inf,
+       {pace, gain, step_offset},
+       capturable});
 }
 
 template <void (*run)(const TensorList&, const TensorList&)>

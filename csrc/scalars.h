@@ -11,6 +11,7 @@
 
 #include "rules/mada.h"
 #include "rules/pace.h"
+#include "rules/pullback.h"
 
 namespace pace {
 
@@ -60,6 +61,34 @@ PACE_RULE PaceScalars pace_scalars(const PaceOptions& o, double t, float factor)
   s.one_minus_weight = static_cast<float>(1.0 - w);
   s.from_step = o.pullback_from_step;
   s.moves = average_moves(o, t);
+  return s;
+}
+
+// Options of the pullback behind another optimizer's step; those that PACE has too in `pace`, where beta2 is 0 if the
+// second moment has no bias correction, and what belongs to AdamW's own step means nothing.
+struct PullbackOptions {
+  PaceOptions pace;
+  std::optional<double> gain;  // Π, in place of the second moment's gain
+  int64_t step_offset;         // the base's steps before the first of the average
+
+  bool pulls() const { return gain ? *gain != 0.0 : pace.lambda_pullback != 0.0; }
+};
+
+// The gain, but for 1 / D where there is a second moment.
+PACE_RULE double pullback_gain(const PullbackOptions& o, double t) {
+  return o.gain ? *o.gain : o.pace.lr * o.pace.lambda_pullback * gain_weight(o.pace, t);
+}
+
+PACE_RULE PullbackScalars pullback_scalars(const PullbackOptions& o, double t) {
+  const double w = average_weight(o.pace, t);
+  PullbackScalars s;
+  s.inv_bias2 = static_cast<float>(1.0 / (1.0 - std::pow(o.pace.beta2, t + static_cast<double>(o.step_offset))));
+  s.eps = static_cast<float>(o.pace.eps);
+  s.gain = static_cast<float>(pullback_gain(o, t));
+  s.gain_cap = o.pace.clamp_pullback ? 1.0f : std::numeric_limits<float>::infinity();
+  s.weight = static_cast<float>(w);
+  s.one_minus_weight = static_cast<float>(1.0 - w);
+  s.moves = average_moves(o.pace, t);
   return s;
 }
 

@@ -45,6 +45,12 @@ PACE_RULE PaceStatScalars pace_stat_scalars(const PaceOptions& o, double t) {
   return {w, o.lr * o.lambda_pullback * w, o.clamp_pullback ? 1.0 : std::numeric_limits<double>::infinity()};
 }
 
+// The same of a pullback behind another optimizer's step. With a constant gain 1/D counts as 1, and the gain before α c
+// says nothing.
+PACE_RULE PaceStatScalars pullback_stat_scalars(const PullbackOptions& o, double t) {
+  return {gain_weight(o.pace, t), pullback_gain(o, t), pace_stat_scalars(o.pace, t).cap};
+}
+
 PACE_RULE void clear_stats(double* stats) {
   for (int k = 0; k < kPaceStats; ++k) stats[k] = 0.0;
   stats[kRawMin] = stats[kGainMin] = stats[kClampedMin] = std::numeric_limits<double>::infinity();

@@ -57,6 +57,17 @@ _LIBRARY.define(
     "float[] upper, float clip, "
     "int warmup) -> ()"
 )
+# The average and the pullback behind another optimizer's step (csrc/rules/pullback.h), which left its weights in
+# `params`. The pull is `gain` where it is given, otherwise that of `second_moments` (the parameter's dtype or float32;
+# empty with `gain`), bias-corrected by beta2 at the step that is `step_offset` beyond that of `steps`. The distance is
+# measured from `befores`, the weights before the base's step, in the parameter's dtype; where the list is empty, from
+# `params`. Where nothing pulls (gain or, without it, lambda_pullback 0) both are empty and `params` is only read.
+_LIBRARY.define(
+    "pullback_(Tensor(a!)[] params, Tensor[] befores, Tensor[] second_moments, Tensor(b!)[] emas, Tensor(c!)[] steps, "
+    "Tensor(d!)? stats=None, Tensor? lr_tensor=None, Tensor? found_inf=None, *, float lr, float lambda_pullback, "
+    "float? gain, bool clamp_pullback, float beta2, float eps, int step_offset, float beta_ema, float? ema_kappa, "
+    "float ema_rho, float ema_gamma, int ema_update_freq, bool capturable) -> ()"
+)
 # Exchanges the contents of a[i] and b[i], both float32, without a copy of either.
 _LIBRARY.define("swap_(Tensor(a!)[] a, Tensor(b!)[] b) -> ()")
 
@@ -105,6 +116,11 @@ def _(params, grads, *lists, **options):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("pace_kernels::mada_learn_", lib=_LIBRARY)
 def _(coefficients, momenta, hypergradients, hyper_step, sums, found_inf=None, **options):  # type: ignore[no-untyped-def]
     pass
+
+
+@torch.library.register_fake("pace_kernels::pullback_", lib=_LIBRARY)
+def _(params, befores, second_moments, emas, steps, *tensors, **options):  # type: ignore[no-untyped-def]
+    _check_lengths(params, {"emas": emas, "steps": steps}, {"befores": befores, "second_moments": second_moments})
 
 
 @torch.library.register_fake("pace_kernels::swap_", lib=_LIBRARY)

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import learn_kernel, scalars, sums
-from .launch import MADA, PACE, SWAP, Sweep, Target, compile_options
+from .launch import MADA, PACE, PULLBACK, SWAP, Sweep, Target, compile_options
 from .table import Part
 
 # Types of the kernels' arguments that are not numbers in float64 and not compiled in.
@@ -50,6 +50,13 @@ _PACE_FLAGS = {  # name: MOMENT, PULL, AVERAGE
     " without pullback": (True, False, True),
     " AdamW": (True, False, False),
     " without first moment": (False, True, True),
+}
+_PULLBACK_FLAGS = {  # name: BEFORE, MOMENT, PULL
+    "": (True, True, True),
+    " from the step": (False, True, True),
+    " constant": (True, False, True),
+    " constant from the step": (False, False, True),
+    " average": (False, False, False),
 }
 _MADA_FLAGS = {  # name: LAG, DIFF, SECOND, LION, ADAM
     "": (True, True, True, True, True),
@@ -98,6 +105,12 @@ def _sweeps() -> dict[str, Variant]:
             add(f"pace {name}{label}", PACE, part, STATS=False, **flags, **absent)
             if label in ("", " without pullback"):
                 add(f"pace {name}{label} stats", PACE, part, STATS=True, **flags)
+        for label, (before, moment, pull) in _PULLBACK_FLAGS.items():
+            flags = {"BEFORE": before, "MOMENT": moment, "PULL": pull}
+            absent = {"stat_scalars_ptr": None, "rows_ptr": None, "found_inf_ptr": None}
+            add(f"pullback {name}{label}", PULLBACK, part, STATS=False, **flags, **absent)
+            if label == "":
+                add(f"pullback {name} stats", PULLBACK, part, STATS=True, **flags)
         for label, (lag, diff, second, lion, adam) in _MADA_FLAGS.items():
             flags = {"LAG": lag, "DIFF": diff, "SECOND": second, "LION": lion, "ADAM": adam}
             absent = {} if lag else {"factors_ptr": None, "rows_ptr": None, "found_inf_ptr": None}
@@ -117,6 +130,8 @@ def variants() -> dict[str, Variant]:
         where = " on device" if on_device else ""
         absent = {} if on_device else {"lr_ptr": None, "grad_scale_ptr": None, "found_inf_ptr": None}
         found[f"pace scalars{where}"] = Variant(scalars._pace_scalars_kernel, {"ON_DEVICE": on_device, **absent})
+        flags = {"ON_DEVICE": on_device, **{k: v for k, v in absent.items() if k != "grad_scale_ptr"}}
+        found[f"pullback scalars{where}"] = Variant(scalars._pullback_scalars_kernel, flags)
         flags = {"ON_DEVICE": on_device, "LAG": True, "GRADS_KEPT": True, **absent}
         found[f"mada scalars{where}"] = Variant(scalars._mada_scalars_kernel, flags)
     for name, kernel, row, result in (

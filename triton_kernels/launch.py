@@ -11,6 +11,7 @@ import torch
 
 from .mada_kernel import _mada_kernel
 from .pace_kernel import _pace_kernel
+from .pullback_kernel import _pullback_kernel
 from .swap_kernel import _swap_kernel
 from .table import TRITON_DTYPES, Part
 
@@ -67,6 +68,7 @@ class Sweep:
 # bytes an element, are moved 8 bytes at a time. ptxas 12.8 and 13, sm_80 to sm_120.
 PACE = Sweep(_pace_kernel, warps=8, narrow=8)
 MADA = Sweep(_mada_kernel, warps=4, narrow=4, registers=168)
+PULLBACK = Sweep(_pullback_kernel, warps=8, narrow=8)
 SWAP = Sweep(_swap_kernel, warps=8, narrow=4)
 
 

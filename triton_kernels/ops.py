@@ -24,7 +24,7 @@ from .checks import (
     check_steps,
     require,
 )
-from .launch import MADA, PACE, SWAP, Sweep, launch, target_of
+from .launch import MADA, PACE, PULLBACK, SWAP, Sweep, launch, target_of
 from .sweep import CHUNK
 from .table import Plan, Uploads, plan, upload
 
@@ -33,16 +33,18 @@ _hyper_options = Uploads(1 << 16)
 
 # What the kernels of scalars take by the names of the operators' options.
 _NUMBERS = ("beta1", "beta2", "eps", "weight_decay", "lambda_pullback", "beta_ema", "ema_rho", "ema_gamma")
+_PULLBACK_NUMBERS = ("beta2", "eps", "lambda_pullback", "beta_ema", "ema_rho", "ema_gamma")
 _MADA_NUMBERS = ("beta3", "rho", "c", "gamma", "lion_beta1", "lion_beta2")
+_SWITCHES = ("clamp_pullback", "ema_update_freq", "pullback_from_step", "maximize")
 
 
-def _scalar_options(o: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+def _scalar_options(o: dict[str, Any], names: tuple[str, ...], switches: tuple[str, ...] = _SWITCHES) -> dict[str, Any]:
     kappa = o["ema_kappa"]
     return {
         **{name: float(o[name]) for name in ("lr", *names)},
         "decays": int(kappa is not None),
         "ema_kappa": 0.0 if kappa is None else float(kappa),
-        **{name: int(o[name]) for name in ("clamp_pullback", "ema_update_freq", "pullback_from_step", "maximize")},
+        **{name: int(o[name]) for name in switches},
     }
 
 
@@ -60,6 +62,9 @@ def _is_dense(t: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+_READ_ONLY = (table.G.value, table.BEFORE.value)
 
 
 class Staged:
@@ -84,7 +89,7 @@ class Staged:
                     continue
                 copy = torch.empty_strided(memory.shape, memory.stride(), dtype=t.dtype, device=t.device).copy_(t)
                 self.columns[column][i] = copy
-                if column != table.G.value:
+                if column not in _READ_ONLY:
                     self._back.append((t, copy))
 
     def write_back(self) -> None:
@@ -106,6 +111,8 @@ _COLUMNS = {
     "last_grads": table.LAST_G.value,
     "older_grads": table.OLDER_G.value,
     "emas": table.E.value,
+    "befores": table.BEFORE.value,
+    "second_moments": table.G.value,  # in the place of the gradient, since it may be as narrow
     "a": table.X.value,
     "b": table.E.value,
 }
@@ -117,10 +124,13 @@ def _device(params: list[Tensor], otherwise: Tensor | None = None) -> torch.devi
     return _CPU if otherwise is None else otherwise.device
 
 
+_READ = ("grads", "befores", "second_moments")
+
+
 def _check_lists(lists: dict[str, list[Tensor]], device: torch.device) -> None:
     for name, tensors in lists.items():
-        weights = name in ("params", "grads")
-        check_operands(name, tensors, lists["params"], device, state=not weights, written=name != "grads")
+        read = name in _READ
+        check_operands(name, tensors, lists["params"], device, state=not read and name != "params", written=not read)
 
 
 @dataclass
@@ -476,6 +486,72 @@ def mada_learn_(
         hyper_warmup=warmup,
         clip=float(clip),
     )
+
+
+@torch.no_grad()
+def pullback_(
+    params: list[Tensor],
+    befores: list[Tensor],
+    second_moments: list[Tensor],
+    emas: list[Tensor],
+    steps: list[Tensor],
+    stats: Tensor | None = None,
+    lr_tensor: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    *,
+    gain: float | None,
+    step_offset: int,
+    **options: Any,
+) -> None:
+    """What the operator ``pullback_`` does."""
+    check_options({**options, "beta1": 0.0, "weight_decay": 0.0})
+    require(gain is None or 0.0 <= gain <= 1.0, f"gain must lie in [0, 1], got {gain}")
+    require(step_offset >= 0, f"step_offset must be >= 0, got {step_offset}")
+    pull = options["lambda_pullback"] != 0.0 if gain is None else gain != 0.0
+    require(pull or not befores, "befores must be empty where nothing pulls")
+    require(pull or not second_moments, "second_moments must be empty where nothing pulls")
+    require(gain is None or not second_moments, "second_moments must be empty where gain is given")
+    check_length("befores", befores, params, "")
+    check_length("second_moments", second_moments, params, "" if gain is not None or not pull else None)
+    check_length("emas", emas, params)
+    check_length("steps", steps, params)
+    device = _device(params, stats)
+    check_doubles("stats", stats, 14, device)
+    given = _scaling_arguments(device, lr_tensor, None, None, found_inf)
+    on_device = _counts_on_device(options["capturable"], found_inf, device)
+    check_steps(steps, device if on_device else _CPU)
+    before, moment = bool(befores), bool(second_moments)
+    lists = {"params": params, "emas": emas}
+    lists |= ({"befores": befores} if before else {}) | ({"second_moments": second_moments} if moment else {})
+    _check_lists(lists, device)
+    for i, t in enumerate(befores):
+        require(t.dtype == params[i].dtype, f"befores[{i}] must be of its parameter's dtype")
+
+    layout = _lay_out(lists, steps, [], on_device, device)
+    scalar_rows = torch.empty(len(params), scalars.PULLBACK_WIDTH.value, dtype=torch.float32, device=device)
+    stat_rows = rows = None
+    if stats is not None:
+        stat_rows = torch.empty(len(params), scalars.STAT_WIDTH.value, dtype=torch.float64, device=device)
+        rows = torch.empty(layout.plan.rows, sums.STATS_WIDTH.value, dtype=torch.float64, device=device)
+    _each_step_count(
+        layout,
+        scalars._pullback_scalars_kernel,
+        scalars_ptr=scalar_rows,
+        stat_scalars_ptr=stat_rows,
+        lr_ptr=given["lr_ptr"],
+        found_inf_ptr=found_inf,
+        constant=int(gain is not None),
+        gain=0.0 if gain is None else float(gain),
+        step_offset=step_offset,
+        **_scalar_options(options, _PULLBACK_NUMBERS, ("clamp_pullback", "ema_update_freq")),
+        ON_DEVICE=on_device,
+    )
+    flags = {"BEFORE": before, "MOMENT": moment, "PULL": pull, "STATS": stats is not None}
+    tables = {"scalars_ptr": scalar_rows, "stat_scalars_ptr": stat_rows, "rows_ptr": rows, "found_inf_ptr": found_inf}
+    _sweep(PULLBACK, layout, **tables, **flags)
+    _finish(layout, steps, on_device)
+    if stats is not None and rows is not None:
+        _add_up(sums._sum_stats_kernel, rows, stats, found_inf_ptr=found_inf)
 
 
 @torch.no_grad()

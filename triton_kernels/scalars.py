@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .mada import MadaScalars
 from .pace import PaceScalars
+from .pullback import PullbackScalars
 from .table import LAST_SCALARS, STEP, TABLE_WIDTH
 
 # Tensors a program: a warp's lanes.
@@ -24,6 +25,7 @@ LANES = tl.constexpr(32)
 # Floats a tensor in the tables of scalars, and where MADA's parts begin: the new step, the one that is redone, the
 # pullback; and whether no gradient was kept yet.
 PACE_WIDTH = tl.constexpr(16)
+PULLBACK_WIDTH = tl.constexpr(8)
 MADA_REDO = tl.constexpr(28)
 MADA_PULL = tl.constexpr(56)
 MADA_FIRST = tl.constexpr(72)
@@ -142,6 +144,26 @@ def pace_scalars(o, t, factor):
         weight=single(w),
         one_minus_weight=single(1.0 - w),
         from_step=single(o.pullback_from_step),
+        moves=single(average_moves(o, t)),
+    )
+
+
+@triton.jit
+def pullback_gain(o, constant, gain, t):
+    """The gain, but for 1 / D where there is a second moment: with `constant` it is `gain`."""
+    return tl.where(constant != 0, gain, o.lr * o.lambda_pullback * gain_weight(o, t))
+
+
+@triton.jit
+def pullback_scalars(o, constant, gain, step_offset, t):
+    w = tl.where(o.decays != 0, gain_weight(o, t), o.beta_ema)
+    return PullbackScalars(
+        inv_bias2=single(1.0 / (1.0 - power(o.beta2, t + step_offset))),
+        eps=single(o.eps),
+        gain=single(pullback_gain(o, constant, gain, t)),
+        gain_cap=single(tl.where(o.clamp_pullback != 0, 1.0, float("inf"))),
+        weight=single(w),
+        one_minus_weight=single(1.0 - w),
         moves=single(average_moves(o, t)),
     )
 
@@ -266,6 +288,19 @@ def load_pace_scalars(ptr):
 
 
 @triton.jit
+def load_pullback_scalars(ptr):
+    return PullbackScalars(
+        inv_bias2=tl.load(ptr),
+        eps=tl.load(ptr + 1),
+        gain=tl.load(ptr + 2),
+        gain_cap=tl.load(ptr + 3),
+        weight=tl.load(ptr + 4),
+        one_minus_weight=tl.load(ptr + 5),
+        moves=tl.load(ptr + 6),
+    )
+
+
+@triton.jit
 def load_mada_scalars(ptr):
     return MadaScalars(
         beta1=tl.load(ptr),
@@ -375,6 +410,66 @@ def _pace_scalars_kernel(
         row_ptr = stat_scalars_ptr + tensor * STAT_WIDTH
         tl.store(row_ptr, w, mask=mask)
         tl.store(row_ptr + 1, o.lr * o.lambda_pullback * w, mask=mask)
+        tl.store(row_ptr + 2, tl.where(o.clamp_pullback != 0, double(1.0), double(float("inf"))), mask=mask)
+
+
+@triton.jit(do_not_specialize=[*_RUNTIME, "constant", "step_offset"])
+def _pullback_scalars_kernel(
+    table_ptr,
+    scalars_ptr,
+    stat_scalars_ptr,
+    lr_ptr,
+    found_inf_ptr,
+    first,
+    count,
+    steps_taken: tl.float64,
+    lr: tl.float64,
+    beta2: tl.float64,
+    eps: tl.float64,
+    lambda_pullback: tl.float64,
+    clamp_pullback,
+    constant,
+    gain: tl.float64,
+    step_offset,
+    beta_ema: tl.float64,
+    decays,
+    ema_kappa: tl.float64,
+    ema_rho: tl.float64,
+    ema_gamma: tl.float64,
+    ema_update_freq,
+    ON_DEVICE: tl.constexpr,
+):
+    """The same for the pullback behind another optimizer's step. What belongs to AdamW's own step means nothing."""
+    if skipped(found_inf_ptr):
+        return
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    mask = lane < count
+    tensor = (first + lane).to(tl.int64)
+    t = advanced(table_ptr + tensor * TABLE_WIDTH, steps_taken, mask, ON_DEVICE)
+    o = PaceOptions(
+        read_lr(lr, lr_ptr),
+        double(0.0),
+        double(beta2),
+        double(eps),
+        double(0.0),
+        double(lambda_pullback),
+        clamp_pullback,
+        double(beta_ema),
+        decays,
+        double(ema_kappa),
+        double(ema_rho),
+        double(ema_gamma),
+        ema_update_freq,
+        0,
+        0,
+    )
+    given = double(gain)
+    s = pullback_scalars(o, constant, given, step_offset, t)
+    store_fields(scalars_ptr + tensor * PULLBACK_WIDTH, s, mask)
+    if stat_scalars_ptr is not None:
+        row_ptr = stat_scalars_ptr + tensor * STAT_WIDTH
+        tl.store(row_ptr, gain_weight(o, t), mask=mask)
+        tl.store(row_ptr + 1, pullback_gain(o, constant, given, t), mask=mask)
         tl.store(row_ptr + 2, tl.where(o.clamp_pullback != 0, double(1.0), double(float("inf"))), mask=mask)
 
 

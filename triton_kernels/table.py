@@ -34,6 +34,7 @@ W = tl.constexpr(11)
 L = tl.constexpr(12)
 LAST_G = tl.constexpr(13)
 OLDER_G = tl.constexpr(14)
+BEFORE = tl.constexpr(15)
 TABLE_WIDTH = tl.constexpr(16)
 
 # Columns that are not swept, and may be aligned to 4 bytes alone.

@@ -34,10 +34,17 @@ struct MadaWork {
   PaceScalars pull;
 };
 
+struct PullbackWork {
+  Stream x, before, v, e;  // null where it is not in play
+  bool pull, average;      // flags of pullback_rule
+  PullbackScalars scalars;
+};
+
 // Each function does elements [begin, end) of one tensor.
 struct Kernels {
-  void (*pace)(const PaceWork& work, int64_t begin, int64_t end, PaceSums* sums);  // sums may be null
-  void (*mada)(const MadaWork& work, int64_t begin, int64_t end, double* sums);    // six sums, where it lags
+  void (*pace)(const PaceWork& work, int64_t begin, int64_t end, PaceSums* sums);          // sums may be null
+  void (*mada)(const MadaWork& work, int64_t begin, int64_t end, double* sums);            // six sums, where it lags
+  void (*pullback)(const PullbackWork& work, int64_t begin, int64_t end, PaceSums* sums);  // sums may be null
   void (*swap)(const Stream& a, const Stream& b, int64_t begin, int64_t end);
 };
 

@@ -11,6 +11,10 @@ namespace pace {
 const void* pace_scalars_function();
 const void* pace_kernel_function(const KernelId& id);
 
+// The pullback's (pullback.cu).
+const void* pullback_scalars_function();
+const void* pullback_kernel_function(const KernelId& id);
+
 // Launches a kernel on a device's stream; null, or what went wrong.
 const char* launch_kernel(const KernelId& id, int32_t blocks, int32_t threads, const void* parameters, int32_t device,
                           void* stream);

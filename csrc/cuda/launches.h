@@ -47,6 +47,11 @@ struct MadaStepScalars {
   int32_t first;  // no last gradient was kept yet
 };
 
+struct PullbackStepScalars {
+  PullbackScalars rule;
+  PaceStatScalars stat;
+};
+
 // One thread a tensor: advances its step count and computes its scalars.
 struct PaceScalarsLaunch {
   static constexpr int kCapacity = 4000;
@@ -77,6 +82,18 @@ struct MadaScalarsLaunch {
   int32_t tensors;
 };
 static_assert(sizeof(MadaScalarsLaunch) <= kParameterBytes);
+
+struct PullbackScalarsLaunch {
+  static constexpr int kCapacity = 4000;
+  float* step[kCapacity];
+  PullbackStepScalars* out;
+  const float* found_inf;
+  LrSource lr;
+  PullbackOptions options;
+  double steps_taken;
+  int32_t tensors;
+};
+static_assert(sizeof(PullbackScalarsLaunch) <= kParameterBytes);
 
 // ---- sweeps ---------------------------------------------------------------------------------------------------------
 
@@ -124,6 +141,19 @@ struct MadaLaunch {
   int32_t roles_stay;  // 1: last_g gets the new gradient and older_g the last one; 0: the new one goes over the older
 };
 static_assert(sizeof(MadaLaunch) <= kParameterBytes);
+
+struct PullbackLaunch {
+  static constexpr int kCapacity = 730;
+  void* x[kCapacity];
+  const void *before[kCapacity], *v[kCapacity];
+  float* e[kCapacity];
+  Table<kCapacity> table;
+  PullbackStepScalars scalars;
+  const PullbackStepScalars* device_scalars;
+  const float* found_inf;
+  PaceRow* rows;
+};
+static_assert(sizeof(PullbackLaunch) <= kParameterBytes);
 
 struct SwapLaunch {
   static constexpr int kCapacity = 1160;
@@ -175,13 +205,17 @@ enum class KernelFamily : int32_t {
   kMadaSum,
   kLearn,
   kSwap,
+  kPullbackScalars,
+  kPullback,
 };
 
-// A sweep's instance: formats of weights and gradients, and the rule's flags. Others have none of these.
+// A sweep's instance: formats of weights and gradients, and the rule's flags. Others have none of these. The pullback
+// reads no gradient: `g` is the format of the second moment, and of the weights where there is none.
 struct KernelId {
   KernelFamily family;
   Format x = Format::kFloat32, g = Format::kFloat32;
   bool moment = false, pull = false, average = false, stats = false;           // PACE's
+  bool before = false;                                                         // the pullback's, with three of PACE's
   bool lag = false, diff = false, second = false, lion = false, adam = false;  // MADA's
 };
 

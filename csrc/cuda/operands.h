@@ -68,15 +68,15 @@ class Operands {
   explicit Operands(const Place& place) : place_(place) {}
 
   // Parameter i, whose memory sets the order for its other operands.
-  void* parameter(const TensorList& params, size_t i, Format* format) {
+  void* parameter(const TensorList& params, size_t i, Format* format, bool written = true) {
     const Tensor& t = params[i];
-    check_operand("params", i, t, t, true, place_);
+    check_operand("params", i, t, t, written, place_);
     *format = format_of("params", i, t, false);
     param_ = order_ = t;
     if (is_dense(t)) return t.data_ptr();
     order_ = torch::stable::empty_like(t);
     torch::stable::copy_(order_, t);
-    back_.emplace_back(t, order_);
+    if (written) back_.emplace_back(t, order_);
     return order_.data_ptr();
   }
 
@@ -96,12 +96,18 @@ class Operands {
     return copy.data_ptr();
   }
 
-  // The gradient of parameter i. There are kernels for the formats of PACE_BY_FORMAT (kernels.h).
-  void* gradient(const TensorList& grads, size_t i, Format parameter, Format* format) {
-    void* const address = operand("grads", grads, i, true, false, false, format);
-    STD_TORCH_CHECK(*format == parameter || *format == Format::kFloat32, entry("grads", i),
+  // What is read beside parameter i, in its format or in float32: there are kernels for the pairs of PACE_BY_FORMAT
+  // (kernels.h).
+  void* narrow_or_float32(const char* name, const TensorList& list, size_t i, bool needed, Format parameter,
+                          Format* format) {
+    void* const address = operand(name, list, i, needed, false, false, format);
+    STD_TORCH_CHECK(!needed || *format == parameter || *format == Format::kFloat32, entry(name, i),
                     " must be of its parameter's dtype, or float32");
     return address;
+  }
+
+  void* gradient(const TensorList& grads, size_t i, Format parameter, Format* format) {
+    return narrow_or_float32("grads", grads, i, true, parameter, format);
   }
 
   float* state(const char* name, const TensorList& list, size_t i, bool needed = true) {

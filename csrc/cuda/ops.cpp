@@ -89,6 +89,34 @@ void mada_learn(const LearnArguments& a) {
   launch(plan_learn(request), place);
 }
 
+void pull_back(const PullbackArguments& a) {
+  if (a.params.empty()) return;
+  const Place place = place_of("params[0]", a.params[0]);
+  check_arguments(a, place);
+  const torch::stable::accelerator::DeviceGuard guard(place.index);
+  const GradScaling scaling{std::nullopt, std::nullopt, a.found_inf};
+  const PullbackRequest request{step_request(a.lr, a.options.pace.lr, scaling, a.capturable, a.stats), a.options,
+                                a.before(), a.moment()};
+  Operands operands(place);
+  std::vector<PullbackTensor> tensors(a.params.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    PullbackTensor& t = tensors[i];
+    t.x = operands.parameter(a.params, i, &t.x_format, a.pull());
+    t.g_format = t.x_format;
+    Format before = t.x_format;
+    t.before = operands.operand("befores", a.befores, i, request.before, false, false, &before);
+    STD_TORCH_CHECK(before == t.x_format, entry("befores", i), " must be of its parameter's dtype");
+    t.v = operands.narrow_or_float32("second_moments", a.second_moments, i, request.moment, t.x_format, &t.g_format);
+    t.e = operands.state("emas", a.emas, i);
+    t.numel = a.params[i].numel();
+    std::tie(t.step, t.steps_taken) = step_of(a.steps, i, a.capturable, place);
+  }
+  DeviceWorkspace workspace(a.params[0]);
+  launch(plan_pullback(tensors, request, workspace.give()), place);
+  operands.copy_back();
+  if (!a.capturable) count_steps(a.steps);
+}
+
 void swap(const TensorList& a, const TensorList& b) {
   if (a.empty()) return;
   const Place place = place_of("a[0]", a[0]);
@@ -111,5 +139,6 @@ STABLE_TORCH_LIBRARY_IMPL(pace_kernels, CUDA, m) {
   m.impl("pace_step_", TORCH_BOX(&pace::pace_step_<pace::pace_step>));
   m.impl("mada_step_", TORCH_BOX(&pace::mada_step_<pace::mada_step>));
   m.impl("mada_learn_", TORCH_BOX(&pace::mada_learn_<pace::mada_learn>));
+  m.impl("pullback_", TORCH_BOX(&pace::pullback_<pace::pull_back>));
   m.impl("swap_", TORCH_BOX(&pace::swap_<pace::swap>));
 }

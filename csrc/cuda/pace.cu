@@ -1,14 +1,8 @@
 // PACE on the GPU: csrc/rules/pace.h in the sweep of sweep.cuh.
 #include "kernels.h"
-#include "sweep.cuh"
+#include "stats.cuh"
 
 namespace pace {
-
-// What a thread sums, in float as on the CPU: at most 32 elements.
-struct PaceThreadSums {
-  float inv_D = 0, clamped = 0, clipped = 0, adamw_sq = 0, pullback_sq = 0, update_sq = 0;
-  uint32_t min_inv_D = kNoSums.min_inv_D, max_inv_D = kNoSums.max_inv_D;
-};
 
 template <class X, class G, bool kMoment, bool kPull, bool kAverage, bool kStats>
 struct PaceRound {
@@ -41,7 +35,7 @@ struct PaceRound {
       if constexpr (kMoment) ms.set(j, r.m);
       vs.set(j, r.v);
       if constexpr (kAverage) es.set(j, r.e);
-      if constexpr (kStats) add(r);
+      if constexpr (kStats) sums.add(r);
     }
     xs.store(x, at);
     if constexpr (kMoment) ms.store(m, at);
@@ -49,18 +43,6 @@ struct PaceRound {
     if constexpr (kAverage) {
       if (moves) es.store(e, at);
     }
-  }
-
-  __device__ __forceinline__ void add(const PaceStep& r) const {
-    sums.inv_D += r.inv_D;
-    sums.clamped += r.clamped;
-    sums.clipped += r.lambda >= 1.0f ? 1.0f : 0.0f;
-    sums.adamw_sq += r.adamw * r.adamw;
-    sums.pullback_sq += r.pullback * r.pullback;
-    sums.update_sq += r.update * r.update;
-    const uint32_t bits = bits_of(r.inv_D) & 0x7fffffffu;
-    sums.min_inv_D = bits < sums.min_inv_D ? bits : sums.min_inv_D;
-    sums.max_inv_D = bits > sums.max_inv_D ? bits : sums.max_inv_D;
   }
 };
 
@@ -78,26 +60,7 @@ __global__ void __launch_bounds__(kThreads, kStats ? 4 : 5) pace_kernel(const __
                                                                 launch.e[i], scalars,     sums};
   sweep<kVector<X, G>>(part, all_aligned(round.x, round.g, round.m, round.v, round.e), round);
   if constexpr (kStats) {
-    __shared__ PaceSums warps[kThreads / 32];
-    const PaceSums mine{sums.inv_D,       sums.clamped,   sums.clipped,   sums.adamw_sq,
-                        sums.pullback_sq, sums.update_sq, sums.min_inv_D, sums.max_inv_D};
-    const PaceSums all = block_reduce(
-        mine, warps,
-        [](const PaceSums& a, const PaceSums& b) {
-          return PaceSums{a.inv_D + b.inv_D,
-                          a.clamped + b.clamped,
-                          a.clipped + b.clipped,
-                          a.adamw_sq + b.adamw_sq,
-                          a.pullback_sq + b.pullback_sq,
-                          a.update_sq + b.update_sq,
-                          a.min_inv_D < b.min_inv_D ? a.min_inv_D : b.min_inv_D,
-                          a.max_inv_D > b.max_inv_D ? a.max_inv_D : b.max_inv_D};
-        },
-        [](const PaceSums& a, int distance) {
-          const auto from = [&](auto value) { return __shfl_down_sync(0xffffffffu, value, distance); };
-          return PaceSums{from(a.inv_D),       from(a.clamped),   from(a.clipped),   from(a.adamw_sq),
-                          from(a.pullback_sq), from(a.update_sq), from(a.min_inv_D), from(a.max_inv_D)};
-        });
+    const PaceSums all = block_sums(sums);
     if (threadIdx.x == 0) block_stats(launch.rows[blockIdx.x].stats, all, part.count, scalars.stat);
   }
 }

@@ -248,6 +248,61 @@ Plan plan_mada(const std::vector<MadaTensor>& tensors, const MadaRequest& r, con
   return plan;
 }
 
+Plan plan_pullback(const std::vector<PullbackTensor>& tensors, const PullbackRequest& r, const Workspace& workspace) {
+  Plan plan;
+  const StepRequest& request = r.step;
+  const auto order = in_order(tensors);
+  const bool on_device = request.on_device() || any_step_on_device(tensors);
+  const bool stats = request.result != nullptr;
+  const int64_t all_blocks = count_blocks(tensors);
+  PaceRow* const rows =
+      stats ? static_cast<PaceRow*>(workspace(static_cast<size_t>(all_blocks) * sizeof(PaceRow))) : nullptr;
+  PullbackStepScalars* scalars = nullptr;
+  if (on_device) {
+    scalars = static_cast<PullbackStepScalars*>(workspace(tensors.size() * sizeof(PullbackStepScalars)));
+    PullbackScalarsLaunch common{};
+    common.out = scalars;
+    common.found_inf = request.found_inf;
+    common.lr = request.lr;
+    common.options = r.options;
+    add_scalars(plan, KernelFamily::kPullbackScalars, order, common, [](auto&, size_t, const auto&) {});
+  }
+  int64_t block = 0;
+  for_each_run(order.size(), order.size(), same_kernel(order, on_device), [&](size_t begin, size_t end) {
+    const PullbackTensor& first = *order[begin];
+    KernelId id{};
+    id.family = KernelFamily::kPullback;
+    id.x = first.x_format, id.g = first.g_format;
+    id.before = r.before;
+    id.moment = r.moment;
+    id.pull = r.options.pulls();
+    id.stats = stats;
+    PullbackLaunch common{};
+    common.found_inf = request.found_inf;
+    if (!on_device) {
+      PullbackOptions o = r.options;
+      o.pace.lr = request.lr.value;
+      const double t = first.steps_taken + 1.0;
+      // A step in which nothing pulls and the average rests walks no memory.
+      if (!id.pull && !stats && !average_moves(o.pace, t)) return;
+      common.scalars = {pullback_scalars(o, t), pullback_stat_scalars(o, t)};
+    }
+    block = fill_launches(
+        begin, end, block, common, [&](size_t i) { return order[i]->numel; },
+        [&](PullbackLaunch& launch, int k, size_t i) {
+          const PullbackTensor& t = *order[i];
+          launch.x[k] = t.x, launch.before[k] = t.before, launch.v[k] = t.v, launch.e[k] = t.e;
+        },
+        [&](PullbackLaunch& launch, size_t place, int64_t first_block, int64_t blocks) {
+          launch.device_scalars = on_device ? scalars + place : nullptr;
+          launch.rows = stats ? rows + first_block : nullptr;
+          plan.push_back(call(id, blocks, kThreads, launch));
+        });
+  });
+  if (stats) add_sums(plan, KernelFamily::kPaceSum, rows, all_blocks, 0, request, workspace);
+  return plan;
+}
+
 Plan plan_swap(const std::vector<SwapPair>& pairs) {
   Plan plan;
   KernelId id{};

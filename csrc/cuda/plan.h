@@ -43,6 +43,16 @@ struct MadaTensor {
   double* last;  // last_scalars
 };
 
+struct PullbackTensor {
+  void* x;
+  const void *before, *v;
+  float* e;
+  Format x_format, g_format;  // g_format: of v, or x_format without one
+  int64_t numel;
+  float* step;
+  double steps_taken;
+};
+
 // What the tensors of a call share. Addresses are on the device.
 struct StepRequest {
   LrSource lr;
@@ -76,6 +86,15 @@ struct MadaRequest {
 };
 
 Plan plan_mada(const std::vector<MadaTensor>& tensors, const MadaRequest& request, const Workspace& workspace);
+
+struct PullbackRequest {
+  StepRequest step;
+  PullbackOptions options;
+  bool before, moment;  // what is in play
+};
+
+Plan plan_pullback(const std::vector<PullbackTensor>& tensors, const PullbackRequest& request,
+                   const Workspace& workspace);
 
 struct SwapPair {
   float *a, *b;

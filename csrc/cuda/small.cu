@@ -135,6 +135,10 @@ static const void* function_of(const KernelId& id) {
       return (const void*)learn_kernel;
     case KernelFamily::kSwap:
       return (const void*)swap_kernel;
+    case KernelFamily::kPullbackScalars:
+      return pullback_scalars_function();
+    case KernelFamily::kPullback:
+      return pullback_kernel_function(id);
   }
   return nullptr;
 }

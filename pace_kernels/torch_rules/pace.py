@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -86,19 +86,34 @@ class PaceStep(NamedTuple):
     update: Tensor
 
 
-def gain_weight(o: PaceOptions, t: Scalar) -> Scalar:
+class Averaging(Protocol):
+    """The options of the averaging weight, which other rules have too."""
+
+    @property
+    def beta_ema(self) -> float: ...
+    @property
+    def ema_kappa(self) -> float | None: ...
+    @property
+    def ema_rho(self) -> float: ...
+    @property
+    def ema_gamma(self) -> float: ...
+    @property
+    def ema_update_freq(self) -> int: ...
+
+
+def gain_weight(o: Averaging, t: Scalar) -> Scalar:
     """w_t in the gain; 1 without a decay exponent."""
     if o.ema_kappa is None:
         return 1.0
     return at_least((1.0 + o.ema_gamma * at_least(t - o.ema_rho, 0.0)) ** -o.ema_kappa, 1e-4)
 
 
-def average_weight(o: PaceOptions, t: Scalar) -> Scalar:
+def average_weight(o: Averaging, t: Scalar) -> Scalar:
     """w_t in the average; beta_ema without a decay exponent."""
     return o.beta_ema if o.ema_kappa is None else gain_weight(o, t)
 
 
-def average_moves(o: PaceOptions, t: Scalar) -> Scalar:
+def average_moves(o: Averaging, t: Scalar) -> Scalar:
     """1 or 0, as a number of t's kind."""
     if isinstance(t, Tensor):
         return (torch.remainder(t, o.ema_update_freq) == 0).to(t.dtype)
@@ -157,14 +172,18 @@ def pace_rule(
 def pace_stats(o: PaceOptions, t: Scalar, step: PaceStep) -> Tensor:
     """The telemetry of one tensor's step, laid out as ``pace_kernels.ops.PACE_STATS``."""
     w = gain_weight(o, t)
+    return summed_stats(step, w, number(o.lr) * o.lambda_pullback * w)
+
+
+def summed_stats(step: PaceStep, weight: Scalar, gain: Scalar) -> Tensor:
+    """``weight`` and ``gain`` turn 1/D into the gain before α c, and into the gain before the clamp."""
     dtype = torch.float32 if step.x.device.type == "mps" else torch.float64  # MPS has no float64
     inv_D, lambda_, clamped = (a.to(dtype) for a in (step.inv_D, step.lambda_, step.clamped))
-    gain = number(o.lr) * o.lambda_pullback * w
     moments = [inv_D.sum(), inv_D.min(), inv_D.max()]
     clipped = (lambda_ >= 1.0).to(dtype).sum()
     squares = [a.to(dtype).square().sum() for a in (step.adamw, step.pullback, step.update)]
     count = torch.full_like(clipped, step.x.numel())
-    raw, effective = [w * a for a in moments], [gain * a for a in moments]
+    raw, effective = [weight * a for a in moments], [gain * a for a in moments]
     return torch.stack([count, *raw, *effective, clamped.sum(), clamped.min(), clamped.max(), clipped, *squares])
 
 
