@@ -1,8 +1,8 @@
 """Fused one-pass optimizer kernels for PyTorch.
 
 :class:`PACE` is AdamW with a moving average of the weights and a clipped pullback toward it, at the memory traffic of
-one pass. :class:`MADA` learns by hypergradient descent which optimizer to be, in one pass too. :func:`backends` tells
-what computes here.
+one pass. :class:`MADA` learns by hypergradient descent which optimizer to be, in one pass too. :class:`Pullback` puts
+PACE's average and pullback around any other optimizer. :func:`backends` tells what computes here.
 """
 
 from . import ops
@@ -10,6 +10,7 @@ from .backend import backends
 from .clipping import clip_coefficient
 from .mada import MADA
 from .pace import PACE
+from .pullback import Pullback
 
-__all__ = ["MADA", "PACE", "backends", "clip_coefficient", "ops"]
+__all__ = ["MADA", "PACE", "Pullback", "backends", "clip_coefficient", "ops"]
 __version__ = "0.1.0"
