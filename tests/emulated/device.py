@@ -28,7 +28,7 @@ def kernel_name(call: dict[str, Any]) -> str:
     """The name of a launch's kernel, as :func:`build.kernels` has it."""
     family = call["family"]
     formats = [f"pace::{name}" for name in call["formats"]]
-    if family in ("pace", "mada"):
+    if family in ("pace", "mada", "pullback"):
         flags = [str(flag).lower() for flag in call[f"{family}_flags"]]
         return f"pace::{family}_kernel<{','.join(formats + flags)}>"
     if family.endswith("_sum"):
@@ -232,6 +232,40 @@ class Device:
             **options,
         }
         self._run(self.plan.learn(request))
+
+    def pullback_(
+        self,
+        params: list[Tensor],
+        befores: list[Tensor],
+        second_moments: list[Tensor],
+        emas: list[Tensor],
+        steps: list[Tensor],
+        stats: Tensor | None = None,
+        lr_tensor: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        self._begin()
+        on_device = options["capturable"]
+        assert on_device or found_inf is None
+        written = bool(options["lambda_pullback"] if options["gain"] is None else options["gain"])
+        tensors = [
+            {
+                "x": self._up("x", param, written),
+                "before": self._up("before", befores[i], False) if befores else None,
+                "v": self._up("v", second_moments[i], False) if second_moments else None,
+                "e": self._up("e", emas[i]),
+                "x_format": DTYPES[param.dtype],
+                "g_format": DTYPES[(second_moments[i] if second_moments else param).dtype],
+                "numel": param.numel(),
+                **self._step(steps[i], on_device),
+            }
+            for i, param in enumerate(params)
+        ]
+        request = self._request({"lr_tensor": lr_tensor, "found_inf": found_inf}, stats)
+        request |= {"before": bool(befores), "moment": bool(second_moments)}
+        self._run(self.plan.pullback(tensors, options, request, self._workspace))
+        self._count(steps, on_device)
 
     def swap_(self, a: list[Tensor], b: list[Tensor]) -> None:
         self._begin()

@@ -8,7 +8,7 @@ from . import build
 from .build import MachineCode
 
 THREADS = 128  # of a block; csrc/cuda/launches.h
-SWEEP = r"pace::(pace|mada)_kernel<pace::(\w+),pace::(\w+),(.*)>"
+SWEEP = r"pace::(pace|mada|pullback)_kernel<pace::(\w+),pace::(\w+),(.*)>"
 # Of a multiprocessor: registers, threads, shared memory in KiB (CUDA C++ Programming Guide, compute capabilities).
 MULTIPROCESSOR = {
     "80": (65536, 2048, 164),

@@ -64,8 +64,8 @@ pace::Workspace workspace(const std::function<uintptr_t(size_t)>& take) {
 }
 
 py::list calls(const pace::Plan& plan) {
-  static const char* const families[] = {"pace_scalars", "pace",     "pace_sum", "mada_scalars",
-                                         "mada",         "mada_sum", "learn",    "swap"};
+  static const char* const families[] = {"pace_scalars", "pace",  "pace_sum", "mada_scalars",     "mada",
+                                         "mada_sum",     "learn", "swap",     "pullback_scalars", "pullback"};
   py::list out;
   for (const pace::KernelCall& c : plan) {
     const pace::KernelId& id = c.id;
@@ -73,6 +73,7 @@ py::list calls(const pace::Plan& plan) {
     call["family"] = families[static_cast<int>(id.family)];
     call["formats"] = py::make_tuple(format_name(id.x), format_name(id.g));
     call["pace_flags"] = py::make_tuple(id.moment, id.pull, id.average, id.stats);
+    call["pullback_flags"] = py::make_tuple(id.before, id.moment, id.pull, id.stats);
     call["mada_flags"] = py::make_tuple(id.lag, id.diff, id.second, id.lion, id.adam);
     call["blocks"] = c.blocks;
     call["threads"] = c.threads;
@@ -121,6 +122,27 @@ py::list plan_mada(const py::list& tensors, const py::dict& options, const py::d
   return calls(pace::plan_mada(list, r, workspace(take)));
 }
 
+py::list plan_pullback(const py::list& tensors, const py::dict& o, const py::dict& request,
+                       const std::function<uintptr_t(size_t)>& take) {
+  std::vector<pace::PullbackTensor> list;
+  for (const py::handle& t : tensors) {
+    list.push_back({pointer<void>(t, "x"), pointer<void>(t, "before"), pointer<void>(t, "v"), pointer<float>(t, "e"),
+                    format(value<std::string>(t, "x_format")), format(value<std::string>(t, "g_format")),
+                    value<int64_t>(t, "numel"), pointer<float>(t, "step"), value<double>(t, "steps_taken")});
+  }
+  const auto f = [&](const char* name) { return value<double>(o, name); };
+  pace::PaceOptions p{};
+  p.lr = f("lr"), p.beta2 = f("beta2"), p.eps = f("eps");
+  p.lambda_pullback = f("lambda_pullback"), p.clamp_pullback = value<bool>(o, "clamp_pullback");
+  p.beta_ema = f("beta_ema"), p.ema_kappa = value<std::optional<double>>(o, "ema_kappa");
+  p.ema_rho = f("ema_rho"), p.ema_gamma = f("ema_gamma"), p.ema_update_freq = value<int64_t>(o, "ema_update_freq");
+  const pace::PullbackRequest r{step_request(request, p.lr),
+                                {p, value<std::optional<double>>(o, "gain"), value<int64_t>(o, "step_offset")},
+                                value<bool>(request, "before"),
+                                value<bool>(request, "moment")};
+  return calls(pace::plan_pullback(list, r, workspace(take)));
+}
+
 py::list plan_swap(const py::list& pairs) {
   std::vector<pace::SwapPair> list;
   for (const py::handle& p : pairs) {
@@ -152,6 +174,7 @@ py::list plan_learn(const py::dict& r) {
 PYBIND11_MODULE(cuda_plan, m) {
   m.def("pace", &plan_pace);
   m.def("mada", &plan_mada);
+  m.def("pullback", &plan_pullback);
   m.def("swap", &plan_swap);
   m.def("learn", &plan_learn);
   m.attr("CHUNK") = pace::kChunk;
@@ -162,5 +185,6 @@ PYBIND11_MODULE(cuda_plan, m) {
                                 py::arg("pace_scalars") = static_cast<int>(pace::PaceScalarsLaunch::kCapacity));
   m.attr("SIZES") = py::dict(py::arg("pace_scalars") = sizeof(pace::PaceStepScalars),
                              py::arg("mada_scalars") = sizeof(pace::MadaStepScalars),
+                             py::arg("pullback_scalars") = sizeof(pace::PullbackStepScalars),
                              py::arg("pace_row") = sizeof(pace::PaceRow), py::arg("mada_row") = sizeof(pace::MadaRow));
 }
