@@ -1,5 +1,5 @@
-"""The pullback's switches as data: each case is a name and what differs from the defaults; and steps of a base optimizer
-that are the same on every backend, so that the operator ``pullback_`` alone is compared."""
+"""The pullback's switches as data: each case is a name and what differs from the defaults; and steps of a base that are
+the same on every backend, so that the operator ``pullback_`` alone is compared."""
 
 from __future__ import annotations
 
@@ -59,18 +59,19 @@ def start(case: dict[str, Any], dtype: torch.dtype, state: torch.dtype = torch.f
     params = [p.detach() for p in weights(dtype)]
     o, pull = options_of(case), pulls(case)
     moment_dtype = dtype if case.get("moment") == "narrow" else state
+    before, moment = pull and case.get("from") != "step", pull and o["gain"] is None
     return {
         "params": params,
-        "befores": [p.clone() for p in params] if pull and case.get("from") != "step" else [],
-        "second_moments": [torch.zeros_like(p, dtype=moment_dtype) for p in params] if pull and o["gain"] is None else [],
+        "befores": [p.clone() for p in params] if before else [],
+        "second_moments": [torch.zeros_like(p, dtype=moment_dtype) for p in params] if moment else [],
         "emas": [p.to(state, copy=True) for p in params],
         "steps": [torch.zeros(()) for _ in params],
-    }  # fmt: skip
+    }
 
 
 def base_step(lists: Lists, grads: list[Tensor], o: dict[str, Any]) -> None:
-    """A step of a base: the second moment of RMSprop, and a move of at most lr. One rounding an operation, so that it is
-    the same wherever the tensors lie: torch's vectorized loops contract, and their remainders do not."""
+    """A step of a base: the second moment of RMSprop, and a move of at most lr. One rounding an operation, so that it
+    is the same wherever the tensors lie: torch's vectorized loops contract, and their remainders do not."""
     for before, param in zip(lists["befores"], lists["params"], strict=False):
         before.copy_(param)
     for v, g in zip(lists["second_moments"], grads, strict=False):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from pace_bound import SLACK, STORE, TINY, Reference, U
 from pace_cases import SHAPES, assert_same_bits, gradients, weights
+from torch import optim
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pace_kernels import MADA, PACE, Pullback, backends
@@ -30,37 +31,39 @@ def give(params: list[Any], grads: list[torch.Tensor]) -> None:
 # ---- the formula around each base -----------------------------------------------------------------------------------
 
 # By name: the base, what its parameters are, the wrapper's options; the name of the second moment, β2, ε.
-O = torch.optim
 BASES: dict[str, tuple[Any, str, dict[str, Any], tuple[str, float, float] | None]] = {
-    "SGD": (lambda p: O.SGD(p, lr=0.1), "all", {"gain": 0.05}, None),
+    "SGD": (lambda p: optim.SGD(p, lr=0.1), "all", {"gain": 0.05}, None),
     "SGD with momentum, from the step": (
-        *(lambda p: O.SGD(p, lr=0.1, momentum=0.9), "all", {"gain": 0.3, "pullback_from": "step"}),
+        *(lambda p: optim.SGD(p, lr=0.1, momentum=0.9), "all", {"gain": 0.3, "pullback_from": "step"}),
         None,
     ),
-    "Muon": (lambda p: O.Muon(p, lr=0.02), "matrices", {"gain": 0.1}, None),
+    "Muon": (lambda p: optim.Muon(p, lr=0.02), "matrices", {"gain": 0.1}, None),
     "Adagrad, named": (
-        *(lambda p: O.Adagrad(p, lr=0.05), "all", {"second_moment": "sum", "lambda_pullback": 3.0}),
+        *(lambda p: optim.Adagrad(p, lr=0.05), "all", {"second_moment": "sum", "lambda_pullback": 3.0}),
         ("sum", 0.0, 1e-10),
     ),
-    "RMSprop": (lambda p: O.RMSprop(p, lr=0.01), "all", {"lambda_pullback": 5.0}, ("square_avg", 0.0, 1e-8)),
+    "RMSprop": (lambda p: optim.RMSprop(p, lr=0.01), "all", {"lambda_pullback": 5.0}, ("square_avg", 0.0, 1e-8)),
     "RMSprop, centered": (
-        *(lambda p: O.RMSprop(p, lr=0.01, centered=True), "all", {"lambda_pullback": 5.0}),
+        *(lambda p: optim.RMSprop(p, lr=0.01, centered=True), "all", {"lambda_pullback": 5.0}),
         ("square_avg", 0.0, 1e-8),
     ),
-    "Adafactor": (lambda p: O.Adafactor(p, lr=0.01), "vectors", {"lambda_pullback": 5.0}, ("variance", 0.0, 2.0**-23)),
-    "Adafactor, matrices": (lambda p: O.Adafactor(p, lr=0.01), "matrices", {"gain": 0.2}, None),
-    "Adam": (lambda p: O.Adam(p, lr=0.01), "all", {"lambda_pullback": 5.0}, ("exp_avg_sq", 0.999, 1e-8)),
+    "Adafactor": (
+        *(lambda p: optim.Adafactor(p, lr=0.01), "vectors", {"lambda_pullback": 5.0}),
+        ("variance", 0.0, 2.0**-23),
+    ),
+    "Adafactor, matrices": (lambda p: optim.Adafactor(p, lr=0.01), "matrices", {"gain": 0.2}, None),
+    "Adam": (lambda p: optim.Adam(p, lr=0.01), "all", {"lambda_pullback": 5.0}, ("exp_avg_sq", 0.999, 1e-8)),
     "AdamW": (
-        *(lambda p: O.AdamW(p, lr=0.01, betas=(0.9, 0.95), eps=1e-3), "all", {"clamp_pullback": False}),
+        *(lambda p: optim.AdamW(p, lr=0.01, betas=(0.9, 0.95), eps=1e-3), "all", {"clamp_pullback": False}),
         ("exp_avg_sq", 0.95, 1e-3),
     ),
     "AMSGrad": (
-        *(lambda p: O.AdamW(p, lr=0.01, amsgrad=True), "all", {"lambda_pullback": 5.0}),
+        *(lambda p: optim.AdamW(p, lr=0.01, amsgrad=True), "all", {"lambda_pullback": 5.0}),
         ("max_exp_avg_sq", 0.999, 1e-8),
     ),
-    "NAdam": (lambda p: O.NAdam(p, lr=0.01), "all", {"ema_update_freq": 3}, ("exp_avg_sq", 0.999, 1e-8)),
+    "NAdam": (lambda p: optim.NAdam(p, lr=0.01), "all", {"ema_update_freq": 3}, ("exp_avg_sq", 0.999, 1e-8)),
     "RAdam, from the step": (
-        *(lambda p: O.RAdam(p, lr=0.01), "all", {"pullback_from": "step", "lambda_pullback": 5.0}),
+        *(lambda p: optim.RAdam(p, lr=0.01), "all", {"pullback_from": "step", "lambda_pullback": 5.0}),
         ("exp_avg_sq", 0.999, 1e-8),
     ),
 }  # fmt: skip
@@ -77,9 +80,9 @@ def parameters(kind: str, dtype: torch.dtype) -> tuple[list[Any], list[int]]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", BASES)
 def test_each_base_step_is_followed_by_the_formula(name: str, backend: str) -> None:
-    """In each step the base moves a twin from the same weights and states; then the formula in float64, with no code of
-    the package. A step's result is off by its own roundings alone: a relative error of 2 in u = 2^-24 of the scalars, of
-    8 of 1 / D and Λ, of 1 for each sum and product, of the values as large as they come: 16 u of |x'| + Λ |e − x|."""
+    """In each step the base moves a twin from the same weights and states; then the formula in float64, with no code
+    of the package. A step's result is off by its own roundings alone: a relative error, in u = 2^-24, of 2 of the
+    scalars, of 8 of 1 / D and Λ, of 1 for each sum and product of the values: 16 u of |x'| + Λ (|e| + |x|) in all."""
     make, kind, options, moment = BASES[name]
     params, chosen = parameters(kind, torch.float32)
     optimizer = Pullback(make(params), **options, backend=backend)
@@ -126,9 +129,9 @@ def test_each_base_step_is_followed_by_the_formula(name: str, backend: str) -> N
     ids=str,
 )  # fmt: skip
 def test_around_adamw_it_is_pace(options: dict[str, Any], dtype: torch.dtype) -> None:
-    """PACE is off from float64 by the bound carried in `Reference`; Pullback(AdamW) by that and, at each step, by AdamW's
-    own roundings: 16 operations on values no larger than |x| and the update (at most 0.02 here), u each. They do not
-    grow: with Λ ≤ 1, x₊ depends on x and e by 1 − Λ and Λ. Narrower weights: one step, since then the moments too are
+    """PACE is off from float64 by the bound carried in `Reference`; Pullback(AdamW) by that and, at each step, by the
+    roundings of AdamW itself: 16 operations on values no larger than |x| and the update (at most 0.02 here), u each.
+    They do not grow: with Λ ≤ 1, x₊ depends on x and e by 1 − Λ and Λ. Narrower weights: one step, since then the moments too are
     narrow; x' is rounded to the weights' format, which in PACE it is not, and the update made of such moments."""
     eps = options.get("eps", 1e-8)
     own = {k: v for k, v in options.items() if k != "eps"}
