@@ -21,6 +21,7 @@ pytest.importorskip("matplotlib", reason="the scripts under bench/ draw")
     [
         ("bench_step.py", ("step.json", "step.png")),
         ("convex.py", ("convex.json", "convex.png")),
+        ("theory.py", ("theory.json", "theory.png")),
         ("train_lm.py", ("results.json", "loss.png")),
     ],
 )

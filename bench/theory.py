@@ -1,0 +1,177 @@
+"""What theory says of a constant pullback: how much closer to the minimum the average ends, over gain and curvature.
+
+    python bench/theory.py            a table, out/bench/theory.png and out/bench/theory.json, in about a minute
+    python bench/theory.py --quick    few coordinates and steps, to see that it works
+
+SGD with a constant gain on noisy quadratics: the closed form of bench/quadratics.py (derived in tests/test_theory.py)
+and simulations with the kernels. Left: V(Π) / V(0), the limiting error of the average with the gain Π over that
+without it, at the averaging weight β = 0.01. Middle: closed form and simulation, bars of two standard errors. Right:
+Proposition 3, and what it costs: the dashed line has no pullback, and averages so long that it forgets the start as Π
+= 1 does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import plots
+import quadratics
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from quadratics import limiting_error
+
+BETA = 0.01  # PACE's default beta_ema
+MIDDLE = (0.05, 0.5, 1.4)  # curvatures of the middle panel
+GAINS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+EPSILONS = (1 / 4, 1 / 10, 1 / 20, 1 / 40)  # of the right panel's simulations
+COORDINATES, QUICK_COORDINATES = 1 << 12, 1 << 7
+
+
+@dataclass
+class Point:
+    """A simulated limiting error in units of (α σ)², its standard error, and the closed form."""
+
+    curvature: float
+    beta: float
+    gain: float
+    simulated: float
+    standard_error: float
+    closed_form: float
+
+
+def simulate(beta: float, gains: Sequence[float], a: float, coordinates: int, within: float) -> list[Point]:
+    """Those of the gains at which the curvature is stable. The χ² law of the mean of e² gives its standard error."""
+    gains = [gain for gain in gains if quadratics.is_stable(a, beta, gain)]
+    steps = max(quadratics.settling_steps(a, beta, gain, within=within) for gain in gains)
+    build = [quadratics.pulled_sgd(beta, gain) for gain in gains]
+    errors = quadratics.simulate(build, [a], coordinates, steps, seed=2606)[:, 0].tolist()
+    exact = [limiting_error(a, beta, gain) for gain in gains]
+    return [
+        Point(a, beta, gain, error, value * math.sqrt(2 / coordinates), value)
+        for gain, error, value in zip(gains, errors, exact, strict=True)
+    ]
+
+
+def draw_map(axes: Axes) -> None:
+    a, gain = np.meshgrid(np.geomspace(1e-3, 1.99, 600), np.geomspace(1e-3, 3.5, 600))
+    stable = quadratics.is_stable(a, BETA, gain)
+    ratio = np.where(
+        stable, limiting_error(a, BETA, np.where(stable, gain, 0.0)) / limiting_error(a, BETA, 0.0), np.nan
+    )
+    axes.set(xscale="log", yscale="log", xlabel="curvature αh", ylabel="gain Π")
+    axes.set_title(f"V(Π) / V(0): error with over without pullback, β = {BETA}")
+    axes.grid(False)
+    axes.set_facecolor("#BBBBBB")
+    norm = TwoSlopeNorm(0.0, vmin=-2.3, vmax=2.3)
+    shades = axes.pcolormesh(a, gain, np.log10(ratio), cmap="RdBu_r", norm=norm, rasterized=True)
+    factors = axes.contour(a, gain, ratio, levels=[1 / 30, 1 / 10, 1 / 3], colors=plots.INK, linewidths=0.6)
+    names = {1 / 30: "1/30", 1 / 10: "1/10", 1 / 3: "1/3"}
+    axes.clabel(factors, fmt=names, fontsize=8, manual=[(4e-3, 0.35), (4e-3, 0.12), (4e-3, 0.03)])
+    line = np.geomspace(1e-3, 1.99, 400)
+    best = quadratics.best_gain(line, BETA)
+    axes.plot(line, np.where(best > 0, best, np.nan), color="black", linewidth=2)
+    axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+    axes.annotate("best gain", (1.3e-3, 1.78), va="top", fontsize=9, color="white")
+    axes.annotate("Π = 1, the clamp", (1.3e-3, 0.93), va="top", fontsize=9, color="white")
+    axes.annotate("unstable", (0.5, 2.6), fontsize=9, va="center", ha="center")
+    bar = axes.figure.colorbar(shades, ax=axes, ticks=[-2, -1, 0, 1, 2], pad=0.02)
+    bar.ax.set_yticklabels(["1/100", "1/10", "1", "10", "100"])
+    bar.outline.set_visible(False)
+
+
+def draw_points(axes: Axes, points: Sequence[Point]) -> None:
+    axes.set(yscale="log", xlabel="gain Π", ylabel="limiting error V / (ασ)²")
+    axes.set_xscale("symlog", linthresh=1e-3, linscale=0.5)
+    axes.set_title("Closed form and simulation with the kernels")
+    lines = []
+    for a, color in zip(MIDDLE, plots.PALETTE[1:], strict=False):
+        gains = np.concatenate([[0.0], np.geomspace(1e-3, 1.0, 300)])
+        gains = gains[quadratics.is_stable(a, BETA, gains)]
+        if len(gains) < 301:  # up to just before the pole at the stability limit
+            gains = gains[gains < 0.97 * (2 - BETA) * (2 - a) / (2 * (1 - BETA))]
+        values = limiting_error(a, BETA, gains)
+        axes.plot(gains, values, color=color)
+        there = [p for p in points if p.curvature == a]
+        axes.errorbar(
+            [p.gain for p in there],
+            [p.simulated for p in there],
+            yerr=[2 * p.standard_error for p in there],
+            fmt="o",
+            markersize=3.5,
+            capsize=3,
+            color=color,
+        )
+        lines.append((f"αh = {a}", list(gains), list(values), color))
+    axes.set_xticks([0, 1e-3, 1e-2, 1e-1, 1], ["0", "0.001", "0.01", "0.1", "1"])
+    axes.set_xlim(-2e-4, 1.3)
+    plots.label_line_ends(axes, lines)
+
+
+def draw_proposition_3(axes: Axes, pairs: Sequence[tuple[Point, Point]]) -> None:
+    epsilon = np.geomspace(1 / 2000, 0.9, 300)[::-1]
+    without = limiting_error(epsilon, epsilon, 0.0)
+    slowest = np.array([quadratics.slowest_rate(x, x, 1.0) for x in epsilon])
+    curves = (
+        ("best Π", without / quadratics.best_error(epsilon, epsilon), plots.PALETTE[2], "-"),
+        ("Π = 1", without / limiting_error(epsilon, epsilon, 1.0), plots.PALETTE[1], "-"),
+        ("Π = 0.1", without / limiting_error(epsilon, epsilon, 0.1), plots.PALETTE[3], "-"),
+    )
+    axes.set(xscale="log", yscale="log", xlabel="αh = β", ylabel="improvement V(0) / V(Π)")
+    axes.set_title("Proposition 3: any factor, on some instance")
+    for _, values, color, style in curves:
+        axes.plot(epsilon, values, color=color, linestyle=style)
+    longer = without / limiting_error(epsilon, slowest, 0.0)
+    axes.plot(epsilon, longer, color="black", linestyle=(0, (4, 4)), linewidth=1.2)
+    axes.plot(epsilon, 1 / (2 * epsilon), color=plots.PALETTE[0], linestyle=":")
+    axes.annotate(
+        "dashed: no pullback,\naverages as long as Π = 1\ndotted: the bound 1 / (2αh)", (0.97, 0.04),
+        xycoords="axes fraction", ha="right", va="bottom", fontsize=9,
+    )  # fmt: skip
+    for none, full in pairs:
+        ratio = none.simulated / full.simulated
+        spread = 2 * ratio * math.hypot(none.standard_error / none.closed_form, full.standard_error / full.closed_form)
+        axes.errorbar(none.curvature, ratio, yerr=spread, fmt="o", markersize=3.5, capsize=3, color=plots.PALETTE[1])
+    axes.invert_xaxis()
+    plots.label_line_ends(axes, [(text, list(epsilon), list(values), color) for text, values, color, _ in curves])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the files (default: out/bench)")
+    parser.add_argument("--quick", action="store_true", help="few coordinates and steps: a test, no result")
+    arguments = parser.parse_args()
+    coordinates, within = (QUICK_COORDINATES, 0.5) if arguments.quick else (COORDINATES, 1e-3)
+    began = time.perf_counter()
+    points = [point for a in MIDDLE for point in simulate(BETA, GAINS, a, coordinates, within)]
+    pairs = []
+    for epsilon in EPSILONS:
+        none, full = simulate(epsilon, (0.0, 1.0), epsilon, coordinates, within)
+        pairs.append((none, full))
+
+    print("    αh       β       Π   V / (ασ)²   simulated  off, standard errors")
+    for p in [*points, *(point for pair in pairs for point in pair)]:
+        off = (p.simulated - p.closed_form) / p.standard_error
+        print(
+            f"{p.curvature:6.3f}  {p.beta:6.3f}  {p.gain:6.3f}  {p.closed_form:10.6f}  {p.simulated:10.6f}  {off:+6.1f}"
+        )
+    print(f"{coordinates} coordinates each, {time.perf_counter() - began:.0f} s")
+
+    figure, (ratio, values, third) = plots.new_figure([5.6, 5.0, 5.0], height=4.2)
+    draw_map(ratio)
+    draw_points(values, points)
+    draw_proposition_3(third, pairs)
+    plots.save(figure, arguments.out / "theory.png")
+    numbers = {"points": [asdict(p) for p in points], "proposition_3": [[asdict(p) for p in pair] for pair in pairs]}
+    (arguments.out / "theory.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {arguments.out / 'theory.png'}, {arguments.out / 'theory.json'}")
+
+
+if __name__ == "__main__":
+    main()
