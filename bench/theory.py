@@ -1,6 +1,6 @@
 """What theory says of a constant pullback: how much closer to the minimum the average ends, over gain and curvature.
 
-    python bench/theory.py            a table, out/bench/theory.png and out/bench/theory.json, in about a minute
+    python bench/theory.py            a table, out/bench/theory.png and out/bench/theory.json, in 15 seconds
     python bench/theory.py --quick    few coordinates and steps, to see that it works
 
 SGD with a constant gain on noisy quadratics: the closed form of bench/quadratics.py (derived in tests/test_theory.py)
@@ -136,6 +136,7 @@ def draw_proposition_3(axes: Axes, pairs: Sequence[tuple[Point, Point]]) -> None
     )  # fmt: skip
     for none, full in pairs:
         ratio = none.simulated / full.simulated
+        # As if the two were independent; their noise is shared, so it is rather less.
         spread = 2 * ratio * math.hypot(none.standard_error / none.closed_form, full.standard_error / full.closed_form)
         axes.errorbar(none.curvature, ratio, yerr=spread, fmt="o", markersize=3.5, capsize=3, color=plots.PALETTE[1])
     axes.invert_xaxis()
