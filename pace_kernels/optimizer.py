@@ -226,7 +226,6 @@ class KernelOptimizer(torch.optim.Optimizer):
     STATE_ROWS: ClassVar[dict[str, int]] = {}
 
     _backend_name: str | None
-    _swapped: bool
     _dry: bool  # the states come from a dry run: the first real step creates them anew
     _incoming: dict[Tensor, dict[str, Tensor]] | None
     # By id of a group: the options as they were last checked, and what the subclass made of them but for lr.
@@ -236,7 +235,6 @@ class KernelOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
         self._backend_name = requested(backend)
-        self._swapped = False
         self._dry = False
         self._incoming = None
         self._checked, self._prepared, self._changed = {}, {}, []
@@ -570,6 +568,12 @@ class KernelOptimizer(torch.optim.Optimizer):
 
     # ---- the average -----------------------------------------------------------------------------------------------
 
+    @property
+    def _swapped(self) -> bool:
+        """Of the groups, which wrappers that pass for this optimizer share with it, such as Lightning's: an attribute
+        set through one of them would stay there, and training go on from the average."""
+        return any(group["swapped"] for group in self.param_groups)
+
     def _require_live(self, what: str) -> None:
         if self._swapped:
             raise RuntimeError(f"{what} while the weights are swapped to EMA: call train() first")
@@ -601,9 +605,8 @@ class KernelOptimizer(torch.optim.Optimizer):
             state["live"], state["ema"] = state["ema"], param.detach()
         for _, state, live in copied:
             state["live"] = live
-        for group in groups:
+        for group in self.param_groups:
             group["swapped"] = True
-        self._swapped = True
 
     @torch.no_grad()
     def train(self) -> None:
@@ -628,7 +631,6 @@ class KernelOptimizer(torch.optim.Optimizer):
                 state["ema"] = live
         for group in self.param_groups:
             group["swapped"] = False
-        self._swapped = False
 
     def _trade(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Exchanges the contents of each pair, a kernel call a device and dtype."""
@@ -809,8 +811,8 @@ class KernelOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:  # pickled before there were these
             for name, value in {**_GROUP_STATE, "skip_nonfinite": False}.items():
                 group.setdefault(name, value)
+            group["swapped"] = group["swapped"] or any("live" in self.state.get(p, {}) for p in group["params"])
         if self._incoming is not None:
             self.state.clear()
             self.state.update(self._incoming)
             self._dry = False
-        self._swapped = any("live" in s for s in self.state.values())

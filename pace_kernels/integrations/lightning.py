@@ -1,0 +1,112 @@
+"""Lightning: the average for validation, test and prediction, in checkpoints, and in the model that fit() ends with."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from contextlib import ExitStack
+from importlib.util import find_spec
+from typing import Any
+
+
+def _callback() -> Any:
+    """Lightning's Callback, under the name that it was imported by already; both trainers take either in a list."""
+    names = [name for name in ("lightning.pytorch", "pytorch_lightning") if name in sys.modules] or [
+        name for name in ("lightning.pytorch", "pytorch_lightning") if find_spec(name.split(".")[0])
+    ]
+    if not names:
+        raise ModuleNotFoundError("pace_kernels.integrations.lightning needs Lightning: pip install lightning")
+    return importlib.import_module(f"{names[0]}.callbacks").Callback
+
+
+class UseAverage(_callback()):  # type: ignore[misc]
+    """Swaps the averaged weights in where Lightning evaluates and saves, and back before training goes on.
+
+    Lightning calls neither ``eval()`` nor ``train()`` of an optimizer. With this callback validation, test and
+    prediction use the average; after ``fit()`` the model holds it; and live weights come back after an exception. A
+    checkpoint that is loaded by ``validate``, ``test`` or ``predict`` (``ckpt_path=...``) is used as it is.
+
+    Arguments:
+        checkpoints: whether checkpoints hold the average in ``state_dict``, also those with ``save_weights_only=True``,
+            and the live weights among the optimizer's states. With False they hold the live weights in ``state_dict``
+            and the average among the states. ``fit(ckpt_path=...)`` goes on from the live weights in both cases; where
+            checkpoints hold the average it needs this callback.
+
+    Several optimizers may have averages; those without ``averaged()`` are left as they are.
+
+    >>> from lightning.pytorch import Trainer
+    >>> trainer = Trainer(callbacks=[UseAverage()])  # doctest: +SKIP
+    """
+
+    def __init__(self, checkpoints: bool = True) -> None:
+        super().__init__()
+        if not isinstance(checkpoints, bool):
+            raise ValueError(f"checkpoints must be True or False, got {checkpoints!r}")
+        self.checkpoints = checkpoints
+        self._evaluation = ExitStack()
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit" and self.checkpoints:
+            _save_averages(trainer)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        # Restored from a checkpoint that holds the average.
+        for optimizer in _averaging(trainer):
+            optimizer.train()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if _fitting(trainer) or trainer.ckpt_path is None:
+            self._evaluation.close()
+            self._evaluation = _averaged(trainer)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._evaluation.close()
+
+    on_test_end = on_predict_end = on_validation_end
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._evaluation.close()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.checkpoints:  # otherwise ModelCheckpoint, which comes later, may have to save the live weights
+            self.on_fit_end(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        for optimizer in _averaging(trainer):
+            optimizer.eval()
+
+
+def _fitting(trainer: Any) -> bool:
+    return bool(trainer.state.fn == "fit")
+
+
+def _averaging(trainer: Any) -> list[Any]:
+    return [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "averaged")]
+
+
+def _averaged(trainer: Any) -> ExitStack:
+    """Swaps the averages in; closing what is returned swaps back those that were not in before."""
+    with ExitStack() as stack:
+        for optimizer in _averaging(trainer):
+            stack.enter_context(optimizer.averaged())
+        swapped = stack.pop_all()
+    return swapped
+
+
+def _save_averages(trainer: Any) -> None:
+    """All checkpoints go through ``trainer.save_checkpoint``. No hook comes before it, and none at all where weights
+    alone are saved."""
+    save = trainer.save_checkpoint
+    if getattr(save, "swaps", False):
+        return
+
+    @functools.wraps(save)
+    def save_averaged(*args: Any, **kwargs: Any) -> None:
+        with _averaged(trainer) if _fitting(trainer) else ExitStack():
+            save(*args, **kwargs)
+
+    save_averaged.swaps = True  # type: ignore[attr-defined]
+    trainer.save_checkpoint = save_averaged
