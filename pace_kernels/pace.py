@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .mada import MADA_ONLY
 from .ops import PACE_STATS
 from .optimizer import (
     Group,
@@ -89,6 +90,7 @@ class PACE(KernelOptimizer):
     """
 
     STATE_TENSORS = ("exp_avg", "exp_avg_sq", "ema")
+    OWN_OPTION = "log_stats"
 
     _step_stats: list[tuple[Tensor, Axes]]
 
@@ -142,6 +144,20 @@ class PACE(KernelOptimizer):
         check_common_options(group)
         check_average_options(group)
         require(isinstance(group["log_stats"], bool), "log_stats", "True or False", group["log_stats"])
+
+    def _merged(self, saved: Group, group: Group) -> Group:
+        for name, ours in {"c": 1.0, "gamma": 1.0, "beta3": 0.0, "rho": 1.0}.items():
+            # Of MADA. What its states are names for differs with these; AMSGrad, without its maximum, is AdamW.
+            other = "learn" in saved and saved.get(name) != ours
+            if other and not (name == "rho" and saved.get("second_moment") == "max"):
+                raise ValueError(
+                    f"{name} is {saved.get(name)!r} in a checkpoint of MADA: PACE is AdamW, where it is {ours}"
+                )
+        if saved.get("learn"):
+            raise ValueError(
+                f"learn is {saved['learn']!r} in a checkpoint of MADA: call freeze() before saving it for PACE"
+            )
+        return super()._merged({k: v for k, v in saved.items() if k not in MADA_ONLY}, group)
 
     def _state_tensors(self, group: Group) -> tuple[str, ...]:
         moment = ("exp_avg",) if group["betas"][0] != 0.0 else ()
