@@ -145,12 +145,15 @@ class Training:
             self.optimizer.add_param_group({"params": list(self.model.late.parameters()), **options})
 
     def move(self, dtype: torch.dtype) -> None:
-        """Not while a state waits for the step that brings it to the dtype of its weights: casting it to a narrower one
-        and back loses bits, where it was saved in between."""
-        states = self.optimizer.state
-        if all(v.dtype == state_dtype(p) for p, s in states.items() for k, v in s.items() if k in p_states(s)):
-            self.dtype = dtype
-            self.model.to(dtype)
+        self.dtype = dtype
+        self.model.to(dtype)
+
+    def waits(self) -> bool:
+        """Whether a state waits for the step that brings it to the dtype of its weights. To load is to cast it too, so
+        that weights which become narrower and wide again, without a step, have states of fewer bits where it was saved
+        in between."""
+        states = self.optimizer.state.items()
+        return any(s[k].dtype != state_dtype(p) for p, s in states for k in p_states(s))
 
     def freeze(self) -> None:
         if isinstance(self.optimizer, MADA):
@@ -296,7 +299,7 @@ def bits(value: Any) -> Any:
 
 def summary(model: torch.nn.Module, optimizer: KernelOptimizer) -> dict[str, Any]:
     """All that a training is. States follow their weights' dtype at the next step, or when they are loaded; those of
-    parameters that took no step yet are as good as none, and no step is counted where there was none to count."""
+    parameters that took no step yet are as good as none. "differentiable" is what torch adds to those of a pickle."""
     states = []
     for p in model.parameters():
         state = dict(optimizer.state.get(p, {}))
@@ -309,7 +312,9 @@ def summary(model: torch.nn.Module, optimizer: KernelOptimizer) -> dict[str, Any
     if isinstance(optimizer, MADA):
         for g in optimizer.param_groups:
             optimizer._by_name(g)  # the hyper options as the next step writes them
-    groups = [{k: v for k, v in g.items() if k not in ("params",)} | skipped for g in optimizer.param_groups]
+    groups = [
+        {k: v for k, v in g.items() if k not in ("params", "differentiable")} | skipped for g in optimizer.param_groups
+    ]
     facts: dict[str, Any] = {
         "swapped": optimizer._swapped,
         "weights": model.state_dict(),
@@ -319,7 +324,7 @@ def summary(model: torch.nn.Module, optimizer: KernelOptimizer) -> dict[str, Any
     facts["averages"] = None
     if any(optimizer._keeps_average(g) for g in optimizer.param_groups):
         facts["averages"] = dict(optimizer.ema_state_dict(model))
-    facts["defaults"] = {k: v for k, v in optimizer.defaults.items() if k != "differentiable"}  # torch adds it
+    facts["defaults"] = {k: v for k, v in optimizer.defaults.items() if k != "differentiable"}
     return bits(facts)  # type: ignore[no-any-return]
 
 
@@ -370,6 +375,8 @@ def test_any_training_ends_where_it_ends_without_saving(
 ) -> None:
     saved, straight = Training(script, dtype), Training(script, dtype)
     for index, event in enumerate([("step", set(), 1.0), *happens, ("train",), ("step", set(), 1.0)]):
+        if event[0] == "move" and straight.waits():
+            continue
         happen(saved, index, event)
         if event[0] != "restore":
             happen(straight, index, event)
