@@ -501,6 +501,8 @@ class MADA(KernelOptimizer):
         Training goes on as if the coefficients had stayed at their present values from here on.
         """
         for group in self.param_groups:
+            self._by_name(group)
+        for group in self.param_groups:
             if not group["learn"]:
                 continue
             for param in group["params"]:

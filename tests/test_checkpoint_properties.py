@@ -126,11 +126,13 @@ class Training:
             p.grad = None if i in resting else grad.to(p.dtype)
         try:
             self.optimizer.step()
-        except RuntimeError as error:  # it was asked for while swapped
+        except (RuntimeError, ValueError) as error:  # while swapped, say
             self.refused.append(str(error))
 
     def change(self, change: dict[str, Any], group: int | None) -> None:
         groups = self.optimizer.param_groups
+        if {"hyper_lr", "hyper_momentum", "bounds"} & change.keys():
+            group = None  # groups that share their coefficients learn them in one way
         for g in groups if group is None else [groups[group % len(groups)]]:
             for name, value in change.items():
                 if name in g and name in self.optimizer.defaults:
@@ -141,8 +143,11 @@ class Training:
 
     def add(self, options: dict[str, Any]) -> None:
         if self.added is None:
-            self.added = options
-            self.optimizer.add_param_group({"params": list(self.model.late.parameters()), **options})
+            try:
+                self.optimizer.add_param_group({"params": list(self.model.late.parameters()), **options})
+                self.added = options
+            except ValueError as error:  # its coefficients would start elsewhere than those it shares
+                self.refused.append(str(error))
 
     def move(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
