@@ -40,8 +40,17 @@ _LEARNED = ("coefficient_values", "coefficient_momenta", "hypergradients", "hype
 _HYPER_DEFAULTS = {"hyper_lr": None, "hyper_momentum": 0.0, "hyper_clip": 10.0, "hyper_warmup": 50, "bounds": None}
 _LEARNING = ("learn", *_HYPER_DEFAULTS)
 # The options of groups that PACE does not have, and what the groups hold of MADA. "last_options" is in checkpoints
-# alone: what the step to redo was taken with, where options were changed since.
-MADA_ONLY = ("lion_betas", "second_moment", "coefficients", *COEFFICIENTS, *_LEARNING, *_LEARNED, "last_options")
+# alone: what the step to redo was taken with, where options were changed since. "frozen": the values of freeze().
+MADA_ONLY = (
+    "lion_betas",
+    "second_moment",
+    "coefficients",
+    *COEFFICIENTS,
+    *_LEARNING,
+    *_LEARNED,
+    "last_options",
+    "frozen",
+)
 _PRESETS: dict[str, dict[str, Any]] = {
     "adamw": {"rho": 1.0, "betas": (0.9, 0.999), "weight_decay": 0.01},
     "amsgrad": {"rho": 0.0, "second_moment": "max", "betas": (0.9, 0.999), "weight_decay": 0.01},
@@ -412,7 +421,7 @@ class MADA(KernelOptimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        group.update(self._fresh(group), last_options=None)
+        group.update(self._fresh(group), last_options=None, frozen=None)
         self._share()
         self._prepared[id(group)] = self._prepare(group)
 
@@ -509,17 +518,19 @@ class MADA(KernelOptimizer):
                 if param in self.state:
                     self._catch_up(group, param)
             values = self._group_coefficients(group)
+            frozen = tuple(values[name] if name in group["learn"] else None for name in COEFFICIENTS)
             fixed = {"betas": (values.pop("beta1"), values.pop("beta2")), **values, "learn": ()}
-            group.update(fixed, **dict.fromkeys(_LEARNED))
+            group.update(fixed, frozen=frozen, **dict.fromkeys(_LEARNED))
             self._prepared[id(group)] = self._prepare(group)
             self._drop_unused(group)
         self._default_to_frozen()
 
     def _default_to_frozen(self) -> None:
         """Groups that are added once the shared coefficients are frozen start with them frozen, at the same values."""
-        first, learned = self.param_groups[0], self.defaults["learn"]
-        if first["coefficients"] == "global" and learned and not first["learn"]:
-            values = {name: _fixed(first if name in learned else self.defaults, name) for name in COEFFICIENTS}
+        first = self.param_groups[0]
+        if first["coefficients"] == "global" and first["frozen"] is not None:
+            given = zip(COEFFICIENTS, first["frozen"], strict=True)
+            values = {name: _fixed(self.defaults, name) if value is None else value for name, value in given}
             self.defaults.update({"betas": (values.pop("beta1"), values.pop("beta2")), **values, "learn": ()})
 
     def _catch_up(self, group: Group, param: Tensor) -> None:
@@ -723,7 +734,7 @@ class MADA(KernelOptimizer):
     def _merged(self, saved: Group, group: Group) -> Group:
         if self.OWN_OPTION not in saved:
             saved = {name: value for name, value in saved.items() if name != "log_stats"}  # of PACE
-        options = super()._merged(saved, {**group, "last_options": None})
+        options = super()._merged(saved, {**group, "last_options": None, "frozen": None})
         # What a dict of hyper options leaves out is as it is here; those that state_dict() saved are whole.
         kept = {k: v for k, v in self._prepared[id(group)].learning.items() if isinstance(options[k], Mapping)}
         options = self._expanded(options, {**options, **kept})
@@ -738,9 +749,20 @@ class MADA(KernelOptimizer):
             # Another optimizer's checkpoint: learning starts at its options.
             self._check_start(options)
             options.update(self._fresh({**options, "params": group["params"]}))
+        frozen = options["frozen"]
+        if frozen is not None:
+            six = isinstance(frozen, (tuple, list)) and len(frozen) == len(COEFFICIENTS)
+            require(six, "frozen", f"None, or values of {', '.join(COEFFICIENTS)}", frozen)
+            for name, value in zip(COEFFICIENTS, frozen, strict=True):
+                if value is not None:
+                    check_number(f"frozen: {name}", value, "in [0, 1]", lambda a: 0 <= a <= 1)
         last = options["last_options"]
         if last is not None:
-            whole = isinstance(last, (tuple, list)) and len(last) == 2 and len(last[0]) == len(_REDONE_BY)
+            whole = isinstance(last, (tuple, list)) and [isinstance(part, (tuple, list)) for part in last] == [
+                True,
+                True,
+            ]
+            whole = whole and len(last[0]) == len(_REDONE_BY)
             require(whole, "last_options", f"None, or ({', '.join(_REDONE_BY)}) and the names of states", last)
         return options
 
@@ -812,6 +834,7 @@ class MADA(KernelOptimizer):
         kept = self.__dict__.pop("_last", ())  # of a pickle
         for group, before in zip_longest(self.param_groups, kept):
             last = group.setdefault("last_options", None)
+            group.setdefault("frozen", None)
             group["last_options"] = None
             if before is not None:
                 self._prepared[id(group)] = before

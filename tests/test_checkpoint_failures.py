@@ -300,6 +300,9 @@ OF_MADA: dict[str, tuple[Change, str]] = {
     "bounds": (option(bounds={"rho": (0.9, 0.1)}), rf"{GROUP}bounds\['rho'\] must be \(low, high\)"),
     "hyper_lr": (option(hyper_lr=-1.0), rf"{GROUP}hyper_lr\['beta1'\] must be finite"),
     "last options": (option(last_options=(1, 2, 3)), f"{GROUP}last_options must be None, or"),
+    "frozen": (option(frozen=(0.5,)), f"{GROUP}frozen must be None, or values of"),
+    "frozen at 2": (option(frozen=(2.0,) * 6), rf"{GROUP}frozen: beta1 must be in \[0, 1\]"),
+    "last options of numbers": (option(last_options=(1, 2)), f"{GROUP}last_options must be None, or"),
     "last options of nothing": (option(last_options=3), f"{GROUP}last_options must be None, or"),
 }  # fmt: skip
 CASES = [("PACE", how) for how in BOTH] + [("MADA, pulled", how) for how in (*BOTH, *OF_MADA)]

@@ -398,8 +398,10 @@ def test_distributed_checkpoints_in_files(script: str, how: str) -> None:
     dtype = DTYPES[list(SCRIPTS).index(script) % len(DTYPES)]
     saved, straight = Training(script, dtype), Training(script, dtype)
     events: list[tuple[Any, ...]] = [
-        ("add", {}), ("step", set(), 1.0), ("nonfinite",), ("step", set(), 0.1), ("change", {"lr": 0.05}, 0),
+        ("add", {}), ("step", set(), 1.0), ("nonfinite",), ("step", set(), 0.1), ("change", {"lr": 0.05}, None),
     ]  # fmt: skip
+    # The lr of all groups: a tensor that is the default is one for all of them, into which dcp.load, in place, loads
+    # that of each group. So it is with torch.optim.AdamW.
     for index, event in enumerate(events):
         happen(saved, index, event)
         happen(straight, index, event)
