@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from .optimizer import (
     check_average_options,
     check_common_options,
     check_number,
+    checked_count,
     moved,
     require,
 )
@@ -36,6 +39,18 @@ _LEARNED = ("coefficient_values", "coefficient_momenta", "hypergradients", "hype
 # Options that mean something only where a coefficient is learned, and what they are where nobody gave them.
 _HYPER_DEFAULTS = {"hyper_lr": None, "hyper_momentum": 0.0, "hyper_clip": 10.0, "hyper_warmup": 50, "bounds": None}
 _LEARNING = ("learn", *_HYPER_DEFAULTS)
+# The options of groups that PACE does not have, and what the groups hold of MADA. "last_options" is in checkpoints
+# alone: what the step to redo was taken with, where options were changed since. "frozen": the values of freeze().
+MADA_ONLY = (
+    "lion_betas",
+    "second_moment",
+    "coefficients",
+    *COEFFICIENTS,
+    *_LEARNING,
+    *_LEARNED,
+    "last_options",
+    "frozen",
+)
 _PRESETS: dict[str, dict[str, Any]] = {
     "adamw": {"rho": 1.0, "betas": (0.9, 0.999), "weight_decay": 0.01},
     "amsgrad": {"rho": 0.0, "second_moment": "max", "betas": (0.9, 0.999), "weight_decay": 0.01},
@@ -198,6 +213,7 @@ class MADA(KernelOptimizer):
         *("last_grad", "older_grad", "ema"),
     )
     STATE_ROWS = {"last_scalars": len(LAST_SCALARS)}  # noqa: RUF012
+    OWN_OPTION = "learn"
 
     # Of a step: the group, its sums, and the work they are of.
     _sums: list[tuple[Group, Tensor, Work]]
@@ -405,7 +421,7 @@ class MADA(KernelOptimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        group.update(self._fresh(group))
+        group.update(self._fresh(group), last_options=None, frozen=None)
         self._share()
         self._prepared[id(group)] = self._prepare(group)
 
@@ -494,18 +510,28 @@ class MADA(KernelOptimizer):
         Training goes on as if the coefficients had stayed at their present values from here on.
         """
         for group in self.param_groups:
+            self._by_name(group)
+        for group in self.param_groups:
             if not group["learn"]:
                 continue
             for param in group["params"]:
                 if param in self.state:
                     self._catch_up(group, param)
             values = self._group_coefficients(group)
+            frozen = tuple(values[name] if name in group["learn"] else None for name in COEFFICIENTS)
             fixed = {"betas": (values.pop("beta1"), values.pop("beta2")), **values, "learn": ()}
-            group.update(fixed, **dict.fromkeys(_LEARNED))
+            group.update(fixed, frozen=frozen, **dict.fromkeys(_LEARNED))
             self._prepared[id(group)] = self._prepare(group)
             self._drop_unused(group)
-            if group["coefficients"] == "global":
-                self.defaults.update(fixed)
+        self._default_to_frozen()
+
+    def _default_to_frozen(self) -> None:
+        """Groups that are added once the shared coefficients are frozen start with them frozen, at the same values."""
+        first = self.param_groups[0]
+        if first["coefficients"] == "global" and first["frozen"] is not None:
+            given = zip(COEFFICIENTS, first["frozen"], strict=True)
+            values = {name: _fixed(self.defaults, name) if value is None else value for name, value in given}
+            self.defaults.update({"betas": (values.pop("beta1"), values.pop("beta2")), **values, "learn": ()})
 
     def _catch_up(self, group: Group, param: Tensor) -> None:
         """Brings moments that are one step behind up to date, by redoing that step."""
@@ -698,30 +724,82 @@ class MADA(KernelOptimizer):
     def _required_states(self, group: Group) -> tuple[str, ...]:
         return ("exp_avg_sq",) if "exp_avg_sq" in self._state_tensors(group) else ("exp_avg_lion",)
 
+    def _to_save(self, group: Group) -> Group:
+        self._by_name(group)
+        last = self._prepared[id(group)]
+        options = (tuple(last.step[name] for name in _REDONE_BY), last.states)
+        hyper = {name: group[name] for name in _LEARNING}
+        return {**super()._to_save(group), **hyper, "last_options": options}
+
     def _merged(self, saved: Group, group: Group) -> Group:
-        options = super()._merged(saved, group)
-        options = self._expanded(options, options)
-        if options["learn"] and isinstance(saved.get("coefficient_values"), Tensor):
+        if self.OWN_OPTION not in saved:
+            saved = {name: value for name, value in saved.items() if name != "log_stats"}  # of PACE
+        options = super()._merged(saved, {**group, "last_options": None, "frozen": None})
+        # What a dict of hyper options leaves out is as it is here; those that state_dict() saved are whole.
+        kept = {k: v for k, v in self._prepared[id(group)].learning.items() if isinstance(options[k], Mapping)}
+        options = self._expanded(options, {**options, **kept})
+        if options["learn"] and self.OWN_OPTION in saved:
             for name, fresh in self._fresh({**options, "params": group["params"]}).items():
                 value = saved.get(name)
                 shape = tuple(fresh.shape) if fresh is not None else ()
                 came = tuple(value.shape) if isinstance(value, Tensor) else value
                 require(came == shape, name, f"a tensor of shape {shape}", came)
-                options[name] = value.to(fresh)  # type: ignore[union-attr]
+                options[name] = self._checked_learned(name, value).to(fresh)  # type: ignore[arg-type]
         elif options["learn"]:
             # Another optimizer's checkpoint: learning starts at its options.
             self._check_start(options)
             options.update(self._fresh({**options, "params": group["params"]}))
+        frozen = options["frozen"]
+        if frozen is not None:
+            six = isinstance(frozen, (tuple, list)) and len(frozen) == len(COEFFICIENTS)
+            require(six, "frozen", f"None, or values of {', '.join(COEFFICIENTS)}", frozen)
+            for name, value in zip(COEFFICIENTS, frozen, strict=True):
+                if value is not None:
+                    check_number(f"frozen: {name}", value, "in [0, 1]", lambda a: 0 <= a <= 1)
+        last = options["last_options"]
+        if last is not None:
+            whole = isinstance(last, (tuple, list)) and [isinstance(part, (tuple, list)) for part in last] == [
+                True,
+                True,
+            ]
+            whole = whole and len(last[0]) == len(_REDONE_BY)
+            require(whole, "last_options", f"None, or ({', '.join(_REDONE_BY)}) and the names of states", last)
         return options
 
+    @staticmethod
+    def _checked_learned(name: str, value: Tensor) -> Tensor:
+        """What was saved of the learned coefficients. Outside of bounds that were narrowed since, a step moves them."""
+        require(value.is_floating_point() and not value.is_meta, name, "of real numbers", value)
+        numbers = value.reshape(-1).tolist()
+        if name == "coefficient_values":
+            for coefficient, number in zip(COEFFICIENTS, numbers, strict=True):
+                beta = coefficient.startswith("beta")
+                fits = 0 <= number <= 1 and (number < 1 or not beta)
+                require(fits, f"{name}: {coefficient}", "in [0, 1)" if beta else "in [0, 1]", number)
+        elif name == "hyper_step":
+            checked_count(name, value, 2**53)
+        elif name == "coefficient_momenta":
+            for coefficient, number in zip(COEFFICIENTS, numbers, strict=True):
+                check_number(f"{name}: {coefficient}", number, "finite", lambda _: True)
+        return value
+
     def _translated_state(
-        self, saved: dict[str, Any], param: Tensor, group: Group, name: str, notes: list[str]
+        self,
+        saved: dict[str, Any],
+        param: Tensor,
+        group: Group,
+        required: Sequence[str],
+        name: str,
+        notes: list[str],
     ) -> dict[str, Tensor]:
         if "last_scalars" in saved and group["learn"]:
-            for needed in self._state_tensors(group):
+            last = group["last_options"]
+            for needed in last[1] if last else self._state_tensors(group):
                 if needed not in saved and needed != "ema":
                     raise ValueError(f"{name} lacks {needed}, without which its last step can't be redone")
-        state = super()._translated_state(saved, param, group, name, notes)
+        state = super()._translated_state(saved, param, group, required, name, notes)
+        if "last_scalars" in state:
+            self._check_last_scalars(state["last_scalars"], group, name)
         if "last_grad" in state and "last_scalars" not in state and "last_scalars" in self._state_tensors(group):
             # An earlier version kept scalars only where something was learned. The gradient is one of a step all the
             # same, but in the state of a dry run.
@@ -729,16 +807,40 @@ class MADA(KernelOptimizer):
             state["last_scalars"][0] = DONE if state["step"] > 0 else NO_GRADIENT
         return state
 
+    @staticmethod
+    def _check_last_scalars(row: Tensor, group: Group, name: str) -> None:
+        taken, lr, *coefficients = row.tolist()
+        known = taken in (DONE, NO_GRADIENT) or (taken == REDO and group["learn"])
+        fits = taken == NO_GRADIENT or (lr >= 0 and math.isfinite(lr) and all(0 <= q <= 1 for q in coefficients))
+        if not (known and fits):
+            raise ValueError(f"{name}: last_scalars must be of a step ({', '.join(LAST_SCALARS)}), got {row.tolist()}")
+
     def _translated(self, loaded: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+        saved_groups = self._checked_structure(loaded)
+        starts = not any(self.OWN_OPTION in group for group in saved_groups)
         loaded = super()._translated(loaded, notes)
         if self._incoming is not None:
-            self._check_sharing(loaded["param_groups"])
+            self._check_sharing(loaded["param_groups"], start=starts)
         return loaded
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_last": [self._prepared[id(group)] for group in self.param_groups]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._sums = []
         self.__dict__.setdefault("_hyper_process_group", None)  # a pickle has none
         self._share()
-        for group in self.param_groups:
-            self._prepared[id(group)] = self._prepare(group)
+        kept = self.__dict__.pop("_last", ())  # of a pickle
+        for group, before in zip_longest(self.param_groups, kept):
+            last = group.setdefault("last_options", None)
+            group.setdefault("frozen", None)
+            group["last_options"] = None
+            if before is not None:
+                self._prepared[id(group)] = before
+                continue
+            now = self._prepare(group)
+            if last is not None:
+                now = now._replace(step=now.step | dict(zip(_REDONE_BY, last[0], strict=True)), states=tuple(last[1]))
+            self._prepared[id(group)] = now
+        self._default_to_frozen()

@@ -11,7 +11,7 @@ import operator
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -37,9 +37,12 @@ _FOREIGN_OPTIONS = ("amsgrad", "foreach", "fused", "differentiable", "decoupled_
 # State of the published pace-optimizer: the same tensors under other names. `theta` is its copy of the live weights.
 _FOREIGN_NAMES = {"m": "exp_avg", "v": "exp_avg_sq"}
 _FOREIGN_STATE = {"theta", "last_ema_step", "max_exp_avg_sq"}
-# What the groups hold beside options: whether the average is swapped in, the format of a checkpoint, and how many steps
-# skip_nonfinite left undone (a tensor that the groups share, once there is something to count).
-_GROUP_STATE: Group = {"swapped": False, "format_version": FORMAT, "skipped_steps": None}
+# What the groups hold beside options: whether the average is swapped in, the format of a checkpoint, how many steps
+# skip_nonfinite left undone (a tensor that the groups share, once there is something to count), and, in checkpoints
+# alone, the names that all states of the group have: what a checkpoint lost on its way can be told by them.
+_GROUP_STATE: Group = {"swapped": False, "format_version": FORMAT, "skipped_steps": None, "state_names": None}
+# Step counts are float32, which counts no further.
+_LAST_STEP = 2**24
 _NO_AXES: Axes = ()
 # What torch 2.10 has under the second name, a later torch under the first; there the second warns.
 _HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
@@ -161,6 +164,21 @@ def check_number(argument: str, value: object, allowed: str, ok: Callable[[float
     require(math.isfinite(value) and ok(float(value)), argument, allowed, value)
 
 
+def checked_count(name: str, value: Any, last: int) -> Tensor:
+    """A count that was saved, as a tensor without dimensions."""
+    allowed = f"one whole number >= 0 and <= {last}"
+    if isinstance(value, Tensor):
+        require(value.numel() == 1 and not value.is_complex() and not value.is_meta, name, allowed, value)
+        count, number = value.detach().reshape(()), value.item()
+    else:
+        require(isinstance(value, numbers.Real), name, allowed, value)
+        number = plain_number(value)
+        count = torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else None)
+    whole = not isinstance(number, bool) and math.isfinite(number) and number == int(number)
+    require(whole and 0 <= number <= last, name, allowed, value)
+    return count
+
+
 def plain_number(value: Any) -> Any:
     """Numbers of other libraries, such as NumPy's, as Python's; everything else as it is."""
     if isinstance(value, (bool, int, float)) or not isinstance(value, numbers.Real):
@@ -224,6 +242,8 @@ class KernelOptimizer(torch.optim.Optimizer):
     STATE_TENSORS: ClassVar[tuple[str, ...]] = ()
     # Names of small float64 states, with their number of elements.
     STATE_ROWS: ClassVar[dict[str, int]] = {}
+    # An option that the groups of no other optimizer have: by it a checkpoint is known for one of this class.
+    OWN_OPTION: ClassVar[str]
 
     _backend_name: str | None
     _dry: bool  # the states come from a dry run: the first real step creates them anew
@@ -252,7 +272,7 @@ class KernelOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _required_states(self, group: Group) -> tuple[str, ...]:
-        """The names of states, beside `step`, without which a checkpoint is not one of this optimizer."""
+        """The names of states, beside `step`, without which another optimizer's checkpoint does not fit this one."""
         return ("exp_avg_sq",)
 
     def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> None:
@@ -605,7 +625,7 @@ class KernelOptimizer(torch.optim.Optimizer):
             state["live"], state["ema"] = state["ema"], param.detach()
         for _, state, live in copied:
             state["live"] = live
-        for group in self.param_groups:
+        for group in groups:
             group["swapped"] = True
 
     @torch.no_grad()
@@ -663,6 +683,8 @@ class KernelOptimizer(torch.optim.Optimizer):
     def ema_state_dict(self, model: torch.nn.Module, *, full: bool = False) -> dict[str, Any]:
         """A copy of ``model.state_dict()`` with averaged weights, to save or to export; nothing is swapped.
 
+        Its tensors are contiguous and share no memory, as safetensors wants them: tied weights come under each of their
+        names, each with a copy of its own.
         Every parameter that has an average comes averaged, in its own dtype, also where ``use_ema_eval`` is False. One
         that took no step yet, or is not ours, comes as it is. Raises RuntimeError where this optimizer keeps no
         average, ValueError where it knows no parameter of the model (a copy of a model has its own).
@@ -681,7 +703,7 @@ class KernelOptimizer(torch.optim.Optimizer):
             if isinstance(value, Tensor):
                 average = self.state.get(value, {}).get("ema", value)
                 copy = as_state(value, average, value.dtype)
-                exported[name] = gathered(copy) if full else copy
+                exported[name] = (gathered(copy) if full else copy).contiguous()
         return exported if not full or on_first_rank() else {}
 
     def _keeps_average(self, group: Group) -> bool:
@@ -689,15 +711,43 @@ class KernelOptimizer(torch.optim.Optimizer):
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """States and options, to save. As in ``torch.optim``, the tensors are the optimizer's own, which its next step
+        changes: save them, or ``copy.deepcopy`` them, before it."""
+
+        # First of the hooks, so that those of the user see all of it.
+        def complete(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+            for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
+                packed.update(self._to_save(group))
+
+        handle = self.register_state_dict_post_hook(complete, prepend=True)
+        try:
+            return super().state_dict()  # type: ignore[no-any-return]
+        finally:
+            handle.remove()
+
+    def _to_save(self, group: Group) -> Group:
+        """What a checkpoint has of the group beside its options."""
+        names = [self.state[param].keys() for param in group["params"] if self.state.get(param)]
+        saved: Group = {"state_names": tuple(sorted(set.intersection(*map(set, names)))) if names else None}
+        if group["skipped_steps"] is None:  # distributed checkpoints load no tensor into what is None
+            saved["skipped_steps"] = torch.zeros((), dtype=torch.int64)
+        return saved
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of this class, of ``torch.optim.Adam`` / ``AdamW``, or of the published ``pace-optimizer``.
+        """Loads a state of this class, of ``torch.optim.Adam`` / ``AdamW``, or of the published ``pace-optimizer``;
+        MADA one of PACE, and PACE one of a MADA that is AdamW.
 
-        States are copied and stay float32 (float64 for float64 parameters), whatever the parameter's dtype. An option
-        that the checkpoint does not have keeps its present value. A state that does not fit raises ValueError and
-        changes nothing. A state saved between ``eval()`` and ``train()`` comes back swapped. The weights themselves are
-        the model's: load the model too, and, for a checkpoint of ``pace-optimizer`` saved in eval mode, load it first.
+        States are copied and stay float32 (float64 for float64 parameters), whatever the parameter's dtype. Options
+        come from the checkpoint, ``capturable`` too; one that it does not have keeps its present value. What does not
+        fit raises ValueError or TypeError and changes nothing. States go to the parameters by their position, as in
+        ``torch.optim``. A state saved between ``eval()`` and ``train()`` comes back swapped. The weights themselves are
+        the model's, and are not touched: load the model too, and, for a checkpoint of ``pace-optimizer`` saved in eval
+        mode, load it first.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
 
         # Last of the pre-hooks, so that those of the user see the checkpoint as it was saved.
         def translate(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
@@ -716,9 +766,15 @@ class KernelOptimizer(torch.optim.Optimizer):
     def _translated(self, loaded: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         """``loaded`` in our names and checked. The tensors are kept aside: torch would cast them to the parameter's
         dtype."""
-        saved_groups = loaded["param_groups"]
+        saved_groups = self._checked_structure(loaded)
         if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
             return loaded  # torch says what is wrong
+        known = {key for saved in saved_groups for key in saved["params"]}
+        if strangers := sorted(str(key) for key in loaded["state"] if key not in known):
+            raise ValueError(
+                f"state_dict has states of parameters that are in none of its groups: {', '.join(strangers)}"
+            )
+        self._check_names(loaded["state"], saved_groups)  # before options: they tell best what it is
         groups, states, incoming = [], {}, {}
         for number, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
             if saved.get("weight_decay") and saved.get("decoupled_weight_decay") is False:
@@ -726,27 +782,81 @@ class KernelOptimizer(torch.optim.Optimizer):
                     f"param_groups[{number}]: weight_decay {saved['weight_decay']} was Adam's, added to the gradient; "
                     "here it is decoupled, as in AdamW"
                 )
-            self._check_format(saved, number)
-            options = self._merged(saved, group) | {"format_version": FORMAT}
-            self._check_options(options)
-            groups.append(options)
+            options = self._loaded_options(saved, group, number)
+            names = options.pop("state_names")
+            groups.append(options | {"state_names": None})
+            if names is None or self.OWN_OPTION not in saved:
+                names = (*(names or ()), *self._required_states(options))
+            ordered, present = saved.get("param_names"), group.get("param_names")
+            if ordered and present and ordered != present and sorted(ordered) == sorted(present):
+                notes.append(
+                    f"param_groups[{number}] was saved with its parameters in another order. States go by position, "
+                    "not by name, as in torch.optim"
+                )
             for i, (key, param) in enumerate(zip(saved["params"], group["params"], strict=True)):
                 if key not in loaded["state"] or not loaded["state"][key]:
                     continue
                 name = f"the state of {self._name(group, i)}"
                 states[key] = incoming[param] = self._translated_state(
-                    loaded["state"][key], param, options, name, notes
+                    loaded["state"][key], param, options, names, name, notes
                 )
             loaded_here = [incoming[param] for param in group["params"] if param in incoming]
             lost = any("ema" in state and "live" not in state for state in loaded_here)
-            if saved.get("swapped") and saved.get("use_ema_eval") and lost:
+            if saved.get("swapped") and lost:
                 raise ValueError(
                     f"param_groups[{number}] was saved between eval() and train(), and its live weights did not come "
                     "along (flattened distributed checkpoints drop them): call train() before saving"
                 )
-            options["swapped"] = any("live" in state for state in loaded_here)
+            groups[-1]["swapped"] = bool(saved.get("swapped")) or any("live" in state for state in loaded_here)
         self._incoming = incoming
         return {**loaded, "state": states, "param_groups": groups}
+
+    def _checked_structure(self, loaded: dict[str, Any]) -> list[Group]:
+        """The groups of what is to be loaded, if it is a state dict at all."""
+        for part, kind in (("state", Mapping), ("param_groups", (list, tuple))):
+            if not isinstance(loaded.get(part), kind):
+                came = (
+                    type(loaded[part]).__name__
+                    if part in loaded
+                    else f"only {', '.join(map(str, loaded)) or 'nothing'}"
+                )
+                raise ValueError(
+                    f"state_dict must have 'state' and 'param_groups', as state_dict() does: {part} is {came}"
+                )
+        groups: list[Group] = list(loaded["param_groups"])
+        for number, saved in enumerate(groups):
+            if not isinstance(saved, Mapping) or not isinstance(saved.get("params"), (list, tuple)):
+                raise ValueError(f"param_groups[{number}] of the state_dict must be a dict with a list 'params'")
+        for key, state in loaded["state"].items():
+            if not isinstance(state, Mapping):
+                raise ValueError(f"the state of parameter {key} must be a dict, got {type(state).__name__}")
+        return groups
+
+    def _check_names(self, states: Mapping[Any, Mapping[str, Any]], saved_groups: list[Group]) -> None:
+        known = {"step", "live", *self.STATE_TENSORS, *self.STATE_ROWS, *_FOREIGN_NAMES, *_FOREIGN_STATE}
+        for saved, group in zip(saved_groups, self.param_groups, strict=True):
+            for i, key in enumerate(saved["params"]):
+                if unknown := sorted(map(str, states.get(key, {}).keys() - known)):
+                    raise ValueError(
+                        f"the state of {self._name(group, i)} has {', '.join(unknown)}, which is no state of "
+                        f"{type(self).__name__}"
+                    )
+
+    def _loaded_options(self, saved: Group, group: Group, number: int) -> Group:
+        """The options of a group after loading, checked."""
+        self._check_format(saved, number)
+        try:
+            options = self._merged(saved, group) | {"format_version": FORMAT}
+            self._check_options(options)
+            swapped, skipped, names = (options[name] for name in ("swapped", "skipped_steps", "state_names"))
+            require(isinstance(swapped, bool), "swapped", "True or False", swapped)
+            if skipped is not None:
+                options["skipped_steps"] = checked_count("skipped_steps", skipped, 2**63 - 1).to(torch.int64, copy=True)
+            listed = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
+            require(names is None or listed, "state_names", "None or a tuple of names", names)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"param_groups[{number}] of the checkpoint: {error}") from error
+        return options
 
     def _check_format(self, saved: Group, number: int) -> None:
         version = saved.get("format_version", 0)
@@ -761,18 +871,23 @@ class KernelOptimizer(torch.optim.Optimizer):
     def _merged(self, saved: Group, group: Group) -> Group:
         """The options of a group after loading: the saved ones, and the present ones where none was saved."""
         options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        options |= _GROUP_STATE  # of what is loaded, not of what was here
         return options | {k: v for k, v in saved.items() if k not in _FOREIGN_OPTIONS}
 
     def _translated_state(
-        self, saved: dict[str, Any], param: Tensor, group: Group, name: str, notes: list[str]
+        self,
+        saved: dict[str, Any],
+        param: Tensor,
+        group: Group,
+        required: Sequence[str],
+        name: str,
+        notes: list[str],
     ) -> dict[str, Tensor]:
+        """A parameter's saved state in our names, copied and checked; it must have what is ``required``."""
         state = {_FOREIGN_NAMES.get(k, k): v for k, v in saved.items()}
-        known = {"step", "live", *self.STATE_TENSORS, *self.STATE_ROWS}
-        if unknown := sorted(map(str, state.keys() - known - _FOREIGN_STATE)):
-            raise ValueError(f"{name} has {', '.join(unknown)}, which is no state of {type(self).__name__}")
-        for required in ("step", *self._required_states(group)):
-            if required not in state:
-                raise ValueError(f"{name} lacks {required}: is it the state of another optimizer?")
+        for needed in ("step", *required):
+            if needed not in state and needed != "live":  # that one is asked for with "swapped"
+                raise ValueError(f"{name} lacks {needed}: is it the state of another optimizer, or incomplete?")
         if "max_exp_avg_sq" not in self._state_tensors(group) and state.pop("max_exp_avg_sq", None) is not None:
             notes.append(f"{name}: the maximum that AMSGrad keeps is dropped")
         state.pop("last_ema_step", None)
@@ -783,14 +898,17 @@ class KernelOptimizer(torch.optim.Optimizer):
                 state["live"] = theta
             elif not same:
                 notes.append(f"{name}: the model holds neither its weights nor its average; load the model first")
-        step = torch.as_tensor(state.pop("step"), dtype=torch.float32)
-        if step.numel() != 1 or not float(step) >= 0:
-            raise ValueError(f"{name}: step must be one number >= 0, got {step}")
+        step = checked_count(f"{name}: step", state.pop("step"), _LAST_STEP).to(torch.float32)
         for key, value in state.items():
             shape = (self.STATE_ROWS[key],) if key in self.STATE_ROWS else tuple(param.shape)
             if not isinstance(value, Tensor) or value.shape != shape:
                 came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"{name}: {key} must be a tensor of shape {shape}, got {came}")
+            if value.dtype not in _FLOATING or value.layout is not torch.strided:
+                kind = value.dtype if value.layout is torch.strided else value.layout
+                raise ValueError(f"{name}: {key} must be dense, of {', '.join(map(str, _FLOATING))}, got {kind}")
+            if value.is_meta and not param.is_meta:
+                raise ValueError(f"{name}: {key} is on the meta device, where there are no values")
         ours = {"step": step.reshape(()).to(param.device if group["capturable"] else "cpu", copy=True)}
         for key, value in state.items():
             if key in self.STATE_ROWS:

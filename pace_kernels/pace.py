@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .mada import MADA_ONLY
 from .ops import PACE_STATS
 from .optimizer import (
     Group,
@@ -89,6 +90,7 @@ class PACE(KernelOptimizer):
     """
 
     STATE_TENSORS = ("exp_avg", "exp_avg_sq", "ema")
+    OWN_OPTION = "log_stats"
 
     _step_stats: list[tuple[Tensor, Axes]]
 
@@ -142,6 +144,12 @@ class PACE(KernelOptimizer):
         check_common_options(group)
         check_average_options(group)
         require(isinstance(group["log_stats"], bool), "log_stats", "True or False", group["log_stats"])
+
+    def _merged(self, saved: Group, group: Group) -> Group:
+        # Of MADA: other rules than AdamW's have states of other names, but for Yogi's, which c mixes in.
+        if saved.get("c", 1.0) != 1.0:
+            raise ValueError(f"c is {saved['c']!r} in a checkpoint of MADA: PACE is AdamW, where it is 1.0")
+        return super()._merged({k: v for k, v in saved.items() if k not in MADA_ONLY}, group)
 
     def _state_tensors(self, group: Group) -> tuple[str, ...]:
         moment = ("exp_avg",) if group["betas"][0] != 0.0 else ()

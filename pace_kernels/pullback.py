@@ -126,6 +126,7 @@ class _Averager(KernelOptimizer):
 
     READS_GRADIENTS = False
     STATE_TENSORS = ("ema",)
+    OWN_OPTION = "gain"
 
     _base: torch.optim.Optimizer
     _rows: list[_Row]

@@ -234,7 +234,7 @@ BROKEN = {
     "of SGD": (lambda s: s["state"].update({0: {"momentum_buffer": torch.ones(3)}}), "momentum_buffer, which is no"),
     "no second moment": (lambda s: s["state"][0].pop("exp_avg_sq"), "lacks exp_avg_sq: is it the state of another"),
     "no step": (lambda s: s["state"][3].pop("step"), r"state of param_groups\[0\]\['params'\]\[3\] lacks step"),
-    "a negative step": (lambda s: s["state"][0].update(step=torch.tensor(-1.0)), "step must be one number >= 0"),
+    "a negative step": (lambda s: s["state"][0].update(step=torch.tensor(-1.0)), "step must be one whole number >= 0"),
     "bad options": (lambda s: s["param_groups"][0].update(eps=-1.0), "eps must be finite"),
     "fewer parameters": (lambda s: s["param_groups"][0]["params"].pop(), "doesn't match the size of optimizer's group"),
 }  # fmt: skip

@@ -131,8 +131,9 @@ def test_each_base_step_is_followed_by_the_formula(name: str, backend: str) -> N
 def test_around_adamw_it_is_pace(options: dict[str, Any], dtype: torch.dtype) -> None:
     """PACE is off from float64 by the bound carried in `Reference`; Pullback(AdamW) by that and, at each step, by the
     roundings of AdamW itself: 16 operations on values no larger than |x| and the update (at most 0.02 here), u each.
-    They do not grow: with Λ ≤ 1, x₊ depends on x and e by 1 − Λ and Λ. Narrower weights: one step, since then the moments too are
-    narrow; x' is rounded to the weights' format, which in PACE it is not, and the update made of such moments."""
+    They do not grow: with Λ ≤ 1, x₊ depends on x and e by 1 − Λ and Λ. Narrower weights: one step, since then the
+    moments too are narrow; x' is rounded to the weights' format, which in PACE it is not, and the update made of such
+    moments."""
     eps = options.get("eps", 1e-8)
     own = {k: v for k, v in options.items() if k != "eps"}
     params, twins = weights(dtype), weights(dtype)

@@ -1,5 +1,5 @@
-"""Promise: a training under Pullback goes on from its checkpoint as if never stopped, bit for bit, through every kind of
-checkpoint; what does not fit is refused, and the running optimizer, base and average, stays as it was."""
+"""Promise: a training under Pullback goes on from its checkpoint as if never stopped, bit for bit, through every kind
+of checkpoint; what does not fit is refused, and the running optimizer, base and average, stays as it was."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_overrides_of_groups_come_along() -> None:
         p = torch.nn.Parameter(torch.ones(4))
         return p, Pullback(torch.optim.SGD([{"params": [p], "gain": 0.25}], lr=0.1), gain=0.5)
 
-    (p, optimizer), (q, other) = build(), build()
+    (p, optimizer), (_, other) = build(), build()
     optimizer.param_groups[0]["gain"] = 0.75
     p.grad = torch.ones(4)
     optimizer.step()
@@ -166,7 +166,7 @@ BROKEN: dict[str, Callable[[dict[str, Any]], Any]] = {
     r"ema must be a tensor of shape \(7, 9\)": lambda s: first(s).update(ema=torch.ones(3)),
     "has an average without pullback_step": lambda s: first(s).pop("pullback_step"),
     "lacks ema": lambda s: first(s).pop("ema"),
-    "step must be one number >= 0": lambda s: first(s).update(pullback_step=torch.tensor(-1.0)),
+    "step must be one whole number >= 0": lambda s: first(s).update(pullback_step=torch.tensor(-1.0)),
     r"exp_avg_sq has shape \(2,\), expected \(7, 9\)": lambda s: first(s).update(exp_avg_sq=torch.ones(2)),
     "lacks exp_avg_sq, which AdamW keeps": lambda s: first(s).pop("exp_avg_sq"),
     "by a later pace_kernels": lambda s: s["param_groups"][0].update(pullback_format_version=99),

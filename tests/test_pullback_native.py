@@ -1,5 +1,5 @@
-"""Promise: the operator ``pullback_`` gives the bits of the plain torch rule, for every switch, format, instruction set,
-number of threads and memory layout; it is vectorized; and it refuses before it writes."""
+"""Promise: the operator ``pullback_`` gives the bits of the plain torch rule, for every switch, format, instruction
+set, number of threads and memory layout; it is vectorized; and it refuses before it writes."""
 
 from __future__ import annotations
 

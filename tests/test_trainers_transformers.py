@@ -1,5 +1,5 @@
-"""Promise: in ``transformers.Trainer`` PACE is a change of one line: it evaluates the average and trains the live weights.
-With ``UseAverage`` all that it saves holds the average too, and a checkpoint goes on bit for bit."""
+"""Promise: in ``transformers.Trainer`` PACE is a change of one line: it evaluates the average and trains the live
+weights. With ``UseAverage`` all that it saves holds the average too, and a checkpoint goes on bit for bit."""
 
 from __future__ import annotations
 

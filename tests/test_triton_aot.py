@@ -20,10 +20,15 @@ from pace_kernels.triton_kernels import aot
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-LARGEST = ("pace float32", "pace bfloat16 stats", "mada float32", "mada bfloat16 pulled capturable")
+LARGEST = (
+    *("pace float32", "pace bfloat16 stats", "mada float32", "mada bfloat16 pulled capturable", "pullback float32"),
+    "pullback bfloat16 stats",
+)
 OTHERS = (
     *("pace bfloat16", "pace float32 AdamW", "pace float32 unaligned stats", "pace bfloat16/float32", "pace float16"),
     *("mada float32 fixed", "mada bfloat16 AdamW", "mada float32 unaligned", "swap float32", "mada float32 hyperadam"),
+    *("pullback bfloat16", "pullback float32 average", "pullback float32 constant", "pullback bfloat16/float32"),
+    *("pullback float32 unaligned", "pullback scalars", "pullback scalars on device"),
     *("pace scalars", "mada scalars on device", "stats", "hypergradients rows", "learn"),
 )
 # Operands that a program of aligned float32 reads and writes.
@@ -34,15 +39,25 @@ OPERANDS = {
     "mada float32 fixed": (8, 7),
     "mada float32 hyperadam": (5, 4),
     "swap float32": (2, 2),
+    "pullback float32": (4, 2),
+    "pullback float32 constant": (3, 2),
+    "pullback float32 average": (2, 1),
 }
 # With bfloat16 weights and gradients PACE's threads have eight elements: one access of 16 bytes for them, two for every
 # float32 operand. MADA's have four: 8 bytes for weights and gradients (launch.py).
-NARROW = {"pace bfloat16": (2 + 6, 1 + 6), "pace float16": (2 + 6, 1 + 6), "pace bfloat16/float32": (1 + 8, 1 + 6)}
+NARROW = {
+    "pullback bfloat16": (3 + 2, 1 + 2),
+    "pullback bfloat16/float32": (2 + 4, 1 + 2),
+    "pace bfloat16": (2 + 6, 1 + 6),
+    "pace float16": (2 + 6, 1 + 6),
+    "pace bfloat16/float32": (1 + 8, 1 + 6),
+}
 # Registers a thread: with as many, 4 programs of PACE (2 with statistics of bfloat16) and 3 of MADA fit on an SM. They
 # are those of the compiler and the assembler in Triton 3.9; with 3.7 a few kernels take more, and two spill, 8 and 56
 # bytes.
 EXACT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 REGISTERS = {"pace": 64, "pace bfloat16": 80, "pace float16": 80, "pace bfloat16 stats": 128, "mada": 168}
+REGISTERS |= {"pullback": 64, "pullback bfloat16": 80, "pullback bfloat16/float32": 80, "pullback bfloat16 stats": 128}
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 
 
@@ -83,7 +98,7 @@ def test_nvidia(target: str, tmp_path: Any) -> None:
         used = resources(kernel.asm["cubin"], tmp_path)
         assert used["STACK"] + used["LOCAL"] <= (0 if EXACT else 64), name
         rule = name.split()[0]
-        if rule in ("pace", "mada") and "scalars" not in name and EXACT:
+        if rule in ("pace", "mada", "pullback") and "scalars" not in name and EXACT:
             assert used["REG"] <= REGISTERS.get(name, REGISTERS[rule]) + 16 * ("stats" in name), (name, used)
 
 
@@ -100,7 +115,7 @@ def test_amd() -> None:
             # others.
             divisions, roots = code.count("v_div_fixup_f32"), code.count("v_sqrt_f32")
             fused = Counter(re.findall(r"\bv_(?:pk_)?(?:fma|mad)\w*f32", code))
-            assert divisions > 0 and roots > 0
+            assert divisions > 0 and roots > 0, name
             assert fused["v_fma_f32"] == 3 * divisions + 2 * roots
             assert fused["v_fmac_f32"] + fused["v_fmac_f32_e32"] == 2 * divisions
             assert set(fused) <= {"v_fma_f32", "v_fmac_f32", "v_fmac_f32_e32"}

@@ -18,8 +18,10 @@ if not os.environ.get("TRITON_INTERPRET"):
 
 import mada_cases
 import pace_cases
+import pullback_cases
 import test_mada_native
 import test_native
+import test_pullback_native
 from pace_kernels.triton_kernels import ops, scalars, table
 from test_mada_native import LEARN
 from triton.runtime import interpreter
@@ -130,6 +132,33 @@ def test_mada(case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
             assert abs(ours[name] - theirs[name]) <= 288 * 2**-24 * abs(size) * 1.001, name
     if learns and steps > 2:
         assert any(value != 0.0 for value in sums["triton"][-1].values())
+
+
+@pytest.mark.parametrize(("case", "dtype"), pairs(pullback_cases.CASES))
+def test_pullback(case: str, dtype: torch.dtype) -> None:
+    """With statistics: counts, minima and maxima are the same but for w_t in float64; sums as below."""
+    found = []
+    for op in (torch.ops.pace_kernels.pullback_, ops.pullback_):
+        stats = torch.zeros(len(PACE_STATS), dtype=torch.float64)
+        found.append((pullback_cases.train(op, pullback_cases.CASES[case], dtype, 3, stats), stats))
+    pullback_cases.assert_same_lists(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=80 * 2**-24, atol=0)
+    silent = pullback_cases.train(ops.pullback_, pullback_cases.CASES[case], dtype, 3)
+    pullback_cases.assert_same_lists(found[0][0], silent)
+
+
+@pytest.mark.parametrize("message", test_pullback_native.REFUSED)
+def test_the_pullback_refuses_before_it_writes(message: str) -> None:
+    test_pullback_native.refused(ops.pullback_, message)
+
+
+def test_a_skipped_pullback_changes_nothing() -> None:
+    lists = test_pullback_native.operands()
+    before = {name: [t.clone() for t in tensors] for name, tensors in lists.items()}
+    stats = torch.full((len(PACE_STATS),), 3.0, dtype=torch.float64)
+    ops.pullback_(*lists.values(), stats, found_inf=torch.ones(()), **{**pullback_cases.OPTIONS, "capturable": True})
+    pullback_cases.assert_same_lists(lists, before)
+    assert stats.tolist() == [math.inf if name.endswith("_min") else 0.0 for name in PACE_STATS]
 
 
 @pytest.mark.parametrize("case", ["default", "no clamp", "averaged AdamW", "everything"])
