@@ -51,7 +51,7 @@ def missing() -> str | None:
 
 @functools.cache
 def library() -> Path:
-    """The folder to put on PYTHONPATH: the package with the instrumented extension, built anew where a source changed."""
+    """What to put on PYTHONPATH: the package with the instrumented extension, built anew where a source changed."""
     import torch
 
     sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())

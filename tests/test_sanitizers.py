@@ -1,5 +1,5 @@
-"""Promise: over the conformance cases the CPU kernels read and write nothing beside their tensors, and nothing in them is
-undefined; and the sanitizers that say so would have said otherwise."""
+"""Promise: over the conformance cases the CPU kernels read and write nothing beside their tensors, and nothing in them
+is undefined; and the sanitizers that say so would have said otherwise."""
 
 from __future__ import annotations
 
