@@ -593,9 +593,9 @@ class KernelOptimizer(torch.optim.Optimizer):
                 raise RuntimeError(f"a parameter of shape {tuple(param.shape)} has an average of another shape")
         traded = [(p, state) for p, state in entries if p.dtype == state["ema"].dtype]
         copied = [(p, state, as_state(p, p, p.dtype)) for p, state in entries if p.dtype != state["ema"].dtype]
+        self._trade([(param, state["ema"]) for param, state in traded])  # may refuse, so before what may not
         for param, state, _ in copied:
             local(param).copy_(local(state["ema"]))
-        self._trade([(param, state["ema"]) for param, state in traded])
         # Only now that the contents are in place: an exception above leaves the state as it was.
         for param, state in traded:
             state["live"], state["ema"] = state["ema"], param.detach()
@@ -616,12 +616,15 @@ class KernelOptimizer(torch.optim.Optimizer):
         entries = [
             (p, self.state[p]) for g in self.param_groups for p in g["params"] if "live" in self.state.get(p, {})
         ]
+        for param, state in entries:
+            if local(state["live"]).shape != local(param).shape:
+                raise RuntimeError(f"a parameter of shape {tuple(param.shape)} has live weights of another shape")
         places = [(local(p), local(state["ema"])) for p, state in entries]
         shared = [here.numel() > 0 and average.data_ptr() == here.data_ptr() for here, average in places]
+        self._trade([(p, state["live"]) for (p, state), trade in zip(entries, shared, strict=True) if trade])
         for (param, state), trade in zip(entries, shared, strict=True):
             if not trade:
                 local(param).copy_(local(state["live"]))
-        self._trade([(p, state["live"]) for (p, state), trade in zip(entries, shared, strict=True) if trade])
         for (_, state), trade in zip(entries, shared, strict=True):
             live = state.pop("live")
             if trade:
