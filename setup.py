@@ -43,8 +43,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
 COMMON_FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 KERNEL_FLAGS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
-# Every finding ends the process. float-cast-overflow is no part of GCC's "undefined". The module and libtorch don't share
-# their type information, which vptr would need. Many Pythons compile with -fwrapv, under which no overflow is one.
+# Every finding ends the process. float-cast-overflow is no part of GCC's "undefined". The module and libtorch don't
+# share their type information, which vptr would need. Many Pythons compile with -fwrapv: no overflow would be one.
 SANITIZER_FLAGS = ["-fno-sanitize-recover=all", "-fno-sanitize=vptr", "-fno-omit-frame-pointer", "-fno-wrapv"]
 SANITIZER_FLAGS += ["-D_GLIBCXX_ASSERTIONS", "-O1", "-g1"]
 

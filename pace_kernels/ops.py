@@ -2,6 +2,9 @@
 
 Every operator does a whole list of tensors, mutates its arguments in place and returns nothing. Steps are counted by
 the operator: ``steps`` holds the number of steps taken before the call, and is one higher after it.
+
+A call computes, or raises before anything has changed; nothing but the arguments that its schema marks is ever written
+(tests/fuzz_ops.py). Where two tensors of a call share memory, what they hold afterwards is not defined.
 """
 
 from __future__ import annotations

@@ -127,6 +127,10 @@ def numbers(*allowed: float) -> Callable[[Rng], float]:
     return lambda rng: rng.choice(allowed)
 
 
+def six(rng: Rng) -> list[float]:
+    return [rng.random() for _ in range(6)]
+
+
 AVERAGING: dict[str, Callable[[Rng], Any]] = {
     "lr": numbers(1e-2, 1e-2, 0.0, 1.0, 1e-8),
     "beta1": numbers(0.9, 0.9, 0.0, 0.999),
@@ -154,9 +158,9 @@ SCALING: dict[str, Callable[[Rng], Any]] = {
 
 @dataclass
 class Operator:
-    """How a valid call is made. ``lists``: a tensor for each parameter of the first list, and those named in
-    ``may_be_empty`` left out now and then; ``single``: tensors; ``optional``: tensors that are given now and then, those
-    named in ``likely`` as a rule; ``options``: the rest."""
+    """How a valid call is made. ``lists``: a tensor for each parameter of the first list, and those that are named in
+    ``may_be_empty`` left out now and then; ``single``: tensors; ``optional``: tensors that are given now and then,
+    those named in ``likely`` as a rule; ``options``: the rest."""
 
     lists: dict[str, Callable[[Rng, Tensor], Tensor]]
     single: dict[str, Callable[[Rng], Tensor]] = field(default_factory=dict)
@@ -204,7 +208,8 @@ OPERATORS: dict[str, Operator] = {
             "exp_avg_sqs": squares, "second_exp_avg_sqs": squares, "last_scalars": last_scalars, "steps": step_count,
         },
         optional={
-            "coefficients": doubles(len(ops.COEFFICIENTS)), "hypergradients": doubles(len(ops.HYPERGRADIENTS)), **SCALING,
+            "coefficients": doubles(len(ops.COEFFICIENTS)), "hypergradients": doubles(len(ops.HYPERGRADIENTS)),
+            **SCALING,
         },
         options={
             **AVERAGING, "learn": numbers(63, 63, 0, 1, 5, 32), "beta3": numbers(0.9, 0.0), "rho": numbers(0.5, 1.0),
@@ -221,7 +226,7 @@ OPERATORS: dict[str, Operator] = {
         optional={"found_inf": one(0.0)},
         options={
             "learn": numbers(63, 5),
-            **{k: (lambda rng: [rng.random() for _ in range(6)]) for k in ("hyper_lr", "hyper_momentum", "lower", "upper")},
+            **{k: six for k in ("hyper_lr", "hyper_momentum", "lower", "upper")},
             "clip": numbers(10.0, 0.0), "warmup": numbers(0, 50),
         },
         dtypes=None,
@@ -479,12 +484,8 @@ CHANGES = (change_tensor, change_tensor, change_tensor, change_list, change_opti
 
 
 def tensors_of(call: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    found = []
-    for name, value in call.items():
-        for t in value if isinstance(value, list) else [value]:
-            if isinstance(t, Tensor):
-                found.append((name, t.inner if isinstance(t, Wrapper) else t))
-    return found
+    flat = [(name, t) for name, v in call.items() for t in (v if isinstance(v, list) else [v])]
+    return [(name, t.inner if isinstance(t, Wrapper) else t) for name, t in flat if isinstance(t, Tensor)]
 
 
 def storage_of(t: Tensor) -> torch.UntypedStorage | None:
@@ -627,8 +628,8 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
-    # torch prints tensors into some of its refusals. It ends the process where one has no memory; and where it can't print
-    # one, it goes on without its handling of zeros without memory.
+    # torch prints tensors into some of its refusals. It ends the process where one has no memory; and where it can't
+    # print one, it goes on without its handling of zeros without memory.
     torch.Tensor.__repr__ = lambda self, **_: f"a tensor of {self.dtype}"  # type: ignore[method-assign,misc]
     if arguments.only is not None:
         print(run_case(arguments.seed, arguments.only, verbose=True))

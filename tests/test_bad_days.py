@@ -1,8 +1,9 @@
-"""Promise: on a bad day PACE and MADA do what torch.optim.AdamW does, or say what they do: numbers that are not finite, or
-at the ends of a format's range; tensors beyond 2^31 elements; threads, forks and exceptions. README, "Bad days"."""
+"""Promise: on a bad day PACE and MADA do what torch.optim.AdamW does, or say what they do: numbers that are not finite,
+or at the ends of a format's range; tensors beyond 2^31 elements; threads, forks and exceptions. README, "Bad days"."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -39,10 +40,8 @@ def adamw(params: list[Tensor], **options: Any) -> torch.optim.AdamW:
 
 def classes(value: Tensor) -> list[str]:
     """NaN, infinite (of which sign), or a number, coordinate by coordinate."""
-    kinds = []
-    for a in value.detach().double().reshape(-1).tolist():
-        kinds.append("nan" if a != a else str(a) if abs(a) == float("inf") else "number")
-    return kinds
+    numbers = value.detach().double().reshape(-1).tolist()
+    return ["nan" if a != a else str(a) if abs(a) == float("inf") else "number" for a in numbers]
 
 
 def trained(
@@ -90,8 +89,8 @@ def test_a_gradient_that_is_not_finite_does_what_adamw_does(
     for ours, other, unhurt in (
         (x, theirs, clean), *((state[k], their_state[k], clean_state[k]) for k in ("exp_avg", "exp_avg_sq")),
     ):  # fmt: skip
-        # MADA's squares end at float32's largest number (csrc/rules/mada.h): its v stays a number, and its weight becomes
-        # infinite where AdamW's, inf / inf, becomes NaN.
+        # MADA's squares end at float32's largest number (csrc/rules/mada.h): its v stays a number, and its weight
+        # becomes infinite where AdamW's, inf / inf, becomes NaN.
         saturated = kind == "MADA" and bad != "nan"
         if not (saturated and ours is state["exp_avg_sq"]):
             # A moment that is infinite stays so here; AdamW's m + (1 − β1)(g − m) turns it into NaN a step later.
@@ -150,7 +149,7 @@ def test_lr_zero_moves_moments_and_counts_alone(backend: str, dtype: torch.dtype
     # (1 − w) e + w x with x = e: three roundings a step, of at most 2^-24 each.
     for average in (state["ema"], m_state["ema"]):
         torch.testing.assert_close(average, start.float(), rtol=4 * 3 * 2**-24, atol=0)
-    # Sums of four terms, each at most the largest gradient or its square, three roundings a step; twice, for AdamW's own.
+    # Sums of four terms, each at most the largest gradient or its square, three roundings a step; twice, for AdamW's.
     largest = max(g.abs().max().item() for g in grads)
     for name, size in (("exp_avg", largest), ("exp_avg_sq", largest**2)):
         torch.testing.assert_close(state[name], their_state[name], rtol=0, atol=2 * 4 * 3 * 2**-24 * size)
@@ -187,10 +186,9 @@ def test_gradients_of_any_size_end_as_in_adamw(
     grads = [(g.double() / 4 * SIZES[size]).clamp(-limit, limit).to(dtype) for g in gradients(dtype, None)]
     x, state = trained(PLAIN[kind], start, grads, eps=eps, backend=backend)
     # In AdamW states have the parameter's dtype; ours are float32, so compare with float32 weights too.
-    for theirs, their_state in (
-        trained(adamw, start, grads, eps=eps), trained(adamw, start.float(), [g.float() for g in grads], eps=eps),
-    ):  # fmt: skip
-        assert classes(x) == classes(theirs)
+    narrow, _ = trained(adamw, start, grads, eps=eps)
+    theirs, their_state = trained(adamw, start.float(), [g.float() for g in grads], eps=eps)
+    assert classes(x) == classes(theirs) == classes(narrow)
     for name in ("exp_avg", "exp_avg_sq"):
         ours, other = state[name], their_state[name]
         if kind == "MADA":  # squares end at the largest number, so its v is one where AdamW's is infinite
@@ -201,13 +199,13 @@ def test_gradients_of_any_size_end_as_in_adamw(
         if ours.numel():  # sums of four terms, as above: close beside the largest of them
             atol = 2 * 4 * 3 * 2**-24 * 4 * other.abs().max().item()
             torch.testing.assert_close(ours, other, rtol=0, atol=max(atol, 2.0**-147))
-    # Where the second moment is subnormal, it has lost the places that the update is made of; beside 1e-8 that is nothing.
+    # A subnormal second moment has lost the places that the update is made of; beside an eps of 1e-8 that is nothing.
     if dtype == torch.float32 and (size == "1e19" or eps == 1e-8) and their_state["exp_avg_sq"].isfinite().all():
         torch.testing.assert_close(x, theirs, rtol=0, atol=1e-5)
 
 
 def test_squares_beyond_float32_freeze_pace_and_adamw_but_not_mada() -> None:
-    """The one difference: an infinite v makes every further update 0; MADA's, the largest number, lets the weight leap."""
+    """An infinite v makes every further update 0. MADA's is the largest number, and lets the weight leap."""
     grads = [torch.tensor([g]) for g in (1.0, 1e30, 1.0, 1.0)]
     start = torch.ones(1)
     for make in (adamw, PLAIN["PACE"]):
@@ -269,8 +267,8 @@ def test_states_at_the_limits_end_as_in_torch(kind: type, dtype: torch.dtype, ep
 @pytest.mark.parametrize("limit", [k for k, v in LIMITS.items() if "ema" not in v])
 @pytest.mark.parametrize("kind", PLAIN)
 def test_states_at_the_limits_end_as_in_adamw(kind: str, limit: str) -> None:
-    """MADA divides m by 1 − β1^t (0.19 here) before it multiplies by the learning rate, so that a moment within that factor
-    of float32's limit overflows: a sixteenth of it does not."""
+    """MADA divides m by 1 − β1^t (0.19 here) before it multiplies by the learning rate, so that a moment within that
+    factor of float32's limit overflows: a sixteenth of it does not."""
     scale = 1 / 16 if kind == "MADA" else 1.0
     values = {k: v * scale if abs(v) > 1 else v for k, v in LIMITS[limit].items()}
     ours = from_the_limit(PLAIN[kind], values, torch.float32)
@@ -284,8 +282,8 @@ def test_states_at_the_limits_end_as_in_adamw(kind: str, limit: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [PACE, MADA])
 def test_subnormal_gradients_weights_and_states(kind: type, dtype: torch.dtype, flush: bool) -> None:
-    """Kept, or flushed where torch.set_flush_denormal says so, as in torch. (It says so to the calling thread alone: in a
-    tensor that several threads share, the others go on keeping them, in torch and here.)"""
+    """Kept, or flushed where torch.set_flush_denormal says so, as in torch. (It says so to the calling thread alone: in
+    a tensor that several threads share, the others go on keeping them, in torch and here.)"""
     if flush and not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormals")
     try:
@@ -340,10 +338,8 @@ def available_bytes() -> int:
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             sizes.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
     return min(sizes, default=0)
 
 
@@ -519,7 +515,7 @@ class Rows(torch.utils.data.Dataset[Tensor]):
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
 @pytest.mark.parametrize("kind", [PACE, MADA])
 def test_data_loaders_forked_during_training(kind: type) -> None:
-    """A new set of workers each epoch, from a process whose threads have stepped: the bits of loading in the process."""
+    """New workers each epoch, from a process whose threads have stepped: the bits of loading in the process."""
     results = []
     for workers in (0, 2):
         torch.manual_seed(0)
