@@ -7,6 +7,9 @@ pace_kernels._cuda. Environment variables:
     PACE_CUDA_ARCHS      compute capabilities, as in TORCH_CUDA_ARCH_LIST; no GPU is asked (default: CUDA_ARCHS below)
     CUDA_HOME            the CUDA toolkit (default: the nvidia wheels beside torch, nvcc on PATH, /usr/local/cuda)
     CXX                  the C++17 compiler (GCC >= 11 or Clang >= 14)
+    PACE_SANITIZE        sanitizers to instrument the CPU kernels with, for tests/test_sanitizers.py, which shows how to
+                         run such a build: PACE_SANITIZE=address,undefined python setup.py build --build-base
+                         build/sanitized. Never in place: an ordinary Python can't load it
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from setuptools.errors import CompileError, LinkError
 
 NO_EXT = os.environ.get("PACE_NO_EXT", "0") not in ("", "0")
 PACE_CUDA = os.environ.get("PACE_CUDA") or "auto"
+SANITIZE = os.environ.get("PACE_SANITIZE") or ""
 
 # Narrowest first. Arm's baseline is NEON. The rules' arithmetic contract (csrc/rules/arith.h) is -ffp-contract=off, so
 # that all of these compute the same bits; the other two let the compiler vectorize square roots and selects.
@@ -39,6 +43,18 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
 COMMON_FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 KERNEL_FLAGS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+# Every finding ends the process. float-cast-overflow is no part of GCC's "undefined". The module and libtorch don't
+# share their type information, which vptr would need. Many Pythons compile with -fwrapv: no overflow would be one.
+SANITIZER_FLAGS = ["-fno-sanitize-recover=all", "-fno-sanitize=vptr", "-fno-omit-frame-pointer", "-fno-wrapv"]
+SANITIZER_FLAGS += ["-D_GLIBCXX_ASSERTIONS", "-O1", "-g1"]
+
+
+def sanitizer_flags(names: str) -> list[str]:
+    """For compiler and linker; nothing where no sanitizer is named."""
+    also = ["-fsanitize=float-cast-overflow"] if "undefined" in names.split(",") else []
+    return [f"-fsanitize={names}", *also, *SANITIZER_FLAGS] if names else []
+
+
 DEFINES = [
     ("Py_LIMITED_API", "0x030A0000"),
     ("TORCH_TARGET_VERSION", "0x020A000000000000"),
@@ -165,6 +181,11 @@ def compile_cuda_kernels(nvcc: Nvcc, archs: list[str], out: str) -> list[str]:
 class BuildKernels(build_ext):
     """Compiles each source with the flags of its instruction set or device; setuptools knows one set of flags."""
 
+    def run(self) -> None:
+        if SANITIZE and self.inplace:
+            sys.exit("PACE_SANITIZE builds a library that an ordinary Python can't load: not in place")
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         try:
             import torch.utils.cpp_extension  # noqa: F401
@@ -187,12 +208,13 @@ class BuildKernels(build_ext):
     def _compile(self, source: str, out: str, flags: list[str], defines: list[tuple[str, str | None]]) -> str:
         from torch.utils.cpp_extension import include_paths
 
+        sanitized = sanitizer_flags(SANITIZE)
         (built,) = self.compiler.compile(
             [source],
             output_dir=os.path.join(self.build_temp, out),
             macros=DEFINES + defines,
             include_dirs=self.include_dirs,
-            extra_postargs=[*COMMON_FLAGS, *flags, *(f"-isystem{path}" for path in include_paths())],
+            extra_postargs=[*COMMON_FLAGS, *flags, *sanitized, *(f"-isystem{path}" for path in include_paths())],
         )
         return str(built)
 
@@ -204,6 +226,7 @@ class BuildKernels(build_ext):
             self.get_ext_fullpath(ext.name),
             libraries=["torch", "torch_cpu", "c10", *libraries],
             library_dirs=[*library_paths(), *directories],
+            extra_postargs=sanitizer_flags(SANITIZE),
             target_lang="c++",
         )
 

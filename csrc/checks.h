@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
@@ -24,7 +25,9 @@ struct Place {
   bool cuda;
   int32_t index;  // of the CUDA device
 
-  bool holds(const Tensor& t) const { return cuda ? t.is_cuda() && t.get_device_index() == index : t.is_cpu(); }
+  bool holds(const Tensor& t) const {
+    return t.defined() && (cuda ? t.is_cuda() && t.get_device_index() == index : t.is_cpu());
+  }
   std::string tensor() const {
     return cuda ? "a tensor on cuda:" + std::to_string(index) : std::string("a CPU tensor");
   }
@@ -57,6 +60,24 @@ inline Format format_of(const char* name, size_t i, const Tensor& t, bool float3
   return dtype == ScalarType::BFloat16 ? Format::kBFloat16 : Format::kFloat16;
 }
 
+// Why its elements can't be used where they lie; null where they can. A storage can be resized behind a tensor's back,
+// as FSDP does with parameters that it puts away. Loops are vectorized, and GPUs read, on the premise that an element
+// lies at a multiple of its size, which torch.frombuffer does not see to.
+inline const char* memory_fault(const Tensor& t) {
+  if (t.numel() == 0) return nullptr;
+  int64_t bytes = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  int64_t last = t.storage_offset();
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
+  const size_t size = t.element_size();
+  const uintptr_t address = reinterpret_cast<uintptr_t>(t.data_ptr());
+  if (address == 0 || last >= bytes / static_cast<int64_t>(size)) {
+    return " has more elements than memory: was its storage resized?";
+  }
+  return address % size == 0 ? nullptr : " must lie at a multiple of its element size: clone it";
+}
+
 // A dense tensor of the parameter's shape, in its place. A written one may not repeat elements by stride 0; the
 // optimizers refuse every other overlap of a parameter when it is added.
 inline void check_operand(const char* name, size_t i, const Tensor& t, const Tensor& param, bool written,
@@ -68,6 +89,8 @@ inline void check_operand(const char* name, size_t i, const Tensor& t, const Ten
   const auto sizes = t.sizes(), expected = param.sizes();
   const bool same = sizes.size() == expected.size() && std::equal(sizes.begin(), sizes.end(), expected.begin());
   STD_TORCH_CHECK(same, entry(name, i), " has shape ", shape_text(t), ", its parameter has ", shape_text(param));
+  const char* const fault = memory_fault(t);
+  STD_TORCH_CHECK(fault == nullptr, entry(name, i), fault);
   if (!written || t.is_contiguous()) return;
   const auto strides = t.strides();
   for (size_t d = 0; d < sizes.size(); ++d) {
@@ -79,12 +102,16 @@ inline void check_operand(const char* name, size_t i, const Tensor& t, const Ten
 inline void check_step(const char* name, size_t i, const Tensor& t, const Place& place) {
   STD_TORCH_CHECK(place.holds(t) && t.numel() == 1 && t.scalar_type() == ScalarType::Float, entry(name, i), " must be ",
                   place.tensor(), ", float32, with one element");
+  const char* const fault = memory_fault(t);
+  STD_TORCH_CHECK(fault == nullptr, entry(name, i), fault);
 }
 
 inline void check_one(const char* name, const std::optional<Tensor>& t, const Place& place) {
   if (!t) return;
   STD_TORCH_CHECK(place.holds(*t) && t->numel() == 1 && t->scalar_type() == ScalarType::Float, name, " must be ",
                   place.tensor(), ", float32, with one element");
+  const char* const fault = memory_fault(*t);
+  STD_TORCH_CHECK(fault == nullptr, name, fault);
 }
 
 inline void check_lr(const std::optional<Tensor>& t, const Place& place) {
@@ -92,14 +119,18 @@ inline void check_lr(const std::optional<Tensor>& t, const Place& place) {
   const bool number = t->scalar_type() == ScalarType::Float || t->scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(place.holds(*t) && t->numel() == 1 && number, "lr_tensor must be ", place.tensor(),
                   ", float32 or float64, with one element");
+  const char* const fault = memory_fault(*t);
+  STD_TORCH_CHECK(fault == nullptr, "lr_tensor", fault);
 }
 
 inline bool are_doubles(const Tensor& t, size_t count, const Place& place) {
   return place.holds(t) && t.is_contiguous() && static_cast<size_t>(t.numel()) == count &&
-         t.scalar_type() == ScalarType::Double;
+         t.scalar_type() == ScalarType::Double && memory_fault(t) == nullptr;
 }
 
 inline void check_doubles(const char* name, const Tensor& t, size_t count, const Place& place) {
+  const char* const fault = place.holds(t) ? memory_fault(t) : nullptr;
+  STD_TORCH_CHECK(fault == nullptr, name, fault);
   STD_TORCH_CHECK(are_doubles(t, count, place), name, " must be ", place.tensor(), ", contiguous, float64, with ",
                   count, " elements");
 }

@@ -2,11 +2,16 @@
 
 Every operator does a whole list of tensors, mutates its arguments in place and returns nothing. Steps are counted by
 the operator: ``steps`` holds the number of steps taken before the call, and is one higher after it.
+
+A call computes, or raises before anything has changed; nothing but the arguments that its schema marks is ever written
+(tests/fuzz_ops.py). Where two tensors of a call share memory, what they hold afterwards is not defined.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +100,21 @@ LAST_SCALARS = ("taken", "lr", *COEFFICIENTS)
 REDO, DONE, NO_GRADIENT = 1.0, 0.0, -1.0
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _check_devices(*values: Any) -> None:
+    """One tensor on meta sends the whole call there, where nothing happens: then all of them have to be."""
+    types = {t.device.type for t in _tensors(values)}
+    if "meta" in types and len(types) > 1:
+        raise ValueError(f"all tensors must be on meta, or none, got some on {', '.join(sorted(types))}")
+
+
 def _check_lengths(params: list[Tensor], required: dict[str, list[Tensor]], optional: dict[str, list[Tensor]]) -> None:
     for name, tensors in (required | {k: v for k, v in optional.items() if v}).items():
         if len(tensors) != len(params):
@@ -103,30 +123,60 @@ def _check_lengths(params: list[Tensor], required: dict[str, list[Tensor]], opti
 
 @torch.library.register_fake("pace_kernels::pace_step_", lib=_LIBRARY)
 def _(params, grads, exp_avgs, exp_avg_sqs, emas, steps, *tensors, **options):  # type: ignore[no-untyped-def]
+    _check_devices(params, grads, exp_avgs, exp_avg_sqs, emas, steps, *tensors)
     required = {"grads": grads, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
     _check_lengths(params, required, {"exp_avgs": exp_avgs, "emas": emas})
 
 
 @torch.library.register_fake("pace_kernels::mada_step_", lib=_LIBRARY)
 def _(params, grads, *lists, **options):  # type: ignore[no-untyped-def]
+    _check_devices(params, grads, *lists)
     states = dict(zip(MADA_STATES, lists, strict=False))
     _check_lengths(params, {"grads": grads, "steps": states.pop("steps")}, states)
 
 
 @torch.library.register_fake("pace_kernels::mada_learn_", lib=_LIBRARY)
 def _(coefficients, momenta, hypergradients, hyper_step, sums, found_inf=None, **options):  # type: ignore[no-untyped-def]
-    pass
+    _check_devices(coefficients, momenta, hypergradients, hyper_step, sums, found_inf)
 
 
 @torch.library.register_fake("pace_kernels::pullback_", lib=_LIBRARY)
 def _(params, befores, second_moments, emas, steps, *tensors, **options):  # type: ignore[no-untyped-def]
+    _check_devices(params, befores, second_moments, emas, steps, *tensors)
     _check_lengths(params, {"emas": emas, "steps": steps}, {"befores": befores, "second_moments": second_moments})
 
 
 @torch.library.register_fake("pace_kernels::swap_", lib=_LIBRARY)
 def _(a, b):  # type: ignore[no-untyped-def]
+    _check_devices(a, b)
     _check_lengths(a, {"b": b}, {})
 
+
+def _resolve_negative(name: str) -> None:
+    """Negative views (``x.conj().imag``; their memory holds minus what they are) are copied where they are read, and
+    refused where they are written. torch's own fallback raises for some calls only after the kernel has run."""
+    op = getattr(torch.ops.pace_kernels, name).default
+    arguments = {argument.name: argument for argument in op._schema.arguments}
+
+    def resolved(argument: str, value: Any) -> Any:
+        negative = [t for t in _tensors([value]) if t.is_neg()]
+        if not negative:
+            return value
+        alias = arguments[argument].alias_info
+        if alias is not None and alias.is_write:
+            raise RuntimeError(f"{argument} must not hold negative views: pass tensor.resolve_neg()")
+        return [t.resolve_neg() for t in value] if isinstance(value, (list, tuple)) else value.resolve_neg()
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        given = dict(zip(arguments, args, strict=False)) | kwargs
+        values = {key: resolved(key, value) for key, value in given.items()}
+        op(*list(values.values())[: len(args)], **{key: values[key] for key in kwargs})
+
+    _LIBRARY.impl(name, call, "Negative")
+
+
+for _name in ("pace_step_", "mada_step_", "mada_learn_", "pullback_", "swap_"):
+    _resolve_negative(_name)
 
 # The libraries that hold the kernels register them when they are loaded; why one can't be, backends() says.
 with contextlib.suppress(ImportError):

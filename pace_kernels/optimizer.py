@@ -432,7 +432,7 @@ class KernelOptimizer(torch.optim.Optimizer):
         for owner, param in zip(work.owners, work.params, strict=True):
             state = self.state[owner]
             if state:
-                self._fit(owner, state, names[1], param is owner)
+                self._fit(owner, state, names, param is owner)
             for name in names:
                 value = state.get(name)
                 if value is None:
@@ -454,11 +454,13 @@ class KernelOptimizer(torch.optim.Optimizer):
             for i in away:
                 steps[i] = self.state[work.owners[i]]["step"] = moved(steps[i], device)
 
-    def _fit(self, param: Tensor, state: dict[str, Tensor], name: str, plain: bool) -> None:
+    def _fit(self, param: Tensor, state: dict[str, Tensor], names: tuple[str, ...], plain: bool) -> None:
         """States follow a parameter whose dtype or shards were changed by hand; a change of its shape is refused."""
-        value = state.get(name)
-        if value is None:
-            return
+        value = state.get(names[1])
+        if value is None:  # one that is about to be created, as where an option was turned on
+            value = next((state[name] for name in names if name in state and name in self.STATE_TENSORS), None)
+            if value is None:
+                return
         placed = type(value) is Tensor if plain else axes(value) == axes(param)
         if placed and value.dtype is state_dtype(param) and value.shape == param.shape:
             return
@@ -617,9 +619,9 @@ class KernelOptimizer(torch.optim.Optimizer):
                 raise RuntimeError(f"a parameter of shape {tuple(param.shape)} has an average of another shape")
         traded = [(p, state) for p, state in entries if p.dtype == state["ema"].dtype]
         copied = [(p, state, as_state(p, p, p.dtype)) for p, state in entries if p.dtype != state["ema"].dtype]
+        self._trade([(param, state["ema"]) for param, state in traded])  # may refuse, so before what may not
         for param, state, _ in copied:
             local(param).copy_(local(state["ema"]))
-        self._trade([(param, state["ema"]) for param, state in traded])
         # Only now that the contents are in place: an exception above leaves the state as it was.
         for param, state in traded:
             state["live"], state["ema"] = state["ema"], param.detach()
@@ -639,12 +641,15 @@ class KernelOptimizer(torch.optim.Optimizer):
         entries = [
             (p, self.state[p]) for g in self.param_groups for p in g["params"] if "live" in self.state.get(p, {})
         ]
+        for param, state in entries:
+            if local(state["live"]).shape != local(param).shape:
+                raise RuntimeError(f"a parameter of shape {tuple(param.shape)} has live weights of another shape")
         places = [(local(p), local(state["ema"])) for p, state in entries]
         shared = [here.numel() > 0 and average.data_ptr() == here.data_ptr() for here, average in places]
+        self._trade([(p, state["live"]) for (p, state), trade in zip(entries, shared, strict=True) if trade])
         for (param, state), trade in zip(entries, shared, strict=True):
             if not trade:
                 local(param).copy_(local(state["live"]))
-        self._trade([(p, state["live"]) for (p, state), trade in zip(entries, shared, strict=True) if trade])
         for (_, state), trade in zip(entries, shared, strict=True):
             live = state.pop("live")
             if trade:

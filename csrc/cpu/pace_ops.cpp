@@ -17,6 +17,7 @@ void step(const PaceArguments& a) {
   PaceOptions options = a.options;
   options.lr = read_lr(a.lr, options.lr);
   const float factor = grad_factor(a.scaling);
+  const bool skip = skipped(a.scaling.found_inf);
   const TensorList& params = a.params;
   std::vector<PaceWork> works(params.size());
   std::vector<double> step_counts(params.size());
@@ -45,7 +46,7 @@ void step(const PaceArguments& a) {
 
   double* const stats = a.stats ? static_cast<double*>(a.stats->data_ptr()) : nullptr;
   if (stats != nullptr) clear_stats(stats);
-  if (skipped(a.scaling.found_inf)) return;
+  if (skip) return;
   const Blocks blocks(params);
   std::vector<PaceSums> sums(stats != nullptr ? static_cast<size_t>(blocks.count()) : 0, kNoSums);
   blocks.run([&](size_t i, int64_t begin, int64_t end, int64_t block) {
