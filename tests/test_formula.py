@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ def test_no_formula_is_written_in_one_place_only() -> None:
 
 
 def test_the_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training, pulling, scaling = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    training, pulling, scaling, saving = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(compile(training, "README.md", "exec"), names)
@@ -56,3 +58,5 @@ def test_the_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     before = model.weight.detach().clone()
     exec(compile(scaling, "README.md", "exec"), names)
     assert names["norm"] > 0 and not torch.equal(model.weight, before)
+    exec(compile(saving, "README.md", "exec"), names | {"os": os, "zipfile": zipfile})
+    assert (tmp_path / "checkpoint.pt").exists()
