@@ -28,6 +28,7 @@ from harness import (
     as_json,
     count,
     held_bytes,
+    itemsize,
     machine,
     measure,
     moved_bytes,
@@ -36,8 +37,8 @@ from harness import (
 )
 from shapes import gpt2
 from torch import nn
-from torch.optim import AdamW
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim import SGD, AdamW
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 try:
     import pace_kernels
@@ -49,7 +50,15 @@ except ImportError as reason:
 
 OURS, MADA, REFERENCE = "pace", "mada", "adamw-fused"
 PRESET, AUTOGRAD = "mada-adamw", "mada-autograd"
-KERNELS = (OURS, "pace-stats", MADA, PRESET)  # the rows that run pace_kernels
+KERNELS = (
+    OURS,
+    "pace-stats",
+    MADA,
+    PRESET,
+    "pullback-adamw",
+    "pullback-adamw-0",
+    "pullback-sgd-0",
+)  # the rows that run pace_kernels
 
 
 # --- contenders -----------------------------------------------------------------------------------------------------
@@ -73,6 +82,49 @@ def adamw_and_ema(parameters: list[nn.Parameter]) -> Contender:
         averaged.update_parameters(model)
 
     return Contender(step, lambda: [adamw.state, *averaged.parameters(), *averaged.buffers()])
+
+
+def averaged_by_torch(
+    base: Callable[..., torch.optim.Optimizer], **how: Any
+) -> Callable[[list[nn.Parameter]], Contender]:
+    """The base, fused, and torch's AveragedModel: one foreach call, or (avg_fn) tensor by tensor."""
+
+    def make(parameters: list[nn.Parameter]) -> Contender:
+        model = nn.ParameterList(parameters)
+        made, averaged = base(parameters, lr=1e-3, fused=True), AveragedModel(model, **how)
+
+        def step() -> None:
+            made.step()
+            averaged.update_parameters(model)
+
+        return Contender(step, lambda: [made.state, *averaged.parameters(), *averaged.buffers()])
+
+    return make
+
+
+def pulled_back(
+    base: Callable[..., torch.optim.Optimizer], **options: Any
+) -> Callable[[list[nn.Parameter]], Contender]:
+    def make(parameters: list[nn.Parameter]) -> Contender:
+        made = pace_kernels.Pullback(base(parameters, lr=1e-3, fused=True), **options)
+        averager = made.averager
+        return Contender(made.step, lambda: [made.state, averager.state, averager._buffers])
+
+    return make
+
+
+def pullback_moved(dtype: torch.dtype) -> int:
+    """AdamW's step; the copy of the weights; x', x, v, e read and x₊, e₊ written. 60 in float32."""
+    return adamw_moved(dtype) + 2 * itemsize(dtype) + 4 * itemsize(dtype) + 8
+
+
+def sgd_moved(dtype: torch.dtype) -> int:
+    return moved_bytes(dtype, states=0)
+
+
+def average_moved(base: Callable[[torch.dtype], int]) -> Callable[[torch.dtype], int]:
+    """The base's step, and a pass that reads x and e and writes e."""
+    return lambda dtype: base(dtype) + itemsize(dtype) + 8
 
 
 def compiled_pace(parameters: list[nn.Parameter]) -> Contender:
@@ -173,6 +225,55 @@ ROWS = [
         scratch=24,
         note="a graph of each step, differentiated by the next gradient (baselines.py), its graph counted as state; "
         "on one tensor in float32 only, since it takes seconds a step",
+    ),
+    Row(
+        "pullback-adamw",
+        "Pullback(AdamW fused)",
+        pulled_back(AdamW),
+        pullback_moved,
+        lambda dtype: adamw_held(dtype) + 4 + itemsize(dtype),
+        note="a pass of its own after the step, and a copy of the weights before it; compare with PACE",
+    ),
+    Row(
+        "pullback-adamw-0",
+        "Pullback(AdamW fused), no pull",
+        pulled_back(AdamW, lambda_pullback=0.0),
+        average_moved(adamw_moved),
+        lambda dtype: adamw_held(dtype) + 4,
+        note="an average in a pass of its own after the step",
+    ),
+    Row(
+        "adamw-ema-loop",
+        "AdamW fused + EMA, for-loop",
+        averaged_by_torch(AdamW, avg_fn=get_ema_avg_fn(0.99)),
+        average_moved(adamw_moved),
+        lambda dtype: adamw_held(dtype) + itemsize(dtype),
+        scratch_of_one=4,
+        note="AveragedModel with avg_fn, tensor by tensor, the average in the parameters' format",
+    ),
+    Row("sgd-fused", "SGD fused", optimizer(SGD, lr=1e-3, fused=True), sgd_moved, lambda dtype: 0),
+    Row(
+        "pullback-sgd-0",
+        "Pullback(SGD fused), no pull",
+        pulled_back(SGD, gain=0.0),
+        average_moved(sgd_moved),
+        lambda dtype: 4,
+    ),
+    Row(
+        "sgd-ema",
+        "SGD fused + EMA",
+        averaged_by_torch(SGD, multi_avg_fn=get_ema_multi_avg_fn(0.99)),
+        average_moved(sgd_moved),
+        lambda dtype: itemsize(dtype),
+        scratch=4,
+    ),
+    Row(
+        "sgd-ema-loop",
+        "SGD fused + EMA, for-loop",
+        averaged_by_torch(SGD, avg_fn=get_ema_avg_fn(0.99)),
+        average_moved(sgd_moved),
+        lambda dtype: itemsize(dtype),
+        scratch_of_one=4,
     ),
 ]
 # row -> the sizes and formats that it is run on, where that is not all of them

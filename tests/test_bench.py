@@ -64,14 +64,35 @@ def test_moved_bytes(harness: ModuleType) -> None:
 
 @pytest.mark.parametrize(
     ("key", "float32", "bfloat16"),
-    [("pace", 36, 30), ("adamw-fused", 28, 14), ("mada", 64, 58), ("mada-autograd", 64, 58), ("mada-adamw", 28, 22)],
+    [
+        ("pace", 36, 30),
+        ("adamw-fused", 28, 14),
+        ("mada", 64, 58),
+        ("mada-autograd", 64, 58),
+        ("mada-adamw", 28, 22),
+        ("pullback-adamw", 60, 34),
+        ("pullback-adamw-0", 40, 24),
+        ("pullback-sgd-0", 24, 16),
+    ],
 )
 def test_rows_move_the_documented_bytes(bench_step: ModuleType, key: str, float32: int, bfloat16: int) -> None:
     (row,) = (row for row in bench_step.ROWS if row.key == key)
     assert (row.moved(torch.float32), row.moved(torch.bfloat16)) == (float32, bfloat16)
 
 
-@pytest.mark.parametrize("key", ["pace", "adamw-fused", "mada", "mada-adamw", "mada-autograd"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "pace",
+        "adamw-fused",
+        "mada",
+        "mada-adamw",
+        "mada-autograd",
+        "pullback-adamw",
+        "pullback-adamw-0",
+        "pullback-sgd-0",
+    ],
+)
 def test_rows_hold_the_documented_bytes(bench_step: ModuleType, harness: ModuleType, key: str) -> None:
     """Step counts and the like aside, which are a few numbers a tensor."""
     (row,) = (row for row in bench_step.ROWS if row.key == key)

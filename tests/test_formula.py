@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ CODE = {"csrc/rules/{}.h", "pace_kernels/torch_rules/{}.py", "triton_kernels/{}.
 PLACES = {
     "PACE": {"README.md", "pace_kernels/pace.py", *(place.format("pace") for place in CODE)},
     "MADA": {"README.md", "pace_kernels/mada.py", *(place.format("mada") for place in CODE)},
+    "Pullback": {"README.md", "pace_kernels/pullback.py", *(place.format("pullback") for place in CODE)},
     "MADA hypergradients": {place.format("mada") for place in CODE},
 }
 
@@ -43,7 +46,7 @@ def test_no_formula_is_written_in_one_place_only() -> None:
 
 
 def test_the_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training, scaling = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    training, pulling, scaling, saving = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(compile(training, "README.md", "exec"), names)
@@ -51,6 +54,9 @@ def test_the_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     model, optimizer = names["model"], names["optimizer"]
     optimizer.zero_grad()
     names |= {"scaler": torch.amp.GradScaler("cpu"), "loss": model(torch.ones(64, 32)).square().mean()}
+    exec(compile(pulling, "README.md", "exec"), {"torch": names["torch"], "model": model})
     before = model.weight.detach().clone()
     exec(compile(scaling, "README.md", "exec"), names)
     assert names["norm"] > 0 and not torch.equal(model.weight, before)
+    exec(compile(saving, "README.md", "exec"), names | {"os": os, "zipfile": zipfile})
+    assert (tmp_path / "checkpoint.pt").exists()
