@@ -1,7 +1,7 @@
 """A fuzz target over the operators' arguments: whatever they are given, they compute or they refuse.
 
     python tests/fuzz_ops.py --seed 0 --seconds 60                            # or --cases 1000
-    python tests/sanitized.py tests/fuzz_ops.py --seed 0 --seconds 60         # the same under the sanitizers
+    python tests/on_sanitizers.py tests/fuzz_ops.py --seed 0 --seconds 60         # the same under the sanitizers
     python tests/fuzz_ops.py --seed 0 --only 1234 --verbose                   # one case again
 
 Each case is a valid call that none, one or several of the changes in the tables below were made to. Then:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import fuzz_ops
+import on_sanitizers
 import pytest
-import sanitized
 import torch
 from test_native import OPTIONS, operands
 
@@ -41,9 +41,9 @@ def test_operators_compute_or_refuse() -> None:
     check(subprocess.run(command, env=env, capture_output=True, text=True), CASES)
 
 
-@pytest.mark.skipif(sanitized.missing() is not None, reason=str(sanitized.missing()))
+@pytest.mark.skipif(on_sanitizers.missing() is not None, reason=str(on_sanitizers.missing()))
 def test_operators_compute_or_refuse_under_the_sanitizers() -> None:
-    check(sanitized.run(str(FUZZ), "--seed", "1", "--cases", str(CASES)), CASES)
+    check(on_sanitizers.run(str(FUZZ), "--seed", "1", "--cases", str(CASES)), CASES)
 
 
 def test_every_operator_is_fuzzed() -> None:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import mada_cases
+import on_sanitizers
 import pace_cases
 import pytest
-import sanitized
 from test_native import processor_isas
 
 ROOT = Path(__file__).parent.parent
 CASES = ROOT / "tests" / "memory_cases.py"
-instrumented = pytest.mark.skipif(sanitized.missing() is not None, reason=str(sanitized.missing()))
+instrumented = pytest.mark.skipif(on_sanitizers.missing() is not None, reason=str(on_sanitizers.missing()))
 
 
 def results(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def test_no_access_beside_a_tensor_by_the_code_that_ships(guarded_runs: dict[str
 
 @instrumented
 def test_sanitizers_find_nothing_in_the_conformance_cases(guarded_runs: dict[str, dict[str, Any]]) -> None:
-    run = results(sanitized.run(str(CASES), "heap"))
+    run = results(on_sanitizers.run(str(CASES), "heap"))
     (any_isa, *_) = guarded_runs.values()
     assert run["cases"] == any_isa["cases"] and run["tensors"] == any_isa["tensors"]
     assert run["digest"] == any_isa["digest"]  # what ran under the sanitizers is what ships, to the last bit
@@ -89,7 +89,7 @@ print("bad call passed", flush=True)
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("probe") / "probe.so"
-    sanitized.compile_probe(ROOT / "tests" / "sanitizer_probe.cpp", target)
+    on_sanitizers.compile_probe(ROOT / "tests" / "sanitizer_probe.cpp", target)
     return target
 
 
@@ -97,7 +97,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("what", BAD)
 def test_the_sanitizers_catch(what: str, probe: Path) -> None:
     call, message = BAD[what]
-    done = sanitized.run("-c", PROBE.replace("{bad}", call), str(probe))
+    done = on_sanitizers.run("-c", PROBE.replace("{bad}", call), str(probe))
     assert done.returncode != 0 and message in done.stderr, done.stderr[-3000:]
     assert done.stdout == "good calls pass\n"
 
@@ -119,7 +119,7 @@ def test_guard_pages_catch() -> None:
 
 @instrumented
 def test_a_sanitized_build_is_never_in_place() -> None:
-    env = {**os.environ, "PACE_SANITIZE": sanitized.SANITIZERS, "PACE_CUDA": "0"}
+    env = {**os.environ, "PACE_SANITIZE": on_sanitizers.SANITIZERS, "PACE_CUDA": "0"}
     command = [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode != 0 and "not in place" in done.stderr

@@ -1,6 +1,6 @@
 """A build of the CPU extension under AddressSanitizer and UndefinedBehaviorSanitizer, and processes that use it.
 
-python tests/sanitized.py tests/memory_cases.py heap    # builds where something changed (half a minute), and runs
+python tests/on_sanitizers.py tests/memory_cases.py heap    # builds where something changed (half a minute), and runs
 """
 
 from __future__ import annotations
