@@ -1,0 +1,153 @@
+"""Promise: with ``skip_nonfinite`` a bad gradient leaves the whole step undone; no Ctrl-C falls into a step."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import threading
+from typing import Any
+
+import pytest
+import torch
+from pace_cases import assert_same_bits
+
+from pace_kernels import MADA, PACE
+from pace_kernels.backend import Backend
+
+RULES = {"PACE": PACE, "MADA": MADA}
+SHAPES = [(5, 3), (), (7,)]
+
+
+def build(rule: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[list[torch.nn.Parameter], Any]:
+    params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in SHAPES]
+    extra = {"hyper_warmup": 1} if rule == "MADA" else {}
+    groups = [{"params": params[:2]}, {"params": params[2:], **options.pop("second", {})}]
+    return params, RULES[rule](groups, lr=1e-2, **extra, **options)
+
+
+def step(params: list[torch.nn.Parameter], optimizer: Any, t: int, bad: float | None = None, where: int = 2) -> None:
+    generator = torch.Generator().manual_seed(t)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+    if bad is not None:
+        params[where].grad.view(-1)[0] = bad
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_that_is_left_undone_never_was(rule: str, bad: float, dtype: torch.dtype) -> None:
+    """Also the first; and the gradients that MADA keeps stay those of the last step that counted."""
+    one, other = build(rule, dtype, skip_nonfinite=True), build(rule, dtype)
+    for t in range(6):
+        if t in (0, 2, 3):
+            before = [p.detach().clone() for p in one[0]]
+            step(*one, t + 100, bad, where=t % 3)
+            assert all(torch.equal(a, p) for a, p in zip(before, one[0], strict=True))
+        step(*one, t)
+        step(*other, t)
+    assert_same_bits(one, other)
+    assert one[1].skipped_steps == 3 and other[1].skipped_steps == 0
+    if rule == "MADA":
+        assert one[1].coefficients == other[1].coefficients
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_only_groups_that_ask_for_it_are_watched(rule: str) -> None:
+    params, optimizer = build(rule, second={"skip_nonfinite": True})
+    step(params, optimizer, 0, float("nan"), where=0)
+    assert optimizer.skipped_steps == 0 and params[0].isnan().any()
+    before = params[0].detach().clone()
+    step(params, optimizer, 1, float("nan"), where=2)  # watched: the whole step, of the first group too
+    assert optimizer.skipped_steps == 1 and torch.equal(params[0].nan_to_num(), before.nan_to_num())
+    assert params[2].isfinite().all() and optimizer.state[params[0]]["step"] == 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_count_is_in_checkpoints(rule: str) -> None:
+    params, optimizer = build(rule, skip_nonfinite=True)
+    for t in range(3):
+        step(params, optimizer, t, float("inf") if t == 1 else None)
+    saved = copy.deepcopy(optimizer.state_dict())
+    step(params, optimizer, 3, float("nan"))
+    _, other = build(rule)
+    other.load_state_dict(saved)
+    assert (optimizer.skipped_steps, other.skipped_steps) == (2, 1)
+
+
+def test_the_option_is_checked() -> None:
+    with pytest.raises(ValueError, match="skip_nonfinite must be True or False, got 1"):
+        PACE([torch.nn.Parameter(torch.ones(2))], skip_nonfinite=1)  # type: ignore[arg-type]
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ctrl_c_in_each_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Backend.op
+
+    def op(self: Backend, name: str) -> Any:
+        function = original(self, name)
+
+        def pressed(*args: Any, **kwargs: Any) -> None:
+            function(*args, **kwargs)
+            signal.raise_signal(signal.SIGINT)
+
+        return pressed
+
+    monkeypatch.setattr(Backend, "op", op)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_ctrl_c_in_a_step_comes_after_it(rule: str, request: pytest.FixtureRequest) -> None:
+    """Between the kernels of two groups, and before the two gradients that MADA keeps change roles."""
+    one, other = build(rule), build(rule)
+    for t in range(3):
+        step(*other, t)
+    request.getfixturevalue("ctrl_c_in_each_kernel")
+    for t in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            step(*one, t)
+    assert_same_bits(one, other)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ctrl_c_in_a_swap_comes_after_it(dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    params, optimizer = build("PACE", dtype)
+    step(params, optimizer, 0)
+    live = [p.detach().clone() for p in params]
+    averages = [optimizer.state[p]["ema"].clone() for p in params]
+    request.getfixturevalue("ctrl_c_in_each_kernel")
+    for call, wanted in ((optimizer.eval, averages), (optimizer.train, live)):
+        if dtype == torch.float32:
+            with pytest.raises(KeyboardInterrupt):
+                call()
+        else:  # narrow weights are copied, without a kernel of ours
+            call()
+        assert all(torch.equal(p, w.to(dtype)) for p, w in zip(params, wanted, strict=True))
+
+
+def test_a_handler_of_the_user_is_called_once_and_stays(ctrl_c_in_each_kernel: None) -> None:
+    calls = []
+
+    def handler(number: int, frame: Any) -> None:
+        calls.append(number)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        params, optimizer = build("PACE")
+        step(params, optimizer, 0)
+        assert calls == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_step_without_handlers() -> None:
+    params, optimizer = build("PACE")
+    thread = threading.Thread(target=step, args=(params, optimizer, 0))
+    thread.start()
+    thread.join()
+    assert optimizer.state[params[0]]["step"] == 1
