@@ -1,5 +1,5 @@
-"""Promise: with ``UseAverage`` Lightning evaluates, saves and ends with the average, trains the live weights, and goes on
-from a checkpoint bit for bit."""
+"""Promise: with ``UseAverage`` Lightning evaluates, saves and ends with the average, trains the live weights, and goes
+on from a checkpoint bit for bit."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from pace_kernels.integrations.lightning import UseAverage  # noqa: E402
 pytestmark = [
     pytest.mark.usefixtures("many_small_steps"),
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
 ]
@@ -224,9 +225,8 @@ def test_what_checkpoints_hold(name: str, checkpoints: bool, weights_only: bool,
     by_loss = ModelCheckpoint(
         tmp_path / "best", filename="{step}", monitor="val_loss", save_top_k=-1, save_weights_only=weights_only
     )
-    last = ModelCheckpoint(
-        tmp_path / "last", filename="{step}", every_n_train_steps=STEPS, save_weights_only=weights_only
-    )
+    # Saved in the hook in which, with checkpoints=True, the average comes in to stay.
+    last = ModelCheckpoint(tmp_path / "last", every_n_train_steps=100, save_last=True, save_weights_only=weights_only)
     trainer = trainer_of(tmp_path, UseAverage(checkpoints), watch, by_steps, by_loss, last)
     model = Tiny(name)
     fit(model, trainer, validate=True)
@@ -254,12 +254,15 @@ def test_a_checkpoint_that_is_loaded_is_used_as_it_is(stage: str, tmp_path: Path
     saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
     model = Tiny()
     trainer = trainer_of(tmp_path, UseAverage(), saves)
-    fit(model, trainer)
+    optimizer = fit(model, trainer)
     file = tmp_path / "step=3.ckpt"
     saved = torch.load(file, weights_only=True)["state_dict"]
     assert not same(saved, weights_of(model))
+    optimizer.train()  # the average of the last step could be swapped in over what is loaded
     getattr(trainer, stage)(model, VALIDATION, ckpt_path=str(file), verbose=False)
     assert same(model.seen[-1][1], saved)
+    trainer.save_checkpoint(tmp_path / "loaded.ckpt")
+    assert same(torch.load(tmp_path / "loaded.ckpt", weights_only=True)["state_dict"], saved)
     fresh = trainer_of(tmp_path, UseAverage())  # one that never trained
     other = Tiny(seed=9)
     getattr(fresh, stage)(other, VALIDATION, ckpt_path=str(file), verbose=False)
