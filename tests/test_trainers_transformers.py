@@ -311,6 +311,8 @@ def test_a_save_that_the_callback_could_not_see_is_said(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         trainer_of(tmp_path, callbacks=(Late(), UseAverage()), max_steps=3).train()
+        # One without an average has nothing else to save.
+        trainer_of(tmp_path, "MADA", callbacks=(UseAverage(), Late()), max_steps=3).train()
 
 
 SCRIPT = """

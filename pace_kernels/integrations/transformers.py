@@ -38,7 +38,7 @@ class UseAverage(TrainerCallback):  # type: ignore[misc]
         _swap_in(optimizer)
 
     def on_save(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        if not all(group.get("swapped", True) for group in optimizer.param_groups):
+        if any(group.get("use_ema_eval") and not group.get("swapped", True) for group in optimizer.param_groups):
             warnings.warn(
                 f"checkpoint-{state.global_step} holds the live weights: a callback behind UseAverage asked for it. "
                 "Put UseAverage last in callbacks",
