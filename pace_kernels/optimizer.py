@@ -23,7 +23,19 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
 from .backend import Backend, choose, requested
-from .sharding import Axes, agree, axes, gathered, is_partial, is_sharded, local, local_as, on_first_rank, reduce_
+from .sharding import (
+    Axes,
+    agree,
+    axes,
+    gathered,
+    is_partial,
+    is_sharded,
+    local,
+    local_as,
+    on_first_rank,
+    placed_alike,
+    reduce_,
+)
 
 Group: TypeAlias = dict[str, Any]
 
@@ -437,7 +449,7 @@ class KernelOptimizer(torch.optim.Optimizer):
                 value = state.get(name)
                 if value is None:
                     value = state[name] = self._initial(name, owner, work.group)
-                columns[name].append(value if param is owner else local(value))
+                columns[name].append(value if type(value) is Tensor else local(value))
         self._place_steps(work, columns["step"])
         return columns
 
@@ -461,7 +473,7 @@ class KernelOptimizer(torch.optim.Optimizer):
             value = next((state[name] for name in names if name in state and name in self.STATE_TENSORS), None)
             if value is None:
                 return
-        placed = type(value) is Tensor if plain else axes(value) == axes(param)
+        placed = type(value) is Tensor if plain else is_sharded(value) and placed_alike(value, param)
         if placed and value.dtype is state_dtype(param) and value.shape == param.shape:
             return
         if value.shape != param.shape:

@@ -27,6 +27,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def placed_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two DTensors lie in the same parts on the same mesh."""
+    one, other = a._spec, b._spec  # type: ignore[attr-defined]
+    return one is other or ((one.mesh is other.mesh or one.mesh == other.mesh) and one.placements == other.placements)
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that lies on this rank; a plain tensor itself."""
     return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
@@ -36,8 +42,14 @@ def axes(tensor: Tensor) -> Axes:
     """The axes that a DTensor is sharded over; of a plain tensor, none."""
     if not is_sharded(tensor):
         return ()
-    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    return tuple((mesh, k) for k, placed in enumerate(placements) if not placed.is_replicate() and mesh.size(k) > 1)
+    spec = tensor._spec  # type: ignore[attr-defined]
+    # Worked out once a spec, which does not change and which a parameter keeps: it takes longer than a small step.
+    known: Axes | None = spec.__dict__.get("_pace_kernels_axes")
+    if known is None:
+        mesh, placements = spec.mesh, spec.placements
+        known = tuple((mesh, k) for k, p in enumerate(placements) if not p.is_replicate() and mesh.size(k) > 1)
+        spec.__dict__["_pace_kernels_axes"] = known
+    return known
 
 
 def is_partial(tensor: Tensor) -> bool:
@@ -53,13 +65,15 @@ def local_as(param: Tensor, value: Tensor) -> Tensor:
     if not is_sharded(param):
         # A whole DTensor for a plain parameter, as a checkpoint of a sharded run may have it.
         return value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined, no-any-return]
+    if is_sharded(value) and placed_alike(param, value):
+        return _arrived(local(value))
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
     if not is_sharded(value):
         from torch.distributed.tensor import distribute_tensor
 
         # Every rank has all of it and takes its part: no communication.
         value = distribute_tensor(value.to(param.device), mesh, placements, src_data_rank=None)
-    elif value.placements != placements or value.device_mesh != mesh:  # type: ignore[attr-defined]
+    else:
         value = value.redistribute(mesh, placements)  # type: ignore[attr-defined]
     return _arrived(local(value))
 
