@@ -156,6 +156,15 @@ SCALING: dict[str, Callable[[Rng], Any]] = {
 }
 
 
+def without_what_nothing_needs(call: dict[str, Any]) -> None:
+    """pullback_ refuses lists that it would not read."""
+    pulls = call["lambda_pullback"] != 0.0 if call["gain"] is None else call["gain"] != 0.0
+    if not pulls:
+        call["befores"] = []
+    if not pulls or call["gain"] is not None:
+        call["second_moments"] = []
+
+
 @dataclass
 class Operator:
     """How a valid call is made. ``lists``: a tensor for each parameter of the first list, and those that are named in
@@ -170,6 +179,7 @@ class Operator:
     likely: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] | None = NARROW  # of the first list; None: it is made like the others
     sums: tuple[str, ...] = ()  # written in the order of memory, so that their last places depend on the layout
+    fit: Callable[[dict[str, Any]], None] | None = None  # what options rule out is left out
 
     def call(self, rng: Rng) -> dict[str, Any]:
         shapes = [some_shape(rng) for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3, 5)))]
@@ -187,7 +197,10 @@ class Operator:
         call |= {name: make(rng) for name, make in self.single.items()}
         for name, make in self.optional.items():
             call[name] = make(rng) if rng.random() < (0.95 if name in self.likely else 0.4) else None
-        return call | {name: make(rng) for name, make in self.options.items()}
+        call |= {name: make(rng) for name, make in self.options.items()}
+        if self.fit is not None and rng.random() < 0.9:
+            self.fit(call)
+        return call
 
 
 OPERATORS: dict[str, Operator] = {
@@ -242,10 +255,11 @@ OPERATORS: dict[str, Operator] = {
                 k: v for k, v in AVERAGING.items()
                 if k not in ("beta1", "weight_decay", "pullback_from_step", "maximize")
             },
-            "gain": numbers(None, None, 0.5, 0.0), "step_offset": numbers(0, 0, 40, 2**63 - 1, -1),
+            "gain": numbers(None, None, 0.5, 0.0), "step_offset": numbers(0, 0, 40, 2**63 - 1),
         },
-        may_be_empty=("befores", "second_moments"),
+        may_be_empty=("befores",),
         sums=("stats",),
+        fit=without_what_nothing_needs,
     ),
     "swap_": Operator(lists={"a": like(), "b": like()}, dtypes=(torch.float32,)),
 }  # fmt: skip
@@ -405,8 +419,10 @@ def _lists(call: dict[str, Any]) -> list[str]:
 
 
 def ordinary(value: Any) -> bool:
-    """A tensor that can be changed further. Not one that torch itself would crash on."""
-    return type(value) is Tensor and value.layout is torch.strided and value.is_cpu and not hasattr(value, "fragile")
+    """A tensor that can be changed further. Not one that torch itself would crash on: a negative view of a quantized
+    one recurses without end."""
+    dense = type(value) is Tensor and value.layout is torch.strided and value.is_cpu and not value.is_quantized
+    return dense and not hasattr(value, "fragile")
 
 
 def change_tensor(rng: Rng, call: dict[str, Any]) -> str:

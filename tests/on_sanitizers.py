@@ -79,6 +79,7 @@ def environment(**variables: str) -> dict[str, str]:
     return {
         **os.environ,
         "LD_PRELOAD": runtime,
+        "OMP_WAIT_POLICY": "passive",  # threads that spin take the cores from those that other processes have work for
         # Leaks are Python's: it frees little at its end. An operator reports every error through an exception, and one
         # thrown is one leaked where torch keeps it for the traceback.
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:abort_on_error=0:exitcode=99:allocator_may_return_null=1",

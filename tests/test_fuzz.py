@@ -36,7 +36,7 @@ def check(done: subprocess.CompletedProcess[str], cases: int) -> None:
 
 
 def test_operators_compute_or_refuse() -> None:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    env = {**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, str(FUZZ), "--seed", "0", "--cases", str(CASES)]
     check(subprocess.run(command, env=env, capture_output=True, text=True), CASES)
 

@@ -28,7 +28,12 @@ def results(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 def guarded(isa: str) -> dict[str, Any]:
-    env = {**os.environ, "PACE_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    env = {
+        **os.environ,
+        "PACE_CPU_ISA": isa,
+        "OMP_WAIT_POLICY": "passive",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
     return results(subprocess.run([sys.executable, str(CASES), "guard"], env=env, capture_output=True, text=True))
 
 

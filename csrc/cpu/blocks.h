@@ -36,8 +36,7 @@ class MemoryOrder {
   // `keep` owns the sizes and strides that the stream points to.
   Stream stream(const Tensor& t, Format format, std::deque<std::vector<int64_t>>& keep) const {
     Stream s{t.data_ptr(), format, 0, nullptr, nullptr};
-    // Without elements, strides may be anything, and no int64 may hold their products.
-    if ((contiguous_ && t.is_contiguous()) || t.numel() == 0) return s;
+    if (contiguous_ && t.is_contiguous()) return s;
     const auto sizes = t.sizes(), strides = t.strides();
     std::vector<int64_t> merged_sizes, merged_strides;
     for (size_t k = 0; k < sizes.size(); ++k) {

@@ -57,6 +57,7 @@ constexpr PullbackTile kAverageTiles[2][2] = {FLAGS(false, false, false, false),
 #undef FLAGS
 
 void pullback(const PullbackWork& w, int64_t begin, int64_t end, PaceSums* sums) {
+  if (w.x.data == nullptr) return;  // nothing pulls, the average rests, nobody asks for statistics
   alignas(64) float scratch[4][kTile];
   const Stream* const operands[] = {&w.x, &w.before, &w.v, &w.e};
   const bool stats = sums != nullptr;
