@@ -77,6 +77,9 @@ def test_one_wheel_for_every_python_and_torch(tree: Path, tmp_path: Path) -> Non
     zipfile.ZipFile(wheel).extractall(target)
     assert (target / "pace_kernels" / "_C.abi3.so").exists()
     assert (target / "pace_kernels" / "triton_kernels" / "__init__.py").exists()
+    assert {p.stem for p in (target / "pace_kernels" / "integrations").iterdir()} == {
+        p.stem for p in (ROOT / "pace_kernels" / "integrations").glob("*.py")
+    }
     assert {p.name for p in target.iterdir() if p.suffix != ".dist-info"} == {"pace_kernels"}
     out = use(target, STEP.format(target=str(target)))
     assert out.stdout.startswith("True None\n") and out.stderr == ""
