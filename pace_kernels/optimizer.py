@@ -912,7 +912,7 @@ class KernelOptimizer(torch.optim.Optimizer):
             if key in self.STATE_ROWS:
                 ours[key] = self._initial(key, param, group).copy_(value)
             else:
-                ours[key] = as_state(param, value, param.dtype if key == "live" else None)
+                ours[key] = as_state(param, value, value.dtype if key == "live" else None)
         return ours
 
     def __getstate__(self) -> dict[str, Any]:
