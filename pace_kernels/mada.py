@@ -793,14 +793,13 @@ class MADA(KernelOptimizer):
         name: str,
         notes: list[str],
     ) -> dict[str, Tensor]:
-        if "last_scalars" in saved and group["learn"]:
-            last = group["last_options"]
-            for needed in last[1] if last else self._state_tensors(group):
-                if needed not in saved and needed != "ema":
-                    raise ValueError(f"{name} lacks {needed}, without which its last step can't be redone")
         state = super()._translated_state(saved, param, group, required, name, notes)
         if "last_scalars" in state:
             self._check_last_scalars(state["last_scalars"], group, name)
+            last = group["last_options"]
+            for needed in last[1] if last else self._state_tensors(group):
+                if needed not in state and needed != "ema" and state["last_scalars"][0] == REDO:
+                    raise ValueError(f"{name} lacks {needed}, without which its last step can't be redone")
         if "last_grad" in state and "last_scalars" not in state and "last_scalars" in self._state_tensors(group):
             # An earlier version kept scalars only where something was learned. The gradient is one of a step all the
             # same, but in the state of a dry run.

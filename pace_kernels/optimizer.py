@@ -459,6 +459,8 @@ class KernelOptimizer(torch.optim.Optimizer):
     def _fit(self, param: Tensor, state: dict[str, Tensor], name: str, plain: bool) -> None:
         """States follow a parameter whose dtype or shards were changed by hand; a change of its shape is refused."""
         value = state.get(name)
+        if value is None:  # options changed: it will be created
+            value = next((state[key] for key in self.STATE_TENSORS if key in state), None)
         if value is None:
             return
         placed = type(value) is Tensor if plain else axes(value) == axes(param)
@@ -886,7 +888,10 @@ class KernelOptimizer(torch.optim.Optimizer):
         for needed in ("step", *required):
             if needed not in state and needed != "live":  # that one is asked for with "swapped"
                 raise ValueError(f"{name} lacks {needed}: is it the state of another optimizer, or incomplete?")
-        if "max_exp_avg_sq" not in self._state_tensors(group) and state.pop("max_exp_avg_sq", None) is not None:
+        if (
+            "max_exp_avg_sq" not in (*self._state_tensors(group), *required)
+            and state.pop("max_exp_avg_sq", None) is not None
+        ):
             notes.append(f"{name}: the maximum that AMSGrad keeps is dropped")
         state.pop("last_ema_step", None)
         if (theta := state.pop("theta", None)) is not None and "ema" in state:
