@@ -25,7 +25,7 @@ from .optimizer import (
     moved,
     require,
 )
-from .sharding import all_reduce_, local, reduce_
+from .sharding import all_reduce_, is_sharded, local, reduce_
 from .torch_rules.mada import MadaMoments, MadaOptions, caught_up
 
 _HYPER_LR = {"beta1": 5e-4, "beta2": 5e-4, "beta3": 0.1, "rho": 0.1, "c": 0.1, "gamma": 0.1}
@@ -538,6 +538,7 @@ class MADA(KernelOptimizer):
         state = self.state[param]
         if "last_scalars" not in state:
             return
+        self._fit(param, state, "last_grad", not is_sharded(param))  # as it is where it was saved and loaded before
         options = self._arguments(group).step  # those of the step to redo, whatever has been changed since
         second = "max_exp_avg_sq" if options["second_max"] else "mean_exp_avg_sq"
         names = ("exp_avg", "exp_avg_diff", "exp_avg_sq", second, "exp_avg_lion")
@@ -792,14 +793,13 @@ class MADA(KernelOptimizer):
         name: str,
         notes: list[str],
     ) -> dict[str, Tensor]:
-        if "last_scalars" in saved and group["learn"]:
-            last = group["last_options"]
-            for needed in last[1] if last else self._state_tensors(group):
-                if needed not in saved and needed != "ema":
-                    raise ValueError(f"{name} lacks {needed}, without which its last step can't be redone")
         state = super()._translated_state(saved, param, group, required, name, notes)
         if "last_scalars" in state:
             self._check_last_scalars(state["last_scalars"], group, name)
+            last = group["last_options"]
+            for needed in last[1] if last else self._state_tensors(group):
+                if needed not in state and needed != "ema" and state["last_scalars"][0] == REDO:
+                    raise ValueError(f"{name} lacks {needed}, without which its last step can't be redone")
         if "last_grad" in state and "last_scalars" not in state and "last_scalars" in self._state_tensors(group):
             # An earlier version kept scalars only where something was learned. The gradient is one of a step all the
             # same, but in the state of a dry run.

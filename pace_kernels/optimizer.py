@@ -444,7 +444,7 @@ class KernelOptimizer(torch.optim.Optimizer):
         for owner, param in zip(work.owners, work.params, strict=True):
             state = self.state[owner]
             if state:
-                self._fit(owner, state, names, param is owner)
+                self._fit(owner, state, names[1], param is owner)
             for name in names:
                 value = state.get(name)
                 if value is None:
@@ -466,13 +466,13 @@ class KernelOptimizer(torch.optim.Optimizer):
             for i in away:
                 steps[i] = self.state[work.owners[i]]["step"] = moved(steps[i], device)
 
-    def _fit(self, param: Tensor, state: dict[str, Tensor], names: tuple[str, ...], plain: bool) -> None:
+    def _fit(self, param: Tensor, state: dict[str, Tensor], name: str, plain: bool) -> None:
         """States follow a parameter whose dtype or shards were changed by hand; a change of its shape is refused."""
-        value = state.get(names[1])
-        if value is None:  # one that is about to be created, as where an option was turned on
-            value = next((state[name] for name in names if name in state and name in self.STATE_TENSORS), None)
-            if value is None:
-                return
+        value = state.get(name)
+        if value is None:  # options changed: it will be created
+            value = next((state[key] for key in self.STATE_TENSORS if key in state), None)
+        if value is None:
+            return
         placed = type(value) is Tensor if plain else is_sharded(value) and placed_alike(value, param)
         if placed and value.dtype is state_dtype(param) and value.shape == param.shape:
             return
@@ -868,7 +868,8 @@ class KernelOptimizer(torch.optim.Optimizer):
             swapped, skipped, names = (options[name] for name in ("swapped", "skipped_steps", "state_names"))
             require(isinstance(swapped, bool), "swapped", "True or False", swapped)
             if skipped is not None:
-                options["skipped_steps"] = checked_count("skipped_steps", skipped, 2**63 - 1).to(torch.int64, copy=True)
+                count = checked_count("skipped_steps", skipped, 2**63 - 1).to(torch.int64, copy=True)
+                options["skipped_steps"] = count if count > 0 else None
             listed = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
             require(names is None or listed, "state_names", "None or a tuple of names", names)
         except (ValueError, TypeError) as error:
@@ -905,7 +906,10 @@ class KernelOptimizer(torch.optim.Optimizer):
         for needed in ("step", *required):
             if needed not in state and needed != "live":  # that one is asked for with "swapped"
                 raise ValueError(f"{name} lacks {needed}: is it the state of another optimizer, or incomplete?")
-        if "max_exp_avg_sq" not in self._state_tensors(group) and state.pop("max_exp_avg_sq", None) is not None:
+        if (
+            "max_exp_avg_sq" not in (*self._state_tensors(group), *required)
+            and state.pop("max_exp_avg_sq", None) is not None
+        ):
             notes.append(f"{name}: the maximum that AMSGrad keeps is dropped")
         state.pop("last_ema_step", None)
         if (theta := state.pop("theta", None)) is not None and "ema" in state:
@@ -931,7 +935,7 @@ class KernelOptimizer(torch.optim.Optimizer):
             if key in self.STATE_ROWS:
                 ours[key] = self._initial(key, param, group).copy_(value)
             else:
-                ours[key] = as_state(param, value, param.dtype if key == "live" else None)
+                ours[key] = as_state(param, value, value.dtype if key == "live" else None)
         return ours
 
     def __getstate__(self) -> dict[str, Any]:

@@ -228,7 +228,7 @@ def test_a_skipped_step_leaves_statistics_of_nothing() -> None:
         optimizer.found_inf = torch.ones(1)
         optimizer.step()
     assert optimizer.get_step_stats() == {} and torch.equal(param.detach(), torch.ones(5000))
-    (stats,) = optimizer._step_stats
+    ((stats, _),) = optimizer._step_stats
     assert stats.tolist() == [float("inf") if name.endswith("_min") else 0.0 for name in PACE_STATS]
 
 
