@@ -20,11 +20,12 @@ import torch.multiprocessing as mp
 
 from pace_kernels import MADA, PACE
 
-# Rows a tensor, number of tensors, columns: many small tensors show the cost of each, few large ones that of memory.
+# Number of tensors and their shape: many small tensors show the cost of each, few large ones that of memory.
 SIZES = {"500 tensors of 2,000": (500, (20, 100)), "20 tensors of 1 M": (20, (1000, 1000))}
+QUICK = {"3 tensors of 20": (3, (5, 4))}
 
 
-def measure(rank: int, world: int, rendezvous: str, rounds: int, out: str) -> None:
+def measure(rank: int, world: int, rendezvous: str, rounds: int, quick: bool, out: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -32,7 +33,7 @@ def measure(rank: int, world: int, rendezvous: str, rounds: int, out: str) -> No
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
     rows = []
-    for size, (count, shape) in SIZES.items():
+    for size, (count, shape) in (QUICK if quick else SIZES).items():
         for rule in (PACE, MADA):
             kinds: dict[str, Any] = {}
             for kind in ("plain", "sharded"):
@@ -63,14 +64,16 @@ def measure(rank: int, world: int, rendezvous: str, rounds: int, out: str) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--json", type=Path, default=Path("out/bench/sharded.json"))
+    parser.add_argument("--quick", action="store_true", help="small tensors, to see that it runs")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"))
     args = parser.parse_args()
-    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out / "sharded.json"
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = os.path.join(folder, "rendezvous")
-        mp.spawn(measure, (2, rendezvous, args.rounds, str(args.json)), nprocs=2)
+        mp.spawn(measure, (2, rendezvous, args.rounds, args.quick, str(out)), nprocs=2)
     print(f"{'':24}{'plain, ms':>12}{'sharded, ms':>14}{'ratio':>8}")
-    for row in json.loads(args.json.read_text())["rows"]:
+    for row in json.loads(out.read_text())["rows"]:
         plain, sharded = (row["ms"][kind][1] for kind in ("plain", "sharded"))
         print(f"{row['rule'] + ', ' + row['size']:30}{plain:8.2f}{sharded:12.2f}{row['ratio']:10.2f}")
 

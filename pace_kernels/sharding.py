@@ -16,15 +16,20 @@ from torch import Tensor
 # sum over all of its elements. Axes that hold copies are not among them.
 Axes: TypeAlias = tuple[tuple[Any, int], ...]
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter}
+_SHARDED: set[type] = set()  # DTensor, once one was seen
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor. There is none before torch.distributed.tensor was imported, which takes a second."""
-    if type(tensor) in _PLAIN:
-        return False
+    kind = type(tensor)
+    if kind in _PLAIN or kind in _SHARDED:
+        return kind in _SHARDED
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    if module is None or not isinstance(tensor, module.DTensor):
+        return False
+    _SHARDED.add(kind)
+    return True
 
 
 def placed_alike(a: Tensor, b: Tensor) -> bool:

@@ -20,12 +20,13 @@ pytest.importorskip("matplotlib", reason="the scripts under bench/ draw")
     ("script", "written"),
     [
         ("bench_step.py", ("step.json", "step.png")),
+        ("bench_sharded.py", ("sharded.json",)),
         ("convex.py", ("convex.json", "convex.png")),
         ("theory.py", ("theory.json", "theory.png")),
         ("train_lm.py", ("results.json", "loss.png")),
     ],
 )
-def test_script_runs_and_leaves_its_files(script: str, written: tuple[str, str], tmp_path: Path) -> None:
+def test_script_runs_and_leaves_its_files(script: str, written: tuple[str, ...], tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, str(BENCH / script), "--quick", "--out", str(tmp_path)],
         cwd=BENCH.parent,

@@ -17,7 +17,7 @@ from ranks import run
 from torch import Tensor, nn
 
 import pace_kernels.torch_rules.mada as mada_rule
-from pace_kernels import MADA, PACE, clip_coefficient
+from pace_kernels import MADA, PACE, Pullback, clip_coefficient
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
@@ -135,6 +135,25 @@ def test_given_the_same_gradients_sharding_changes_no_bit(
     rule: str, world: int, layout: str, dtype: torch.dtype
 ) -> None:
     assert run(world, check_cases, rule, layout, dtype) == [{}] * world
+
+
+def check_pullback(layout: str) -> tuple[list[str], list[str]]:
+    """Around SGD with a learning rate of 2^-6: a product that is exact, so that it is no matter whether torch's loop
+    fuses it with the sum."""
+    reference, model = net(), shard(net(), layout)
+    ours, wanted = (
+        Pullback(torch.optim.SGD(m.parameters(), lr=2.0**-6), gain=0.25, log_stats=True) for m in (model, reference)
+    )
+    steps(model, ours, range(5))
+    steps(reference, wanted, range(5))
+    found = differences(model, ours.averager, reference, wanted.averager)
+    averages = wanted.ema_state_dict(reference)
+    return found, [k for k, v in ours.ema_state_dict(model).items() if not torch.equal(whole(v), averages[k])]
+
+
+@pytest.mark.parametrize(("world", "layout"), [(2, "fsdp"), (4, "fsdp"), (4, "tensor parallel")])
+def test_pullback_around_a_sharded_optimizer(world: int, layout: str) -> None:
+    assert run(world, check_pullback, layout) == [([], [])] * world
 
 
 def train_really(kind: str, rule: str) -> list[Tensor]:
