@@ -38,9 +38,9 @@ def test_script_runs_and_leaves_its_files(script: str, written: tuple[str, ...],
         timeout=300,
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    numbers, picture = (tmp_path / name for name in written)
+    numbers, *pictures = (tmp_path / name for name in written)
     assert json.loads(numbers.read_text(encoding="utf-8"))
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
 @pytest.fixture
