@@ -182,7 +182,8 @@ class MADA(KernelOptimizer):
             replays must be a tensor there too: lr, and the clip_coef of ``step()``.
         skip_nonfinite: whether a NaN or an infinity in a gradient leaves the whole step undone, of all groups, and on
             all ranks that a DTensor is sharded over; ``skipped_steps`` counts them. That reads the gradients once more.
-            By default they spread into the weights and states of their coordinates, as in ``torch.optim.AdamW``.
+            By default they spread into the weights and states of their coordinates, as in ``torch.optim.AdamW``. With
+            ``hyper_process_group`` its ranks agree on it.
         hyper_process_group: a ``torch.distributed.ProcessGroup`` whose ranks hold different parameters as plain
             tensors, as ``ZeroRedundancyOptimizer`` has it: hypergradients are summed over it, so that all ranks learn
             the same coefficients. DTensors need none: theirs are summed over the axes of the mesh that they are sharded
@@ -704,12 +705,17 @@ class MADA(KernelOptimizer):
             learn = choose(self._backend_name, device, torch.float32).op("mada_learn_")
             learn(*(group[name] for name in _LEARNED), rows, found_inf, **self._arguments(group).learn)
 
+    def _ranks(self) -> Any:
+        return self._hyper_process_group
+
     def _over_process_group(
         self, by_set: dict[int, tuple[Group, dict[str, Tensor], list[Tensor]]]
     ) -> dict[int, tuple[Group, dict[str, Tensor], list[Tensor]]]:
         """One row for each set of coefficients, summed over the process group. A rank whose parameters took no part has
         to take part here: others wait for it."""
         scaling = next((given for _, given, _ in by_set.values()), {})
+        if not by_set and self._nonfinite is not None:
+            scaling = {"found_inf": self._nonfinite}
         sets = {id(group["coefficient_values"]): group for group in self.param_groups if group["learn"]}
         totals = {}
         for key, group in sets.items():

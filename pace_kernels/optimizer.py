@@ -11,10 +11,10 @@ import operator
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -26,6 +26,7 @@ from .backend import Backend, choose, requested
 from .sharding import (
     Axes,
     agree,
+    all_reduce_,
     axes,
     gathered,
     is_partial,
@@ -70,7 +71,7 @@ class uninterrupted:
     between a kernel and what belongs to it: weights and states would then be of different steps."""
 
     def __enter__(self) -> None:
-        self._handler, self._came = None, False
+        self._handler, self._came, self._frame = None, False, None
         if threading.current_thread() is threading.main_thread():  # no other one gets it
             handler = signal.getsignal(signal.SIGINT)
             if callable(handler):
@@ -78,13 +79,13 @@ class uninterrupted:
                 signal.signal(signal.SIGINT, self._later)
 
     def _later(self, number: int, frame: Any) -> None:
-        self._came = True
+        self._came, self._frame = True, frame
 
     def __exit__(self, *_: object) -> None:
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
             if self._came:
-                self._handler(signal.SIGINT, None)
+                self._handler(signal.SIGINT, self._frame)
 
 
 @dataclass
@@ -527,6 +528,9 @@ class KernelOptimizer(torch.optim.Optimizer):
                 return
             self._forget_dry_run()
             self._find_nonfinite(works)
+            if len(works) > 1:  # one operator call refuses before it writes, but not for those before it
+                for work in works:
+                    self._check_memory(chain(work.params, work.grads))
             prepared = [(work, self._states(work)) for work in works]
             self._launch_all(prepared)
 
@@ -540,13 +544,18 @@ class KernelOptimizer(torch.optim.Optimizer):
     def _find_nonfinite(self, works: list[Work]) -> None:
         """With ``skip_nonfinite``, makes the whole step one that is left undone where a gradient of such a group is not
         finite, on whichever rank: as if a gradient scaler had found it. Counts it. Nothing waits for a device."""
+        self._nonfinite = None
         watched = [work for work in works if work.group["skip_nonfinite"]]
-        if not watched:
+        ranks = self._ranks() if any(group["skip_nonfinite"] for group in self.param_groups) else None
+        if not watched and ranks is None:
             return
-        found = [self._largest(work) for work in watched]
-        reduce_(((value, work.axes) for value, work in zip(found, watched, strict=True)), "MAX")
+        found = [self._largest(work) for work in watched] or [torch.zeros(())]
+        reduce_(((value, work.axes) for value, work in zip(found, watched, strict=False)), "MAX")
         home = found[0].device
         bad = torch.stack([moved(value, home) for value in found]).amax()
+        if ranks is not None:
+            all_reduce_([bad], ranks, "MAX")
+        self._nonfinite = bad
         for scaling in {id(work.scaling): work.scaling for work in works}.values():
             if "found_inf" in scaling:
                 bad = torch.maximum(bad, (moved(scaling["found_inf"], home) != 0).to(bad.dtype).reshape(()))
@@ -560,6 +569,10 @@ class KernelOptimizer(torch.optim.Optimizer):
                 self._checked.pop(id(group), None)
         for work in works:
             work.scaling["found_inf"] = moved(bad, work.device)
+
+    def _ranks(self) -> Any:
+        """A process group whose ranks hold other parameters than this one, as plain tensors; None: there is none."""
+        return None
 
     @staticmethod
     def _largest(work: Work) -> Tensor:
@@ -629,6 +642,7 @@ class KernelOptimizer(torch.optim.Optimizer):
         for param, state in entries:
             if local(state["ema"]).shape != local(param).shape:
                 raise RuntimeError(f"a parameter of shape {tuple(param.shape)} has an average of another shape")
+        self._check_memory(tensor for p, state in entries for tensor in (local(p), local(state["ema"])))
         traded = [(p, state) for p, state in entries if p.dtype == state["ema"].dtype]
         copied = [(p, state, as_state(p, p, p.dtype)) for p, state in entries if p.dtype != state["ema"].dtype]
         self._trade([(param, state["ema"]) for param, state in traded])  # may refuse, so before what may not
@@ -656,6 +670,7 @@ class KernelOptimizer(torch.optim.Optimizer):
         for param, state in entries:
             if local(state["live"]).shape != local(param).shape:
                 raise RuntimeError(f"a parameter of shape {tuple(param.shape)} has live weights of another shape")
+        self._check_memory(tensor for p, state in entries for tensor in (local(p), local(state["live"])))
         places = [(local(p), local(state["ema"])) for p, state in entries]
         shared = [here.numel() > 0 and average.data_ptr() == here.data_ptr() for here, average in places]
         self._trade([(p, state["live"]) for (p, state), trade in zip(entries, shared, strict=True) if trade])
@@ -668,6 +683,13 @@ class KernelOptimizer(torch.optim.Optimizer):
                 state["ema"] = live
         for group in self.param_groups:
             group["swapped"] = False
+
+    @staticmethod
+    def _check_memory(tensors: Iterable[Tensor]) -> None:
+        """torch's copies into a tensor whose storage was emptied, as FSDP puts parameters away, end the process."""
+        for tensor in tensors:
+            if tensor.data_ptr() == 0 and tensor.numel() > 0 and tensor.device.type != "meta":
+                raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} has no memory: was its storage resized?")
 
     def _trade(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Exchanges the contents of each pair, a kernel call a device and dtype."""

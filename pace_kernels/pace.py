@@ -68,6 +68,7 @@ class PACE(KernelOptimizer):
         skip_nonfinite: whether a NaN or an infinity in a gradient leaves the whole step undone, of all groups, and on
             all ranks that a DTensor is sharded over; ``skipped_steps`` counts them. That reads the gradients once more.
             By default they spread into the weights and states of their coordinates, as in ``torch.optim.AdamW``.
+            Ranks of ``ZeroRedundancyOptimizer`` each look at their own parameters.
         backend: "cpu", "torch" or another name of ``backends()``, which works or raises; None takes the environment
             variable PACE_BACKEND, or else the fastest backend that is there.
 

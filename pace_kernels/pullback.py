@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -95,6 +96,9 @@ def _refuse(base: object) -> None:
         raise ValueError(f"{name} carries the pullback in its own pass: give it lambda_pullback instead of wrapping it")
     if isinstance(base, torch.optim.LBFGS):
         raise ValueError("LBFGS moves the weights several times within a step, so there is no one step to pull back")
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(f"{name}.step needs a closure, which here runs before it: there is no one step to pull back")
     if any(kind.__module__.split(".")[0] == "schedulefree" for kind in type(base).__mro__):
         raise ValueError(
             f"{name} of schedulefree: the weights it evaluates are an average already, its gradients are taken between "
@@ -156,13 +160,11 @@ class _Averager(KernelOptimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         params = param_group["params"]
-        # torch numbers named parameters anew; these come with their names aside.
         names = param_group.pop("param_names", None)
+        if names is not None:  # as torch takes them
+            param_group["params"] = list(zip(names, params, strict=True))
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group["params"] = params  # the base's own list
-        if names is not None:
-            group["param_names"] = names
+        self.param_groups[-1]["params"] = params  # the base's own list
 
     def follow(self) -> None:
         """Takes over what changed in the base's groups: options, learning rates, parameters, further groups."""
@@ -225,10 +227,12 @@ class _Averager(KernelOptimizer):
         self.follow()
         scaling = self._scaling(None) if found_inf is None else {"found_inf": found_inf.detach().to(torch.float32)}
         works = [work for work in self._collect(scaling) if self._state_tensors(work.group)]
-        if not self.state and self._is_dry_run(works):
-            for work in works:
-                self._states(work)
-            self._dry = True
+        # torch.distributed.checkpoint takes one wherever the base has no state, as SGD without momentum never has.
+        if (not self.state or not self._base.state) and self._is_dry_run(works):
+            if not self.state:
+                for work in works:
+                    self._states(work)
+                self._dry = True
             return []
         self._forget_dry_run()
         for work in works:
@@ -494,6 +498,8 @@ class Pullback(torch.optim.Optimizer):
         for kind in ("step", "state_dict", "load_state_dict"):
             for when in ("pre", "post"):
                 self.__dict__.setdefault(f"_optimizer_{kind}_{when}_hooks", OrderedDict())
+        averager = self.averager
+        self.base.register_load_state_dict_post_hook(lambda _: averager.forget_offsets())
         self._warned_capturable_if_run_uncaptured = True
         self._patch_step_function()
 
@@ -625,7 +631,12 @@ class Pullback(torch.optim.Optimizer):
         saved, ours = self.base.state_dict(), self.averager.state_dict()
         states: dict[Any, Any] = dict(saved["state"])
         for key, state in ours["state"].items():
-            states[key] = {**states.get(key, {}), **{_STATES[name]: value for name, value in state.items()}}
+            average = {_STATES[name]: value for name, value in state.items()}
+            if taken := sorted(average.keys() & states.get(key, {}).keys()):
+                raise RuntimeError(
+                    f"{type(self.base).__name__} has a state {taken[0]!r} of its own, as the average has"
+                )
+            states[key] = {**states.get(key, {}), **average}
         groups = []
         for group, own in zip(saved["param_groups"], ours["param_groups"], strict=True):
             names = [name for name in _OPTIONS if name not in group] + ["swapped", "format_version"]
@@ -643,20 +654,39 @@ class Pullback(torch.optim.Optimizer):
         Averages stay float32 (float64 for float64 parameters). An option that the checkpoint does not have keeps its
         present value. A state that does not fit raises ValueError and changes nothing, in the base neither.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
             state_dict = state_dict if result is None else result
         self.averager.follow()
+        self.averager._checked_structure(state_dict)
         bases, ours = self._split(state_dict)
         self.averager._translated(ours, [])  # raises where it does not fit
         self.averager._incoming = None
-        self.base.load_state_dict(bases)
+        self._load_base(bases)
         self.averager.load_state_dict(ours)
         self.averager.forget_offsets()
         self.averager.follow()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _load_base(self, state_dict: dict[str, Any]) -> None:
+        """torch puts new groups and states in place before a base finds out that they are not its own."""
+        kind = type(self.base).__name__
+        before = (self.base.state, self.base.param_groups)
+        try:
+            self.base.load_state_dict(state_dict)
+            for number, group in enumerate(self.base.param_groups):
+                if missing := sorted(self.base.defaults.keys() - group.keys()):
+                    raise ValueError(f"param_groups[{number}] lacks {', '.join(missing)}, which {kind} has")
+        except (KeyError, AttributeError, ValueError) as error:
+            self.base.state, self.base.param_groups = before
+            raise ValueError(f"the checkpoint is not one of {kind}: {error}") from error
+        except BaseException:
+            self.base.state, self.base.param_groups = before
+            raise
 
     def _split(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The base's part and the average's, checked as far as they belong together."""
@@ -686,7 +716,8 @@ class Pullback(torch.optim.Optimizer):
             if not isinstance(state, dict):
                 base_states[key] = state
                 continue
-            theirs = {k: v for k, v in state.items() if k not in reverse}
+            # Copies: torch takes tensors as they are, and would train those of the checkpoint.
+            theirs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items() if k not in reverse}
             own_state = {reverse[k]: v for k, v in state.items() if k in reverse}
             if key in params:
                 self._check_base_state(key, theirs, params[key])

@@ -221,11 +221,11 @@ def into_itself(training: Training) -> tuple[Net, KernelOptimizer]:
     return training.model, training.optimizer
 
 
-def by_helper(flat: bool) -> Callable[[Training], tuple[Net, KernelOptimizer]]:
+def by_torchs_functions(flat: bool) -> Callable[[Training], tuple[Net, KernelOptimizer]]:
     def save(training: Training) -> tuple[Net, KernelOptimizer]:
         if training.optimizer._swapped and not training.optimizer.state:
-            return whole(copy.deepcopy)(training)  # the helper creates states by a step
-        # Where parameters have no state yet, the helper wants not to be strict.
+            return whole(copy.deepcopy)(training)  # that creates states by a step
+        # Where parameters have no state yet, torch wants not to be strict.
         options = StateDictOptions(flatten_optimizer_state_dict=flat, strict=False)
         model, optimizer = with_model(training)
         saved = copy.deepcopy(get_optimizer_state_dict(training.model, training.optimizer, options=options))
@@ -271,11 +271,11 @@ SAVES: dict[str, Callable[[Training], tuple[Net, KernelOptimizer]]] = {
     "in memory": by_state_dict(lambda value: value),
     "twice": twice,
     "into itself": into_itself,
-    "helper": by_helper(flat=False),
+    "torch's functions": by_torchs_functions(flat=False),
 }
 # These need each parameter of the script to have its states, and those that a fresh optimizer has.
 WHOLE_SAVES: dict[str, Callable[[Training], tuple[Net, KernelOptimizer]]] = {
-    "flat helper": by_helper(flat=True),
+    "torch's functions, flat": by_torchs_functions(flat=True),
     "dcp": by_files(flat=False),
     "flat dcp": by_files(flat=True),
     "async dcp": by_files(flat=False, asynchronous=True),

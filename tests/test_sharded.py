@@ -394,6 +394,35 @@ def test_a_bad_gradient_on_one_rank_leaves_the_step_undone_on_all(rule: str, wor
     assert run(world, check_one_bad_rank, rule) == [(True, 1, True)] * world
 
 
+def check_one_bad_rank_of_zero() -> tuple[int, dict[str, float]]:
+    """A gradient that is not finite, of a parameter that one rank holds: all leave the step undone."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = DistributedDataParallel(net())
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(),
+        MADA,
+        lr=1e-2,
+        skip_nonfinite=True,
+        hyper_process_group=torch.distributed.group.WORLD,
+        hyper_warmup=1,
+    )
+    for t in range(6):
+        set_grads(model, t)
+        if t in (0, 3):
+            next(iter(model.parameters())).grad[0, 0] = float("nan")
+        optimizer.step()
+    return optimizer.optim.skipped_steps, optimizer.optim.coefficients
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_ranks_of_zero_redundancy_leave_a_step_undone_together(world: int) -> None:
+    results = run(world, check_one_bad_rank_of_zero)
+    assert all(result == results[0] for result in results)
+    assert results[0][0] == 2 and results[0][1]["gamma"] != 1.0
+
+
 def check_gradient_scaler(rule: str) -> tuple[list[str], float]:
     options = {"hyper_lr": 0.0} if rule == "MADA" else {}
     model, reference = shard(net()), net()

@@ -151,3 +151,38 @@ def test_other_threads_step_without_handlers() -> None:
     thread.start()
     thread.join()
     assert optimizer.state[params[0]]["step"] == 1
+
+
+# ---- memory that is gone ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_swap_with_an_emptied_parameter_is_refused_whole(dtype: torch.dtype, swapped: bool) -> None:
+    params, optimizer = build("PACE", dtype)
+    step(params, optimizer, 0)
+    if swapped:
+        optimizer.eval()
+    kept = params[2].untyped_storage().nbytes()
+    values = params[2].detach().clone()
+    params[2].data.untyped_storage().resize_(0)
+    before = [p.detach().clone() for p in params[:2]]
+    with pytest.raises(RuntimeError, match=r"memory"):
+        (optimizer.train if swapped else optimizer.eval)()
+    assert all(torch.equal(a, p) for a, p in zip(before, params[:2], strict=True)) and optimizer._swapped is swapped
+    params[2].data.untyped_storage().resize_(kept)
+    params[2].data.copy_(values)
+    optimizer.eval()
+    optimizer.train()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_emptied_gradient_in_a_second_group_stops_the_first_too(rule: str) -> None:
+    params, optimizer = build(rule)
+    step(params, optimizer, 0)
+    before = [p.detach().clone() for p in params]
+    params[2].grad.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"memory"):
+        optimizer.step()
+    assert all(torch.equal(a, p) for a, p in zip(before, params, strict=True))
+    assert {state["step"].item() for state in optimizer.state.values()} == {1.0}
