@@ -50,6 +50,7 @@ MADA_ONLY = (
     *_LEARNED,
     "last_options",
     "frozen",
+    "hyper_process_group",  # ZeroRedundancyOptimizer puts all arguments into groups, and so into checkpoints
 )
 _PRESETS: dict[str, dict[str, Any]] = {
     "adamw": {"rho": 1.0, "betas": (0.9, 0.999), "weight_decay": 0.01},
@@ -184,10 +185,11 @@ class MADA(KernelOptimizer):
             all ranks that a DTensor is sharded over; ``skipped_steps`` counts them. That reads the gradients once more.
             By default they spread into the weights and states of their coordinates, as in ``torch.optim.AdamW``. With
             ``hyper_process_group`` its ranks agree on it.
-        hyper_process_group: a ``torch.distributed.ProcessGroup`` whose ranks hold different parameters as plain
-            tensors, as ``ZeroRedundancyOptimizer`` has it: hypergradients are summed over it, so that all ranks learn
-            the same coefficients. DTensors need none: theirs are summed over the axes of the mesh that they are sharded
-            over. One all-reduce of a few numbers a step, or one for each such axis.
+        hyper_process_group: "world" or a ``torch.distributed.ProcessGroup``, whose ranks hold different parameters as
+            plain tensors: hypergradients are summed over it, so that all ranks learn the same coefficients.
+            ``ZeroRedundancyOptimizer`` needs "world": its checkpoints carry all arguments, and no file holds a group.
+            DTensors need none: theirs are summed over the axes of the mesh that they are sharded over. One all-reduce
+            of a few numbers a step, or one for each such axis.
         backend: "cpu", "torch" or another name of ``backends()``, which works or raises; None takes the environment
             variable PACE_BACKEND, or else the fastest backend that is there.
 
@@ -287,6 +289,10 @@ class MADA(KernelOptimizer):
             "capturable": capturable,
             "skip_nonfinite": skip_nonfinite,
         }
+        if hyper_process_group is not None and hyper_process_group != "world":
+            kinds = torch.distributed.ProcessGroup if torch.distributed.is_available() else ()
+            allowed = 'None, "world" or a torch.distributed.ProcessGroup'
+            require(isinstance(hyper_process_group, kinds), "hyper_process_group", allowed, hyper_process_group)
         self._hyper_process_group = hyper_process_group
         self._sums = []
         defaults = self._expanded(defaults, {})
@@ -696,7 +702,7 @@ class MADA(KernelOptimizer):
         by_set: dict[int, tuple[Group, dict[str, Tensor], list[Tensor]]] = {}
         for group, sums, work in self._sums:
             by_set.setdefault(id(group["coefficient_values"]), (group, work.scaling, []))[2].append(sums)
-        if self._hyper_process_group is not None:
+        if self._ranks() is not None:
             by_set = self._over_process_group(by_set)
         for group, scaling, rows in by_set.values():
             device = group["coefficient_values"].device
@@ -706,7 +712,7 @@ class MADA(KernelOptimizer):
             learn(*(group[name] for name in _LEARNED), rows, found_inf, **self._arguments(group).learn)
 
     def _ranks(self) -> Any:
-        return self._hyper_process_group
+        return torch.distributed.group.WORLD if self._hyper_process_group == "world" else self._hyper_process_group
 
     def _over_process_group(
         self, by_set: dict[int, tuple[Group, dict[str, Tensor], list[Tensor]]]
@@ -723,7 +729,7 @@ class MADA(KernelOptimizer):
             rows = [moved(row, values.device) for row in by_set[key][2]] if key in by_set else []
             totals[key] = torch.stack([values.new_zeros(len(HYPERGRADIENTS)), *rows]).sum(dim=0)
         if totals:
-            all_reduce_(list(totals.values()), self._hyper_process_group)
+            all_reduce_(list(totals.values()), self._ranks())
         return {key: (sets[key], scaling, [total]) for key, total in totals.items()}
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
@@ -830,12 +836,14 @@ class MADA(KernelOptimizer):
         return loaded
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_last": [self._prepared[id(group)] for group in self.param_groups]}
+        ranks = self._hyper_process_group if self._hyper_process_group == "world" else None  # no pickle holds others
+        last = [self._prepared[id(group)] for group in self.param_groups]
+        return {**super().__getstate__(), "_last": last, "_hyper_process_group": ranks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._sums = []
-        self.__dict__.setdefault("_hyper_process_group", None)  # a pickle has none
+        self.__dict__.setdefault("_hyper_process_group", None)
         self._share()
         kept = self.__dict__.pop("_last", ())  # of a pickle
         for group, before in zip_longest(self.param_groups, kept):

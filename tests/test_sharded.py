@@ -405,7 +405,7 @@ def check_one_bad_rank_of_zero() -> tuple[int, dict[str, float]]:
         MADA,
         lr=1e-2,
         skip_nonfinite=True,
-        hyper_process_group=torch.distributed.group.WORLD,
+        hyper_process_group="world",
         hyper_warmup=1,
     )
     for t in range(6):

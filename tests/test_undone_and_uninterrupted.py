@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -82,6 +83,14 @@ def test_the_option_is_checked() -> None:
 
 
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def pythons_handler() -> Iterator[None]:
+    """In a shell's background job SIGINT is ignored from the start, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
