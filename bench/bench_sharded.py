@@ -58,7 +58,8 @@ def measure(rank: int, world: int, rendezvous: str, rounds: int, quick: bool, ou
             rows.append({"size": size, "rule": rule.__name__, "ms": ms, "ratio": ms["sharded"][1] / ms["plain"][1]})
     if rank == 0:
         Path(out).write_text(json.dumps({"torch": torch.__version__, "rounds": rounds, "rows": rows}, indent=1))
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo's threads, taken down while the other process is, may abort
 
 
 def main() -> None:

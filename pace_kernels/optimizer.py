@@ -689,7 +689,8 @@ class KernelOptimizer(torch.optim.Optimizer):
         """torch's copies into a tensor whose storage was emptied, as FSDP puts parameters away, end the process."""
         for tensor in tensors:
             if tensor.data_ptr() == 0 and tensor.numel() > 0 and tensor.device.type != "meta":
-                raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} has no memory: was its storage resized?")
+                shape = tuple(tensor.shape)
+                raise RuntimeError(f"a tensor of shape {shape} has more elements than memory: was its storage resized?")
 
     def _trade(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Exchanges the contents of each pair, a kernel call a device and dtype."""
