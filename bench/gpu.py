@@ -185,6 +185,7 @@ def rows_for(device: torch.device) -> Rows:
         Row("bnb", "bitsandbytes AdamW, 32 bit", elsewhere("bitsandbytes.optim", "AdamW", optim_bits=32), preset_moved,
             preset_held),
     ]  # fmt: skip
+    pullback = [known["pullback-adamw"], known["pullback-adamw-0"]]
     lion = Row(
         f"mada-lion-{first}",
         f'MADA, preset "lion", {first}',
@@ -192,10 +193,10 @@ def rows_for(device: torch.device) -> Rows:
         lambda dtype: moved_bytes(dtype, states=1),
         lambda dtype: held_bytes(dtype, states=1),
     )
-    ours = (*pace, *mada, *preset, *stats, *graphs, lion)
+    ours = (*pace, *mada, *preset, *stats, *graphs, *pullback, lion)
     return Rows(
         [*pace, fused, *mada, foreach_ema, ema, known["adamw-foreach"], *preset],
-        [*graphs, adamw_graph, *stats, lion, known["pace-eager"], *others, known["pace-compile"]],
+        [*graphs, adamw_graph, *pullback, *stats, lion, known["pace-eager"], *others, known["pace-compile"]],
         tuple(row.key for row in ours),
         (f"pace-{first}", REFERENCE),
     )

@@ -66,7 +66,7 @@ inline Format format_of(const char* name, size_t i, const Tensor& t, bool float3
 inline const char* memory_fault(const Tensor& t) {
   if (t.numel() == 0) return nullptr;
   int64_t bytes = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
   int64_t last = t.storage_offset();
   const auto sizes = t.sizes(), strides = t.strides();
   for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
@@ -84,7 +84,7 @@ inline void check_operand(const char* name, size_t i, const Tensor& t, const Ten
                           const Place& place) {
   STD_TORCH_CHECK(place.holds(t), entry(name, i), " must be ", place.tensor());
   int32_t layout = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
   STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), entry(name, i), " must be a dense (strided) tensor");
   const auto sizes = t.sizes(), expected = param.sizes();
   const bool same = sizes.size() == expected.size() && std::equal(sizes.begin(), sizes.end(), expected.begin());

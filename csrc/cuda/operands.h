@@ -52,10 +52,10 @@ inline bool same_order(const Tensor& a, const Tensor& b) {
 inline Tensor empty_in_order_of(const Tensor& order, const Tensor& like) {
   const auto sizes = order.sizes(), strides = order.strides();
   int32_t dtype = 0, device = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                          strides.data(), dtype, device, like.get_device_index(),
                                                          &handle));
   return Tensor(handle);
@@ -171,7 +171,7 @@ class DeviceWorkspace {
 
 inline void launch(const Plan& plan, const Place& place) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(place.index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(place.index, &stream));
   for (const KernelCall& call : plan) {
     const char* const error =
         launch_kernel(call.id, call.blocks, call.threads, call.parameters.data(), place.index, stream);
