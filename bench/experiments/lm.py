@@ -1,0 +1,196 @@
+"""The task of the experiments on language: a GPT of 0.12 M parameters on the source of Python's standard library.
+
+The demo's model and text (`train_lm.py`), smaller, so that a run of 400 steps takes some 10 seconds of one core:
+2 layers, width 64, batches of 4 windows of 128 bytes. Losses are in nats per byte, on 64 windows of held-out files.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpt import GPT, GPTConfig
+from train_lm import GRADIENT_NORM, Corpus, batches, parameter_groups, stdlib_corpus, validation_loss, validation_set
+
+import pace_kernels
+
+MODEL = GPTConfig(layers=2, width=64, heads=4)
+BATCH = 4
+VALIDATION_WINDOWS = 64
+WARMUP_SHARE = 0.1  # of all steps, at most
+DECAY_SHARE = 0.2  # of all steps: WSD's last part, in which the learning rate falls to 0 in a straight line
+COSINE_FLOOR = 0.1  # of the learning rate
+BETAS = (0.9, 0.95)
+CPU = torch.device("cpu")
+
+
+@functools.cache
+def corpus() -> Corpus:
+    return stdlib_corpus()
+
+
+def about() -> dict[str, Any]:
+    """What runs have in common, for runs.complete."""
+    return {"corpus": {"description": corpus().description, "sha256": corpus().sha256()}}
+
+
+# --- learning rates ---
+
+
+def factor(schedule: str, step: int, steps: int) -> float:
+    """Of the learning rate at a step, counted from 1."""
+    warmup = max(1, round(WARMUP_SHARE * steps))
+    if step <= warmup:
+        return step / warmup
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        share = (step - warmup) / max(1, steps - warmup)
+        return COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
+    if schedule == "wsd":
+        return min(1.0, (steps - step) / (DECAY_SHARE * steps))
+    raise ValueError(f"no schedule {schedule!r}")
+
+
+# --- optimizers ---
+
+Builder = Callable[..., Optimizer]
+
+
+def schedule_free(groups: Any, lr: float, **options: Any) -> Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    return AdamWScheduleFree(groups, lr=lr, betas=BETAS, **options)
+
+
+# By the name in a spec.
+OPTIMIZERS: dict[str, Builder] = {
+    "AdamW": lambda groups, lr, **o: torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True, **o),
+    "PACE": lambda groups, lr, **o: pace_kernels.PACE(groups, lr=lr, betas=BETAS, log_stats=True, **o),
+    "schedule-free": schedule_free,
+}
+
+
+class Average:
+    """An average beside the optimizer, e ← (1 − w) e + w x after each step: "EMA 0.99" has w = 0.01, "power 0.2" PACE's
+    w = (1 + t)^(−0.2)."""
+
+    def __init__(self, name: str, model: nn.Module) -> None:
+        kind, number = name.split(" ")
+        self.weight: Callable[[int], float]
+        if kind == "EMA":
+            self.weight = lambda t: 1 - float(number)
+        else:
+            self.weight = lambda t: (1 + t) ** -float(number)
+        self.weights = [p.detach() for p in model.parameters()]
+        self.values = [p.clone() for p in self.weights]
+        self.taken = 0
+
+    def update(self) -> None:
+        self.taken += 1
+        torch._foreach_lerp_(self.values, self.weights, self.weight(self.taken))
+
+    def swap(self) -> None:
+        for x, e in zip(self.weights, self.values, strict=True):
+            kept = x.clone()
+            x.copy_(e)
+            e.copy_(kept)
+
+
+# --- training ---
+
+
+class Training:
+    """A model in training by a spec: `optimizer`, `lr`, `seed`, and its `options`."""
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        torch.manual_seed(spec["seed"])
+        self.model = GPT(MODEL)
+        self.lr = spec["lr"]
+        self.optimizer: Any = OPTIMIZERS[spec["optimizer"]](
+            parameter_groups(self.model), self.lr, **spec.get("options", {})
+        )
+        self.averages = {name: Average(name, self.model) for name in spec.get("averages", ())}
+        self.batches = batches(corpus().train, BATCH, spec["seed"], CPU)
+        self.validation = validation_set(corpus().validation, VALIDATION_WINDOWS, CPU)
+
+    def step(self, scale: float) -> float:
+        if hasattr(self.optimizer, "train"):
+            self.optimizer.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = scale * self.lr
+        loss: Tensor = self.model.loss(*next(self.batches))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for average in self.averages.values():
+            average.update()
+        return loss.item()
+
+    def losses(self) -> dict[str, float]:
+        """Of the live weights, of the average that the optimizer keeps, where it keeps one, and of those beside it."""
+        found = {}
+        if hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()
+            found["average"] = validation_loss(self.model, self.validation)
+            self.optimizer.train()
+        found["live"] = validation_loss(self.model, self.validation)
+        for name, average in self.averages.items():
+            average.swap()
+            found[name] = validation_loss(self.model, self.validation)
+            average.swap()
+        return {name: loss if math.isfinite(loss) else math.inf for name, loss in found.items()}
+
+    def series(self) -> dict[str, float]:
+        """What the optimizer tells of itself."""
+        found = {}
+        if isinstance(self.optimizer, pace_kernels.PACE):
+            found |= self.optimizer.get_step_stats()
+        if isinstance(self.optimizer, pace_kernels.MADA):
+            found |= dict(self.optimizer.coefficients)
+        return found
+
+
+def train(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Losses and series at `evaluations` evenly spread steps, of which the last step is one. A loss that is not finite
+    is written as null, and ends the run."""
+    steps, evaluations = spec["steps"], spec.get("evaluations", 4)
+    at = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
+    training = Training(spec)
+    found: dict[str, Any] = {"steps": [], "losses": {}, "train_loss": [], "series": {}}
+    recent: list[float] = []
+    for step in range(1, steps + 1):
+        recent.append(training.step(factor(spec["schedule"], step, steps)))
+        if step not in at and math.isfinite(recent[-1]):
+            continue
+        found["steps"].append(step)
+        found["train_loss"].append(_plain(sum(recent) / len(recent)))
+        recent = []
+        for name, value in training.losses().items():
+            found["losses"].setdefault(name, []).append(_plain(value))
+        for name, value in training.series().items():
+            found["series"].setdefault(name, []).append(_plain(value))
+        if found["losses"]["live"][-1] is None:
+            break
+    return found
+
+
+def _plain(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def final(result: Mapping[str, Any], weights: str) -> float:
+    """The last loss of these weights; infinite after a divergence."""
+    losses = result["losses"][weights]
+    return math.inf if losses[-1] is None else float(losses[-1])

@@ -1,0 +1,118 @@
+"""The runs of an experiment: what is done is kept in one JSON file, the rest is spread over the cores.
+
+An experiment is a list of specs, plain dictionaries that say everything about a run, and a function that turns a spec
+into a result. After every run the file is written anew, whole or not at all. So an experiment can be ended at any time
+and goes on where it was; and what a run's spec has changed in since is run again.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BENCH = Path(__file__).resolve().parents[1]
+RESULTS = BENCH / "results"
+
+Spec = dict[str, Any]
+
+
+def key_of(spec: Mapping[str, Any]) -> str:
+    """A name that is read easily: its values, those of nested dictionaries included."""
+
+    def parts(items: Mapping[str, Any]) -> Iterator[str]:
+        for name, value in items.items():
+            if isinstance(value, Mapping):
+                yield from parts(value)
+            elif isinstance(value, list | tuple):
+                yield f"{name} {'/'.join(map(str, value))}"
+            else:
+                yield str(value) if isinstance(value, str) else f"{name} {value:g}"
+
+    return ", ".join(parts(spec))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What the file has; nothing where there is none."""
+    if not path.exists():
+        return {"about": {}, "runs": {}}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def save(kept: Mapping[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def done(kept: Mapping[str, Any], spec: Spec) -> bool:
+    run = kept["runs"].get(key_of(spec))
+    return run is not None and run["spec"] == spec
+
+
+def result(kept: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    return kept["runs"][key_of(spec)]["result"]
+
+
+def _alone() -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+
+
+@contextmanager
+def _workers(processes: int) -> Iterator[ProcessPoolExecutor]:
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _alone)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def complete(
+    path: Path,
+    about: Mapping[str, Any],
+    specs: Iterable[Spec],
+    run: Callable[[Spec], dict[str, Any]],
+    processes: int | None = None,
+) -> dict[str, Any]:
+    """Runs what is not done yet, one thread a run, and returns everything in the file.
+
+    ``about`` says what all runs have in common, the corpus, say; a file that was made with another one is refused.
+    """
+    kept = load(path)
+    for name, value in about.items():
+        if kept["about"].setdefault(name, value) != value:
+            raise SystemExit(
+                f"{path} was made with {name} = {kept['about'][name]!r}, this would be {value!r}: "
+                "give another --out, or remove it"
+            )
+    missing = [spec for spec in specs if not done(kept, spec)]
+    if not missing:
+        return kept
+    start, count = time.monotonic(), 0
+    with _workers(processes or os.cpu_count() or 1) as pool:
+        pending = {pool.submit(_timed, run, spec): spec for spec in missing}
+        for future in as_completed(pending):
+            spec = pending[future]
+            found, seconds = future.result()
+            kept["runs"][key_of(spec)] = {"spec": spec, "result": found, "seconds": round(seconds, 2)}
+            save(kept, path)
+            count += 1
+            left = (time.monotonic() - start) / count * (len(missing) - count)
+            print(f"[{count}/{len(missing)}, {left / 60:.0f} min left] {key_of(spec)}", file=sys.stderr, flush=True)
+    return kept
+
+
+def _timed(run: Callable[[Spec], dict[str, Any]], spec: Spec) -> tuple[dict[str, Any], float]:
+    start = time.monotonic()
+    return run(spec), time.monotonic() - start
