@@ -6,6 +6,7 @@ The demo's model and text (`train_lm.py`), smaller, so that a run of 400 steps t
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import sys
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpt import GPT, GPTConfig
-from train_lm import GRADIENT_NORM, Corpus, batches, parameter_groups, stdlib_corpus, validation_loss, validation_set
+from train_lm import GRADIENT_NORM, Corpus, parameter_groups, stdlib_corpus, validation_loss, validation_set, windows
 
 import pace_kernels
 
@@ -70,7 +71,7 @@ Builder = Callable[..., Optimizer]
 def schedule_free(groups: Any, lr: float, **options: Any) -> Optimizer:
     from schedulefree import AdamWScheduleFree
 
-    return AdamWScheduleFree(groups, lr=lr, betas=BETAS, **options)
+    return AdamWScheduleFree(groups, lr=lr, **{"betas": BETAS, **options})
 
 
 # By the name in a spec.
@@ -121,7 +122,7 @@ class Training:
             parameter_groups(self.model), self.lr, **spec.get("options", {})
         )
         self.averages = {name: Average(name, self.model) for name in spec.get("averages", ())}
-        self.batches = batches(corpus().train, BATCH, spec["seed"], CPU)
+        self.generator = torch.Generator().manual_seed(spec["seed"])
         self.validation = validation_set(corpus().validation, VALIDATION_WINDOWS, CPU)
 
     def step(self, scale: float) -> float:
@@ -129,7 +130,9 @@ class Training:
             self.optimizer.train()
         for group in self.optimizer.param_groups:
             group["lr"] = scale * self.lr
-        loss: Tensor = self.model.loss(*next(self.batches))
+        text = corpus().train
+        starts = torch.randint(len(text) - GPTConfig.context, (BATCH,), generator=self.generator)
+        loss: Tensor = self.model.loss(*windows(text, starts, CPU))
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
         self.optimizer.step()
@@ -151,6 +154,25 @@ class Training:
             found[name] = validation_loss(self.model, self.validation)
             average.swap()
         return {name: loss if math.isfinite(loss) else math.inf for name, loss in found.items()}
+
+    def snapshot(self) -> Callable[[], None]:
+        """What puts everything back as it is now, the batches to come included."""
+        weights = copy.deepcopy(self.model.state_dict())
+        state = copy.deepcopy(self.optimizer.state_dict())
+        averages = {
+            name: (average.taken, [e.clone() for e in average.values]) for name, average in self.averages.items()
+        }
+        drawn = self.generator.get_state()
+
+        def restore() -> None:
+            self.model.load_state_dict(weights)
+            self.optimizer.load_state_dict(state)
+            for name, (taken, values) in averages.items():
+                self.averages[name].taken = taken
+                torch._foreach_copy_(self.averages[name].values, values)
+            self.generator.set_state(drawn)
+
+        return restore
 
     def series(self) -> dict[str, float]:
         """What the optimizer tells of itself."""

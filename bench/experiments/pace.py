@@ -1,0 +1,527 @@
+"""PACE beside AdamW and AdamW + EMA on a small language model: what the paper claims, at our scale.
+
+    python bench/experiments/pace.py             what is not run yet, then tables and figures; an hour on 2 cores
+    python bench/experiments/pace.py --render    tables and figures from what is there
+    python bench/experiments/pace.py --quick     a few short runs into out/experiments, to see that it works
+
+Four stages (`lm.py` says what is trained; betas (0.9, 0.95), weight decay 0.1 on matrices, gradients clipped to 1):
+
+1. **Sweep**, one seed: learning rate × pullback strength λ × averaging exponent κ × schedule. λ = 0 is AdamW with the
+   average that PACE would keep; AdamW's runs carry plain EMAs of four decays beside those. Schedule-free AdamW
+   (Defazio et al., 2024) at a constant rate, which is what it is made for, over the learning rate and its β1.
+2. **Seeds**: the best cell of each method and schedule, on seeds that the sweep has not seen, so that choosing the
+   best of many does not flatter who has more to choose from. Differences are paired by seed: the same start and the
+   same batches.
+3. **Budgets**, the paper's appendix C: one PACE run at a constant rate, stopped anywhere, against AdamW that for each
+   budget decays its rate over the last fifth (branches of one trunk), and against AdamW's plain EMA on that trunk.
+4. The share of clamped coordinates, the paper's Figure 4, comes from the runs of the seeds.
+
+Source of the claims: Au and Block, Training for the Model You Return (arXiv 2606.25086).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import lm
+import plots
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from runs import RESULTS, Spec, complete, done, load, result
+
+LRS = (2e-3, 4e-3, 8e-3, 16e-3)
+LAMBDAS = (0.05, 0.2, 0.8)
+KAPPAS = (0.2, 0.5, 0.8)
+SCHEDULES = ("constant", "cosine", "wsd")
+EMA_DECAYS = (0.9, 0.95, 0.98, 0.99)
+BETA1S = (0.9, 0.95)  # of schedule-free AdamW
+SEEDS = (1, 2, 3, 4)  # of stage 2; the sweep has seed 0
+BUDGETS = (200, 400, 800, 1600)
+BUDGET_SEEDS = (1, 2, 3)
+STEPS = 400
+
+AVERAGES = tuple(f"EMA {decay}" for decay in EMA_DECAYS) + tuple(f"power {kappa}" for kappa in KAPPAS)
+METHODS = ("AdamW", "AdamW + EMA", "PACE", "schedule-free")
+COLORS = dict(zip(METHODS, plots.PALETTE, strict=False))
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is run."""
+
+    steps: int = STEPS
+    lrs: tuple[float, ...] = LRS
+    lambdas: tuple[float, ...] = LAMBDAS
+    kappas: tuple[float, ...] = KAPPAS
+    schedules: tuple[str, ...] = SCHEDULES
+    beta1s: tuple[float, ...] = BETA1S
+    seeds: tuple[int, ...] = SEEDS
+    budgets: tuple[int, ...] = BUDGETS
+    budget_seeds: tuple[int, ...] = BUDGET_SEEDS
+
+
+FULL = Size()
+QUICK = Size(6, LRS[1:2], LAMBDAS[1:2], KAPPAS[:1], SCHEDULES[:1], BETA1S[:1], (1, 2), (4, 8), (1,))
+
+
+# --- specs ----------------------------------------------------------------------------------------------------------
+
+
+def adamw(size: Size, lr: float, schedule: str, seed: int = 0, evaluations: int = 4) -> Spec:
+    return {
+        "optimizer": "AdamW", "lr": lr, "schedule": schedule, "steps": size.steps, "seed": seed,
+        "evaluations": evaluations, "averages": list(AVERAGES),
+    }  # fmt: skip
+
+
+def pace(
+    size: Size, lr: float, schedule: str, strength: float, kappa: float, seed: int = 0, evaluations: int = 4
+) -> Spec:
+    return {
+        "optimizer": "PACE", "lr": lr, "schedule": schedule, "steps": size.steps, "seed": seed,
+        "evaluations": evaluations, "options": {"lambda_pullback": strength, "ema_kappa": kappa},
+    }  # fmt: skip
+
+
+def schedule_free(size: Size, lr: float, beta1: float, seed: int = 0, evaluations: int = 4) -> Spec:
+    return {
+        "optimizer": "schedule-free", "lr": lr, "schedule": "constant", "steps": size.steps, "seed": seed,
+        "evaluations": evaluations, "options": {"betas": [beta1, 0.95]},
+    }  # fmt: skip
+
+
+def sweep(size: Size) -> list[Spec]:
+    """The shorter lists first, so that a sweep that was ended early is still balanced."""
+    found = [adamw(size, lr, schedule) for schedule in size.schedules for lr in size.lrs]
+    found += [schedule_free(size, lr, beta1) for lr in size.lrs for beta1 in size.beta1s]
+    found += [
+        pace(size, lr, schedule, strength, kappa)
+        for schedule in size.schedules
+        for kappa in size.kappas
+        for strength in size.lambdas
+        for lr in size.lrs
+    ]
+    return found
+
+
+# --- the best cells -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A setting and the weights that it hands back."""
+
+    method: str
+    schedule: str
+    spec: Spec  # of seed 0
+    weights: str
+    loss: float
+
+    def seeded(self, seed: int) -> Spec:
+        return {**self.spec, "seed": seed, "evaluations": 10}
+
+    @property
+    def settings(self) -> str:
+        options = self.spec.get("options", {})
+        found = [f"lr {self.spec['lr']:g}"]
+        if self.method == "AdamW + EMA":
+            found.append(self.weights)
+        if self.method == "PACE":
+            found += [f"λ {options['lambda_pullback']:g}", f"κ {options['ema_kappa']:g}"]
+        if self.method == "schedule-free":
+            found.append(f"β1 {options['betas'][0]:g}")
+        return ", ".join(found)
+
+
+def cells(kept: Mapping[str, Any], size: Size, method: str, schedule: str) -> list[Cell]:
+    """All of a method's settings that the sweep has tried."""
+    specs: list[tuple[Spec, Sequence[str]]]
+    if method in ("AdamW", "AdamW + EMA"):
+        weights = ("live",) if method == "AdamW" else AVERAGES
+        specs = [(adamw(size, lr, schedule), weights) for lr in size.lrs]
+    elif method == "PACE":
+        specs = [
+            (pace(size, lr, schedule, strength, kappa), ("average",))
+            for kappa in size.kappas
+            for strength in size.lambdas
+            for lr in size.lrs
+        ]
+    elif schedule == "constant":
+        specs = [(schedule_free(size, lr, beta1), ("average",)) for lr in size.lrs for beta1 in size.beta1s]
+    else:
+        specs = []
+    return [
+        Cell(method, schedule, spec, name, lm.final(result(kept, spec), name))
+        for spec, names in specs
+        if done(kept, spec)
+        for name in names
+    ]
+
+
+def best_cells(kept: Mapping[str, Any], size: Size) -> list[Cell]:
+    found = []
+    for schedule in size.schedules:
+        for method in METHODS:
+            tried = cells(kept, size, method, schedule)
+            if tried:
+                found.append(min(tried, key=lambda cell: cell.loss))
+    return found
+
+
+def of_seeds(kept: Mapping[str, Any], size: Size, cell: Cell) -> list[float]:
+    """The final losses on the seeds of stage 2; nan where a run is missing."""
+    specs = [cell.seeded(seed) for seed in size.seeds]
+    return [lm.final(result(kept, spec), cell.weights) if done(kept, spec) else math.nan for spec in specs]
+
+
+# --- budgets --------------------------------------------------------------------------------------------------------
+
+
+def budget_specs(size: Size, best: Sequence[Cell]) -> dict[str, list[Spec]]:
+    """By method. AdamW decays at the rate that is best with WSD, and its EMA is taken at the rate best for that."""
+
+    def spec(method: str, schedule: str) -> Spec | None:
+        cell = next((c for c in best if c.method == method and c.schedule == schedule), None)
+        if cell is None:
+            return None
+        kept = {k: v for k, v in cell.spec.items() if k in ("optimizer", "lr", "options", "averages")}
+        return {"task": "budgets", **kept, "budgets": list(size.budgets), "branches": method == "AdamW"}
+
+    wanted = {"AdamW": ("AdamW", "wsd"), "AdamW + EMA": ("AdamW + EMA", "constant"), "PACE": ("PACE", "constant")}
+    if "wsd" not in size.schedules:
+        wanted["AdamW"] = ("AdamW", "constant")
+    return {
+        name: [{**found, "seed": seed} for seed in size.budget_seeds]
+        for name, cell in wanted.items()
+        if (found := spec(*cell)) is not None
+    }
+
+
+def train_budgets(spec: Spec) -> dict[str, Any]:
+    """Losses at each budget. With `branches`: of branches of the training whose learning rate falls to 0 over the
+    last fifth; else of the run itself, at a constant rate."""
+    training, budgets = lm.Training(spec), sorted(spec["budgets"])
+    warmup = max(1, round(lm.WARMUP_SHARE * 2 * budgets[0]))
+    starts = {round((1 - lm.DECAY_SHARE) * budget): budget for budget in budgets} if spec["branches"] else {}
+    found: dict[str, dict[str, float | None]] = {}
+    for step in range(1, budgets[-1] + 1):
+        training.step(min(1.0, step / warmup))
+        if step in budgets and not spec["branches"]:
+            found[str(step)] = {k: v if math.isfinite(v) else None for k, v in training.losses().items()}
+        if step in starts:
+            budget, restore = starts[step], training.snapshot()
+            for late in range(step + 1, budget + 1):
+                training.step((budget - late) / (budget - step))
+            found[str(budget)] = {k: v if math.isfinite(v) else None for k, v in training.losses().items()}
+            if budget == budgets[-1]:
+                break
+            restore()
+    return {"losses": found}
+
+
+def budget_losses(kept: Mapping[str, Any], specs: Sequence[Spec], weights: str) -> dict[int, list[float]]:
+    """By budget, over the seeds that are done."""
+    found: dict[int, list[float]] = {}
+    for spec in specs:
+        if done(kept, spec):
+            for budget, losses in result(kept, spec)["losses"].items():
+                value = losses.get(weights)
+                found.setdefault(int(budget), []).append(math.inf if value is None else value)
+    return found
+
+
+def weights_of_budgets(best: Sequence[Cell]) -> dict[str, str]:
+    ema = next((c.weights for c in best if c.method == "AdamW + EMA" and c.schedule == "constant"), "live")
+    return {"AdamW": "live", "AdamW + EMA": ema, "PACE": "average"}
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+def run(spec: Spec) -> dict[str, Any]:
+    return train_budgets(spec) if spec.get("task") == "budgets" else lm.train(spec)
+
+
+def run_all(path: Path, size: Size, processes: int | None = None) -> dict[str, Any]:
+    about = lm.about()
+    complete(path, about, sweep(size), run, processes)
+    best = best_cells(load(path), size)
+    seeded = [cell.seeded(seed) for seed in size.seeds for cell in best]
+    complete(path, about, seeded, run, processes)
+    budgets = [spec for specs in budget_specs(size, best).values() for spec in specs]
+    return complete(path, about, budgets, run, processes)
+
+
+# --- what came out --------------------------------------------------------------------------------------------------
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, int]:
+    """Mean of a − b over the seeds that both have, its standard error, and how many there are."""
+    differences = [x - y for x, y in zip(a, b, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    if not differences:
+        return math.nan, math.nan, 0
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    return statistics.mean(differences), error, len(differences)
+
+
+def verdict(mean: float, error: float, count: int) -> str:
+    """In words, by Student's t at 95 % for so few seeds."""
+    critical = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(count, 2.5)
+    if count < 2 or not math.isfinite(error):
+        return "one seed says nothing"
+    if abs(mean) <= critical * error:
+        return "no difference that these seeds can tell"
+    return "better" if mean < 0 else "worse"
+
+
+def spread(values: Sequence[float]) -> str:
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return "–"
+    deviation = f" ± {statistics.stdev(finite):.4f}" if len(finite) > 1 else ""
+    return f"{statistics.mean(finite):.4f}{deviation}"
+
+
+def flatness(kept: Mapping[str, Any], size: Size, cell: Cell) -> dict[float, float]:
+    """The cell's loss at each learning rate, everything else as it is."""
+    found = {}
+    for other in cells(kept, size, cell.method, cell.schedule):
+        same = other.spec.get("options") == cell.spec.get("options") and other.weights == cell.weights
+        if same:
+            found[other.spec["lr"]] = other.loss
+    return found
+
+
+def conclusions(kept: Mapping[str, Any], size: Size = FULL) -> list[str]:
+    """Sentences whose numbers and verdicts are computed here."""
+    best, said = best_cells(kept, size), []
+    by = {(c.method, c.schedule): c for c in best}
+    for schedule in size.schedules:
+        ours = by.get(("PACE", schedule))
+        for other in ("AdamW", "AdamW + EMA", "schedule-free"):
+            theirs = by.get((other, schedule))
+            if ours is None or theirs is None:
+                continue
+            mean, error, count = paired(of_seeds(kept, size, ours), of_seeds(kept, size, theirs))
+            if count:
+                said.append(
+                    f"{schedule}: PACE − {other} = {mean:+.4f} ± {error:.4f} nats per byte (mean and standard error "
+                    f"over {count} seeds), each at its best cell: {verdict(mean, error, count)}."
+                )
+    for method in ("AdamW", "AdamW + EMA", "PACE"):
+        cell = by.get((method, "constant"))
+        if cell is not None:
+            losses = flatness(kept, size, cell)
+            finite = [v for v in losses.values() if math.isfinite(v)]
+            said.append(
+                f"Over learning rates {min(losses):g} to {max(losses):g} at a constant rate, {method} at its best "
+                f"other settings spans {max(finite) - min(finite):.3f} nats per byte (seed 0)."
+            )
+    specs, weights = budget_specs(size, best), weights_of_budgets(best)
+    if {"AdamW", "PACE"} <= specs.keys():
+        decayed = budget_losses(kept, specs["AdamW"], weights["AdamW"])
+        ours_at = budget_losses(kept, specs["PACE"], weights["PACE"])
+        for budget in sorted(decayed.keys() & ours_at.keys()):
+            if len(decayed[budget]) == len(ours_at[budget]):
+                mean, error, count = paired(ours_at[budget], decayed[budget])
+                said.append(
+                    f"{budget} steps: PACE at a constant rate − AdamW decayed for that budget = {mean:+.4f} ± "
+                    f"{error:.4f} ({count} seeds): {verdict(mean, error, count)}."
+                )
+    cell = by.get(("PACE", "constant"))
+    if cell is not None:
+        shares = clip_shares(kept, size, cell)
+        if shares:
+            first, last = (statistics.mean(s[i] for _, s in shares) for i in (0, -1))
+            said.append(
+                f"At PACE's best cell at a constant rate {100 * first:.1f} % of the coordinates are clamped at the "
+                f"first evaluation, {100 * last:.1f} % at the last one."
+            )
+    return said
+
+
+def clip_shares(kept: Mapping[str, Any], size: Size, cell: Cell) -> list[tuple[list[int], list[float]]]:
+    """Steps and shares of clamped coordinates, of each seed."""
+    found = []
+    for seed in size.seeds:
+        spec = cell.seeded(seed)
+        if done(kept, spec):
+            run_ = result(kept, spec)
+            found.append((run_["steps"], run_["series"]["lambda_clipped_frac"]))
+    return found
+
+
+def render(kept: Mapping[str, Any], size: Size = FULL) -> str:
+    """The tables, from the JSON alone."""
+    best = best_cells(kept, size)
+    corpus = kept["about"].get("corpus", {}).get("description", "")
+    parts = [
+        f"GPT of 0.12 M parameters, {size.steps} steps of {lm.BATCH} × {lm.MODEL.context} bytes, {corpus}; validation "
+        f"loss in nats per byte. The best cell of the sweep (seed 0), and its loss on seeds "
+        f"{', '.join(map(str, size.seeds))} (mean ± standard deviation).",
+    ]
+    lines = [
+        "| schedule | method | best of | settings | seed 0 | other seeds |",
+        "| --- | --- | ---: | --- | ---: | ---: |",
+    ]
+    for cell in best:
+        tried = len(cells(kept, size, cell.method, cell.schedule))
+        lines.append(
+            f"| {cell.schedule} | {cell.method} | {tried} | {cell.settings} | {cell.loss:.4f} "
+            f"| {spread(of_seeds(kept, size, cell))} |"
+        )
+    parts.append("\n".join(lines))
+    specs, weights = budget_specs(size, best), weights_of_budgets(best)
+    titles = {
+        "AdamW": "AdamW, decayed for the budget",
+        "AdamW + EMA": "AdamW + EMA, constant rate",
+        "PACE": "PACE, constant rate",
+    }
+    lines = [f"| budget in steps | {' | '.join(titles[m] for m in specs)} |", f"| ---: |{' ---: |' * len(specs)}"]
+    losses = {m: budget_losses(kept, specs[m], weights[m]) for m in specs}
+    for budget in size.budgets:
+        lines.append(f"| {budget} | {' | '.join(spread(losses[m].get(budget, [])) for m in specs)} |")
+    parts.append(f"Budgets, {len(size.budget_seeds)} seeds:\n\n" + "\n".join(lines))
+    parts.append("\n".join(f"- {sentence}" for sentence in conclusions(kept, size)))
+    return "\n\n".join(parts) + "\n"
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+def draw_sweep(kept: Mapping[str, Any], size: Size, path: Path) -> None:
+    """Loss of the average over learning rate and strength, for each schedule and κ."""
+    grids: dict[tuple[str, float], list[list[float]]] = {}
+    strengths = (0.0, *size.lambdas)
+    for schedule in size.schedules:
+        for kappa in size.kappas:
+            rows = []
+            for strength in strengths:
+                row = []
+                for lr in size.lrs:
+                    spec = pace(size, lr, schedule, strength, kappa) if strength else adamw(size, lr, schedule)
+                    name = "average" if strength else f"power {kappa}"
+                    row.append(lm.final(result(kept, spec), name) if done(kept, spec) else math.nan)
+                rows.append(row)
+            grids[schedule, kappa] = rows
+    shown = sorted(v for rows in grids.values() for row in rows for v in row if math.isfinite(v))
+    if not shown:
+        return
+    norm = Normalize(shown[0], shown[int(0.9 * (len(shown) - 1))])
+    figure, _ = plots.new_figure([3.4] * len(size.kappas), 2.5 * len(size.schedules))
+    figure.clear()
+    grid = figure.subplots(len(size.schedules), len(size.kappas), squeeze=False)
+    image = None
+    for row, schedule in zip(grid, size.schedules, strict=True):
+        for axes, kappa in zip(row, size.kappas, strict=True):
+            values = grids[schedule, kappa]
+            image = axes.imshow(values, norm=norm, cmap="viridis_r", aspect="auto", origin="lower")
+            axes.grid(visible=False)
+            axes.set_xticks(range(len(size.lrs)), [f"{lr:g}" for lr in size.lrs])
+            axes.set_yticks(range(len(strengths)), [f"{s:g}" for s in strengths])
+            axes.set_title(f"{schedule}, κ {kappa:g}")
+            for y, line in enumerate(values):
+                for x, value in enumerate(line):
+                    if math.isfinite(value):
+                        dark = norm(value) < 0.5
+                        axes.text(x, y, f"{value:.3f}", ha="center", va="center", fontsize=8,
+                                  color=plots.INK if dark else "white")  # fmt: skip
+    for axes in grid[-1]:
+        axes.set_xlabel("learning rate")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("pullback strength λ")
+    if image is not None:
+        figure.colorbar(image, ax=list(grid.flat), label="validation loss of the average", shrink=0.6, extend="max")
+    plots.save(figure, path)
+
+
+def band(axes: Axes, xs: Sequence[float], curves: Sequence[Sequence[float]], color: str) -> list[float]:
+    """The mean and the range over seeds."""
+    columns = list(zip(*curves, strict=True))
+    means = [statistics.mean(c) for c in columns]
+    axes.plot(xs, means, color=color, linewidth=1.8)
+    axes.fill_between(xs, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.18, linewidth=0)
+    return means
+
+
+def draw_curves(kept: Mapping[str, Any], size: Size, path: Path) -> None:
+    best = best_cells(kept, size)
+    figure, (curves, budgets, clamped) = plots.new_figure([6.0, 6.0, 4.6], 4.0)
+    lines, shown = [], []
+    for cell in best:
+        specs = [cell.seeded(seed) for seed in size.seeds]
+        losses = [result(kept, s)["losses"][cell.weights] for s in specs if done(kept, s)]
+        if cell.schedule != "constant" or not losses or any(None in row for row in losses):
+            continue
+        steps = result(kept, specs[0])["steps"]
+        means = band(curves, steps, losses, COLORS[cell.method])
+        lines.append((cell.method, steps, means, COLORS[cell.method]))
+        shown += means[len(means) // 3 :]
+    if shown:
+        curves.set_ylim(min(shown) - 0.02, max(shown) + 0.03)
+        curves.set(
+            xlabel="step", ylabel="validation loss (nats per byte)", title="Constant rate, best cells, mean and range"
+        )
+        plots.label_line_ends(curves, lines)
+
+    specs, weights, lines = budget_specs(size, best), weights_of_budgets(best), []
+    titles = {"AdamW": "AdamW, decayed", "AdamW + EMA": "AdamW + EMA", "PACE": "PACE"}
+    for method, its in specs.items():
+        losses_at = budget_losses(kept, its, weights[method])
+        if losses_at:
+            xs = sorted(losses_at)
+            means = band(budgets, xs, list(zip(*(losses_at[x] for x in xs), strict=True)), COLORS[method])
+            lines.append((titles[method], xs, means, COLORS[method]))
+    if lines:
+        budgets.set_xscale("log")
+        budgets.set_xticks(size.budgets, [str(b) for b in size.budgets])
+        budgets.minorticks_off()
+        budgets.set(xlabel="budget in steps", title="Budgets: a decay for each, or stop anywhere")
+        plots.label_line_ends(budgets, lines)
+
+    lines = []
+    for cell, color in zip([c for c in best if c.method == "PACE"], plots.PALETTE[1:], strict=False):
+        shares = clip_shares(kept, size, cell)
+        if shares:
+            steps = shares[0][0]
+            means = band(clamped, steps, [[100 * v for v in s] for _, s in shares], color)
+            lines.append((cell.schedule, steps, means, color))
+    if lines:
+        clamped.set(xlabel="step", ylabel="clamped coordinates, %", title="PACE's best cells")
+        clamped.set_ylim(bottom=0)
+        plots.label_line_ends(clamped, lines)
+    plots.save(figure, path)
+
+
+def draw(kept: Mapping[str, Any], folder: Path, size: Size = FULL) -> None:
+    draw_sweep(kept, size, folder / "pace-sweep.png")
+    draw_curves(kept, size, folder / "pace-curves.png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="folder of pace.json and the figures (bench/results)")
+    parser.add_argument("--quick", action="store_true", help="a few short runs, into out/experiments")
+    parser.add_argument("--render", action="store_true", help="runs nothing")
+    parser.add_argument("--processes", type=int, help="at once (as many as there are cores)")
+    arguments = parser.parse_args(argv)
+    size = QUICK if arguments.quick else FULL
+    folder = arguments.out or (Path("out/experiments") if arguments.quick else RESULTS)
+    path = folder / "pace.json"
+    kept = load(path) if arguments.render else run_all(path, size, arguments.processes)
+    draw(kept, folder, size)
+    print(render(kept, size))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
