@@ -14,7 +14,7 @@ NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(CSRC) $(shell find tests -name '*.cpp')
 
-.PHONY: demo test lint format bench convex theory roofline occupancy gpu clean
+.PHONY: demo test lint format bench convex theory pace results roofline occupancy gpu clean
 
 demo: $(VENV)/.bench
 	$(BIN)/python bench/train_lm.py
@@ -41,6 +41,14 @@ convex: $(VENV)/.bench
 
 theory: $(VENV)/.bench
 	$(BIN)/python bench/theory.py
+
+# Some hours of one core; goes on where it was ended.
+pace: $(VENV)/.bench
+	$(BIN)/python bench/experiments/pace.py
+
+# bench/results/README.md and its figures, from the JSON files there.
+results: $(VENV)/.bench
+	$(BIN)/python bench/results_page.py
 
 roofline: $(VENV)/.bench
 	$(BIN)/python bench/roofline.py --json out/bench/roofline.json --png out/bench/roofline.png

@@ -388,7 +388,7 @@ def draw(
             axes.plot(middle, y, "o", color=color, markersize=7)
             axes.vlines(bound, y - 0.36, y + 0.36, color=orange, linewidth=2.2)
             axes.annotate(
-                f"{middle:.2f}" if middle < 10 else f"{middle:.1f}" if middle < 100 else f"{middle:.0f}",
+                f"{middle:.3g}" if middle < 100 else f"{middle:.0f}",
                 (max(middle, high, bound), y),
                 xytext=(8, 0),
                 textcoords="offset points",

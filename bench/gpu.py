@@ -283,6 +283,7 @@ def notice(report: Mapping[str, Any]) -> str:
 def as_markdown(report: Mapping[str, Any], rows: Rows) -> str:
     parts = [f"# {notice(report)}", "Written by `make gpu`; `bench/harness.py` says how things are measured."]
     parts += [f"{name}: {stage['summary']}" for name, stage in report["stages"].items()]
+    parts += report.get("notes", [])  # written by hand into the JSON: what is known of the run since
     parts += [markdown(case, headings(rows)) for case in cases_of(report, rows).values()]
     parts += [f"{row.name}: {row.note}" for row in rows.all.values() if row.note]
     return "\n\n".join(parts) + "\n"
@@ -523,7 +524,7 @@ def test(environment: Mapping[str, str], cwd: Path, limit_s: float) -> dict[str,
 
 
 def read_junit(xml: Path) -> tuple[dict[str, int], list[str], dict[str, int]]:
-    """How many passed, failed and skipped; the names of those that failed; the reasons of skips, with their number."""
+    """How many passed, failed and skipped; those that failed and why; the reasons of skips, with their number."""
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     failures: list[str] = []
     skipped: dict[str, int] = {}
@@ -533,9 +534,12 @@ def read_junit(xml: Path) -> tuple[dict[str, int], list[str], dict[str, int]]:
             counts["skipped"] += 1
             reason = skip.get("message", "")
             skipped[reason] = skipped.get(reason, 0) + 1
-        elif case.find("failure") is not None or case.find("error") is not None:
+        elif (found := next((f for f in case if f.tag in ("failure", "error")), None)) is not None:
             counts["failed"] += 1
-            failures.append(f"{case.get('classname')}::{case.get('name')}")
+            said = found.get("message", "").strip()
+            failures.append(
+                f"{case.get('classname')}::{case.get('name')}: {said.splitlines()[0][:300] if said else ''}"
+            )
         else:
             counts["passed"] += 1
     return counts, failures, skipped

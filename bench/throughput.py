@@ -17,6 +17,7 @@ import contextlib
 import gc
 import json
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -179,7 +180,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = arguments.size or ("gpt2" if device.type == "cuda" else "small")
     report = run(device, size, arguments.rounds, arguments.steps)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "throughput.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    about = report["machine"]
+    slug = re.sub(r"[^a-z0-9]+", "-", (about.get("gpu") or about["cpu"]).lower()).strip("-")
+    path = arguments.out / f"throughput-{slug}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(as_markdown(report))
     return 0
 

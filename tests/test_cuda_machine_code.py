@@ -102,7 +102,7 @@ def test_occupancy(arch: str) -> None:
 
 
 def test_the_readme_has_this_table() -> None:
-    readme = (build.ROOT / "README.md").read_text()
+    readme = (build.ROOT / "tests/gpu/README.md").read_text()
     assert "\n".join(table()) in readme, "make occupancy"
 
 

@@ -527,6 +527,40 @@ def test_what_a_capture_has_seen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(uploads) == 2 and {id(eager), id(within)} <= uploads._captured.keys()
 
 
+def test_what_a_capture_uploads_comes_from_memory_pinned_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch copies from nothing else within a capture, and what a graph reads again is given out once."""
+    pinned: list[torch.Tensor] = []
+
+    def pin(nbytes: int) -> torch.Tensor:
+        pinned.append(torch.empty(nbytes, dtype=torch.uint8))
+        return pinned[-1]
+
+    reserve = table.Reserve(pin)
+    source = torch.arange(5, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="take a step like it"):
+        reserve.copy_of(source)
+    reserve.provide(80)
+    reserve.provide(64)
+    assert [t.numel() for t in pinned] == [80]
+    rows = torch.arange(6).view(3, 2)
+    copies = [reserve.copy_of(source), reserve.copy_of(rows)]
+    assert torch.equal(copies[0], source) and torch.equal(copies[1], rows)
+    start = pinned[0].data_ptr()
+    assert [c.data_ptr() - start for c in copies] == [0, 32]
+    with pytest.raises(RuntimeError, match="of 20 bytes in pinned memory, and 0 bytes are set aside"):
+        reserve.copy_of(source)
+    reserve.provide(1 << 40)
+    assert pinned[-1].numel() == table.Reserve.LIMIT
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(table, "_reserve", reserve)
+    moved: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *_, **__: moved.append(t) or t)
+    uploaded = table.upload(rows, torch.device("cuda"))
+    assert uploaded.source is moved[0] is not rows and torch.equal(uploaded.tensor, rows)
+    assert uploaded.source.data_ptr() == pinned[-1].data_ptr()
+
+
 def test_the_backend_is_chosen_by_name_alone_here() -> None:
     row = backends()["triton"]
     assert row.available and row.reason is None

@@ -86,8 +86,45 @@ class Uploads:
         _, value = self._recent.pop(key, (0, None))
         return 0 if value is None else int(value.nbytes)
 
+    @property
+    def held(self) -> int:
+        """Bytes of what is kept and may be dropped."""
+        return self._held
+
     def __len__(self) -> int:
         return len(self._recent)
+
+
+class Reserve:
+    """Pinned memory set aside for captures. Within one, torch copies from no other memory, and pinning anew could
+    allocate, which would end the capture; so it is done before, by the steps that come before a capture at any rate."""
+
+    ALIGNMENT, LIMIT = 16, 8 << 20  # bytes; 8 MiB are the tables of 64 thousand tensors
+
+    def __init__(self, pinned: Callable[[int], Tensor]) -> None:
+        self._pinned = pinned
+        self._free = torch.empty(0, dtype=torch.uint8)
+        self._lock = threading.Lock()
+
+    def provide(self, nbytes: int) -> None:
+        """At least so much, up to the limit. Not within a capture."""
+        nbytes = min(nbytes, self.LIMIT)
+        with self._lock:
+            if self._free.numel() < nbytes:
+                self._free = self._pinned(nbytes)
+
+    def copy_of(self, source: Tensor) -> Tensor:
+        """The source's values in pinned memory, which is not given out again."""
+        size = -(-source.nbytes // self.ALIGNMENT) * self.ALIGNMENT
+        with self._lock:
+            if size > self._free.numel():
+                raise RuntimeError(
+                    f"a captured step needs a table of {source.nbytes} bytes in pinned memory, and {self._free.numel()}"
+                    " bytes are set aside: take a step like it, with all of its parameters, before the capture"
+                )
+            taken, self._free = self._free[:size], self._free[size:]
+        copy = taken[: source.nbytes].view(source.dtype).view(source.shape)
+        return copy.copy_(source)
 
 
 @dataclass
@@ -106,8 +143,8 @@ def upload(source: Tensor, device: torch.device) -> Uploaded:
     if device.type != "cuda":
         return Uploaded(source.to(device))
     if torch.cuda.is_current_stream_capturing():
-        # Pinning may allocate, which ends a capture; a copy from pageable memory is captured as a node.
-        return Uploaded(source.to(device, non_blocking=True), source)
+        pinned = _reserve.copy_of(source)
+        return Uploaded(pinned.to(device, non_blocking=True), pinned)
     # torch keeps pinned memory until the copy is done.
     return Uploaded(source.pin_memory().to(device, non_blocking=True))
 
@@ -140,6 +177,7 @@ class Plan:
 # come back to few sets of addresses; with an optimizer for each parameter there are as many plans as parameters.
 _plans = Uploads(64 << 20)
 _blocks = Uploads(64 << 20)
+_reserve = Reserve(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, pin_memory=True))
 
 
 def plan(columns: dict[int, list[Tensor]], numels: list[int], device: torch.device, chunk: int) -> Plan:
@@ -151,7 +189,11 @@ def plan(columns: dict[int, list[Tensor]], numels: list[int], device: torch.devi
     x_dtypes = [t.dtype for t in columns[X.value]]
     g_dtypes = [t.dtype for t in columns[G.value]] if G.value in columns else x_dtypes
     key = (tuple(numels), tuple(x_dtypes), tuple(g_dtypes), *((c, tuple(a)) for c, a in addresses.items()))
-    return _plans.get(device, key, lambda: _make_plan(addresses, numels, x_dtypes, g_dtypes, device, chunk))
+    made = _plans.get(device, key, lambda: _make_plan(addresses, numels, x_dtypes, g_dtypes, device, chunk))
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        # A capture may meet each list at new addresses, as gradients that are allocated within it have.
+        _reserve.provide(_plans.held + _blocks.held + Reserve.ALIGNMENT * (len(_plans) + len(_blocks)))
+    return made
 
 
 def _make_plan(

@@ -90,3 +90,34 @@ def test_a_replayed_step_does_nothing_where_a_gradient_is_infinite(kind: str, ba
     after = contents(params, optimizer)
     assert after["0 step"].item() == before["0 step"].item() + 1 == 4
     assert not torch.equal(after["0 weights"], before["0 weights"])
+
+
+@both
+@on_gpu.each
+def test_gradients_may_be_allocated_within_the_capture(kind: str, backend: str) -> None:
+    """As in the capture of a whole training step, where they lie elsewhere than in the steps before it."""
+    found = []
+    for captured in (False, True):
+        params = on_gpu.parameters()
+        inputs = [torch.zeros_like(p) for p in params]
+        optimizer = on_gpu.OPTIMIZERS[kind](params, lr=1e-2, capturable=True, backend=need(backend))
+
+        def train(params: Any = params, inputs: Any = inputs, optimizer: Any = optimizer) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            sum(((p * x).sum() for p, x in zip(params, inputs, strict=True)), torch.zeros((), device=DEVICE)).backward()
+            optimizer.step()
+
+        graph = None
+        for t, grads in enumerate(gradients(8, torch.float32)):
+            for x, grad in zip(inputs, grads, strict=True):
+                x.copy_(grad)
+            if captured and t >= 3:
+                if graph is None:
+                    optimizer.zero_grad(set_to_none=True)
+                    graph = on_gpu.Graph(train)
+                graph.replay()
+            else:
+                with on_gpu.beside():
+                    train()
+        found.append(contents(params, optimizer))
+    assert_same(*found)

@@ -1,0 +1,209 @@
+"""The page of results, `bench/results/README.md`, from the JSON files beside it and nothing else: `make results`.
+
+    python bench/results_page.py [--folder bench/results]
+
+Every section names the command that measures it. What has no JSON file yet is left out, and said so. Figures that a
+section draws from its JSON are drawn anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BENCH = Path(__file__).resolve().parent
+sys.path[:0] = [str(BENCH), str(BENCH / "experiments")]
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    pattern: str  # of its JSON files
+    command: str
+    render: Callable[[dict[str, Any], Path], str]  # given the JSON and its path
+
+
+def machine_line(about: dict[str, Any]) -> str:
+    where = about.get("gpu") or f"{about['cpu']}, {about['threads']} threads, {about.get('cpu_isa') or about['isa']}"
+    return f"{where}; torch {about['torch']}, Python {about['python']}; {about['date'][:10]}."
+
+
+def picture(path: Path, text: str) -> str:
+    return f"![{text}]({path.name})"
+
+
+def step(kept: dict[str, Any], path: Path) -> str:
+    import bench_step
+    from harness import from_json, markdown
+
+    rows = {row.key: row for row in bench_step.ROWS}
+    shapes = {title: shapes for title, shapes in bench_step.SIZES.values()}
+    cases = [from_json(saved, rows, shapes[saved["title"]]) for saved in kept["cases"]]
+    image = path.with_suffix(".png")
+    about = kept["machine"]
+    bench_step.draw(cases, image, machine_line(about))
+    heads = {bench_step.REFERENCE: "/ AdamW fused", bench_step.OURS: "/ PACE"}
+    notes = [f"- {row.name}: {row.note}" for row in rows.values() if row.note]
+    telemetry = []
+    for case in cases:
+        stats = case.result("pace-stats")
+        if stats is not None and (cost := case.against(stats, bench_step.OURS)) is not None:
+            name = f"{case.title}, {str(case.dtype).removeprefix('torch.')}"
+            telemetry.append(f"- `log_stats=True` on {name}: {cost:.2f} × PACE without it")
+    parts = [machine_line(about), *(markdown(case, heads) for case in cases), "\n".join(notes)]
+    if telemetry:
+        parts.append("What telemetry costs, which rides in the pass:\n\n" + "\n".join(telemetry))
+    return "\n\n".join([*parts, picture(image, "time of one optimizer step")])
+
+
+def peers(kept: dict[str, Any], path: Path) -> str:
+    import bench_peers
+
+    return bench_peers.render(kept)
+
+
+def gpu(kept: dict[str, Any], path: Path) -> str:
+    import gpu as command
+    from harness import markdown
+
+    rows = command.rows_for(torch.device("cuda"))
+    cases = command.cases_of(kept, rows)
+    image, table = path.with_suffix(".png"), path.with_suffix(".md")
+    command.draw(kept, rows, image)
+    command.write(table, command.as_markdown(kept, rows))
+    stages = [f"- {name}: {stage['summary']}" for name, stage in kept["stages"].items()]
+    stages += [f"  - failed: `{name}`" for name in kept["stages"].get("tests", {}).get("failures", [])]
+    shown = [key for key in ("gpt2:float32:main", "gpt2:bfloat16:main", "1.7b:bfloat16:main") if key in cases]
+    parts = [command.notice(kept), "\n".join(stages), *kept.get("notes", [])]
+    parts += [markdown(cases[key], command.headings(rows)) for key in shown]
+    return "\n\n".join([*parts, f"All tables: [{table.name}]({table.name})", picture(image, "steps on a GPU")])
+
+
+def throughput(kept: dict[str, Any], path: Path) -> str:
+    import throughput as command
+
+    return command.as_markdown(kept)
+
+
+def pace(kept: dict[str, Any], path: Path) -> str:
+    import pace as experiment
+
+    experiment.draw(kept, path.parent)
+    sweep, curves = path.with_name("pace-sweep.png"), path.with_name("pace-curves.png")
+    return "\n\n".join(
+        [experiment.render(kept), picture(sweep, "sweep"), picture(curves, "curves, budgets, clamped coordinates")]
+    )
+
+
+def mada(kept: dict[str, Any], path: Path) -> str:
+    import mada as experiment
+
+    experiment.draw(kept, path.parent)
+    images = sorted(path.parent.glob("mada*.png"))
+    return "\n\n".join([experiment.render(kept), *(picture(image, image.stem) for image in images)])
+
+
+def demo(kept: dict[str, Any], path: Path) -> str:
+    lines = [
+        f"{kept['cpu']}, {kept['threads']} threads; torch {kept['torch']}, Python {kept['python']}; "
+        f"{kept['date'][:10]}. {kept['steps']} steps, {kept['seeds']} seed{'s' * (kept['seeds'] > 1)}: no statement "
+        "about which is better in general.",
+        "",
+        "| | learning rate | loss, live weights | loss of what is handed back | ms / step | state, bytes / parameter |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {row['optimizer']} | {row['lr']:g} | {row['live_loss']:.3f} | {row['returned_loss']:.3f} "
+        f"| {row['step_ms']:.2f} | {row['state_bytes_per_parameter']:.0f} |"
+        for row in kept["rows"]
+    ]
+    return "\n".join(lines)
+
+
+def convex(kept: dict[str, Any], path: Path) -> str:
+    import convex as command
+
+    runs = [command.Run(**run) for run in kept["runs"]]
+    image = path.with_suffix(".png")
+    command.draw(runs, image, "Adam goes to the wrong end of [−1, 1]; MADA starts as Adam and learns ρ")
+    return "\n\n".join(
+        [f"{machine_line(kept['machine'])} {kept['steps']:,} steps.", f"```\n{command.table(runs)}\n```",
+         picture(image, "regret, x and ρ over steps")]
+    )  # fmt: skip
+
+
+def theory(kept: dict[str, Any], path: Path) -> str:
+    points = [*kept["points"], *(point for pair in kept["proposition_3"] for point in pair)]
+    off = [abs(p["simulated"] - p["closed_form"]) / p["standard_error"] for p in points]
+    said = (
+        f"{len(points)} simulated limiting errors beside the closed form: off by {statistics.median(off):.1f} standard "
+        f"errors in the median, {max(off):.1f} at most."
+    )
+    return f"{said}\n\n{picture(path.with_suffix('.png'), 'limiting error over gain and curvature')}"
+
+
+def sharded(kept: dict[str, Any], path: Path) -> str:
+    lines = [
+        f"torch {kept['torch']}, two processes (gloo) with a thread each, {kept['rounds']} rounds; medians of rank 0.",
+        "",
+        "| | plain, ms | sharded, ms | ratio |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in kept["rows"]:
+        plain, shards = (row["ms"][kind][1] for kind in ("plain", "sharded"))
+        lines.append(f"| {row['rule']}, {row['size']} | {plain:.2f} | {shards:.2f} | {row['ratio']:.2f} |")
+    return "\n".join(lines)
+
+
+SECTIONS = (
+    Section("Against every peer", "peers.json", "make bench-peers", peers),
+    Section("Steps on a CPU", "step.json", "make bench", step),
+    Section("Steps on a GPU", "gpu-*.json", "make gpu", gpu),
+    Section("Whole training steps", "throughput-*.json", "python bench/throughput.py", throughput),
+    Section("PACE at small scale", "pace.json", "make pace", pace),
+    Section("MADA at small scale", "mada.json", "make mada", mada),
+    Section("The demo", "demo.json", "make demo", demo),
+    Section("Adam at the wrong end", "convex.json", "make convex", convex),
+    Section("What the theory says", "theory.json", "make theory", theory),
+    Section("Shards beside plain tensors", "sharded.json", "python bench/bench_sharded.py", sharded),
+)
+
+INTRODUCTION = """\
+# What was measured
+
+Written by `make results` from the JSON files in this folder. Each section names the command that measures it again.
+`bench/harness.py` says how steps are timed: all rows of a table in one process, round-robin in shuffled order, behind a
+walk that leaves no operand in the caches; medians and quartiles, and ratios round by round.
+"""
+
+
+def page(folder: Path) -> str:
+    parts = [INTRODUCTION]
+    for section in SECTIONS:
+        paths = sorted(folder.glob(section.pattern))
+        body = [section.render(json.loads(path.read_text(encoding="utf-8")), path) for path in paths]
+        parts.append(f"## {section.title}\n\n`{section.command}`")
+        parts += [text.strip() for text in body] or ["Not measured yet."]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, default=BENCH / "results")
+    arguments = parser.parse_args(argv)
+    path = arguments.folder / "README.md"
+    path.write_text(page(arguments.folder), encoding="utf-8")
+    print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
