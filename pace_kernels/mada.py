@@ -183,8 +183,9 @@ class MADA(KernelOptimizer):
             replays must be a tensor there too: lr, and the clip_coef of ``step()``.
         skip_nonfinite: whether a NaN or an infinity in a gradient leaves the whole step undone, of all groups, and on
             all ranks that a DTensor is sharded over; ``skipped_steps`` counts them. That reads the gradients once more.
-            By default they spread into the weights and states of their coordinates, as in ``torch.optim.AdamW``. With
-            ``hyper_process_group`` its ranks agree on it.
+            By default they spread into the weights and states of their coordinates, as in ``torch.optim.AdamW``, but
+            that squares end at float32's largest number: an infinite gradient makes its weight ±Inf, not NaN, and one
+            of 1e30 moves it far where AdamW's stays. With ``hyper_process_group`` its ranks agree on it.
         hyper_process_group: "world" or a ``torch.distributed.ProcessGroup``, whose ranks hold different parameters as
             plain tensors: hypergradients are summed over it, so that all ranks learn the same coefficients.
             ``ZeroRedundancyOptimizer`` needs "world": its checkpoints carry all arguments, and no file holds a group.

@@ -20,6 +20,7 @@ MULTIPROCESSOR = {
 ROWS = {
     "PACE": ("pace", "true,true,true,false"),
     "PACE, `log_stats=True`": ("pace", "true,true,true,true"),
+    "`Pullback(AdamW)`": ("pullback", "true,true,true,false"),
     "MADA, all learned": ("mada", "true,true,true,true,true"),
     "MADA, preset `adamw`": ("mada", "false,false,false,false,true"),
 }
