@@ -49,7 +49,6 @@ BUDGETS = (200, 400, 800, 1600)
 BUDGET_SEEDS = (1, 2, 3)
 STEPS = 400
 
-AVERAGES = tuple(f"EMA {decay}" for decay in EMA_DECAYS) + tuple(f"power {kappa}" for kappa in KAPPAS)
 METHODS = ("AdamW", "AdamW + EMA", "PACE", "schedule-free")
 COLORS = dict(zip(METHODS, plots.PALETTE, strict=False))
 
@@ -62,15 +61,21 @@ class Size:
     lrs: tuple[float, ...] = LRS
     lambdas: tuple[float, ...] = LAMBDAS
     kappas: tuple[float, ...] = KAPPAS
+    decays: tuple[float, ...] = EMA_DECAYS
     schedules: tuple[str, ...] = SCHEDULES
     beta1s: tuple[float, ...] = BETA1S
     seeds: tuple[int, ...] = SEEDS
     budgets: tuple[int, ...] = BUDGETS
     budget_seeds: tuple[int, ...] = BUDGET_SEEDS
 
+    @property
+    def averages(self) -> list[str]:
+        """Beside AdamW's weights."""
+        return [f"EMA {decay}" for decay in self.decays] + [f"power {kappa}" for kappa in self.kappas]
+
 
 FULL = Size()
-QUICK = Size(6, LRS[1:2], LAMBDAS[1:2], KAPPAS[:1], SCHEDULES[:1], BETA1S[:1], (1, 2), (4, 8), (1,))
+QUICK = Size(3, LRS[1:2], LAMBDAS[1:2], KAPPAS[:1], EMA_DECAYS[:1], SCHEDULES[:1], BETA1S[:1], (1, 2), (2, 5), (1, 2))
 
 
 # --- specs ----------------------------------------------------------------------------------------------------------
@@ -79,7 +84,7 @@ QUICK = Size(6, LRS[1:2], LAMBDAS[1:2], KAPPAS[:1], SCHEDULES[:1], BETA1S[:1], (
 def adamw(size: Size, lr: float, schedule: str, seed: int = 0, evaluations: int = 4) -> Spec:
     return {
         "optimizer": "AdamW", "lr": lr, "schedule": schedule, "steps": size.steps, "seed": seed,
-        "evaluations": evaluations, "averages": list(AVERAGES),
+        "evaluations": evaluations, "averages": size.averages,
     }  # fmt: skip
 
 
@@ -146,7 +151,7 @@ def cells(kept: Mapping[str, Any], size: Size, method: str, schedule: str) -> li
     """All of a method's settings that the sweep has tried."""
     specs: list[tuple[Spec, Sequence[str]]]
     if method in ("AdamW", "AdamW + EMA"):
-        weights = ("live",) if method == "AdamW" else AVERAGES
+        weights = ("live",) if method == "AdamW" else size.averages
         specs = [(adamw(size, lr, schedule), weights) for lr in size.lrs]
     elif method == "PACE":
         specs = [
@@ -512,7 +517,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of pace.json and the figures (bench/results)")
     parser.add_argument("--quick", action="store_true", help="a few short runs, into out/experiments")
     parser.add_argument("--render", action="store_true", help="runs nothing")
-    parser.add_argument("--processes", type=int, help="at once (as many as there are cores)")
+    parser.add_argument("--processes", type=int, help="at once (as many as there are cores); 0: in this one")
     arguments = parser.parse_args(argv)
     size = QUICK if arguments.quick else FULL
     folder = arguments.out or (Path("out/experiments") if arguments.quick else RESULTS)

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,20 @@ def _alone() -> None:
     torch.set_flush_denormal(True)
 
 
+class _Here:
+    """An executor without processes."""
+
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(call(*arguments))
+        return future
+
+
 @contextmanager
-def _workers(processes: int) -> Iterator[ProcessPoolExecutor]:
+def _workers(processes: int) -> Iterator[ProcessPoolExecutor | _Here]:
+    if processes == 0:
+        yield _Here()
+        return
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _alone)
     try:
         yield pool
@@ -85,7 +97,7 @@ def complete(
     run: Callable[[Spec], dict[str, Any]],
     processes: int | None = None,
 ) -> dict[str, Any]:
-    """Runs what is not done yet, one thread a run, and returns everything in the file.
+    """Runs what is not done yet, one thread a run, and returns everything in the file. With 0 processes it runs here.
 
     ``about`` says what all runs have in common, the corpus, say; a file that was made with another one is refused.
     """
@@ -100,7 +112,7 @@ def complete(
     if not missing:
         return kept
     start, count = time.monotonic(), 0
-    with _workers(processes or os.cpu_count() or 1) as pool:
+    with _workers((os.cpu_count() or 1) if processes is None else processes) as pool:
         pending = {pool.submit(_timed, run, spec): spec for spec in missing}
         for future in as_completed(pending):
             spec = pending[future]
