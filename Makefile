@@ -14,7 +14,7 @@ NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(CSRC) $(shell find tests -name '*.cpp')
 
-.PHONY: demo test lint format bench convex theory roofline occupancy gpu clean
+.PHONY: demo test lint format bench convex theory mada roofline occupancy gpu clean
 
 demo: $(VENV)/.bench
 	$(BIN)/python bench/train_lm.py
@@ -41,6 +41,10 @@ convex: $(VENV)/.bench
 
 theory: $(VENV)/.bench
 	$(BIN)/python bench/theory.py
+
+# MADA beside the optimizers that it contains: some 15 minutes on 2 cores; what is done is kept.
+mada: $(VENV)/.bench
+	$(BIN)/python bench/experiments/mada.py
 
 roofline: $(VENV)/.bench
 	$(BIN)/python bench/roofline.py --json out/bench/roofline.json --png out/bench/roofline.png

@@ -423,9 +423,9 @@ def _robustness(found: Found) -> list[str]:
         spread = {name: max(values) - min(values) for name, values in flat.items()}
         holds = "holds" if spread["MADA"] < spread["AdamW"] else "does not hold"
         lines.append(
-            f"Grid of starts, 1 seed: MADA ends lower than AdamW from {better} of {len(pairs)}. From best to worst start "
-            f"the loss spans {spread['MADA']:.4f} with MADA, {spread['AdamW']:.4f} with AdamW: that MADA depends less "
-            f"on its start {holds} on this grid."
+            f"Grid of starts, 1 seed: MADA ends lower than AdamW from {better} of {len(pairs)}. From best to worst "
+            f"start the loss spans {spread['MADA']:.4f} with MADA, {spread['AdamW']:.4f} with AdamW: that MADA depends "
+            f"less on its start {holds} on this grid."
         )
     return lines
 
@@ -480,7 +480,11 @@ def render(kept: Mapping[str, Any]) -> str:
             rows.append(row)
         title = f"{TASKS[task]}, {start} start: {shape['steps']} steps, {seeds} seeds"
         parts.append(f"{title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
-    parts.append("± is one standard error of the mean over the seeds.")
+    compared = sum(len(found.optimizers(task)) - 1 for task, _ in found.conditions())
+    parts.append(
+        "± is one standard error of the mean over the seeds. Seed 0 has chosen the learning rates. What is called "
+        f"clear below is so by chance in 1 of 20 comparisons without a difference; the tables above make {compared}."
+    )
     grid = found.grid_losses()
     if grid:
         rates = " and ".join(f"{found.search('language', 'good', name)[1]:g}" for name in ("AdamW", "MADA"))
@@ -523,7 +527,7 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
     time_("step", {name: functools.partial(training.step, 1.0) for name, training in trainings.items()}, steps)
     for training in trainings.values():
         training.model.loss(*next(training.batches)).backward()
-    # At lr 0 the same gradient over and over leads nowhere; MADA learns nothing then, but moves as many bytes.
+    # So little that the same gradient over and over leads nowhere; at lr 0 MADA would learn nothing.
     for training in trainings.values():
         for group in training.optimizer.param_groups:
             group["lr"] = 1e-9
@@ -592,12 +596,12 @@ def draw_grid(axes: Axes, found: Found) -> None:
         return
     betas1, betas2 = found.settings["grid"]["beta1"], found.settings["grid"]["beta2"]
     gaps = [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(losses["MADA"], losses["AdamW"], strict=True)]
-    finite = [abs(gap) for row in gaps for gap in row if math.isfinite(gap)]
-    norm = TwoSlopeNorm(0.0, vmin=-max([*finite, 1e-6]), vmax=max([*finite, 1e-6]))
-    axes.imshow(gaps, cmap="RdBu_r", norm=norm, origin="lower", aspect="auto", alpha=0.8)
+    largest = max([abs(gap) for row in gaps for gap in row if math.isfinite(gap)], default=0.0) or 1.0
+    norm = TwoSlopeNorm(0.0, vmin=-1.6 * largest, vmax=1.6 * largest)  # no shade too dark for the numbers on it
+    axes.imshow(gaps, cmap="RdBu_r", norm=norm, origin="lower", aspect="auto")
     for i, row in enumerate(gaps):
         for j, gap in enumerate(row):
-            axes.annotate(signed(gap)[:-1], (j, i), ha="center", va="center", fontsize=9)
+            axes.annotate(f"{gap:+.3f}".replace("-", "−"), (j, i), ha="center", va="center", fontsize=9)
     axes.grid(False)
     axes.set(xlabel="β2 at the start", ylabel="β1 at the start")
     axes.set_xticks(range(len(betas2)), [f"{beta:g}" for beta in betas2])
@@ -605,20 +609,23 @@ def draw_grid(axes: Axes, found: Found) -> None:
 
 
 def draw_coefficients(axes: Axes, found: Found, task: str, start: str) -> None:
-    """A line for each seed, from where the coefficient starts; labels at the last seed's ends."""
+    """A line for each seed, from where the coefficient starts; labels at the mean of their ends."""
     axes.set_title(f"MADA's coefficients, {TASKS[task].split()[0]}, {start} start")
-    axes.set(xlabel="step", ylim=(-0.03, 1.03))
+    axes.set(xlabel="step", ylim=(-0.03, 1.16))  # room for labels of those that end near 1
+    axes.set_yticks([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     betas = start_options("MADA", start)["betas"]
     begins = {"beta1": betas[0], "beta2": betas[1], "beta3": 0.9, "rho": 0.0, "c": 1.0, "gamma": 1.0}
+    results = found.results(task, start, "MADA")
+    if not results:
+        return
     lines = []
-    for result in found.results(task, start, "MADA") or []:
-        lines = []
-        for name, color in zip(COEFFICIENTS, plots.PALETTE, strict=True):
-            steps, values = [0, *result["steps"]], [begins[name], *result["series"][name]]
-            axes.plot(steps, values, color=color, linewidth=1.2, alpha=0.85)
-            lines.append((SYMBOLS[name], steps, values, color))
-    if lines:
-        plots.label_line_ends(axes, lines)
+    for name, color in zip(COEFFICIENTS, plots.PALETTE, strict=True):
+        for result in results:
+            values = [begins[name], *result["series"][name]]
+            axes.plot([0, *result["steps"]], values, color=color, linewidth=1.2, alpha=0.85)
+        end = statistics.mean(result["series"][name][-1] for result in results)
+        lines.append((SYMBOLS[name], [max(result["steps"][-1] for result in results)], [end], color))
+    plots.label_line_ends(axes, lines)
 
 
 def draw_digits(axes: Axes, found: Found) -> None:
