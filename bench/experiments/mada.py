@@ -14,7 +14,8 @@ the published ones of Adan and Lion), "poor" is 0.5, 0.6 in place of the rule's 
 The grid of starts keeps the learning rates that were best from the good start.
 
 MADA-FS starts with the coefficients that MADA ended with, of the same seed and at MADA's best rate, and learns nothing.
-Its learning rate is searched as that of the others is.
+Its learning rate is searched as that of the others is. "MADA fixed" stays where MADA starts, at β3 0.9, ρ 0, c 1, γ 1,
+which is no AdamW: only what MADA gains over it is gained by learning.
 """
 
 from __future__ import annotations
@@ -46,13 +47,14 @@ from pace_kernels import MADA
 
 ROOT = runs.BENCH.parent
 MADA_FS = "MADA-FS"  # comes after MADA, whose coefficients it takes
+FIXED = "MADA fixed"
 COEFFICIENTS = ("beta1", "beta2", "beta3", "rho", "c", "gamma")
 SYMBOLS = dict(zip(COEFFICIENTS, ("β1", "β2", "β3", "ρ", "c", "γ"), strict=True))
 TASKS = {"language": "GPT on bytes", "digits": "CNN on digits"}
 COLORS = dict(
     zip(
-        ("AdamW", "MADA", MADA_FS, "HyperAdam", "AVGrad", "Adan", "Lion"),
-        (plots.PALETTE[0], plots.PALETTE[1], "#56B4E9", *plots.PALETTE[2:]),
+        ("AdamW", "MADA", MADA_FS, FIXED, "HyperAdam", "AVGrad", "Adan", "Lion"),
+        (plots.PALETTE[0], plots.PALETTE[1], "#56B4E9", "#000000", *plots.PALETTE[2:]),
         strict=True,
     )
 )
@@ -60,7 +62,7 @@ COLORS = dict(
 CRITICAL = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 
 # Everything that decides about the runs. Plain lists, since it is kept in the file and compared with it.
-RATES = [2e-3, 4e-3, 8e-3]
+TUNED_ALIKE = ("AdamW", "MADA", FIXED, "HyperAdam", "AVGrad", "Adan")
 SETTINGS: dict[str, Any] = {
     "seeds": [0, 1, 2],
     "extensions": 2,
@@ -70,10 +72,8 @@ SETTINGS: dict[str, Any] = {
     },
     "schedule": "cosine",
     "rates": {
-        "language": {name: RATES for name in ("AdamW", "MADA", "HyperAdam", "AVGrad", "Adan")}
-        | {"Lion": [2.5e-4, 5e-4, 1e-3]},
-        "digits": {name: [5e-3, 1e-2, 2e-2] for name in ("AdamW", "MADA", "HyperAdam", "AVGrad", "Adan")}
-        | {"Lion": [1e-3, 2e-3, 4e-3]},
+        "language": {name: [2e-3, 4e-3, 8e-3] for name in TUNED_ALIKE} | {"Lion": [2.5e-4, 5e-4, 1e-3]},
+        "digits": {name: [5e-3, 1e-2, 2e-2] for name in TUNED_ALIKE} | {"Lion": [1e-3, 2e-3, 4e-3]},
     },
     "grid": {"beta1": [0.5, 0.8, 0.9, 0.95], "beta2": [0.6, 0.9, 0.95, 0.99]},
 }
@@ -103,6 +103,7 @@ lm.OPTIMIZERS |= {
     "AdamW": adamw,
     "MADA": lambda groups, lr, **o: MADA(groups, lr=lr, **o),
     MADA_FS: lambda groups, lr, **o: MADA(groups, lr=lr, learn=(), **o),
+    FIXED: lambda groups, lr, **o: MADA(groups, lr=lr, learn=(), **o),
     "HyperAdam": lambda groups, lr, **o: MADA.preset("hyperadam", groups, lr=lr, **o),
     "AVGrad": lambda groups, lr, **o: MADA.preset("avgrad", groups, lr=lr, **o),
     "Adan": lambda groups, lr, **o: MADA.preset("adan", groups, lr=lr, **o),
@@ -385,7 +386,7 @@ def conclusions(kept: Mapping[str, Any]) -> list[str]:
             lines.append(f"{where}: MADA is at {signed(by[0])} to AdamW ({certainty(*by, seeds)}).")
         beaten, lost, open_ = [], [], []
         for name in ranking:
-            if name in ("MADA", MADA_FS):
+            if name in ("MADA", MADA_FS, FIXED):
                 continue
             mean, error = difference(known["MADA"], known[name])
             decided = math.isfinite(error) and abs(mean) > CRITICAL[seeds] * error
@@ -394,9 +395,10 @@ def conclusions(kept: Mapping[str, Any]) -> list[str]:
         parts = [(beaten, "is below"), (lost, "is above"), (open_, "is not clearly apart from")]
         said = "; ".join(f"{verb} {', '.join(names)}" for names, verb in parts if names)
         lines.append(f'{where}: that MADA "consistently outperforms" the others {claim}: MADA {said}.')
-        if MADA_FS in known:
-            by = difference(known[MADA_FS], known["MADA"])
-            lines.append(f"{where}: MADA-FS is at {signed(by[0])} to MADA ({certainty(*by, seeds)}).")
+        for name in (MADA_FS, FIXED):
+            if name in known:
+                by = difference(known[name], known["MADA"])
+                lines.append(f"{where}: {name} is at {signed(by[0])} to MADA ({certainty(*by, seeds)}).")
     lines += _robustness(found)
     lines += _coefficients_in_words(found)
     return lines
