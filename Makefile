@@ -14,7 +14,7 @@ NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(CSRC) $(shell find tests -name '*.cpp')
 
-.PHONY: demo test lint format bench convex theory pace results roofline occupancy gpu clean
+.PHONY: demo test lint format bench convex theory pace mada results roofline occupancy gpu clean
 
 demo: $(VENV)/.bench
 	$(BIN)/python bench/train_lm.py
@@ -42,9 +42,13 @@ convex: $(VENV)/.bench
 theory: $(VENV)/.bench
 	$(BIN)/python bench/theory.py
 
-# Some hours of one core; goes on where it was ended.
+# PACE beside AdamW + EMA and schedule-free AdamW: most of an hour on 2 cores; what is done is kept.
 pace: $(VENV)/.bench
 	$(BIN)/python bench/experiments/pace.py
+
+# MADA beside the optimizers that it contains: some 15 minutes on 2 cores; what is done is kept.
+mada: $(VENV)/.bench
+	$(BIN)/python bench/experiments/mada.py
 
 # bench/results/README.md and its figures, from the JSON files there.
 results: $(VENV)/.bench
