@@ -40,6 +40,9 @@ from runs import RESULTS, Spec, complete, done, load, result
 
 LRS = (2e-3, 4e-3, 8e-3, 16e-3)
 LAMBDAS = (0.05, 0.2, 0.8)
+# Beyond the edges at which the first sweep had its best: AdamW's smallest rate, and PACE's strongest pull.
+LOWER_LRS = (5e-4, 1e-3)
+STRONGER = 3.2
 KAPPAS = (0.2, 0.5, 0.8)
 SCHEDULES = ("constant", "cosine", "wsd")
 EMA_DECAYS = (0.9, 0.95, 0.98, 0.99)
@@ -59,6 +62,8 @@ class Size:
 
     steps: int = STEPS
     lrs: tuple[float, ...] = LRS
+    lower_lrs: tuple[float, ...] = LOWER_LRS
+    stronger: tuple[float, ...] = (STRONGER,)
     lambdas: tuple[float, ...] = LAMBDAS
     kappas: tuple[float, ...] = KAPPAS
     decays: tuple[float, ...] = EMA_DECAYS
@@ -69,13 +74,25 @@ class Size:
     budget_seeds: tuple[int, ...] = BUDGET_SEEDS
 
     @property
+    def adamw_lrs(self) -> tuple[float, ...]:
+        return (*self.lower_lrs, *self.lrs)
+
+    def pace_cells(self) -> list[tuple[float, float, float]]:
+        """κ, λ, learning rate: a grid, and beyond its edges for the smallest κ, where its best was."""
+        found = [(k, c, lr) for k in self.kappas for c in self.lambdas for lr in self.lrs]
+        found += [(self.kappas[0], c, lr) for c in self.stronger for lr in self.lrs]
+        return found
+
+    @property
     def averages(self) -> list[str]:
         """Beside AdamW's weights."""
         return [f"EMA {decay}" for decay in self.decays] + [f"power {kappa}" for kappa in self.kappas]
 
 
 FULL = Size()
-QUICK = Size(3, LRS[1:2], LAMBDAS[1:2], KAPPAS[:1], EMA_DECAYS[:1], SCHEDULES[:1], BETA1S[:1], (1, 2), (2, 5), (1, 2))
+QUICK = Size(
+    3, LRS[1:2], (), (), LAMBDAS[1:2], KAPPAS[:1], EMA_DECAYS[:1], SCHEDULES[:1], BETA1S[:1], (1, 2), (2, 5), (1, 2)
+)
 
 
 # --- specs ----------------------------------------------------------------------------------------------------------
@@ -106,14 +123,12 @@ def schedule_free(size: Size, lr: float, beta1: float, seed: int = 0, evaluation
 
 def sweep(size: Size) -> list[Spec]:
     """The shorter lists first, so that a sweep that was ended early is still balanced."""
-    found = [adamw(size, lr, schedule) for schedule in size.schedules for lr in size.lrs]
+    found = [adamw(size, lr, schedule) for schedule in size.schedules for lr in size.adamw_lrs]
     found += [schedule_free(size, lr, beta1) for lr in size.lrs for beta1 in size.beta1s]
     found += [
         pace(size, lr, schedule, strength, kappa)
         for schedule in size.schedules
-        for kappa in size.kappas
-        for strength in size.lambdas
-        for lr in size.lrs
+        for kappa, strength, lr in size.pace_cells()
     ]
     return found
 
@@ -152,14 +167,9 @@ def cells(kept: Mapping[str, Any], size: Size, method: str, schedule: str) -> li
     specs: list[tuple[Spec, Sequence[str]]]
     if method in ("AdamW", "AdamW + EMA"):
         weights = ("live",) if method == "AdamW" else size.averages
-        specs = [(adamw(size, lr, schedule), weights) for lr in size.lrs]
+        specs = [(adamw(size, lr, schedule), weights) for lr in size.adamw_lrs]
     elif method == "PACE":
-        specs = [
-            (pace(size, lr, schedule, strength, kappa), ("average",))
-            for kappa in size.kappas
-            for strength in size.lambdas
-            for lr in size.lrs
-        ]
+        specs = [(pace(size, lr, schedule, strength, kappa), ("average",)) for kappa, strength, lr in size.pace_cells()]
     elif schedule == "constant":
         specs = [(schedule_free(size, lr, beta1), ("average",)) for lr in size.lrs for beta1 in size.beta1s]
     else:
@@ -406,13 +416,13 @@ def render(kept: Mapping[str, Any], size: Size = FULL) -> str:
 def draw_sweep(kept: Mapping[str, Any], size: Size, path: Path) -> None:
     """Loss of the average over learning rate and strength, for each schedule and κ."""
     grids: dict[tuple[str, float], list[list[float]]] = {}
-    strengths = (0.0, *size.lambdas)
+    strengths, lrs = (0.0, *size.lambdas, *size.stronger), size.adamw_lrs
     for schedule in size.schedules:
         for kappa in size.kappas:
             rows = []
             for strength in strengths:
                 row = []
-                for lr in size.lrs:
+                for lr in lrs:
                     spec = pace(size, lr, schedule, strength, kappa) if strength else adamw(size, lr, schedule)
                     name = "average" if strength else f"power {kappa}"
                     row.append(lm.final(result(kept, spec), name) if done(kept, spec) else math.nan)
@@ -422,7 +432,7 @@ def draw_sweep(kept: Mapping[str, Any], size: Size, path: Path) -> None:
     if not shown:
         return
     norm = Normalize(shown[0], shown[int(0.9 * (len(shown) - 1))])
-    figure, _ = plots.new_figure([3.4] * len(size.kappas), 2.5 * len(size.schedules))
+    figure, _ = plots.new_figure([4.4] * len(size.kappas), 2.6 * len(size.schedules))
     figure.clear()
     grid = figure.subplots(len(size.schedules), len(size.kappas), squeeze=False)
     image = None
@@ -431,7 +441,7 @@ def draw_sweep(kept: Mapping[str, Any], size: Size, path: Path) -> None:
             values = grids[schedule, kappa]
             image = axes.imshow(values, norm=norm, cmap="viridis_r", aspect="auto", origin="lower")
             axes.grid(visible=False)
-            axes.set_xticks(range(len(size.lrs)), [f"{lr:g}" for lr in size.lrs])
+            axes.set_xticks(range(len(lrs)), [f"{lr:g}" for lr in lrs])
             axes.set_yticks(range(len(strengths)), [f"{s:g}" for s in strengths])
             axes.set_title(f"{schedule}, κ {kappa:g}")
             for y, line in enumerate(values):
