@@ -85,8 +85,12 @@ def held_bytes(dtype: torch.dtype, states: int, *, state_dtype: torch.dtype | No
 
 
 def tensors_in(state: Any) -> Iterator[Tensor]:
-    """Every tensor in a nest of mappings and sequences, such as an optimizer's `state`."""
-    if isinstance(state, Tensor):
+    """Every tensor in a nest of mappings and sequences, such as an optimizer's `state`. Of one that is made of others,
+    as quantized ones are, those."""
+    if hasattr(state, "__tensor_flatten__"):
+        names, _ = state.__tensor_flatten__()
+        yield from tensors_in([getattr(state, name) for name in names])
+    elif isinstance(state, Tensor):
         yield state
     elif isinstance(state, Mapping):
         for value in state.values():
@@ -97,7 +101,9 @@ def tensors_in(state: Any) -> Iterator[Tensor]:
 
 
 def bytes_of(state: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors_in(state))
+    """Of memory that several entries share, once."""
+    found = {(t.data_ptr(), t.numel() * t.element_size()) for t in tensors_in(state)}
+    return sum(nbytes for _, nbytes in found)
 
 
 # --- contenders -----------------------------------------------------------------------------------------------------
@@ -690,11 +696,16 @@ def table(case: Case, anchors: Mapping[str, str]) -> str:
     return "\n".join(text + [f"  {note}" for note in notes(case)])
 
 
-def markdown(case: Case, anchors: Mapping[str, str]) -> str:
-    heads, *lines = cells(case, anchors)
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """The first of the lines has the headings."""
+    heads, *others = lines
     rule = ["---"] + ["---:"] * (len(heads) - 1)
-    text = [f"| {' | '.join(line)} |" for line in (heads, rule, *lines)]
-    return "\n".join([heading(case), "", *text, *(f"\n{note}" for note in notes(case))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, rule, *others))
+
+
+def markdown(case: Case, anchors: Mapping[str, str]) -> str:
+    text = markdown_table(cells(case, anchors))
+    return "\n".join([heading(case), "", text, *(f"\n{note}" for note in notes(case))])
 
 
 def as_json(case: Case) -> dict[str, Any]:
