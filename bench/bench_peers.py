@@ -38,6 +38,7 @@ from harness import (
     Row,
     Watch,
     as_json,
+    fill_,
     from_json,
     heading,
     held_bytes,
@@ -100,6 +101,8 @@ def checked(make: Make) -> Make:
             for p, g in zip(parameters, gradients, strict=True):
                 p.grad = g
             if dropped or not torch.equal(some(largest.grad), gradient):
+                for g in gradients:  # the other rows go on with what they were promised
+                    fill_(g).mul_(0.1)
                 raise RuntimeError("a step drops or changes the gradients, so that it cannot take turns with others")
             if torch.equal(some(largest), weights):
                 raise RuntimeError("a step does not move the weights")
@@ -110,15 +113,44 @@ def checked(make: Make) -> Make:
     return build
 
 
+def with_gradients_of_its_own(make: Make) -> Make:
+    """For steps that use the gradients as scratch memory. They get them afresh before each step, which is not timed;
+    hanging them in is, and takes microseconds."""
+
+    def build(parameters: list[nn.Parameter]) -> Contender:
+        contender = make(parameters)
+        step, own = contender.step, [torch.empty_like(p.grad) for p in parameters]
+
+        def prepare() -> None:
+            for p, g in zip(parameters, own, strict=True):
+                g.copy_(p.grad)
+
+        def with_own() -> None:
+            shared = [p.grad for p in parameters]
+            for p, g in zip(parameters, own, strict=True):
+                p.grad = g
+            try:
+                step()
+            finally:
+                for p, g in zip(parameters, shared, strict=True):
+                    p.grad = g
+
+        return Contender(with_own, contender.state, prepare)
+
+    return build
+
+
 @contextmanager
 def without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
     """A deep copy of a parameter has a copy of its gradient. Where a model is copied before training, there is none."""
     gradients = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
-    yield
-    for p, g in zip(parameters, gradients, strict=True):
-        p.grad = g
+    try:
+        yield
+    finally:
+        for p, g in zip(parameters, gradients, strict=True):
+            p.grad = g
 
 
 def before_training(make: Make) -> Make:
@@ -140,21 +172,9 @@ def of(module: str, name: str, **options: Any) -> Make:
 
 
 def schedule_free(parameters: list[nn.Parameter]) -> Contender:
-    """Its step divides the gradients by the root of the second moment, in place. So it gets gradients of its own; that
-    it finds there what its last step made of them changes no speed. Hanging them in takes microseconds."""
     made = importlib.import_module("schedulefree").AdamWScheduleFree(parameters, lr=1e-3, foreach=True)
     made.train()
-    own = [p.grad.clone() for p in parameters]
-
-    def step() -> None:
-        shared = [p.grad for p in parameters]
-        for p, g in zip(parameters, own, strict=True):
-            p.grad = g
-        made.step()
-        for p, g in zip(parameters, shared, strict=True):
-            p.grad = g
-
-    return Contender(step, lambda: made.state)
+    return Contender(made.step, lambda: made.state)
 
 
 def heavyball_adamw(parameters: list[nn.Parameter]) -> Contender:
@@ -314,11 +334,12 @@ ROWS = [
     Peer(
         "optimi",
         "optimi AdamW, for-loop",
-        of("optimi", "AdamW", lr=1e-3, foreach=False, triton=False),
+        with_gradients_of_its_own(of("optimi", "AdamW", lr=1e-3, foreach=False, triton=False)),
         moved=lambda dtype: moved_bytes(dtype, states=2 + (itemsize(dtype) < 4), state_dtype=None),
-        held=lambda dtype: held_bytes(dtype, states=2 + (itemsize(dtype) < 4), state_dtype=None),
+        held=lambda dtype: held_bytes(dtype, states=3 + (itemsize(dtype) < 4), state_dtype=None),
         scratch_of_one=16,
-        note=f"{NO_AVERAGE}; states in the parameters' format, in bfloat16 with Kahan summation, a third state",
+        note=f"{NO_AVERAGE}; states in the parameters' format, in bfloat16 with Kahan summation, a third state; a step "
+        "overwrites the gradients",
         ours=PRESET,
         package="torch-optimi",
         module="optimi",
@@ -326,9 +347,9 @@ ROWS = [
     Peer(
         "optimi-foreach",
         "optimi AdamW, foreach",
-        of("optimi", "AdamW", lr=1e-3, foreach=True, triton=False),
+        with_gradients_of_its_own(of("optimi", "AdamW", lr=1e-3, foreach=True, triton=False)),
         moved=lambda dtype: moved_bytes(dtype, states=2 + (itemsize(dtype) < 4), state_dtype=None),
-        held=lambda dtype: held_bytes(dtype, states=2 + (itemsize(dtype) < 4), state_dtype=None),
+        held=lambda dtype: held_bytes(dtype, states=3 + (itemsize(dtype) < 4), state_dtype=None),
         scratch=16,
         note=f"{NO_AVERAGE}; otherwise the same",
         ours=PRESET,
@@ -338,7 +359,7 @@ ROWS = [
     Peer(
         "schedulefree",
         "AdamWScheduleFree",
-        schedule_free,
+        with_gradients_of_its_own(schedule_free),
         moved=moves(2)["moved"],
         held=lambda dtype: held_bytes(dtype, states=3, state_dtype=None),  # with the gradients of its own
         scratch=16,
@@ -432,10 +453,14 @@ def why_not(package: str, module: str) -> str:
     return ""
 
 
-def excluded(rows: Sequence[Peer], quick: bool) -> dict[str, str]:
+def excluded(rows: Sequence[Peer], skip_compiled: bool) -> dict[str, str]:
     reasons = {row.key: why_not(row.package, row.module) for row in rows if row.package}
-    if quick:
-        reasons |= {row.key: "it compiles, no quick run" for row in rows if row.compiles and not reasons[row.key]}
+    if skip_compiled:
+        reasons |= {
+            row.key: "it compiles, which a quick run does not wait for"
+            for row in rows
+            if row.compiles and not reasons[row.key]
+        }
     return {key: reason for key, reason in reasons.items() if reason}
 
 
@@ -539,7 +564,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", type=some_of(list(SIZES)), default=list(SIZES), help=f"of {','.join(SIZES)}")
     parser.add_argument("--dtypes", type=some_of(["float32", "bfloat16"]), default=["float32", "bfloat16"])
-    parser.add_argument("--rows", type=some_of(keys), default=keys, help=f"of {','.join(keys)} (default: all)")
+    parser.add_argument("--rows", type=some_of(keys), help=f"of {','.join(keys)} (default: all)")
     parser.add_argument("--rounds", type=int, help="samples of each row; slow rows get fewer (default: 21)")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of peers.json, .md and .png")
@@ -549,6 +574,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     arguments.rounds = arguments.rounds or (3 if arguments.quick else 21)
+    # Named rows run in a quick run as well, even if they compile for a minute.
+    arguments.skip_compiled = arguments.quick and not arguments.rows
+    arguments.rows = arguments.rows or keys
     return arguments
 
 
@@ -558,7 +586,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     chosen = [row for row in ROWS if row.key in arguments.rows]
-    reasons = excluded(chosen, arguments.quick)
+    reasons = excluded(chosen, arguments.skip_compiled)
     gc.collect()
     gc.freeze()  # the harness collects garbage before each row's peak: 0.4 s over the objects of all that is imported
     numbers: dict[str, Any] = {
