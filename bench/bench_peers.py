@@ -236,6 +236,12 @@ def preset(name: str, states: int, note: str) -> Peer:
 
 
 NO_AVERAGE = "no average of the weights and no pullback"
+
+
+def quantized(bits: int) -> str:
+    return f"{NO_AVERAGE}; states of {bits} bits for tensors from 4,096 elements, so its steps are not quite AdamW's"
+
+
 ROWS = [
     known(OURS, note="AdamW, average and clipped pullback in one pass over memory"),
     known("pace-stats", note="and the sums of its telemetry in the same pass"),
@@ -259,6 +265,7 @@ ROWS = [
         "adamw-ema-loop",
         OURS,
         name="AdamW fused + AveragedModel, for-loop",
+        scratch_of_one=12,
         note="the same, tensor by tensor; no pullback",
     ),
     Peer(
@@ -278,7 +285,8 @@ ROWS = [
         "DeepSpeed CPUAdam",
         deepspeed_adam,
         **moves(2, float32=True),
-        note=f"{NO_AVERAGE}; AdamW in C++, one tensor at a time, states in float32; compiled when it is installed",
+        note=f"{NO_AVERAGE}; AdamW in C++, one tensor at a time, states in float32; compiled for this CPU when "
+        "it is installed",
         ours=PRESET,
         package="deepspeed",
         module="deepspeed.ops.adam",
@@ -290,8 +298,7 @@ ROWS = [
         **moves_quantized(2, 8),
         scratch=12,
         compiles=True,
-        note=f"{NO_AVERAGE}; states quantized to 8 bits in blocks, so its steps are not AdamW's; "
-        "one compiled graph for each shape",
+        note=f"{quantized(8)}; one compiled graph for each shape",
         ours=PRESET,
         package="torchao",
         module=TORCHAO,
@@ -303,8 +310,7 @@ ROWS = [
         **moves_quantized(2, 4),
         scratch=12,
         compiles=True,
-        note=f"{NO_AVERAGE}; states quantized to 4 bits in blocks, so its steps are not AdamW's; "
-        "one compiled graph for each shape",
+        note=f"{quantized(4)}; one compiled graph for each shape",
         ours=PRESET,
         package="torchao",
         module=TORCHAO,
@@ -314,8 +320,8 @@ ROWS = [
         "bitsandbytes AdamW8bit",
         of("bitsandbytes.optim", "AdamW8bit", lr=1e-3),
         **moves_quantized(2, 8),
-        scratch=24,
-        note=f"{NO_AVERAGE}; states quantized to 8 bits in blocks, so its steps are not AdamW's",
+        scratch_of_one=40,
+        note=quantized(8),
         ours=PRESET,
         package="bitsandbytes",
         module="bitsandbytes.optim",
@@ -325,7 +331,7 @@ ROWS = [
         "bitsandbytes AdamW",
         of("bitsandbytes.optim", "AdamW", lr=1e-3),
         **moves(2, float32=True),
-        scratch_of_one=24,
+        scratch_of_one=32,
         note=f"{NO_AVERAGE}; states in float32",
         ours=PRESET,
         package="bitsandbytes",
@@ -351,7 +357,7 @@ ROWS = [
         moved=lambda dtype: moved_bytes(dtype, states=2 + (itemsize(dtype) < 4), state_dtype=None),
         held=lambda dtype: held_bytes(dtype, states=3 + (itemsize(dtype) < 4), state_dtype=None),
         scratch=16,
-        note=f"{NO_AVERAGE}; otherwise the same",
+        note=f"{NO_AVERAGE}; as the for-loop otherwise",
         ours=PRESET,
         package="torch-optimi",
         module="optimi",
@@ -364,8 +370,8 @@ ROWS = [
         held=lambda dtype: held_bytes(dtype, states=3, state_dtype=None),  # with the gradients of its own
         scratch=16,
         note="keeps z and trains at an interpolation y of z and the average x, which it works out from y and z when "
-        "asked (eval()), so it has no first moment and no array for the average; the average is uniform, with no "
-        "forgetting; no clipped pullback; foreach, states in the parameters' format; a step overwrites the gradients",
+        "asked (eval()): no first moment, and no array for the average, which is uniform at a constant learning rate; "
+        "no clipped pullback; foreach, states in the parameters' format; a step overwrites the gradients",
         ours=OURS,
         package="schedulefree",
         module="schedulefree",
@@ -399,7 +405,7 @@ ROWS = [
         OURS,
         note="the same rule, one tensor at a time with in-place operations, states in float32 (baselines.py)",
     ),
-    known(AUTOGRAD, MADA),
+    known(AUTOGRAD, MADA, scratch=68),  # as measured
 ]
 OUR_KEYS = (OURS, "pace-stats", "pullback-adamw", "pullback-adamw-0", MADA, PRESET, LION, ADAN, YOGI)
 COPIES_THE_MODEL = ("adamw-ema", "adamw-ema-loop", "adamw-ema-pytorch")
@@ -515,12 +521,12 @@ def where(numbers: Mapping[str, Any]) -> str:
 def render(numbers: Mapping[str, Any]) -> str:
     """Markdown of what was saved."""
     against = {row["key"]: row["ours"] for row in numbers["rows"]}
-    text = [f"{where(numbers)}, {numbers['machine']['date']}"]
+    text = [where(numbers)]
     if numbers["quick"]:
         text.append("A quick run, on sizes too small to mean anything.")
     for saved in numbers["cases"]:
         case = case_of(saved, numbers)
-        text += [heading(case), markdown_table(cells(case, against))]
+        text += [f"{heading(case)}; {saved['date']}", markdown_table(cells(case, against))]
         missing = [f"- {r.row.name}: not measured, {r.missing}" for r in case.results if r.missing]
         text += ["\n".join(missing)] if missing else []
     versions = ", ".join(f"{name} {found}" for name, found in numbers["packages"].items() if found)
@@ -627,7 +633,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                         excluded=here,
                         watch=Watch(keep_going=True),
                     )
-                    saved = as_json(case) | {"size": size, "excluded": here}
+                    date = machine(device)["date"]
+                    saved = as_json(case) | {"size": size, "excluded": here, "date": date}
                 numbers["cases"].append(saved)
                 save(path, numbers | {"cases": [*numbers["cases"], *old.values()]})
     numbers = json.loads(path.read_text(encoding="utf-8"))
