@@ -1,6 +1,7 @@
 # Everything is set up in .venv by the first command that needs it. On another torch: make demo TORCH=2.14.1
 # A second environment, .venv-cuda (5.7 GB), has torch's CUDA build and a CUDA compiler, for the tests of the CUDA
-# library, which need no GPU: make test CUDA=0 goes without.
+# library, which need no GPU: make test CUDA=0 goes without. A third, .venv-peers (1.2 GB), has the optimizers of others
+# for make bench-peers, so that what they bring along stays out of the tests.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv
@@ -8,13 +9,14 @@ BIN := $(VENV)/bin
 CUDA ?= 1
 CUDA_TORCH ?= 2.14.1
 CUDA_VENV := $(VENV)-cuda
+PEERS_VENV := $(VENV)-peers
 # The compiler of the CUDA that this torch is built with. cuobjdump and nvdisasm are not released with every toolkit.
 NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
         nvidia-cuda-cccl==13.0.85 nvidia-cuda-cuobjdump==13.2.86 nvidia-cuda-nvdisasm==13.2.86
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(CSRC) $(shell find tests -name '*.cpp')
 
-.PHONY: demo test lint format bench convex theory pace mada results roofline occupancy gpu clean
+.PHONY: demo test lint format bench bench-peers convex theory pace mada results roofline occupancy gpu clean
 
 demo: $(VENV)/.bench
 	$(BIN)/python bench/train_lm.py
@@ -35,6 +37,10 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/bench_step.py
+
+# Beside the optimizers of others, on the CPU. What it has measured it does not measure again: PEERS=--fresh does.
+bench-peers: $(PEERS_VENV)/.peers
+	$(PEERS_VENV)/bin/python bench/bench_peers.py $(PEERS)
 
 convex: $(VENV)/.bench
 	$(BIN)/python bench/convex.py
@@ -67,7 +73,7 @@ gpu:
 	$(PYTHON) bench/gpu.py --budget $(BUDGET)
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) build out *.egg-info pace_kernels/*.so
+	rm -rf $(VENV) $(CUDA_VENV) $(PEERS_VENV) build out *.egg-info pace_kernels/*.so
 
 # torch first, since the extension is built against it; then the package, in place.
 $(VENV)/.torch-$(TORCH): Makefile
@@ -81,6 +87,18 @@ $(CUDA_VENV)/.torch-$(CUDA_TORCH): Makefile
 	$(CUDA_VENV)/bin/pip install --quiet --no-compile "setuptools>=77" wheel ninja numpy
 	$(CUDA_VENV)/bin/pip install --quiet --no-compile "torch==$(CUDA_TORCH)" $(NVCC)
 	rm -f $(CUDA_VENV)/.torch-* && touch $@
+
+$(PEERS_VENV)/.torch-$(TORCH): Makefile
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/pip install --quiet "setuptools>=77" wheel ninja
+	$(PEERS_VENV)/bin/pip install --quiet "torch==$(TORCH)"
+	rm -f $(PEERS_VENV)/.torch-* && touch $@
+
+# A peer that cannot be installed is no failure: it is a row with the reason. PACE_CUDA=0: the steps are the CPU's.
+$(PEERS_VENV)/.peers: $(PEERS_VENV)/.torch-$(TORCH) pyproject.toml setup.py bench/install_peers.py $(CSRC)
+	PACE_CUDA=0 $(PEERS_VENV)/bin/pip install --quiet --no-build-isolation --editable ".[bench]"
+	$(PEERS_VENV)/bin/python bench/install_peers.py
+	touch $@
 
 $(VENV)/.bench: $(VENV)/.torch-$(TORCH) pyproject.toml setup.py $(CSRC)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[bench]"

@@ -420,17 +420,20 @@ def draw(
     plots.save(figure, path)
 
 
+def some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """For argparse: names of these, with commas between."""
+
+    def parse(text: str) -> list[str]:
+        chosen = text.split(",")
+        for name in chosen:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
+        return chosen
+
+    return parse
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    def some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
-        def parse(text: str) -> list[str]:
-            chosen = text.split(",")
-            for name in chosen:
-                if name not in known:
-                    raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
-            return chosen
-
-        return parse
-
     keys = [row.key for row in ROWS]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", type=some_of(list(SIZES)), default=list(SIZES), help=f"of {','.join(SIZES)}")

@@ -85,8 +85,12 @@ def held_bytes(dtype: torch.dtype, states: int, *, state_dtype: torch.dtype | No
 
 
 def tensors_in(state: Any) -> Iterator[Tensor]:
-    """Every tensor in a nest of mappings and sequences, such as an optimizer's `state`."""
-    if isinstance(state, Tensor):
+    """Every tensor in a nest of mappings and sequences, such as an optimizer's `state`. Of one that is made of others,
+    as quantized ones are, those."""
+    if hasattr(state, "__tensor_flatten__"):
+        names, _ = state.__tensor_flatten__()
+        yield from tensors_in([getattr(state, name) for name in names])
+    elif isinstance(state, Tensor):
         yield state
     elif isinstance(state, Mapping):
         for value in state.values():
@@ -97,10 +101,16 @@ def tensors_in(state: Any) -> Iterator[Tensor]:
 
 
 def bytes_of(state: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors_in(state))
+    """Of memory that several entries share, once."""
+    found = {(t.data_ptr(), t.numel() * t.element_size()) for t in tensors_in(state)}
+    return sum(nbytes for _, nbytes in found)
 
 
 # --- contenders -----------------------------------------------------------------------------------------------------
+
+
+def nothing(*_: object) -> None:
+    pass
 
 
 @dataclass
@@ -109,6 +119,7 @@ class Contender:
 
     step: Callable[[], object]
     state: Callable[[], Any] = dict  # the tensors it keeps, as a nest of mappings and sequences
+    prepare: Callable[[], object] = nothing  # before each step, not timed
 
 
 @dataclass(frozen=True)
@@ -139,10 +150,6 @@ class Result:
 
 class DeviceLost(RuntimeError):
     """The device answers nothing any more in this process, as after an illegal memory access."""
-
-
-def nothing(*_: object) -> None:
-    pass
 
 
 @dataclass
@@ -272,24 +279,31 @@ def time_interleaved(
     failed: Callable[[str, Exception], object],
     steps: int = 1,
     before: Callable[[], object] = nothing,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
     after_round: Callable[[], object] = nothing,
     seed: int = 0,
     budget_s: float = SECONDS_A_CONTENDER,
     watch: Watch | None = None,
 ) -> None:
-    """Times every call once a round, in shuffled order, `before` each step; `keep` gets name, round and sample.
+    """Times every call once a round, in shuffled order; `keep` gets name, round and sample. Not timed are `before`,
+    ahead of each step, and what `prepare` has for a call, ahead of that.
 
     A call that would take longer than `budget_s` over all rounds takes part in fewer. One that raises is handed to
     `failed`, and takes part no more if that returns.
     """
     watch = watch or Watch()
     takes_part: dict[str, set[int]] = {}
+
+    def ahead_of(name: str) -> Callable[[], object]:
+        first = (prepare or {}).get(name)
+        return before if first is None else lambda: (first(), before())
+
     for name, call in calls.items():
         fastest = math.inf
         watch.row(name)
         try:
             for _ in range(WARM_UP):
-                fastest = min(fastest, timed(call, device, before=before).seconds)
+                fastest = min(fastest, timed(call, device, before=ahead_of(name)).seconds)
         except Exception as reason:
             failed(name, reason)
             continue
@@ -307,7 +321,7 @@ def time_interleaved(
                     continue
                 watch.row(name)
                 try:
-                    keep(name, i, timed(calls[name], device, steps, before))
+                    keep(name, i, timed(calls[name], device, steps, ahead_of(name)))
                 except Exception as reason:
                     failed(name, reason)
                     order.remove(name)
@@ -511,6 +525,7 @@ def measure(
             watch.row(row.key)
             try:
                 contender = row.make(parameters)
+                contender.prepare()
                 results[row.key].first_step_s = timed(contender.step, device).seconds
             except Exception as reason:
                 failed(row.key, reason)
@@ -538,6 +553,7 @@ def measure(
             failed=failed,
             steps=steps,
             before=walk,
+            prepare={key: c.prepare for key, c in contenders.items()},
             after_round=lambda: watch.progress(case),
             seed=seed + first_round,
             watch=watch,
@@ -547,6 +563,7 @@ def measure(
         for key, contender in contenders.items():
             if not results[key].missing:
                 watch.row(key)
+                contender.prepare()
                 results[key].peak_extra = peak_extra_bytes(contender.step, device)
                 results[key].state_bytes = bytes_of(contender.state())
 
@@ -690,11 +707,16 @@ def table(case: Case, anchors: Mapping[str, str]) -> str:
     return "\n".join(text + [f"  {note}" for note in notes(case)])
 
 
-def markdown(case: Case, anchors: Mapping[str, str]) -> str:
-    heads, *lines = cells(case, anchors)
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """The first of the lines has the headings."""
+    heads, *others = lines
     rule = ["---"] + ["---:"] * (len(heads) - 1)
-    text = [f"| {' | '.join(line)} |" for line in (heads, rule, *lines)]
-    return "\n".join([heading(case), "", *text, *(f"\n{note}" for note in notes(case))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, rule, *others))
+
+
+def markdown(case: Case, anchors: Mapping[str, str]) -> str:
+    text = markdown_table(cells(case, anchors))
+    return "\n".join([heading(case), "", text, *(f"\n{note}" for note in notes(case))])
 
 
 def as_json(case: Case) -> dict[str, Any]:
