@@ -65,9 +65,11 @@ def step(kept: dict[str, Any], path: Path) -> str:
 
 
 def peers(kept: dict[str, Any], path: Path) -> str:
-    import bench_peers
+    import bench_peers as command
 
-    return bench_peers.render(kept)
+    cases, image = [command.case_of(saved, kept) for saved in kept["cases"]], path.with_suffix(".png")
+    command.draw(cases, image, command.where(kept), command.ROWS, command.OUR_KEYS)
+    return f"{command.render(kept)}\n\n{picture(image, 'time of a step, ours and others')}"
 
 
 def gpu(kept: dict[str, Any], path: Path) -> str:

@@ -76,6 +76,11 @@ SETTINGS: dict[str, Any] = {
         "digits": {name: [5e-3, 1e-2, 2e-2] for name in TUNED_ALIKE} | {"Lion": [1e-3, 2e-3, 4e-3]},
     },
     "grid": {"beta1": [0.5, 0.8, 0.9, 0.95], "beta2": [0.6, 0.9, 0.95, 0.99]},
+    "hyper": {
+        "hyper learning rates / 10": {"hyper_lr": {**dict.fromkeys(COEFFICIENTS, 0.01), "beta1": 5e-5, "beta2": 5e-5}},
+        "hyper learning rates × 10": {"hyper_lr": {**dict.fromkeys(COEFFICIENTS, 1.0), "beta1": 5e-3, "beta2": 5e-3}},
+        "hyper momentum 0.5": {"hyper_momentum": 0.5},
+    },
 }
 QUICK: dict[str, Any] = {
     "seeds": [0, 1],
@@ -90,6 +95,7 @@ QUICK: dict[str, Any] = {
         "digits": {"AdamW": [5e-3], "MADA": [5e-3]},
     },
     "grid": {"beta1": [0.5, 0.9], "beta2": [0.95]},
+    "hyper": {"hyper momentum 0.5": {"hyper_momentum": 0.5}},
 }
 
 # --- optimizers ---
@@ -303,6 +309,13 @@ class Found:
             for name in ("AdamW", "MADA")
         }
 
+    def hyper(self, name: str) -> list[Spec]:
+        """MADA with these hyper options, from the good start at its best rate, for each seed; empty as long as that is
+        not known."""
+        specs = [self.best("language", "good", "MADA", seed) for seed in self.seeds]
+        changed = self.settings["hyper"][name]
+        return [{**spec, "options": {**spec["options"], **changed}} for spec in specs if spec is not None]
+
     def wanted(self) -> list[Spec]:
         specs: dict[str, Spec] = {}
         for task, start in self.conditions():
@@ -311,6 +324,7 @@ class Found:
                 seeds = [self.best(task, start, optimizer, seed) for seed in self.seeds]
                 specs |= {runs.key_of(spec): spec for spec in (*tried, *seeds) if spec is not None}
         specs |= {runs.key_of(spec): spec for spec in self.grid().values()}
+        specs |= {runs.key_of(spec): spec for name in self.settings["hyper"] for spec in self.hyper(name)}
         return list(specs.values())
 
 
@@ -499,6 +513,15 @@ def render(kept: Mapping[str, Any]) -> str:
         "± is one standard error of the mean over the seeds. Seed 0 has chosen the learning rates. What is called "
         f"clear below is so by chance in 1 of 20 comparisons without a difference; the tables above make {compared}."
     )
+    plain = found.finals("language", "good", "MADA")
+    rows = [["MADA from the good start, with", "− MADA with its defaults, by seed"], ["---", "---:"]]
+    for name in found.settings["hyper"]:
+        specs = found.hyper(name)
+        if plain is not None and len(specs) == seeds and all(map(found.done, specs)):
+            mean, error = difference([found.loss(spec) for spec in specs], plain)
+            rows.append([name, f"{signed(mean)} ± {error:.4f}"])
+    if len(rows) > 2:
+        parts.append("Hyper options:\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
     grid = found.grid_losses()
     if grid:
         rates = " and ".join(f"{found.search('language', 'good', name)[1]:g}" for name in ("AdamW", "MADA"))

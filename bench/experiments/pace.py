@@ -14,7 +14,10 @@ Four stages (`lm.py` says what is trained; betas (0.9, 0.95), weight decay 0.1 o
    same batches.
 3. **Budgets**, the paper's appendix C: one PACE run at a constant rate, stopped anywhere, against AdamW that for each
    budget decays its rate over the last fifth (branches of one trunk), and against AdamW's plain EMA on that trunk.
-4. The share of clamped coordinates, the paper's Figure 4, comes from the runs of the seeds.
+4. **Variants** of the best cell at a constant rate, on three of its seeds: the average moves every 2, 5, 10 or 20
+   steps; the pull is measured from the stepped weights; nothing is clamped.
+
+The share of clamped coordinates, the paper's Figure 4, comes from the runs of the seeds.
 
 Source of the claims: Au and Block, Training for the Model You Return (arXiv 2606.25086).
 """
@@ -42,7 +45,7 @@ LRS = (2e-3, 4e-3, 8e-3, 16e-3)
 LAMBDAS = (0.05, 0.2, 0.8)
 # Beyond the edges at which the first sweep had its best: AdamW's smallest rate, and PACE's strongest pull.
 LOWER_LRS = (5e-4, 1e-3)
-STRONGER = 3.2
+STRONGER = (3.2, 12.8)
 KAPPAS = (0.2, 0.5, 0.8)
 SCHEDULES = ("constant", "cosine", "wsd")
 EMA_DECAYS = (0.9, 0.95, 0.98, 0.99)
@@ -51,6 +54,12 @@ SEEDS = (1, 2, 3, 4)  # of stage 2; the sweep has seed 0
 BUDGETS = (200, 400, 800, 1600)
 BUDGET_SEEDS = (1, 2, 3)
 STEPS = 400
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{f"the average moves every {n} steps": {"ema_update_freq": n} for n in (2, 5, 10, 20)},
+    "the pull is measured from the stepped weights": {"pullback_from": "step"},
+    "no clamp": {"clamp_pullback": False},
+}
+VARIANT_SEEDS = (1, 2, 3)
 
 METHODS = ("AdamW", "AdamW + EMA", "PACE", "schedule-free")
 COLORS = dict(zip(METHODS, plots.PALETTE, strict=False))
@@ -63,7 +72,7 @@ class Size:
     steps: int = STEPS
     lrs: tuple[float, ...] = LRS
     lower_lrs: tuple[float, ...] = LOWER_LRS
-    stronger: tuple[float, ...] = (STRONGER,)
+    stronger: tuple[float, ...] = STRONGER
     lambdas: tuple[float, ...] = LAMBDAS
     kappas: tuple[float, ...] = KAPPAS
     decays: tuple[float, ...] = EMA_DECAYS
@@ -259,6 +268,33 @@ def weights_of_budgets(best: Sequence[Cell]) -> dict[str, str]:
     return {"AdamW": "live", "AdamW + EMA": ema, "PACE": "average"}
 
 
+# --- variants -------------------------------------------------------------------------------------------------------
+
+
+def variant(cell: Cell, options: Mapping[str, Any], seed: int) -> Spec:
+    return {**cell.seeded(seed), "options": {**cell.spec["options"], **options}}
+
+
+def variants(size: Size, best: Sequence[Cell]) -> dict[str, list[Spec]]:
+    cell = next((c for c in best if c.method == "PACE" and c.schedule == "constant"), None)
+    seeds = [seed for seed in VARIANT_SEEDS if seed in size.seeds]
+    return {} if cell is None else {n: [variant(cell, o, seed) for seed in seeds] for n, o in VARIANTS.items()}
+
+
+def variant_differences(kept: Mapping[str, Any], size: Size) -> dict[str, tuple[float, float, int]]:
+    """To the cell itself, paired by seed."""
+    best = best_cells(kept, size)
+    found = {}
+    for name, specs in variants(size, best).items():
+        cell = next(c for c in best if c.method == "PACE" and c.schedule == "constant")
+        pairs = [(spec, cell.seeded(spec["seed"])) for spec in specs]
+        there = [pair for pair in pairs if all(done(kept, spec) for spec in pair)]
+        if there:
+            columns = zip(*there, strict=True)
+            found[name] = paired(*([lm.final(result(kept, spec), "average") for spec in c] for c in columns))
+    return found
+
+
 # --- running --------------------------------------------------------------------------------------------------------
 
 
@@ -272,8 +308,9 @@ def run_all(path: Path, size: Size, processes: int | None = None) -> dict[str, A
     best = best_cells(load(path), size)
     seeded = [cell.seeded(seed) for seed in size.seeds for cell in best]
     complete(path, about, seeded, run, processes)
-    budgets = [spec for specs in budget_specs(size, best).values() for spec in specs]
-    return complete(path, about, budgets, run, processes)
+    rest = [spec for specs in budget_specs(size, best).values() for spec in specs]
+    rest += [spec for specs in variants(size, best).values() for spec in specs]
+    return complete(path, about, rest, run, processes)
 
 
 # --- what came out --------------------------------------------------------------------------------------------------
@@ -406,6 +443,14 @@ def render(kept: Mapping[str, Any], size: Size = FULL) -> str:
     for budget in size.budgets:
         lines.append(f"| {budget} | {' | '.join(spread(losses[m].get(budget, [])) for m in specs)} |")
     parts.append(f"Budgets, {len(size.budget_seeds)} seeds:\n\n" + "\n".join(lines))
+    differences = variant_differences(kept, size)
+    if differences:
+        lines = ["| PACE at its best cell, constant rate, but | loss − that of the cell | |", "| --- | ---: | --- |"]
+        lines += [
+            f"| {name} | {mean:+.4f} ± {error:.4f} | {verdict(mean, error, count)} |"
+            for name, (mean, error, count) in differences.items()
+        ]
+        parts.append("Variants, mean and standard error over seeds:\n\n" + "\n".join(lines))
     parts.append("\n".join(f"- {sentence}" for sentence in conclusions(kept, size)))
     return "\n\n".join(parts) + "\n"
 
