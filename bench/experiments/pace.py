@@ -15,7 +15,7 @@ Four stages (`lm.py` says what is trained; betas (0.9, 0.95), weight decay 0.1 o
 3. **Budgets**, the paper's appendix C: one PACE run at a constant rate, stopped anywhere, against AdamW that for each
    budget decays its rate over the last fifth (branches of one trunk), and against AdamW's plain EMA on that trunk.
 4. **Variants** of the best cell at a constant rate, on three of its seeds: the average moves every 2, 5, 10 or 20
-   steps; the pull is measured from the stepped weights; nothing is clamped.
+   steps; the pull is measured from the stepped weights; nothing is clamped; λ as it is by default.
 
 The share of clamped coordinates, the paper's Figure 4, comes from the runs of the seeds.
 
@@ -58,6 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"the average moves every {n} steps": {"ema_update_freq": n} for n in (2, 5, 10, 20)},
     "the pull is measured from the stepped weights": {"pullback_from": "step"},
     "no clamp": {"clamp_pullback": False},
+    "λ 0.15, the default": {"lambda_pullback": 0.15},
 }
 VARIANT_SEEDS = (1, 2, 3)
 
@@ -344,11 +345,11 @@ def spread(values: Sequence[float]) -> str:
 
 
 def flatness(kept: Mapping[str, Any], size: Size, cell: Cell) -> dict[float, float]:
-    """The cell's loss at each learning rate, everything else as it is."""
+    """The cell's loss at each learning rate that all methods were tried at, everything else as it is."""
     found = {}
     for other in cells(kept, size, cell.method, cell.schedule):
         same = other.spec.get("options") == cell.spec.get("options") and other.weights == cell.weights
-        if same:
+        if same and other.spec["lr"] in size.lrs:
             found[other.spec["lr"]] = other.loss
     return found
 
