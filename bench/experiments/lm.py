@@ -31,6 +31,7 @@ VALIDATION_WINDOWS = 64
 WARMUP_SHARE = 0.1  # of all steps, at most
 DECAY_SHARE = 0.2  # of all steps: WSD's last part, in which the learning rate falls to 0 in a straight line
 COSINE_FLOOR = 0.1  # of the learning rate
+POWER = 0.2  # PACE's averaging weight falls as (1 + t)^(−0.2) by default
 BETAS = (0.9, 0.95)
 CPU = torch.device("cpu")
 
@@ -58,6 +59,8 @@ def factor(schedule: str, step: int, steps: int) -> float:
     if schedule == "cosine":
         share = (step - warmup) / max(1, steps - warmup)
         return COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
+    if schedule == "power":
+        return (1 + step) ** -POWER
     if schedule == "wsd":
         return min(1.0, (steps - step) / (DECAY_SHARE * steps))
     raise ValueError(f"no schedule {schedule!r}")

@@ -8,7 +8,9 @@ Four stages (`lm.py` says what is trained; betas (0.9, 0.95), weight decay 0.1 o
 
 1. **Sweep**, one seed: learning rate × pullback strength λ × averaging exponent κ × schedule. λ = 0 is AdamW with the
    average that PACE would keep; AdamW's runs carry plain EMAs of four decays beside those. Schedule-free AdamW
-   (Defazio et al., 2024) at a constant rate, which is what it is made for, over the learning rate and its β1.
+   (Defazio et al., 2024) at a constant rate, which is what it is made for, over the learning rate and its β1. As a
+   control, AdamW and its averages under a rate that falls as PACE's averaging weight does, (1 + t)^(−0.2): where all
+   coordinates are clamped, PACE's average moves by w_t times AdamW's steps, and that fall alone could be what helps.
 2. **Seeds**: the best cell of each method and schedule, on seeds that the sweep has not seen, so that choosing the
    best of many does not flatter who has more to choose from. Differences are paired by seed: the same start and the
    same batches.
@@ -48,6 +50,7 @@ LOWER_LRS = (5e-4, 1e-3)
 STRONGER = (3.2, 12.8)
 KAPPAS = (0.2, 0.5, 0.8)
 SCHEDULES = ("constant", "cosine", "wsd")
+CONTROLS = ("power",)  # schedules of AdamW alone
 EMA_DECAYS = (0.9, 0.95, 0.98, 0.99)
 BETA1S = (0.9, 0.95)  # of schedule-free AdamW
 SEEDS = (1, 2, 3, 4)  # of stage 2; the sweep has seed 0
@@ -78,6 +81,7 @@ class Size:
     kappas: tuple[float, ...] = KAPPAS
     decays: tuple[float, ...] = EMA_DECAYS
     schedules: tuple[str, ...] = SCHEDULES
+    controls: tuple[str, ...] = CONTROLS
     beta1s: tuple[float, ...] = BETA1S
     seeds: tuple[int, ...] = SEEDS
     budgets: tuple[int, ...] = BUDGETS
@@ -133,7 +137,7 @@ def schedule_free(size: Size, lr: float, beta1: float, seed: int = 0, evaluation
 
 def sweep(size: Size) -> list[Spec]:
     """The shorter lists first, so that a sweep that was ended early is still balanced."""
-    found = [adamw(size, lr, schedule) for schedule in size.schedules for lr in size.adamw_lrs]
+    found = [adamw(size, lr, schedule) for schedule in (*size.schedules, *size.controls) for lr in size.adamw_lrs]
     found += [schedule_free(size, lr, beta1) for lr in size.lrs for beta1 in size.beta1s]
     found += [
         pace(size, lr, schedule, strength, kappa)
@@ -194,8 +198,8 @@ def cells(kept: Mapping[str, Any], size: Size, method: str, schedule: str) -> li
 
 def best_cells(kept: Mapping[str, Any], size: Size) -> list[Cell]:
     found = []
-    for schedule in size.schedules:
-        for method in METHODS:
+    for schedule in (*size.schedules, *size.controls):
+        for method in METHODS if schedule in size.schedules else METHODS[:2]:
             tried = cells(kept, size, method, schedule)
             if tried:
                 found.append(min(tried, key=lambda cell: cell.loss))
@@ -321,13 +325,15 @@ def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, int]:
     """Mean of a − b over the seeds that both have, its standard error, and how many there are."""
     differences = [x - y for x, y in zip(a, b, strict=True) if math.isfinite(x) and math.isfinite(y)]
     if not differences:
-        return math.nan, math.nan, 0
+        return math.inf if any(map(math.isinf, a)) else math.nan, math.nan, 0
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
     return statistics.mean(differences), error, len(differences)
 
 
 def verdict(mean: float, error: float, count: int) -> str:
     """In words, by Student's t at 95 % for so few seeds."""
+    if mean == math.inf:
+        return "diverged"
     critical = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(count, 2.5)
     if count < 2 or not math.isfinite(error):
         return "one seed says nothing"
@@ -369,6 +375,15 @@ def conclusions(kept: Mapping[str, Any], size: Size = FULL) -> list[str]:
                 said.append(
                     f"{schedule}: PACE − {other} = {mean:+.4f} ± {error:.4f} nats per byte (mean and standard error "
                     f"over {count} seeds), each at its best cell: {verdict(mean, error, count)}."
+                )
+    for method in METHODS[:2]:
+        ours, theirs = by.get(("PACE", "constant")), by.get((method, "power"))
+        if ours is not None and theirs is not None:
+            mean, error, count = paired(of_seeds(kept, size, ours), of_seeds(kept, size, theirs))
+            if count:
+                said.append(
+                    f"Control: PACE at a constant rate − {method} at a rate that falls as PACE's averaging weight = "
+                    f"{mean:+.4f} ± {error:.4f} ({count} seeds): {verdict(mean, error, count)}."
                 )
     for method in ("AdamW", "AdamW + EMA", "PACE"):
         cell = by.get((method, "constant"))
@@ -448,7 +463,7 @@ def render(kept: Mapping[str, Any], size: Size = FULL) -> str:
     if differences:
         lines = ["| PACE at its best cell, constant rate, but | loss − that of the cell | |", "| --- | ---: | --- |"]
         lines += [
-            f"| {name} | {mean:+.4f} ± {error:.4f} | {verdict(mean, error, count)} |"
+            f"| {name} | {f'{mean:+.4f} ± {error:.4f}' if count else ''} | {verdict(mean, error, count)} |"
             for name, (mean, error, count) in differences.items()
         ]
         parts.append("Variants, mean and standard error over seeds:\n\n" + "\n".join(lines))
