@@ -105,7 +105,19 @@ class Size:
 
 FULL = Size()
 QUICK = Size(
-    3, LRS[1:2], (), (), LAMBDAS[1:2], KAPPAS[:1], EMA_DECAYS[:1], SCHEDULES[:1], BETA1S[:1], (1, 2), (2, 5), (1, 2)
+    steps=3,
+    lrs=LRS[1:2],
+    lower_lrs=(),
+    stronger=(),
+    lambdas=LAMBDAS[1:2],
+    kappas=KAPPAS[:1],
+    decays=EMA_DECAYS[:1],
+    schedules=SCHEDULES[:1],
+    controls=CONTROLS,
+    beta1s=BETA1S[:1],
+    seeds=(1, 2),
+    budgets=(2, 5),
+    budget_seeds=(1, 2),
 )
 
 
