@@ -577,7 +577,7 @@ def draw_curves(kept: Mapping[str, Any], size: Size, path: Path) -> None:
         plots.label_line_ends(budgets, lines)
 
     lines = []
-    for cell, color in zip([c for c in best if c.method == "PACE"], plots.PALETTE[1:], strict=False):
+    for cell, color in zip([c for c in best if c.method == "PACE"], (plots.INK, *plots.PALETTE[4:]), strict=False):
         shares = clip_shares(kept, size, cell)
         if shares:
             steps = shares[0][0]

@@ -69,7 +69,10 @@ __global__ void __launch_bounds__(kThreads)
   const double t = (step != nullptr ? static_cast<double>(*step) : launch.steps_taken) + 1.0;
   PullbackOptions options = launch.options;
   options.pace.lr = read(launch.lr);
-  launch.out[i] = {pullback_scalars(options, t), pullback_stat_scalars(options, t)};
+  PullbackStepScalars& out = launch.out[i];
+  clear_words(out);
+  out.rule = pullback_scalars(options, t);
+  out.stat = pullback_stat_scalars(options, t);
   if (step != nullptr) *step = static_cast<float>(t);
 }
 

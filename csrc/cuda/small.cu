@@ -18,8 +18,7 @@ __global__ void __launch_bounds__(kThreads) mada_scalars_kernel(const __grid_con
   for (int k = 0; k < kCoefficients; ++k)
     q[k] = (launch.learn >> k & 1) != 0 ? launch.coefficients[k] : launch.fixed[k];
   MadaStepScalars& out = launch.out[i];
-  // Also what nothing sets, such as the gaps between its members: blocks copy all of it.
-  for (size_t k = 0; k < sizeof(out) / 4; ++k) reinterpret_cast<uint32_t*>(&out)[k] = 0;
+  clear_words(out);
   out.now = mada_scalars(options, t, lr, q);
   out.pull = pace_scalars(options.pace, t, read(launch.factor));
   out.first = last != nullptr && last[kTaken] == kNoGradient;

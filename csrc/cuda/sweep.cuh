@@ -117,6 +117,14 @@ __device__ __forceinline__ void sweep(const Stretch& part, bool aligned, const R
   }
 }
 
+// Clears the scalars of a tensor, the gaps between members included: blocks copy all of it, and compute-sanitizer's
+// initcheck reports what is read and nobody wrote.
+template <class T>
+__device__ __forceinline__ void clear_words(T& to) {
+  static_assert(sizeof(T) % 4 == 0);
+  for (size_t k = 0; k < sizeof(T) / 4; ++k) reinterpret_cast<uint32_t*>(&to)[k] = 0;
+}
+
 // A block's copy of its tensor's scalars, in shared memory: as many registers would not leave room for the operands.
 template <class T>
 __device__ __forceinline__ void copy_scalars(T* to, const T& by_value, const T* on_device, int tensor) {

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 
-from pace_kernels import MADA, PACE
+from pace_kernels import MADA, PACE, Pullback
+
+
+def pulled(params: list[torch.nn.Parameter], backend: str, capturable: bool) -> Pullback:
+    base = torch.optim.AdamW(params, capturable=capturable and params[0].is_cuda)  # torch's is for GPUs alone
+    return Pullback(base, backend=backend, log_stats=True)
+
 
 RUNS: list[tuple[Any, dict[str, Any]]] = [
     (PACE, {"log_stats": True}),
@@ -20,6 +26,8 @@ RUNS: list[tuple[Any, dict[str, Any]]] = [
     (MADA, {"hyper_warmup": 0}),
     (MADA, {"hyper_warmup": 0, "capturable": True, "lambda_pullback": 1.0, "use_ema_eval": True}),
     (MADA, {"learn": (), "beta3": 0.0, "rho": 1.0}),
+    (pulled, {"capturable": False}),
+    (pulled, {"capturable": True}),
 ]
 
 
@@ -33,7 +41,7 @@ def run(backend: str, device: torch.device) -> None:
                 for param in params:
                     param.grad = torch.ones_like(param)
                 optimizer.step()
-            if build is PACE:
+            if build is not MADA:
                 optimizer.get_step_stats()
                 optimizer.eval()
                 optimizer.train()
