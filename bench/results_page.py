@@ -166,16 +166,16 @@ def sharded(kept: dict[str, Any], path: Path) -> str:
 
 
 SECTIONS = (
-    Section("Against every peer", "peers.json", "make bench-peers", peers),
-    Section("Steps on a CPU", "step.json", "make bench", step),
+    Section("Against every peer", "peers.json", "make bench-peers PEERS='--out bench/results'", peers),
+    Section("Steps on a CPU", "step.json", "python bench/bench_step.py --out bench/results", step),
     Section("Steps on a GPU", "gpu-*.json", "make gpu", gpu),
-    Section("Whole training steps", "throughput-*.json", "python bench/throughput.py", throughput),
+    Section("Whole training steps", "throughput-*.json", "python bench/throughput.py --out bench/results", throughput),
     Section("PACE at small scale", "pace.json", "make pace", pace),
     Section("MADA at small scale", "mada.json", "make mada", mada),
-    Section("The demo", "demo.json", "make demo", demo),
-    Section("Adam at the wrong end", "convex.json", "make convex", convex),
-    Section("What the theory says", "theory.json", "make theory", theory),
-    Section("Shards beside plain tensors", "sharded.json", "python bench/bench_sharded.py", sharded),
+    Section("The demo", "demo.json", "make demo; cp out/results.json bench/results/demo.json", demo),
+    Section("Adam at the wrong end", "convex.json", "python bench/convex.py --out bench/results", convex),
+    Section("What the theory says", "theory.json", "python bench/theory.py --out bench/results", theory),
+    Section("Shards", "sharded.json", "python bench/bench_sharded.py --out bench/results", sharded),
 )
 
 INTRODUCTION = """\

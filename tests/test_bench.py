@@ -43,6 +43,22 @@ def test_script_runs_and_leaves_its_files(script: str, written: tuple[str, ...],
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
+def test_whole_training_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import throughput
+
+    assert throughput.main(["--size", "tiny", "--rounds", "2", "--steps", "1", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("throughput-*.json")
+    report = json.loads(path.read_text())
+    assert report["rows"].keys() == {"none", *throughput.ROWS}
+    assert report["rows"][throughput.REFERENCE]["ratio_to_adamw_fused"] == 1.0
+    parameters = report["parameters"]
+    for key, bytes_each in {"none": 0, "adamw-fused": 8, "pace": 12, "mada-adamw": 8}.items():
+        assert parameters * bytes_each <= report["rows"][key]["state_bytes"] <= parameters * bytes_each + 10_000
+    for row in report["rows"].values():
+        assert f"| {row['name']} |" in throughput.as_markdown(report)
+
+
 @pytest.fixture
 def harness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCH))

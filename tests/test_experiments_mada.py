@@ -139,3 +139,11 @@ def test_certainty() -> None:
     assert mada.certainty(0.1, 0.1, 3).startswith("no difference")
     assert mada.certainty(0.0, 0.0, 3).startswith("no difference")
     assert mada.difference([1.0, 2.0, 3.0], [0.5, 1.5, 2.5]) == (0.5, 0.0)
+
+
+def test_times_and_memory() -> None:
+    found = mada.measure(rounds=1, steps=1)
+    assert {name: round(row["state_bytes"]) for name, row in found["rows"].items()} == {
+        "AdamW": 8, "MADA": 28, mada.FIXED: 20, "HyperAdam": 12, "AVGrad": 12, "Adan": 16, "Lion": 4,
+    }  # fmt: skip
+    assert all(f"| {name} |" in mada.time_table(found) for name in found["rows"])

@@ -128,14 +128,17 @@ class Training:
         self.generator = torch.Generator().manual_seed(spec["seed"])
         self.validation = validation_set(corpus().validation, VALIDATION_WINDOWS, CPU)
 
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        text = corpus().train
+        starts = torch.randint(len(text) - GPTConfig.context, (BATCH,), generator=self.generator)
+        return windows(text, starts, CPU)
+
     def step(self, scale: float) -> float:
         if hasattr(self.optimizer, "train"):
             self.optimizer.train()
         for group in self.optimizer.param_groups:
             group["lr"] = scale * self.lr
-        text = corpus().train
-        starts = torch.randint(len(text) - GPTConfig.context, (BATCH,), generator=self.generator)
-        loss: Tensor = self.model.loss(*windows(text, starts, CPU))
+        loss: Tensor = self.model.loss(*self.next_batch())
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
         self.optimizer.step()

@@ -563,7 +563,7 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
 
     time_("step", {name: functools.partial(training.step, 1.0) for name, training in trainings.items()}, steps)
     for training in trainings.values():
-        training.model.loss(*next(training.batches)).backward()
+        training.model.loss(*training.next_batch()).backward()
     # So little that the same gradient over and over leads nowhere; at lr 0 MADA would learn nothing.
     for training in trainings.values():
         for group in training.optimizer.param_groups:
