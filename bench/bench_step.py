@@ -411,7 +411,7 @@ def draw(
     shared.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     shared.xaxis.set_minor_locator(plt.NullLocator())
     figure.suptitle(
-        "Time of one optimizer step. Dot and band: median and quartiles. "
+        "Time of one optimizer step. Dot and band: median and quartiles.\n"
         f"Orange: the row's bytes at the {BANDWIDTH} of the same run.\n{subtitle}",
         x=0.01,
         ha="left",
