@@ -611,6 +611,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"build: {report['stages']['build']['summary']}", flush=True)
             if report["stages"]["build"]["failed"]:
                 print(tail(report["stages"]["build"]["output"]), flush=True)
+            del report["stages"]["build"]["output"]  # long, and full of this machine's paths
             save(report, path)
         environment["PYTHONPATH"] = str(lay_out(scratch / "path"))
         if not arguments.no_tests:
@@ -622,6 +623,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"  {line}", flush=True)
             if stage["failed"]:
                 print(stage["output"], flush=True)
+            del stage["output"]
             save(report, path)
         described = "import json, pace_kernels.backend as b; print(json.dumps(b.describe()))"
         status, output = run_limited([sys.executable, "-c", described], scratch / "path", environment, 60.0)
