@@ -50,6 +50,7 @@ from harness import (
     moved_bytes,
     quartiles,
     ratio,
+    save,
 )
 from shapes import gpt2
 from torch import Tensor, nn
@@ -638,7 +639,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     date = machine(device)["date"]
                     saved = as_json(case) | {"size": size, "excluded": here, "date": date}
                 numbers["cases"].append(saved)
-                save(path, numbers | {"cases": [*numbers["cases"], *old.values()]})
+                save(numbers | {"cases": [*numbers["cases"], *old.values()]}, path)
     numbers = json.loads(path.read_text(encoding="utf-8"))
     text = render(numbers)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
@@ -648,13 +649,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def guarded(row: Peer) -> Make:
     return checked(before_training(row.make) if row.key in COPIES_THE_MODEL else row.make)
-
-
-def save(path: Path, numbers: Mapping[str, Any]) -> None:
-    """At once or not at all: a run that is cut off leaves what it had."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 if __name__ == "__main__":

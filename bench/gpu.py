@@ -22,7 +22,6 @@ import contextlib
 import gc
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -52,7 +51,10 @@ from harness import (
     markdown,
     measure,
     moved_bytes,
+    save,
+    slug,
     table,
+    write,
 )
 from shapes import gpt2, llama
 from torch import nn
@@ -246,17 +248,6 @@ def plan(report: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all, so that a reader never meets half a file."""
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-
-
-def save(report: Mapping[str, Any], path: Path) -> None:
-    write(path, json.dumps(report, indent=1) + "\n")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -580,8 +571,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     about = machine(device)
-    slug = re.sub(r"[^a-z0-9]+", "-", (about.get("gpu") or about["cpu"]).lower()).strip("-")
-    name = f"gpu-{slug}{'-dry-run' if arguments.dry_run else ''}"
+    name = f"gpu-{slug(about)}{'-dry-run' if arguments.dry_run else ''}"
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out.resolve() / f"{name}.json"
     report: dict[str, Any] = {

@@ -33,6 +33,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import gc
+import json
 import math
 import os
 import platform
@@ -638,6 +639,25 @@ def machine(device: torch.device) -> dict[str, Any]:
         info["gpu"] = torch.cuda.get_device_name(device)
         info["cuda"] = torch.version.cuda
     return info
+
+
+def slug(about: Mapping[str, Any]) -> str:
+    """The device in a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", (about.get("gpu") or about["cpu"]).lower()).strip("-")
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all, so that a reader never meets half a file."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def save(numbers: Mapping[str, Any], path: Path) -> None:
+    write(path, json.dumps(numbers, indent=1) + "\n")
 
 
 # --- the report -----------------------------------------------------------------------------------------------------

@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import random
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +26,7 @@ from typing import Any
 import torch
 from bench_step import adamw_and_ema, optimizer
 from gpt import GPT, GPTConfig
-from harness import Contender, bytes_of, in_short, machine, quartiles, ratio
+from harness import Contender, bytes_of, in_short, machine, quartiles, ratio, save, slug
 from torch import nn
 from torch.optim import AdamW
 
@@ -180,10 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = arguments.size or ("gpt2" if device.type == "cuda" else "small")
     report = run(device, size, arguments.rounds, arguments.steps)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    about = report["machine"]
-    slug = re.sub(r"[^a-z0-9]+", "-", (about.get("gpu") or about["cpu"]).lower()).strip("-")
-    path = arguments.out / f"throughput-{slug}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    save(report, arguments.out / f"throughput-{slug(report['machine'])}.json")
     print(as_markdown(report))
     return 0
 

@@ -203,18 +203,18 @@ def train(spec: Mapping[str, Any]) -> dict[str, Any]:
         if step not in at and math.isfinite(recent[-1]):
             continue
         found["steps"].append(step)
-        found["train_loss"].append(_plain(sum(recent) / len(recent)))
+        found["train_loss"].append(plain(sum(recent) / len(recent)))
         recent = []
         for name, value in training.losses().items():
-            found["losses"].setdefault(name, []).append(_plain(value))
+            found["losses"].setdefault(name, []).append(plain(value))
         for name, value in training.series().items():
-            found["series"].setdefault(name, []).append(_plain(value))
+            found["series"].setdefault(name, []).append(plain(value))
         if found["losses"]["live"][-1] is None:
             break
     return found
 
 
-def _plain(value: float) -> float | None:
+def plain(value: float) -> float | None:
     return round(value, 6) if math.isfinite(value) else None
 
 

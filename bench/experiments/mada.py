@@ -41,7 +41,7 @@ import plots
 import runs
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
-from runs import Spec
+from runs import CRITICAL, Spec
 
 from pace_kernels import MADA
 
@@ -58,8 +58,6 @@ COLORS = dict(
         strict=True,
     )
 )
-# |t| beyond which 1 in 20 goes by chance where there is no difference, by the number of seeds.
-CRITICAL = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 
 # Everything that decides about the runs. Plain lists, since it is kept in the file and compared with it.
 TUNED_ALIKE = ("AdamW", "MADA", FIXED, "HyperAdam", "AVGrad", "Adan")

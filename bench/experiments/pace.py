@@ -41,7 +41,7 @@ import lm
 import plots
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
-from runs import RESULTS, Spec, complete, done, load, result
+from runs import CRITICAL, RESULTS, Spec, complete, done, load, result
 
 LRS = (2e-3, 4e-3, 8e-3, 16e-3)
 LAMBDAS = (0.05, 0.2, 0.8)
@@ -257,12 +257,12 @@ def train_budgets(spec: Spec) -> dict[str, Any]:
     for step in range(1, budgets[-1] + 1):
         training.step(min(1.0, step / warmup))
         if step in budgets and not spec["branches"]:
-            found[str(step)] = {k: v if math.isfinite(v) else None for k, v in training.losses().items()}
+            found[str(step)] = {k: lm.plain(v) for k, v in training.losses().items()}
         if step in starts:
             budget, restore = starts[step], training.snapshot()
             for late in range(step + 1, budget + 1):
                 training.step((budget - late) / (budget - step))
-            found[str(budget)] = {k: v if math.isfinite(v) else None for k, v in training.losses().items()}
+            found[str(budget)] = {k: lm.plain(v) for k, v in training.losses().items()}
             if budget == budgets[-1]:
                 break
             restore()
@@ -346,7 +346,7 @@ def verdict(mean: float, error: float, count: int) -> str:
     """In words, by Student's t at 95 % for so few seeds."""
     if mean == math.inf:
         return "diverged"
-    critical = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(count, 2.5)
+    critical = CRITICAL.get(count, 2.5)
     if count < 2 or not math.isfinite(error):
         return "one seed says nothing"
     if abs(mean) <= critical * error:

@@ -20,8 +20,15 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness import save
+
 BENCH = Path(__file__).resolve().parents[1]
 RESULTS = BENCH / "results"
+
+# |t| beyond which 1 in 20 goes by chance where there is no difference, by the number of seeds.
+CRITICAL = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 
 Spec = dict[str, Any]
 
@@ -46,13 +53,6 @@ def load(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {"about": {}, "runs": {}}
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def save(kept: Mapping[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
 
 
 def done(kept: Mapping[str, Any], spec: Spec) -> bool:
@@ -118,6 +118,7 @@ def complete(
             spec = pending[future]
             found, seconds = future.result()
             kept["runs"][key_of(spec)] = {"spec": spec, "result": found, "seconds": round(seconds, 2)}
+            path.parent.mkdir(parents=True, exist_ok=True)
             save(kept, path)
             count += 1
             left = (time.monotonic() - start) / count * (len(missing) - count)
