@@ -73,8 +73,8 @@ def assert_untouched(training: Training, loads: Callable[[KernelOptimizer], None
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-# What torch.load raises.
-UNREADABLE = (RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
+# What torch.load raises. OSError: it may seek to before the begin of a file that was cut off.
+UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError)
 
 
 def file_of(training: Training) -> bytes:

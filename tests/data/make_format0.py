@@ -1,10 +1,12 @@
 """Made the files format0-*.pt, with the package as it was at commit f84b320, whose checkpoints have no format version:
 
     git worktree add ../format0 f84b320 && cd ../format0
-    PACE_NO_EXT=1 PACE_BACKEND=torch PYTHONPATH=. python ../pace_kernels/tests/data/make_format0.py OUT
+    PACE_CUDA=0 python setup.py build_ext --inplace
+    PYTHONPATH=. python ../pace_kernels/tests/data/make_format0.py OUT
 
 Each has a model and an optimizer after 4 steps, saved, and the weights and states after 3 more, that a training which
-goes on from the file has to end with.
+goes on from the file has to end with. By the CPU's kernels, which give the same bits on every processor; the torch
+backend does not, since torch takes the square root from MKL, which rounds it otherwise on another one.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def model_of(dtype: torch.dtype) -> torch.nn.Module:
 def optimizer_of(package: Any, case: str, model: Any) -> Any:
     kind, options, second, _ = CASES[case]
     groups = [{"params": [model.weight]}, {"params": [model.bias], **second}]
-    return getattr(package, kind)(groups, lr=0.02, backend="torch", **options)
+    return getattr(package, kind)(groups, lr=0.02, backend="cpu", **options)
 
 
 def train(model: torch.nn.Module, optimizer: Any, steps: range) -> None:
