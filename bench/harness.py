@@ -624,7 +624,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     info: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.release().partition('-')[0]} {platform.machine()}",
         "cpu": cpu_model(),
         "cpus": os.cpu_count(),
         "isa": torch.backends.cpu.get_cpu_capability(),

@@ -33,10 +33,12 @@ def refused(spec: runs.Spec) -> dict[str, Any]:
 
 
 def invented(spec: runs.Spec) -> dict[str, Any]:
-    """A result in the form of a run's: MADA 0.1 below the others, best at 4e-3 and AdamW at ever higher rates; poor
-    starts cost AdamW 0.2."""
+    """A result in the form of a run's: MADA 0.1 below the others, best at 4e-3 and AdamW at ever higher rates, but for
+    seed 1 of the digits; poor starts cost AdamW 0.2."""
     loss = 2.0 - 0.1 * (spec["optimizer"] == "MADA") + 0.003 * spec["seed"]
     loss += -0.1 * spec["lr"] if spec["optimizer"] == "AdamW" else abs(spec["lr"] - 4e-3)
+    if spec["optimizer"] == "AdamW" and spec["task"] == "digits" and spec["seed"] == 1:
+        loss += abs(spec["lr"] - 1e-2)
     if spec["optimizer"] == "AdamW":
         loss += 0.2 * (spec["options"]["betas"][0] < 0.9) + 1e-4 * spec["seed"]
     evaluations = spec["evaluations"]
@@ -80,7 +82,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
     kept: dict[str, Any] = {"about": {"settings": mada.SETTINGS}, "runs": {}}
     while missing := [spec for spec in mada.Found(kept).wanted() if not runs.done(kept, spec)]:
         for spec in missing:
-            kept["runs"][runs.key_of(spec)] = {"spec": spec, "result": invented(spec), "seconds": 1.0}
+            kept["runs"][runs.key_of(spec)] = {"spec": spec, "result": invented(spec), "seconds": 1.0, "made": "here"}
     runs.save(kept, path)
     return runs.load(path), path
 
@@ -88,17 +90,24 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
 def test_the_whole_experiment_stays_within_its_budget(whole: tuple[dict[str, Any], Path]) -> None:
     kept, path = whole
     language = [run["spec"] for run in kept["runs"].values() if run["spec"]["task"] == "language"]
-    assert sum(spec["steps"] for spec in language) <= 60_000
+    assert sum(spec["steps"] for spec in language) <= 130_000
     assert path.stat().st_size < 1_000_000
     assert all(run["spec"]["evaluations"] <= 10 for run in kept["runs"].values())
 
 
-def test_rates_are_searched_beyond_an_edge_and_coefficients_handed_on(whole: tuple[dict[str, Any], Path]) -> None:
+def test_every_optimizer_has_as_many_rates_and_none_is_chosen_on_a_seed_that_is_reported(
+    whole: tuple[dict[str, Any], Path],
+) -> None:
+    for task, shape in mada.SETTINGS["tasks"].items():
+        assert not set(shape["choose"]) & set(shape["seeds"]) and len(shape["seeds"]) in runs.CRITICAL
+        assert mada.SETTINGS["rates"][task].keys() == mada.COLORS.keys()
+        assert len({len(rates) for rates in mada.SETTINGS["rates"][task].values()}) == 1
     found = mada.Found(whole[0])
     tried, best = found.search("language", "good", "AdamW")
-    assert best == 32e-3 and [spec["lr"] for spec in tried] == [2e-3, 4e-3, 8e-3, 16e-3, 32e-3]
-    tried, best = found.search("language", "good", "MADA")
-    assert best == 4e-3 and len(tried) == 3
+    assert best == 16e-3 and [spec["lr"] for spec in tried] == mada.SETTINGS["rates"]["language"]["AdamW"]
+    tried, best = found.search("digits", "good", "AdamW")
+    assert best == 1e-2 and len(tried) == 3 * 6  # by the mean over the seeds, two of which have it at 0.16
+    assert found.search("language", "good", "MADA")[1] == 4e-3
     learned = {"betas": [0.8, 0.9], "beta3": 0.5, "rho": 0.25, "c": 1.0, "gamma": 0.875}
     assert found.options("language", "poor", "MADA-FS", 2) == learned
 
@@ -109,10 +118,13 @@ def test_sentences_follow_the_numbers(whole: tuple[dict[str, Any], Path], tmp_pa
     for start in ("good", "poor"):
         assert f"GPT on bytes, {start} start: MADA ends lowest" in said
         assert f'GPT on bytes, {start} start: that MADA "consistently outperforms" the others holds' in said
-    assert "It costs MADA 0.2000 less than AdamW" in said
-    assert "MADA ends lower than AdamW from 16 of 16" in said
-    assert "that MADA depends less on its start holds" in said
-    assert "ρ 0.25 to 0.25" in said
+    assert "The poor start costs MADA 0.2000 less than AdamW" in said
+    assert "MADA ends lower than AdamW from 16 of 16. The median start ends at 1.9030 with MADA" in said
+    assert (
+        "over all starts by 0.2000 with AdamW, 0.0000 with MADA, 0.0000 with MADA fixed; MADA − AdamW −0.2000" in said
+    )
+    assert "ρ 0.250 to 0.250" in said and "β1 and β2 are never seen further than 0.3000 from where they start" in said
+    assert "| AdamW | +0.2000 ± 0.0000 | clear at 4 seeds" in mada.render(kept)
     assert all(path.stat().st_size > 10_000 for path in mada.draw(kept, tmp_path))
 
     for run in kept["runs"].values():  # with MADA far behind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -11,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+import pace_kernels
 
 FOLDER = Path(__file__).parents[1] / "bench/experiments"
 
@@ -40,6 +43,8 @@ def test_all_stages_and_resuming(
     assert pace.render(kept, pace.QUICK) in printed
     for method in pace.METHODS:
         assert f"| constant | {method} |" in printed
+    assert all(run["made"].endswith(f"pace_kernels {pace_kernels.__version__}") for run in kept["runs"].values())
+    assert f"{len(kept['runs'])} runs: {kept['runs'][next(iter(kept['runs']))]['made']}" in printed
 
     # Ended after all but one run, it does that one alone.
     ran: list[Any] = []
@@ -52,10 +57,12 @@ def test_all_stages_and_resuming(
     again = json.loads((tmp_path / "pace.json").read_text())
     assert ran == [expected["spec"]] and again["runs"][lost]["result"] == expected["result"]
 
-    kept["about"]["corpus"]["sha256"] = "another"
-    (tmp_path / "pace.json").write_text(json.dumps(kept))
-    with pytest.raises(SystemExit, match="corpus"):
-        pace.main(["--quick", "--processes", "0", "--out", str(tmp_path)])
+    for name, part in (("corpus", "sha256"), ("task", "batch")):
+        other = copy.deepcopy(kept)
+        other["about"][name][part] = "another"
+        (tmp_path / "pace.json").write_text(json.dumps(other))
+        with pytest.raises(SystemExit, match=f"was made with {name} ="):
+            pace.main(["--quick", "--processes", "0", "--out", str(tmp_path)])
 
 
 def test_schedules(pace: ModuleType) -> None:
@@ -65,6 +72,9 @@ def test_schedules(pace: ModuleType) -> None:
         assert rates[:10] == [(i + 1) / 10 for i in range(10)] and max(rates) == 1.0
     assert lm.factor("constant", 100, 100) == 1.0
     assert lm.factor("cosine", 100, 100) == pytest.approx(0.1)
+    power = [lm.factor("power", step, 100) for step in range(1, 101)]
+    assert power.index(max(power)) == 9  # with no leap at the end of the warm-up
+    assert max(power) == pytest.approx(11**-0.2) and power[99] == pytest.approx(101**-0.2)
     assert lm.factor("wsd", 80, 100) == 1.0 and lm.factor("wsd", 90, 100) == 0.5 and lm.factor("wsd", 100, 100) == 0.0
 
 
@@ -85,7 +95,53 @@ def test_a_branch_leaves_its_trunk_as_it_was(pace: ModuleType) -> None:
 
 
 def test_differences_are_paired_by_seed(pace: ModuleType) -> None:
-    mean, error, count = pace.paired([1.0, 2.0, math.inf, 4.0], [0.5, 1.0, 1.0, 2.5])
+    mean, error, count = pace.paired([1.0, 2.0, math.nan, 4.0], [0.5, 1.0, 1.0, 2.5])  # a run is missing
     assert (mean, count) == (1.0, 3) and error == pytest.approx(0.5 / math.sqrt(3))
     assert pace.verdict(-1.0, 0.1, 4) == "better" and pace.verdict(1.0, 0.1, 4) == "worse"
     assert "no difference" in pace.verdict(0.3, 0.1, 4) and "one seed" in pace.verdict(1.0, math.nan, 1)
+    for count, critical in pace.CRITICAL.items():
+        assert pace.verdict(-1.01 * critical, 1.0, count) == "better"
+        assert "no difference" in pace.verdict(-0.99 * critical, 1.0, count)
+
+
+def test_one_seed_that_diverged_is_not_left_out(pace: ModuleType) -> None:
+    fine, lost = [1.0, 2.0, 3.0], [0.1, math.inf, 0.1]
+    assert pace.verdict(*pace.paired(lost, fine)) == "diverged" == pace.cost(*pace.paired(lost, fine))
+    assert pace.verdict(*pace.paired(fine, lost)) == "the other one diverged"
+    assert pace.spread(lost) == "0.1000 ± 0.0000 (1 of 3 diverged)" and pace.spread(lost[1:2]) == "1 of 1 diverged"
+
+
+def invented(pace: ModuleType, spec: dict[str, Any]) -> dict[str, Any]:
+    """PACE 0.1 below the others with its strongest pull, best at 8e-3; AdamW at 2e-3, and 4e-2 a factor of 2 away."""
+    ours, options = spec["optimizer"] == "PACE", spec.get("options", {})
+    loss = 2.0 + 0.01 * spec["seed"] + 0.04 * abs(math.log2(spec["lr"] / (8e-3 if ours else 2e-3)))
+    if ours and not (set(options) - {"lambda_pullback", "ema_kappa"}):
+        loss -= 0.1 * (options["lambda_pullback"] >= 12) + 0.001 * spec["seed"] ** 2
+    names = ["average"] if spec["optimizer"] != "AdamW" else ["live", *spec["averages"]]
+    if spec.get("task") == "budgets":
+        return {"losses": {str(budget): dict.fromkeys(names, loss) for budget in spec["budgets"]}}
+    series = {"lambda_clipped_frac": [0.25] * (spec["evaluations"] - 1) + [0.75]} if ours else {}
+    steps = [round(spec["steps"] * (i + 1) / spec["evaluations"]) for i in range(spec["evaluations"])]
+    return {"steps": steps, "losses": {name: [loss] * len(steps) for name in names}, "series": series}
+
+
+def test_sentences_follow_the_numbers(pace: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "run", lambda spec: invented(pace, spec))
+    path = tmp_path / "pace.json"
+    said = pace.render(pace.run_all(path, pace.FULL, 0))
+    for schedule in pace.SCHEDULES:
+        assert f"| {schedule} | PACE | 55 | lr 0.008, λ 12.8, κ 0.2 |" in said
+        assert f"- {schedule}: PACE − AdamW + EMA = -0.1075 ± 0.0033 nats per byte (4 seeds): better." in said
+        assert f"- {schedule}: at PACE's best cell 25.0 % of the coordinates are clamped at the first" in said
+    assert "Control: PACE at a constant rate − AdamW at a rate that falls as PACE's averaging weight = -0.1075" in said
+    assert "PACE, default λ − AdamW + EMA = -0.0075 ± 0.0033 nats per byte (4 seeds): no difference that" in said
+    for method in ("AdamW", "AdamW + EMA", "PACE"):
+        assert f"| {method} | +0.0800 ± 0.0000 | +0.0400 ± 0.0000 | +0.0400 ± 0.0000 | +0.0800 ± 0.0000 |" in said
+    assert "| no clamp | +0.1047 ± 0.0023 | worse |" in said
+
+    kept = pace.load(path)  # PACE diverges on one seed
+    for run in kept["runs"].values():
+        if run["spec"]["optimizer"] == "PACE" and run["spec"]["seed"] == 2 and "steps" in run["spec"]:
+            run["result"]["losses"]["average"][-1] = None
+    said = pace.render(kept)
+    assert "constant: PACE − AdamW + EMA = +inf ± nan nats per byte (4 seeds): diverged." in said

@@ -7,6 +7,7 @@ The demo's model and text (`train_lm.py`), smaller, so that a run of 400 steps t
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 import sys
@@ -43,15 +44,31 @@ def corpus() -> Corpus:
 
 def about() -> dict[str, Any]:
     """What runs have in common, for runs.complete."""
-    return {"corpus": {"description": corpus().description, "sha256": corpus().sha256()}}
+    return {
+        "corpus": {"description": corpus().description, "sha256": corpus().sha256()},
+        "task": {
+            "model": dataclasses.asdict(MODEL),
+            "batch": BATCH,
+            "betas": list(BETAS),
+            "gradient_norm": GRADIENT_NORM,
+            "warmup_share": WARMUP_SHARE,
+            "decay_share": DECAY_SHARE,
+            "cosine_floor": COSINE_FLOOR,
+            "power": POWER,
+            "validation_windows": VALIDATION_WINDOWS,
+        },
+    }
 
 
 # --- learning rates ---
 
 
 def factor(schedule: str, step: int, steps: int) -> float:
-    """Of the learning rate at a step, counted from 1."""
+    """Of the learning rate at a step, counted from 1. "power" falls from the first step on, as PACE's averaging weight
+    does, and warms up as the others do."""
     warmup = max(1, round(WARMUP_SHARE * steps))
+    if schedule == "power":
+        return min(1.0, step / warmup) * (1 + step) ** -POWER
     if step <= warmup:
         return step / warmup
     if schedule == "constant":
@@ -59,8 +76,6 @@ def factor(schedule: str, step: int, steps: int) -> float:
     if schedule == "cosine":
         share = (step - warmup) / max(1, steps - warmup)
         return COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
-    if schedule == "power":
-        return (1 + step) ** -POWER
     if schedule == "wsd":
         return min(1.0, (steps - step) / (DECAY_SHARE * steps))
     raise ValueError(f"no schedule {schedule!r}")

@@ -6,16 +6,16 @@
     python bench/experiments/mada.py --quick    few and short runs into out/, to see that it works
 
 Two tasks: the small GPT of `lm.py`, and a small CNN on scikit-learn's handwritten digits. All optimizers see the same
-batches under the same cosine schedule, each at its own best learning rate: a grid at seed 0, which goes on by up to two
-rates where its best is at the edge; then two more seeds at that rate.
+batches under the same cosine schedule, each at the best of equally many learning rates, a factor of 2 apart (Lion's are
+lower). Seeds that choose the rate are not among those that are reported.
 
 Starts: "good" is what is usual for a rule (β1, β2 = 0.9, 0.95 of language models for AdamW, AVGrad, HyperAdam and MADA;
 the published ones of Adan and Lion), "poor" is 0.5, 0.6 in place of the rule's two decay rates: those are ours.
 The grid of starts keeps the learning rates that were best from the good start.
 
 MADA-FS starts with the coefficients that MADA ended with, of the same seed and at MADA's best rate, and learns nothing.
-Its learning rate is searched as that of the others is. "MADA fixed" stays where MADA starts, at β3 0.9, ρ 0, c 1, γ 1,
-which is no AdamW: only what MADA gains over it is gained by learning.
+Its learning rate is searched as that of the others is, so that it has had twice the trainings. "MADA fixed" stays where
+MADA starts, at β3 0.9, ρ 0, c 1, γ 1, which is no AdamW: only what MADA gains over it is gained by learning.
 """
 
 from __future__ import annotations
@@ -60,20 +60,26 @@ COLORS = dict(
 )
 
 # Everything that decides about the runs. Plain lists, since it is kept in the file and compared with it.
-TUNED_ALIKE = ("AdamW", "MADA", FIXED, "HyperAdam", "AVGrad", "Adan")
+TUNED_ALIKE = ("AdamW", "MADA", MADA_FS, FIXED, "HyperAdam", "AVGrad", "Adan")
 SETTINGS: dict[str, Any] = {
-    "seeds": [0, 1, 2],
-    "extensions": 2,
     "tasks": {
-        "language": {"steps": 400, "evaluations": 8, "starts": ["good", "poor"]},
-        "digits": {"steps": 400, "evaluations": 8, "starts": ["good"]},
+        "language": {"steps": 400, "evaluations": 8, "starts": ["good", "poor"], "choose": [0], "seeds": [1, 2, 3, 4]},
+        "digits": {
+            "steps": 400,
+            "evaluations": 8,
+            "starts": ["good"],
+            "choose": [0, 1, 2],
+            "seeds": [3, 4, 5, 6, 7, 8],
+        },
     },
     "schedule": "cosine",
     "rates": {
-        "language": {name: [2e-3, 4e-3, 8e-3] for name in TUNED_ALIKE} | {"Lion": [2.5e-4, 5e-4, 1e-3]},
-        "digits": {name: [5e-3, 1e-2, 2e-2] for name in TUNED_ALIKE} | {"Lion": [1e-3, 2e-3, 4e-3]},
+        "language": {name: [1e-3, 2e-3, 4e-3, 8e-3, 16e-3] for name in TUNED_ALIKE}
+        | {"Lion": [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3]},
+        "digits": {name: [5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 16e-2] for name in TUNED_ALIKE}
+        | {"Lion": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3]},
     },
-    "grid": {"beta1": [0.5, 0.8, 0.9, 0.95], "beta2": [0.6, 0.9, 0.95, 0.99]},
+    "grid": {"beta1": [0.5, 0.8, 0.9, 0.95], "beta2": [0.6, 0.9, 0.95, 0.99], "seeds": [0, 1, 2]},
     "hyper": {
         "hyper learning rates / 10": {"hyper_lr": {**dict.fromkeys(COEFFICIENTS, 0.01), "beta1": 5e-5, "beta2": 5e-5}},
         "hyper learning rates × 10": {"hyper_lr": {**dict.fromkeys(COEFFICIENTS, 1.0), "beta1": 5e-3, "beta2": 5e-3}},
@@ -81,20 +87,19 @@ SETTINGS: dict[str, Any] = {
     },
 }
 QUICK: dict[str, Any] = {
-    "seeds": [0, 1],
-    "extensions": 0,
     "tasks": {
-        "language": {"steps": 3, "evaluations": 1, "starts": ["good", "poor"]},
-        "digits": {"steps": 20, "evaluations": 2, "starts": ["good"]},
+        "language": {"steps": 3, "evaluations": 1, "starts": ["good", "poor"], "choose": [0], "seeds": [1, 2]},
+        "digits": {"steps": 20, "evaluations": 2, "starts": ["good"], "choose": [0], "seeds": [1, 2]},
     },
     "schedule": "cosine",
     "rates": {
-        "language": {"AdamW": [1e-3, 4e-3], "MADA": [4e-3], "Lion": [5e-4]},
-        "digits": {"AdamW": [5e-3], "MADA": [5e-3]},
+        "language": {"AdamW": [1e-3, 4e-3], "MADA": [4e-3], MADA_FS: [4e-3], FIXED: [4e-3], "Lion": [5e-4]},
+        "digits": {"AdamW": [5e-3], "MADA": [5e-3], MADA_FS: [5e-3]},
     },
-    "grid": {"beta1": [0.5, 0.9], "beta2": [0.95]},
+    "grid": {"beta1": [0.5, 0.9], "beta2": [0.95], "seeds": [0, 1]},
     "hyper": {"hyper momentum 0.5": {"hyper_momentum": 0.5}},
 }
+GRIDDED = ("AdamW", "MADA", FIXED)
 
 # --- optimizers ---
 
@@ -208,7 +213,6 @@ class Found:
     def __init__(self, kept: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> None:
         self.kept = kept
         self.settings: Mapping[str, Any] = settings or kept["about"]["settings"]
-        self.seeds: list[int] = self.settings["seeds"]
 
     def spec(self, task: str, optimizer: str, lr: float, seed: int, options: Mapping[str, Any]) -> Spec:
         shape = self.settings["tasks"][task]
@@ -229,13 +233,17 @@ class Found:
     def loss(self, spec: Spec) -> float:
         return lm.final(runs.result(self.kept, spec), "live")
 
+    def seeds(self, task: str) -> list[int]:
+        """Those that are reported."""
+        return self.settings["tasks"][task]["seeds"]
+
     def conditions(self) -> Iterator[tuple[str, str]]:
         for task, shape in self.settings["tasks"].items():
             for start in shape["starts"]:
                 yield task, start
 
     def optimizers(self, task: str) -> list[str]:
-        return [name for name in COLORS if name in self.settings["rates"][task] or name == MADA_FS]
+        return [name for name in COLORS if name in self.settings["rates"][task]]
 
     def options(self, task: str, start: str, optimizer: str, seed: int) -> dict[str, Any] | None:
         if optimizer != MADA_FS:
@@ -247,25 +255,18 @@ class Found:
         return {"betas": [ends.pop("beta1"), ends.pop("beta2")], **ends}
 
     def search(self, task: str, start: str, optimizer: str) -> tuple[list[Spec], float | None]:
-        """The runs of the learning-rate search, and the best rate once they are done."""
-        options = self.options(task, start, optimizer, self.seeds[0])
-        if options is None:
-            return [], None
-        rates = list(self.settings["rates"][task]["MADA" if optimizer == MADA_FS else optimizer])
-        for extension in range(self.settings["extensions"] + 1):
-            specs = [self.spec(task, optimizer, lr, self.seeds[0], options) for lr in rates]
-            if not all(map(self.done, specs)):
-                return specs, None
-            losses = [self.loss(spec) for spec in specs]
-            best = losses.index(min(losses))
-            if extension == self.settings["extensions"] or 0 < best < len(rates) - 1:
-                break
-            step = rates[1] / rates[0]
-            if best == 0:
-                rates.insert(0, float(f"{rates[0] / step:.3g}"))
-            else:
-                rates.append(float(f"{rates[-1] * step:.3g}"))
-        return specs, rates[best]
+        """The runs of the learning-rate search, and the best rate, by the mean loss, once they are done."""
+        specs: dict[float, list[Spec]] = {}
+        for lr in self.settings["rates"][task][optimizer]:
+            for seed in self.settings["tasks"][task]["choose"]:
+                options = self.options(task, start, optimizer, seed)
+                if options is None:
+                    return [], None
+                specs.setdefault(lr, []).append(self.spec(task, optimizer, lr, seed, options))
+        every = [spec for of_rate in specs.values() for spec in of_rate]
+        if not all(map(self.done, every)):
+            return every, None
+        return every, min(specs, key=lambda lr: statistics.mean(map(self.loss, specs[lr])))
 
     def best(self, task: str, start: str, optimizer: str, seed: int) -> Spec | None:
         _, rate = self.search(task, start, optimizer)
@@ -274,7 +275,7 @@ class Found:
 
     def results(self, task: str, start: str, optimizer: str) -> list[dict[str, Any]] | None:
         """Of all seeds at the best rate; None while some are missing."""
-        specs = [self.best(task, start, optimizer, seed) for seed in self.seeds]
+        specs = [self.best(task, start, optimizer, seed) for seed in self.seeds(task)]
         if any(spec is None or not self.done(spec) for spec in specs):
             return None
         return [runs.result(self.kept, spec) for spec in specs if spec is not None]
@@ -284,33 +285,40 @@ class Found:
         results = self.results(task, start, optimizer)
         return results and [lm.final(result, "live" if task == "language" else "test") for result in results]
 
-    def grid(self) -> dict[tuple[str, float, float], Spec]:
-        """By optimizer, β1, β2."""
+    def grid(self) -> dict[tuple[str, float, float], list[Spec]]:
+        """By optimizer, β1, β2: a run for each seed."""
         found = {}
-        for optimizer in ("AdamW", "MADA"):
+        for optimizer in GRIDDED:
             _, rate = self.search("language", "good", optimizer)
             if rate is None:
                 continue
             for beta1 in self.settings["grid"]["beta1"]:
                 for beta2 in self.settings["grid"]["beta2"]:
                     options = {"betas": [beta1, beta2]}
-                    found[optimizer, beta1, beta2] = self.spec("language", optimizer, rate, self.seeds[0], options)
+                    found[optimizer, beta1, beta2] = [
+                        self.spec("language", optimizer, rate, seed, options) for seed in self.settings["grid"]["seeds"]
+                    ]
         return found
 
-    def grid_losses(self) -> dict[str, list[list[float]]] | None:
-        """Of AdamW and MADA, a row for each β1; None while some are missing."""
+    def grid_losses(self) -> dict[str, list[list[list[float]]]] | None:
+        """Of each optimizer a row for each β1, and in that for each β2 a list over the seeds; None while some are
+        missing."""
         specs, grid = self.grid(), self.settings["grid"]
-        if len(specs) < 2 * len(grid["beta1"]) * len(grid["beta2"]) or not all(map(self.done, specs.values())):
+        starts = len(grid["beta1"]) * len(grid["beta2"])
+        if len(specs) < len(GRIDDED) * starts or not all(self.done(spec) for of in specs.values() for spec in of):
             return None
         return {
-            name: [[self.loss(specs[name, beta1, beta2]) for beta2 in grid["beta2"]] for beta1 in grid["beta1"]]
-            for name in ("AdamW", "MADA")
+            name: [
+                [[self.loss(spec) for spec in specs[name, beta1, beta2]] for beta2 in grid["beta2"]]
+                for beta1 in grid["beta1"]
+            ]
+            for name in GRIDDED
         }
 
     def hyper(self, name: str) -> list[Spec]:
         """MADA with these hyper options, from the good start at its best rate, for each seed; empty as long as that is
         not known."""
-        specs = [self.best("language", "good", "MADA", seed) for seed in self.seeds]
+        specs = [self.best("language", "good", "MADA", seed) for seed in self.seeds("language")]
         changed = self.settings["hyper"][name]
         return [{**spec, "options": {**spec["options"], **changed}} for spec in specs if spec is not None]
 
@@ -319,9 +327,9 @@ class Found:
         for task, start in self.conditions():
             for optimizer in self.optimizers(task):
                 tried, _ = self.search(task, start, optimizer)
-                seeds = [self.best(task, start, optimizer, seed) for seed in self.seeds]
+                seeds = [self.best(task, start, optimizer, seed) for seed in self.seeds(task)]
                 specs |= {runs.key_of(spec): spec for spec in (*tried, *seeds) if spec is not None}
-        specs |= {runs.key_of(spec): spec for spec in self.grid().values()}
+        specs |= {runs.key_of(spec): spec for of_start in self.grid().values() for spec in of_start}
         specs |= {runs.key_of(spec): spec for name in self.settings["hyper"] for spec in self.hyper(name)}
         return list(specs.values())
 
@@ -375,9 +383,9 @@ def conclusions(kept: Mapping[str, Any]) -> list[str]:
     "consistently outperforms Adam and other popular optimizers", and "is robust against sub-optimally tuned
     hyper-parameters"."""
     found = Found(kept)
-    seeds = len(found.seeds)
     lines = []
     for task, start in found.conditions():
+        seeds = len(found.seeds(task))
         losses = {name: found.finals(task, start, name) for name in found.optimizers(task)}
         known = {name: values for name, values in losses.items() if values is not None}
         where = f"{TASKS[task]}, {start} start"
@@ -416,32 +424,54 @@ def conclusions(kept: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _robustness(found: Found) -> list[str]:
-    lines, costs = [], {}
+def poor_start_costs(found: Found) -> dict[str, list[float]]:
+    """Of each optimizer, by seed, from the good start to the poor one, each at its own best rate."""
+    costs = {}
     for name in found.optimizers("language"):
         good, poor = (found.finals("language", start, name) for start in ("good", "poor"))
         if good and poor and name != MADA_FS:
             costs[name] = [b - a for a, b in zip(good, poor, strict=True)]
-    if costs:
-        means = ", ".join(f"{name} {signed(statistics.mean(cost))}" for name, cost in costs.items())
-        lines.append(f"What the poor start costs, each at its own best rates: {means}.")
+    return costs
+
+
+def _robustness(found: Found) -> list[str]:
+    lines, costs = [], poor_start_costs(found)
     if {"AdamW", "MADA"} <= costs.keys():
         mean, error = difference(costs["MADA"], costs["AdamW"])
         less = "less" if mean < 0 else "more"
-        lines.append(f"It costs MADA {abs(mean):.4f} {less} than AdamW ({certainty(mean, error, len(found.seeds))}).")
+        how_sure = certainty(mean, error, len(found.seeds("language")))
+        lines.append(f"The poor start costs MADA {abs(mean):.4f} {less} than AdamW ({how_sure}).")
     grid = found.grid_losses()
     if grid:
-        flat = {name: [loss for row in rows for loss in row] for name, rows in grid.items()}
-        pairs = list(zip(flat["MADA"], flat["AdamW"], strict=True))
-        better = sum(a < b for a, b in pairs)
-        spread = {name: max(values) - min(values) for name, values in flat.items()}
-        holds = "holds" if spread["MADA"] < spread["AdamW"] else "does not hold"
-        lines.append(
-            f"Grid of starts, 1 seed: MADA ends lower than AdamW from {better} of {len(pairs)}. From best to worst "
-            f"start the loss spans {spread['MADA']:.4f} with MADA, {spread['AdamW']:.4f} with AdamW: that MADA depends "
-            f"less on its start {holds} on this grid."
-        )
+        by_start = {name: [losses for row in rows for losses in row] for name, rows in grid.items()}
+        means = {name: [statistics.mean(losses) for losses in starts] for name, starts in by_start.items()}
+        seeds = len(found.settings["grid"]["seeds"])
+        for other in ("AdamW", FIXED):
+            lower = sum(a < b for a, b in zip(means["MADA"], means[other], strict=True))
+            lines.append(
+                f"Grid of starts, means over {seeds} seeds: MADA ends lower than {other} from {lower} of "
+                f"{len(means[other])}. The median start ends at {statistics.median(means['MADA']):.4f} with MADA, at "
+                f"{statistics.median(means[other]):.4f} with {other}."
+            )
+        for without in (0, 1):
+            spans = {
+                name: [spanned([losses[i] for losses in starts], without) for i in range(seeds)]
+                for name, starts in by_start.items()
+            }
+            less = difference(spans["MADA"], spans["AdamW"])
+            of_what = "each one's worst start left out, by" if without else "over all starts by"
+            lines.append(
+                f"Grid of starts: from best to worst the loss differs, {of_what} "
+                + ", ".join(f"{statistics.mean(values):.4f} with {name}" for name, values in spans.items())
+                + f"; MADA − AdamW {signed(less[0])} ({certainty(*less, seeds)})."
+            )
     return lines
+
+
+def spanned(losses: Sequence[float], without: int) -> float:
+    """From the lowest to the highest but for so many of the highest."""
+    ordered = sorted(losses)
+    return ordered[-1 - without] - ordered[0]
 
 
 def _coefficients_in_words(found: Found) -> list[str]:
@@ -453,20 +483,17 @@ def _coefficients_in_words(found: Found) -> list[str]:
         ends = []
         for name in COEFFICIENTS:
             values = [result["series"][name][-1] for result in results]
-            ends.append(f"{SYMBOLS[name]} {min(values):.2f} to {max(values):.2f}")
-        lines.append(f"{TASKS[task]}, {start} start: over the seeds MADA's coefficients end at {', '.join(ends)}.")
-        if start == "poor":
-            betas = start_options("MADA", start)["betas"]
-            moved = max(
-                abs(value - begin)
-                for result in results
-                for name, begin in zip(("beta1", "beta2"), betas, strict=True)
-                for value in result["series"][name]
-            )
-            lines.append(
-                f"{TASKS[task]}, {start} start: β1 and β2 are never seen further than {moved:.4f} from where they start"
-                + (", so what MADA makes good of it, the other coefficients do." if moved < 0.02 else ".")
-            )
+            ends.append(f"{SYMBOLS[name]} {min(values):.3f} to {max(values):.3f}")
+        moved = max(
+            abs(value - begin)
+            for result in results
+            for name, begin in zip(("beta1", "beta2"), start_options("MADA", start)["betas"], strict=True)
+            for value in result["series"][name]
+        )
+        lines.append(
+            f"{TASKS[task]}, {start} start: over the seeds MADA's coefficients end at {', '.join(ends)}; β1 and β2 are "
+            f"never seen further than {moved:.4f} from where they start."
+        )
     return lines
 
 
@@ -476,22 +503,21 @@ def _coefficients_in_words(found: Found) -> list[str]:
 def render(kept: Mapping[str, Any]) -> str:
     """Markdown, from the file's content alone."""
     found = Found(kept)
-    seeds = len(found.seeds)
-    parts = []
+    parts = [runs.provenance(kept)]
     for task, start in found.conditions():
-        shape = found.settings["tasks"][task]
+        shape, seeds = found.settings["tasks"][task], found.seeds(task)
         measure = "held-out loss, nats per byte" if task == "language" else "test loss"
         extra = [] if task == "language" else ["test accuracy"]
-        head = ["", "learning rate", "tried", measure, "spread over seeds", "− AdamW, by seed", *extra]
+        head = ["", "learning rate", "of", measure, "spread over seeds", "− AdamW, by seed", *extra]
         rows = [head, ["---", *["---:"] * (len(head) - 1)]]
         reference = found.finals(task, start, "AdamW")
         for name in found.optimizers(task):
             losses, results = found.finals(task, start, name), found.results(task, start, name)
-            tried, rate = found.search(task, start, name)
+            _, rate = found.search(task, start, name)
             if losses is None or results is None:
                 rows.append([name, "not run yet", *[""] * (len(head) - 2)])
                 continue
-            rates = sorted(spec["lr"] for spec in tried)
+            rates = found.settings["rates"][task][name]
             edge = " (edge)" if rate in (rates[0], rates[-1]) and len(rates) > 1 else ""
             row = [name, f"{rate:g}{edge}", f"{rates[0]:g} to {rates[-1]:g}", f"{statistics.mean(losses):.4f}"]
             row += [f"{min(losses):.4f} to {max(losses):.4f}"]
@@ -504,36 +530,58 @@ def render(kept: Mapping[str, Any]) -> str:
                 mean, error = mean_and_error([result["accuracy"][-1] for result in results])
                 row.append(f"{100 * mean:.2f} ± {100 * error:.2f} %")
             rows.append(row)
-        title = f"{TASKS[task]}, {start} start: {shape['steps']} steps, {seeds} seeds"
-        parts.append(f"{title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
+        chosen = f"rates chosen on {listed(shape['choose'])}, reported: {listed(seeds)}"
+        title = f"{TASKS[task]}, {start} start: {shape['steps']} steps; {chosen}"
+        parts.append(f"{title}\n\n{table(rows)}")
     compared = sum(len(found.optimizers(task)) - 1 for task, _ in found.conditions())
     parts.append(
-        "± is one standard error of the mean over the seeds. Seed 0 has chosen the learning rates. What is called "
-        f"clear below is so by chance in 1 of 20 comparisons without a difference; the tables above make {compared}."
+        "± is one standard error of the mean over the seeds. What is called clear below is so by chance in 1 of 20 "
+        f"comparisons without a difference; the tables above make {compared}."
     )
-    plain = found.finals("language", "good", "MADA")
-    rows = [["MADA from the good start, with", "− MADA with its defaults, by seed"], ["---", "---:"]]
+    plain, seeds = found.finals("language", "good", "MADA"), found.seeds("language")
+    rows = [["MADA from the good start, with", "− MADA with its defaults, by seed", ""], ["---", "---:", "---"]]
     for name in found.settings["hyper"]:
         specs = found.hyper(name)
-        if plain is not None and len(specs) == seeds and all(map(found.done, specs)):
-            mean, error = difference([found.loss(spec) for spec in specs], plain)
-            rows.append([name, f"{signed(mean)} ± {error:.4f}"])
+        if plain is not None and len(specs) == len(seeds) and all(map(found.done, specs)):
+            by = difference([found.loss(spec) for spec in specs], plain)
+            rows.append([name, f"{signed(by[0])} ± {by[1]:.4f}", certainty(*by, len(seeds))])
     if len(rows) > 2:
-        parts.append("Hyper options:\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
+        parts.append(f"Hyper options:\n\n{table(rows)}")
+    rows = [["", "poor start − good start, by seed", ""], ["---", "---:", "---"]]
+    for name, costs in poor_start_costs(found).items():
+        by = mean_and_error(costs) if all(map(math.isfinite, costs)) else (statistics.mean(costs), math.nan)
+        rows.append([name, f"{signed(by[0])} ± {by[1]:.4f}", certainty(*by, len(costs))])
+    if len(rows) > 2:
+        parts.append(f"What the poor start costs, each at its own best rates:\n\n{table(rows)}")
     grid = found.grid_losses()
     if grid:
-        rates = " and ".join(f"{found.search('language', 'good', name)[1]:g}" for name in ("AdamW", "MADA"))
+        rates = ", ".join(f"{name} {found.search('language', 'good', name)[1]:g}" for name in GRIDDED)
         betas2 = found.settings["grid"]["beta2"]
         rows = [["β1 \\ β2", *[f"{beta2:g}" for beta2 in betas2]], ["---", *["---:"] * len(betas2)]]
+        means = {name: mean_over_seeds(losses) for name, losses in grid.items()}
         for i, beta1 in enumerate(found.settings["grid"]["beta1"]):
-            pairs = zip(grid["MADA"][i], grid["AdamW"][i], strict=True)
-            rows.append([f"{beta1:g}", *[f"{a:.3f} ({signed(a - b)})" for a, b in pairs]])
-        title = f"MADA's loss from each start, and in parentheses that minus AdamW's; rates {rates}, 1 seed"
-        parts.append(f"{title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
+            cells = zip(*(means[name][i] for name in ("MADA", "AdamW", FIXED)), strict=True)
+            rows.append([f"{beta1:g}", *[f"{a:.3f} ({signed(a - b)}, {signed(a - c)})" for a, b, c in cells]])
+        parts.append(
+            f"MADA's loss from each start, and in parentheses that minus AdamW's and minus {FIXED}'s; rates {rates}; "
+            f"means over {len(found.settings['grid']['seeds'])} seeds\n\n{table(rows)}"
+        )
     if "time" in kept:
         parts.append(time_table(kept["time"]))
     parts.append("\n".join(f"- {line}" for line in conclusions(kept)))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def listed(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def mean_over_seeds(rows: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    return [[statistics.mean(losses) for losses in row] for row in rows]
 
 
 # --- times and memory ---
@@ -580,8 +628,8 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
 def time_table(found: Mapping[str, Any]) -> str:
     about = found["machine"]
     lines = [
-        f"Time and memory: {found['parameters']:,} parameters, float32, 1 thread, {about['cpu']}, torch "
-        f"{about['torch']}; medians of {found['rounds']} interleaved rounds",
+        f"Time and memory: {found['parameters']:,} parameters, float32, 1 thread, {about['cpu']} ({about['isa']}), "
+        f"torch {about['torch']}, {about['date'][:10]}; medians of {found['rounds']} interleaved rounds",
         "",
         "| | ms a training step | quartiles | × AdamW | ms of it, optimizer | × AdamW | state, bytes / parameter |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -626,11 +674,12 @@ def draw_losses(axes: Axes, found: Found, start: str) -> None:
 
 def draw_grid(axes: Axes, found: Found) -> None:
     losses = found.grid_losses()
-    axes.set_title("MADA − AdamW, by start (1 seed)")
+    axes.set_title("MADA − AdamW, by start")
     if losses is None:
         return
     betas1, betas2 = found.settings["grid"]["beta1"], found.settings["grid"]["beta2"]
-    gaps = [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(losses["MADA"], losses["AdamW"], strict=True)]
+    means = [mean_over_seeds(losses[name]) for name in ("MADA", "AdamW")]
+    gaps = [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(*means, strict=True)]
     largest = max([abs(gap) for row in gaps for gap in row if math.isfinite(gap)], default=0.0) or 1.0
     norm = TwoSlopeNorm(0.0, vmin=-1.6 * largest, vmax=1.6 * largest)  # no shade too dark for the numbers on it
     axes.imshow(gaps, cmap="RdBu_r", norm=norm, origin="lower", aspect="auto")
@@ -685,9 +734,10 @@ def draw(kept: Mapping[str, Any], folder: Path) -> list[Path]:
     draw_losses(poor, found, "poor")
     draw_grid(grid, found)
     plots.save(figure, folder / "mada.png")
-    figure, (good, poor, accuracy) = plots.new_figure([4.8, 4.8, 4.4], height=4.0)
+    figure, (good, poor, digits_, accuracy) = plots.new_figure([4.6, 4.6, 4.6, 4.2], height=4.0)
     draw_coefficients(good, found, "language", "good")
     draw_coefficients(poor, found, "language", "poor")
+    draw_coefficients(digits_, found, "digits", "good")
     draw_digits(accuracy, found)
     plots.save(figure, folder / "mada-coefficients.png")
     return [folder / "mada.png", folder / "mada-coefficients.png"]

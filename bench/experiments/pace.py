@@ -4,20 +4,23 @@
     python bench/experiments/pace.py --render    tables and figures from what is there
     python bench/experiments/pace.py --quick     a few short runs into out/experiments, to see that it works
 
-Four stages (`lm.py` says what is trained; betas (0.9, 0.95), weight decay 0.1 on matrices, gradients clipped to 1):
+Five stages (`lm.py` says what is trained; betas (0.9, 0.95), weight decay 0.1 on matrices, gradients clipped to 1):
 
-1. **Sweep**, one seed: learning rate × pullback strength λ × averaging exponent κ × schedule. λ = 0 is AdamW with the
-   average that PACE would keep; AdamW's runs carry plain EMAs of four decays beside those. Schedule-free AdamW
-   (Defazio et al., 2024) at a constant rate, which is what it is made for, over the learning rate and its β1. As a
-   control, AdamW and its averages under a rate that falls as PACE's averaging weight does, (1 + t)^(−0.2): where all
-   coordinates are clamped, PACE's average moves by w_t times AdamW's steps, and that fall alone could be what helps.
+1. **Sweep**, one seed: learning rate × pullback strength λ × averaging exponent κ × schedule, and the rate alone at the
+   default λ and κ. λ = 0 is AdamW with the average that PACE would keep; AdamW's runs carry plain EMAs of four decays
+   beside those. Schedule-free AdamW (Defazio et al., 2024) at a constant rate, which is what it is made for, over the
+   learning rate and its β1. As a control, AdamW and its averages under a rate that falls as PACE's averaging weight
+   does, (1 + t)^(−0.2): where all coordinates are clamped, PACE's average moves by w_t times AdamW's steps, and that
+   fall alone could be what helps.
 2. **Seeds**: the best cell of each method and schedule, on seeds that the sweep has not seen, so that choosing the
    best of many does not flatter who has more to choose from. Differences are paired by seed: the same start and the
    same batches.
 3. **Budgets**, the paper's appendix C: one PACE run at a constant rate, stopped anywhere, against AdamW that for each
    budget decays its rate over the last fifth (branches of one trunk), and against AdamW's plain EMA on that trunk.
 4. **Variants** of the best cell at a constant rate, on three of its seeds: the average moves every 2, 5, 10 or 20
-   steps; the pull is measured from the stepped weights; nothing is clamped; λ as it is by default.
+   steps; the pull is measured from the stepped weights; nothing is clamped.
+5. **Rates** around the best one of each method, everything else as it is at its best cell, on three seeds: what a rate
+   costs that is a quarter, a half, twice, four times as high.
 
 The share of clamped coordinates, the paper's Figure 4, comes from the runs of the seeds.
 
@@ -41,9 +44,9 @@ import lm
 import plots
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
-from runs import CRITICAL, RESULTS, Spec, complete, done, load, result
+from runs import CRITICAL, RESULTS, Spec, complete, done, key_of, load, provenance, result
 
-LRS = (2e-3, 4e-3, 8e-3, 16e-3)
+LRS = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 LAMBDAS = (0.05, 0.2, 0.8)
 # Beyond the edges at which the first sweep had its best: AdamW's smallest rate, and PACE's strongest pull.
 LOWER_LRS = (5e-4, 1e-3)
@@ -61,11 +64,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"the average moves every {n} steps": {"ema_update_freq": n} for n in (2, 5, 10, 20)},
     "the pull is measured from the stepped weights": {"pullback_from": "step"},
     "no clamp": {"clamp_pullback": False},
-    "λ 0.15, the default": {"lambda_pullback": 0.15},
 }
 VARIANT_SEEDS = (1, 2, 3)
+AROUND = (0.25, 0.5, 2.0, 4.0)  # times the best rate
+DEFAULTS = (0.15, 0.2)  # λ and κ
 
-METHODS = ("AdamW", "AdamW + EMA", "PACE", "schedule-free")
+METHODS = ("AdamW", "AdamW + EMA", "PACE", "PACE, default λ", "schedule-free")
 COLORS = dict(zip(METHODS, plots.PALETTE, strict=False))
 
 
@@ -86,6 +90,7 @@ class Size:
     seeds: tuple[int, ...] = SEEDS
     budgets: tuple[int, ...] = BUDGETS
     budget_seeds: tuple[int, ...] = BUDGET_SEEDS
+    around: tuple[float, ...] = AROUND
 
     @property
     def adamw_lrs(self) -> tuple[float, ...]:
@@ -118,6 +123,7 @@ QUICK = Size(
     seeds=(1, 2),
     budgets=(2, 5),
     budget_seeds=(1, 2),
+    around=AROUND[2:3],
 )
 
 
@@ -151,6 +157,7 @@ def sweep(size: Size) -> list[Spec]:
     """The shorter lists first, so that a sweep that was ended early is still balanced."""
     found = [adamw(size, lr, schedule) for schedule in (*size.schedules, *size.controls) for lr in size.adamw_lrs]
     found += [schedule_free(size, lr, beta1) for lr in size.lrs for beta1 in size.beta1s]
+    found += [pace(size, lr, schedule, *DEFAULTS) for schedule in size.schedules for lr in size.lrs]
     found += [
         pace(size, lr, schedule, strength, kappa)
         for schedule in size.schedules
@@ -181,7 +188,7 @@ class Cell:
         found = [f"lr {self.spec['lr']:g}"]
         if self.method == "AdamW + EMA":
             found.append(self.weights)
-        if self.method == "PACE":
+        if self.method.startswith("PACE"):
             found += [f"λ {options['lambda_pullback']:g}", f"κ {options['ema_kappa']:g}"]
         if self.method == "schedule-free":
             found.append(f"β1 {options['betas'][0]:g}")
@@ -196,6 +203,8 @@ def cells(kept: Mapping[str, Any], size: Size, method: str, schedule: str) -> li
         specs = [(adamw(size, lr, schedule), weights) for lr in size.adamw_lrs]
     elif method == "PACE":
         specs = [(pace(size, lr, schedule, strength, kappa), ("average",)) for kappa, strength, lr in size.pace_cells()]
+    elif method == "PACE, default λ":
+        specs = [(pace(size, lr, schedule, *DEFAULTS), ("average",)) for lr in size.lrs]
     elif schedule == "constant":
         specs = [(schedule_free(size, lr, beta1), ("average",)) for lr in size.lrs for beta1 in size.beta1s]
     else:
@@ -301,15 +310,49 @@ def variants(size: Size, best: Sequence[Cell]) -> dict[str, list[Spec]]:
 def variant_differences(kept: Mapping[str, Any], size: Size) -> dict[str, tuple[float, float, int]]:
     """To the cell itself, paired by seed."""
     best = best_cells(kept, size)
-    found = {}
-    for name, specs in variants(size, best).items():
-        cell = next(c for c in best if c.method == "PACE" and c.schedule == "constant")
-        pairs = [(spec, cell.seeded(spec["seed"])) for spec in specs]
-        there = [pair for pair in pairs if all(done(kept, spec) for spec in pair)]
-        if there:
-            columns = zip(*there, strict=True)
-            found[name] = paired(*([lm.final(result(kept, spec), "average") for spec in c] for c in columns))
-    return found
+    return {
+        name: against_best(kept, best, "PACE", specs, "average")
+        for name, specs in variants(size, best).items()
+        if any(done(kept, spec) for spec in specs)
+    }
+
+
+# --- rates around the best one ---------------------------------------------------------------------------------------
+
+
+def at_rate(cell: Cell, factor: float, seed: int) -> Spec:
+    return {**cell.seeded(seed), "lr": float(f"{cell.spec['lr'] * factor:.3g}")}
+
+
+def rates(size: Size, best: Sequence[Cell]) -> dict[str, dict[float, list[Spec]]]:
+    """By method and factor, the best cells at a constant rate with another rate."""
+    seeds = [seed for seed in VARIANT_SEEDS if seed in size.seeds]
+    return {
+        cell.method: {factor: [at_rate(cell, factor, seed) for seed in seeds] for factor in size.around}
+        for cell in best
+        if cell.schedule == "constant"
+    }
+
+
+def cost_of_rates(kept: Mapping[str, Any], size: Size) -> dict[str, dict[float, tuple[float, float, int]]]:
+    """What each costs, paired by seed with the best rate."""
+    best = best_cells(kept, size)
+    weights = {cell.method: cell.weights for cell in best if cell.schedule == "constant"}
+    return {
+        method: {factor: against_best(kept, best, method, specs, weights[method]) for factor, specs in found.items()}
+        for method, found in rates(size, best).items()
+    }
+
+
+def against_best(
+    kept: Mapping[str, Any], best: Sequence[Cell], method: str, specs: Sequence[Spec], weights: str
+) -> tuple[float, float, int]:
+    """Of runs minus those of the method's best cell at a constant rate, paired by seed, as far as both are done."""
+    cell = next(c for c in best if c.method == method and c.schedule == "constant")
+    pairs = [(spec, cell.seeded(spec["seed"])) for spec in specs]
+    there = [pair for pair in pairs if all(done(kept, spec) for spec in pair)]
+    columns = list(zip(*there, strict=True)) or [(), ()]
+    return paired(*([lm.final(result(kept, spec), weights) for spec in column] for column in columns))
 
 
 # --- running --------------------------------------------------------------------------------------------------------
@@ -327,6 +370,8 @@ def run_all(path: Path, size: Size, processes: int | None = None) -> dict[str, A
     complete(path, about, seeded, run, processes)
     rest = [spec for specs in budget_specs(size, best).values() for spec in specs]
     rest += [spec for specs in variants(size, best).values() for spec in specs]
+    around = [spec for found in rates(size, best).values() for specs in found.values() for spec in specs]
+    rest += {key_of(spec): spec for spec in around}.values()  # AdamW and its EMA may have the same
     return complete(path, about, rest, run, processes)
 
 
@@ -334,97 +379,89 @@ def run_all(path: Path, size: Size, processes: int | None = None) -> dict[str, A
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, int]:
-    """Mean of a − b over the seeds that both have, its standard error, and how many there are."""
-    differences = [x - y for x, y in zip(a, b, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    """Mean of a − b over the seeds, its standard error, and how many there are; nan is a run that is missing. Infinite
+    where one side diverged, on whatever seed: a mean over the others would flatter it."""
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if not (math.isnan(x) or math.isnan(y))]
+    if any(math.isinf(x) for x, _ in pairs):
+        return math.inf, math.nan, len(pairs)
+    if any(math.isinf(y) for _, y in pairs):
+        return -math.inf, math.nan, len(pairs)
+    differences = [x - y for x, y in pairs]
     if not differences:
-        return math.inf if any(map(math.isinf, a)) else math.nan, math.nan, 0
+        return math.nan, math.nan, 0
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
     return statistics.mean(differences), error, len(differences)
 
 
 def verdict(mean: float, error: float, count: int) -> str:
     """In words, by Student's t at 95 % for so few seeds."""
-    if mean == math.inf:
-        return "diverged"
-    critical = CRITICAL.get(count, 2.5)
+    if math.isinf(mean):
+        return "diverged" if mean > 0 else "the other one diverged"
     if count < 2 or not math.isfinite(error):
         return "one seed says nothing"
-    if abs(mean) <= critical * error:
+    if abs(mean) <= CRITICAL[count] * error:
         return "no difference that these seeds can tell"
     return "better" if mean < 0 else "worse"
 
 
+def stated(mean: float, error: float, count: int) -> str:
+    return f"{mean:+.4f} ± {error:.4f} nats per byte ({count} seeds): {verdict(mean, error, count)}"
+
+
+def cost(mean: float, error: float, count: int) -> str:
+    if not count or math.isinf(mean):
+        return "diverged" if count else "not run"
+    return f"{mean:+.4f} ± {error:.4f}"
+
+
 def spread(values: Sequence[float]) -> str:
     finite = [v for v in values if math.isfinite(v)]
+    diverged = sum(map(math.isinf, values))
+    lost = f"{diverged} of {len(values)} diverged" if diverged else ""
     if not finite:
-        return "–"
+        return lost or "–"
     deviation = f" ± {statistics.stdev(finite):.4f}" if len(finite) > 1 else ""
-    return f"{statistics.mean(finite):.4f}{deviation}"
-
-
-def flatness(kept: Mapping[str, Any], size: Size, cell: Cell) -> dict[float, float]:
-    """The cell's loss at each learning rate that all methods were tried at, everything else as it is."""
-    found = {}
-    for other in cells(kept, size, cell.method, cell.schedule):
-        same = other.spec.get("options") == cell.spec.get("options") and other.weights == cell.weights
-        if same and other.spec["lr"] in size.lrs:
-            found[other.spec["lr"]] = other.loss
-    return found
+    return f"{statistics.mean(finite):.4f}{deviation}" + (f" ({lost})" if lost else "")
 
 
 def conclusions(kept: Mapping[str, Any], size: Size = FULL) -> list[str]:
     """Sentences whose numbers and verdicts are computed here."""
     best, said = best_cells(kept, size), []
     by = {(c.method, c.schedule): c for c in best}
+
+    def compare(ours: tuple[str, str], theirs: tuple[str, str], words: str) -> None:
+        if ours in by and theirs in by:
+            found = paired(of_seeds(kept, size, by[ours]), of_seeds(kept, size, by[theirs]))
+            if found[2]:
+                said.append(f"{words} = {stated(*found)}.")
+
     for schedule in size.schedules:
-        ours = by.get(("PACE", schedule))
         for other in ("AdamW", "AdamW + EMA", "schedule-free"):
-            theirs = by.get((other, schedule))
-            if ours is None or theirs is None:
-                continue
-            mean, error, count = paired(of_seeds(kept, size, ours), of_seeds(kept, size, theirs))
-            if count:
-                said.append(
-                    f"{schedule}: PACE − {other} = {mean:+.4f} ± {error:.4f} nats per byte (mean and standard error "
-                    f"over {count} seeds), each at its best cell: {verdict(mean, error, count)}."
-                )
+            compare(("PACE", schedule), (other, schedule), f"{schedule}: PACE − {other}")
+        compare(("PACE, default λ", schedule), ("AdamW + EMA", schedule), f"{schedule}: PACE, default λ − AdamW + EMA")
     for method in METHODS[:2]:
-        ours, theirs = by.get(("PACE", "constant")), by.get((method, "power"))
-        if ours is not None and theirs is not None:
-            mean, error, count = paired(of_seeds(kept, size, ours), of_seeds(kept, size, theirs))
-            if count:
-                said.append(
-                    f"Control: PACE at a constant rate − {method} at a rate that falls as PACE's averaging weight = "
-                    f"{mean:+.4f} ± {error:.4f} ({count} seeds): {verdict(mean, error, count)}."
-                )
-    for method in ("AdamW", "AdamW + EMA", "PACE"):
-        cell = by.get((method, "constant"))
-        if cell is not None:
-            losses = flatness(kept, size, cell)
-            finite = [v for v in losses.values() if math.isfinite(v)]
-            said.append(
-                f"Over learning rates {min(losses):g} to {max(losses):g} at a constant rate, {method} at its best "
-                f"other settings spans {max(finite) - min(finite):.3f} nats per byte (seed 0)."
-            )
+        words = f"Control: PACE at a constant rate − {method} at a rate that falls as PACE's averaging weight"
+        compare(("PACE", "constant"), (method, "power"), words)
     specs, weights = budget_specs(size, best), weights_of_budgets(best)
     if {"AdamW", "PACE"} <= specs.keys():
         decayed = budget_losses(kept, specs["AdamW"], weights["AdamW"])
         ours_at = budget_losses(kept, specs["PACE"], weights["PACE"])
         for budget in sorted(decayed.keys() & ours_at.keys()):
             if len(decayed[budget]) == len(ours_at[budget]):
-                mean, error, count = paired(ours_at[budget], decayed[budget])
-                said.append(
-                    f"{budget} steps: PACE at a constant rate − AdamW decayed for that budget = {mean:+.4f} ± "
-                    f"{error:.4f} ({count} seeds): {verdict(mean, error, count)}."
-                )
-    cell = by.get(("PACE", "constant"))
-    if cell is not None:
-        shares = clip_shares(kept, size, cell)
+                found = paired(ours_at[budget], decayed[budget])
+                words = f"{budget} steps: PACE at a constant rate − AdamW decayed for that budget"
+                said.append(f"{words} = {stated(*found)}.")
+    said.append(
+        f"Those are {len(said)} comparisons, each at the 5 % level: 1 in 20 would come out as better or worse where "
+        "there is no difference."
+    )
+    for cell in best:
+        shares = clip_shares(kept, size, cell) if cell.method == "PACE" else []
         if shares:
             first, last = (statistics.mean(s[i] for _, s in shares) for i in (0, -1))
             said.append(
-                f"At PACE's best cell at a constant rate {100 * first:.1f} % of the coordinates are clamped at the "
-                f"first evaluation, {100 * last:.1f} % at the last one."
+                f"{cell.schedule}: at PACE's best cell {100 * first:.1f} % of the coordinates are clamped at the first "
+                f"evaluation, {100 * last:.1f} % at the last one."
             )
     return said
 
@@ -445,6 +482,7 @@ def render(kept: Mapping[str, Any], size: Size = FULL) -> str:
     best = best_cells(kept, size)
     corpus = kept["about"].get("corpus", {}).get("description", "")
     parts = [
+        provenance(kept),
         f"GPT of 0.12 M parameters, {size.steps} steps of {lm.BATCH} × {lm.MODEL.context} bytes, {corpus}; validation "
         f"loss in nats per byte. The best cell of the sweep (seed 0), and its loss on seeds "
         f"{', '.join(map(str, size.seeds))} (mean ± standard deviation).",
@@ -470,14 +508,23 @@ def render(kept: Mapping[str, Any], size: Size = FULL) -> str:
     losses = {m: budget_losses(kept, specs[m], weights[m]) for m in specs}
     for budget in size.budgets:
         lines.append(f"| {budget} | {' | '.join(spread(losses[m].get(budget, [])) for m in specs)} |")
-    parts.append(f"Budgets, {len(size.budget_seeds)} seeds:\n\n" + "\n".join(lines))
+    same = f"; at {size.steps} steps the trainings are those above" if size.steps in size.budgets else ""
+    parts.append(f"Budgets, {len(size.budget_seeds)} seeds{same}:\n\n" + "\n".join(lines))
+    costs = cost_of_rates(kept, size)
+    lines = [
+        f"| times the best rate | {' | '.join(f'{factor:g}' for factor in size.around)} |",
+        f"| --- |{' ---: |' * len(size.around)}",
+    ]
+    for method, found in costs.items():
+        lines.append(f"| {method} | {' | '.join(cost(*found[factor]) for factor in size.around)} |")
+    parts.append(
+        "What a learning rate costs that is not the best one, at a constant rate, all else as in the best cell; nats "
+        "per byte, mean and standard error over seeds, as below:\n\n" + "\n".join(lines)
+    )
     differences = variant_differences(kept, size)
     if differences:
         lines = ["| PACE at its best cell, constant rate, but | loss − that of the cell | |", "| --- | ---: | --- |"]
-        lines += [
-            f"| {name} | {f'{mean:+.4f} ± {error:.4f}' if count else ''} | {verdict(mean, error, count)} |"
-            for name, (mean, error, count) in differences.items()
-        ]
+        lines += [f"| {name} | {cost(*found)} | {verdict(*found)} |" for name, found in differences.items()]
         parts.append("Variants, mean and standard error over seeds:\n\n" + "\n".join(lines))
     parts.append("\n".join(f"- {sentence}" for sentence in conclusions(kept, size)))
     return "\n\n".join(parts) + "\n"
@@ -523,6 +570,7 @@ def draw_sweep(kept: Mapping[str, Any], size: Size, path: Path) -> None:
                         dark = norm(value) < 0.5
                         axes.text(x, y, f"{value:.3f}", ha="center", va="center", fontsize=8,
                                   color=plots.INK if dark else "white")  # fmt: skip
+    figure.suptitle("Seed 0; white: not run", fontsize=10)
     for axes in grid[-1]:
         axes.set_xlabel("learning rate")
     for axes in grid[:, 0]:

@@ -7,6 +7,8 @@ and goes on where it was; and what a run's spec has changed in since is run agai
 
 from __future__ import annotations
 
+import collections
+import datetime
 import json
 import multiprocessing
 import os
@@ -22,13 +24,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness import save
+from harness import cpu_model, save
+
+import pace_kernels
 
 BENCH = Path(__file__).resolve().parents[1]
 RESULTS = BENCH / "results"
 
 # |t| beyond which 1 in 20 goes by chance where there is no difference, by the number of seeds.
-CRITICAL = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+CRITICAL = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 
 Spec = dict[str, Any]
 
@@ -43,7 +47,7 @@ def key_of(spec: Mapping[str, Any]) -> str:
             elif isinstance(value, list | tuple):
                 yield f"{name} {'/'.join(map(str, value))}"
             else:
-                yield str(value) if isinstance(value, str) else f"{name} {value:g}"
+                yield value if isinstance(value, str) else f"{name} {'none' if value is None else f'{value:g}'}"
 
     return ", ".join(parts(spec))
 
@@ -62,6 +66,19 @@ def done(kept: Mapping[str, Any], spec: Spec) -> bool:
 
 def result(kept: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     return kept["runs"][key_of(spec)]["result"]
+
+
+def made() -> str:
+    """Where and when, for a run's entry."""
+    date = datetime.datetime.now(datetime.timezone.utc).date()
+    isa = torch.backends.cpu.get_cpu_capability()
+    return f"{date}, {cpu_model()} ({isa}), torch {torch.__version__}, pace_kernels {pace_kernels.__version__}"
+
+
+def provenance(kept: Mapping[str, Any]) -> str:
+    """In a sentence, how many runs were made where and when."""
+    counts = collections.Counter(run["made"] for run in kept["runs"].values())
+    return "; ".join(f"{count} runs: {where}" for where, count in sorted(counts.items())) + ". One thread a run."
 
 
 def _alone() -> None:
@@ -117,7 +134,7 @@ def complete(
         for future in as_completed(pending):
             spec = pending[future]
             found, seconds = future.result()
-            kept["runs"][key_of(spec)] = {"spec": spec, "result": found, "seconds": round(seconds, 2)}
+            kept["runs"][key_of(spec)] = {"spec": spec, "result": found, "seconds": round(seconds, 2), "made": made()}
             path.parent.mkdir(parents=True, exist_ok=True)
             save(kept, path)
             count += 1
