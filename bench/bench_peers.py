@@ -3,7 +3,7 @@
 Every peer takes part in the same interleaved rounds as our own optimizers; `harness.py` says how. Each is compared with
 the one of ours that computes the same rule, or with PACE where none does. A peer that cannot be installed or does not
 run is a row with the reason. What was measured is in `peers.json`, complete after every case: a second run measures
-only what is missing. `peers.md` and `peers.png` are made from that file alone.
+only what is missing. What is printed and `peers.png` are made from that file alone.
 
 All contenders of a case share weights and gradients. So the first step of each is checked: it must move the weights and
 leave the gradients alone.
@@ -31,6 +31,7 @@ import bench_step
 import torch
 from bench_step import AUTOGRAD, MADA, OURS, PRESET, REFERENCE, draw, optimizer, some_of
 from harness import (
+    MIN_ROUNDS,
     BandwidthProbe,
     Case,
     ColdWalk,
@@ -63,6 +64,8 @@ LION, ADAN, YOGI = "mada-lion", "mada-adan", "mada-yogi"
 # What install_peers.py left beside the packages.
 REASONS = Path(sys.prefix, "peers.json")
 BUILT = Path(sys.prefix, "torch_extensions")
+# AdamW's default. That of some peers is 0, and a step without decay is another, shorter one.
+DECAY = 0.01
 
 
 @dataclass(frozen=True)
@@ -175,13 +178,15 @@ def of(module: str, name: str, **options: Any) -> Make:
 
 
 def schedule_free(parameters: list[nn.Parameter]) -> Contender:
-    made = importlib.import_module("schedulefree").AdamWScheduleFree(parameters, lr=1e-3, foreach=True)
+    made = importlib.import_module("schedulefree").AdamWScheduleFree(
+        parameters, lr=1e-3, weight_decay=DECAY, foreach=True
+    )
     made.train()
     return Contender(made.step, lambda: made.state)
 
 
 def heavyball_adamw(parameters: list[nn.Parameter]) -> Contender:
-    made = importlib.import_module("heavyball").AdamW(parameters, lr=1e-3, consume_grad=False)
+    made = importlib.import_module("heavyball").AdamW(parameters, lr=1e-3, weight_decay=DECAY, consume_grad=False)
     return Contender(made.step, lambda: made.state)
 
 
@@ -200,7 +205,7 @@ def adamw_and_ema_pytorch(parameters: list[nn.Parameter]) -> Contender:
 
 
 def deepspeed_adam(parameters: list[nn.Parameter]) -> Contender:
-    made = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam(parameters, lr=1e-3)
+    made = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam(parameters, lr=1e-3, weight_decay=DECAY)
     return Contender(made.step, lambda: made.state)
 
 
@@ -227,7 +232,7 @@ POPT = {"package": "pytorch_optimizer", "module": "pytorch_optimizer"}
 
 def popt(name: str, states: int, ours: str, note: str, **options: Any) -> Peer:
     """One of pytorch_optimizer's, in its foreach form."""
-    make = of("pytorch_optimizer", name, lr=1e-3, foreach=True, **options)
+    make = of("pytorch_optimizer", name, lr=1e-3, foreach=True, weight_decay=DECAY, **options)
     note = f"foreach, states in the parameters' format; {note}"
     key, title = f"popt-{name.lower()}", f"pytorch_optimizer {name}"
     return Peer(key, title, make, **moves(states), scratch=24, note=note, ours=ours, **POPT)
@@ -492,20 +497,22 @@ def cells(case: Case, against: Mapping[str, str]) -> list[list[str]]:
     """The case as rows of text. `against`: key -> key of the row of ours that it is compared with."""
     names = {result.row.key: result.row.name for result in case.results}
     lines = [
-        ["", "ms", "quartiles", "ns/param", "/ PACE", "compared with", "ratio", "quartiles of the ratio"],
+        ["", "ms", "quartiles", "ns/param", "PACE beside it, ms", "/ PACE", "compared with", "ratio"],
     ]
-    lines[0] += ["state B/param", "peak extra MB", "first step s", "rounds"]
+    lines[0] += ["quartiles of the ratio", "state B/param", "peak extra MB", "first step s", "rounds"]
     for result in case.results:
         if not result.samples:
             lines.append([result.row.name, "–"] + [""] * (len(lines[0]) - 2))
             continue
         low, middle, high = quartiles(result.samples)
-        to_pace = case.against(result, OURS)
+        to_pace, pace = case.against(result, OURS), case.result(OURS)
+        together = {} if pace is None else {k: v for k, v in pace.samples.items() if k in result.samples}
         line = [result.row.name, f"{1e3 * middle:.2f}", f"{1e3 * low:.2f} – {1e3 * high:.2f}"]
-        line += [f"{1e9 * middle / case.numel:.3f}", "–" if to_pace is None else f"{to_pace:.2f} ×"]
+        line += [f"{1e9 * middle / case.numel:.3f}", f"{1e3 * quartiles(together)[1]:.2f}" if together else "–"]
+        line += ["–" if to_pace is None else f"{to_pace:.2f} ×"]
         key = against.get(result.row.key, "")
         other = case.result(key)
-        if other is None or not result.samples.keys() & other.samples.keys():
+        if other is None or len(result.samples.keys() & other.samples.keys()) < MIN_ROUNDS:
             line += [names.get(key, ""), "–", ""]
         else:
             low, middle, high = ratio(result.samples, other.samples)
@@ -535,8 +542,12 @@ def render(numbers: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {found}" for name, found in numbers["packages"].items() if found)
     text.append(f"Installed: {versions or 'none of the packages'}.")
     text.append(
-        "Ratios are medians over the rounds, above 1 where ours is faster. State: the bytes of the tensors that the "
-        "optimizer holds, counted after the run. Peak extra: what a step needs beyond that. First step: with the "
+        "Ratios are medians over the rounds that both were timed in, above 1 where ours is faster. Where not all rows "
+        "fit into memory together, they take turns in several waves, PACE and those compared with others in each "
+        "of them: a ratio is of the same minutes, and milliseconds of two rows may not be. PACE beside it is PACE's "
+        "median in that row's rounds. "
+        f"Weight decay: {numbers['weight_decay']}. State: the bytes of the tensors that the optimizer holds, "
+        "counted after the run. Peak extra: what a step needs beyond that. First step: with the "
         "allocation of states, and with compilation where a row compiles."
     )
     shown = {row["key"] for saved in numbers["cases"] for row in saved["rows"]}
@@ -576,7 +587,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=some_of(keys), help=f"of {','.join(keys)} (default: all)")
     parser.add_argument("--rounds", type=int, help="samples of each row; slow rows get fewer (default: 21)")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of peers.json, .md and .png")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of peers.json and .png")
     parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run left there")
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes, 3 rounds, nothing compiled: a test, no numbers"
@@ -602,7 +613,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "machine": machine(device) | describe(),
         "quick": arguments.quick,
         "rounds": arguments.rounds,
-        "packages": {row.package: version(row.package) for row in ROWS if row.package},
+        "weight_decay": f"{DECAY:g} or more in all rows",
+        "packages": {name: version(name) for name in ("pace_kernels", *(row.package for row in ROWS)) if name},
         "rows": [{"key": row.key, "name": row.name, "ours": row.ours, "note": row.note} for row in ROWS],
         "cases": [],
     }
@@ -642,7 +654,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 save(numbers | {"cases": [*numbers["cases"], *old.values()]}, path)
     numbers = json.loads(path.read_text(encoding="utf-8"))
     text = render(numbers)
-    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     draw([case_of(c, numbers) for c in numbers["cases"]], path.with_suffix(".png"), where(numbers), ROWS, OUR_KEYS)
     print(text)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from harness import machine, save
 
 from pace_kernels import MADA, PACE
 
@@ -57,7 +58,7 @@ def measure(rank: int, world: int, rendezvous: str, rounds: int, quick: bool, ou
             ms = {kind: [1e3 * q for q in statistics.quantiles(values, n=4)] for kind, values in times.items()}
             rows.append({"size": size, "rule": rule.__name__, "ms": ms, "ratio": ms["sharded"][1] / ms["plain"][1]})
     if rank == 0:
-        Path(out).write_text(json.dumps({"torch": torch.__version__, "rounds": rounds, "rows": rows}, indent=1))
+        save({"machine": machine(torch.device("cpu")), "rounds": rounds, "rows": rows}, Path(out))
     dist.barrier()
     os._exit(0)  # gloo's threads, taken down while the other process is, may abort
 

@@ -271,6 +271,12 @@ def timed(
     return Sample(total / steps, total / steps)
 
 
+def spread_out(rounds: int, n: int) -> set[int]:
+    """So many of the rounds, spread over all of them; fewer are a subset of more. By reversed bits (van der Corput)."""
+    bits = rounds.bit_length()
+    return set(sorted(range(rounds), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2))[:n])
+
+
 def time_interleaved(
     calls: Mapping[str, Callable[[], object]],
     device: torch.device,
@@ -289,8 +295,8 @@ def time_interleaved(
     """Times every call once a round, in shuffled order; `keep` gets name, round and sample. Not timed are `before`,
     ahead of each step, and what `prepare` has for a call, ahead of that.
 
-    A call that would take longer than `budget_s` over all rounds takes part in fewer. One that raises is handed to
-    `failed`, and takes part no more if that returns.
+    A call that would take longer than `budget_s` over all rounds takes part in fewer, all of which those have that take
+    part in more. One that raises is handed to `failed`, and takes part no more if that returns.
     """
     watch = watch or Watch()
     takes_part: dict[str, set[int]] = {}
@@ -309,7 +315,7 @@ def time_interleaved(
             failed(name, reason)
             continue
         n = min(rounds, max(MIN_ROUNDS, int(budget_s / max(fastest * steps, 1e-9))))
-        takes_part[name] = {i * rounds // n for i in range(n)}
+        takes_part[name] = spread_out(rounds, n)
 
     order, shuffle = list(takes_part), random.Random(seed).shuffle
     gc.collect()

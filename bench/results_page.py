@@ -2,14 +2,16 @@
 
     python bench/results_page.py [--folder bench/results]
 
-Every section names the command that measures it. What has no JSON file yet is left out, and said so. Figures that a
-section draws from its JSON are drawn anew.
+Every section names the command that measures it. What has no JSON file yet is left out, and said so. The figures are
+drawn anew. So are the tables of the project's README.md between the comments `<!-- results: NAME -->` and
+`<!-- end -->`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -143,18 +145,22 @@ def convex(kept: dict[str, Any], path: Path) -> str:
 
 
 def theory(kept: dict[str, Any], path: Path) -> str:
+    import theory as command
+
+    command.draw(kept, path.with_suffix(".png"))
     points = [*kept["points"], *(point for pair in kept["proposition_3"] for point in pair)]
     off = [abs(p["simulated"] - p["closed_form"]) / p["standard_error"] for p in points]
     said = (
-        f"{len(points)} simulated limiting errors beside the closed form: off by {statistics.median(off):.1f} standard "
-        f"errors in the median, {max(off):.1f} at most."
+        f"{machine_line(kept['machine'])} {len(points)} limiting errors, each simulated with {kept['coordinates']:,} "
+        f"coordinates, beside the closed form: off by {statistics.median(off):.1f} standard errors in the median, "
+        f"{max(off):.1f} at most."
     )
     return f"{said}\n\n{picture(path.with_suffix('.png'), 'limiting error over gain and curvature')}"
 
 
 def sharded(kept: dict[str, Any], path: Path) -> str:
     lines = [
-        f"torch {kept['torch']}, two processes (gloo) with a thread each, {kept['rounds']} rounds; medians of rank 0.",
+        f"{machine_line(kept['machine'])} Two processes (gloo), {kept['rounds']} rounds; medians of rank 0.",
         "",
         "| | plain, ms | sharded, ms | ratio |",
         "| --- | ---: | ---: | ---: |",
@@ -165,13 +171,93 @@ def sharded(kept: dict[str, Any], path: Path) -> str:
     return "\n".join(lines)
 
 
+# --- the tables of the project's README -----------------------------------------------------------------------------
+
+README_PEERS = {
+    "pace": "**PACE**",
+    "pace-stats": "PACE, `log_stats=True`",
+    "adamw-fused": "`AdamW(fused=True)`",
+    "adamw-foreach": "`AdamW(foreach=True)`",
+    "adamw-ema": "`AdamW(fused=True)` + `AveragedModel`",
+    "adamw-ema-pytorch": "`AdamW(fused=True)` + ema-pytorch",
+    "pullback-adamw": "`Pullback(AdamW(fused=True))`",
+    "pullback-adamw-0": "the same without a pull: an average alone",
+    "pace-eager": "PACE in eager torch",
+    "schedulefree": "schedulefree",
+    "deepspeed": "DeepSpeed CPUAdam",
+    "heavyball": "heavyball AdamW",
+    "optimi": "optimi AdamW",
+    "bnb-8bit": "bitsandbytes AdamW8bit",
+    "torchao-8bit": "torchao AdamW8bit",
+    "mada": "**MADA**, all six learned",
+    "mada-adamw": "MADA, preset `adamw`",
+    "mada-lion": "MADA, preset `lion`",
+    "popt-lion": "pytorch_optimizer Lion",
+    "mada-adan": "MADA, preset `adan`",
+    "popt-adan": "pytorch_optimizer Adan",
+}
+
+
+def readme_peers(folder: Path) -> str:
+    """GPT-2 in float32. Milliseconds are the ratio times PACE's median, so that rows of several waves compare."""
+    import bench_peers as command
+    from harness import quartiles
+
+    kept = json.loads((folder / "peers.json").read_text(encoding="utf-8"))
+    case = next(
+        command.case_of(saved, kept)
+        for saved in kept["cases"]
+        if (saved["size"], saved["dtype"]) == ("gpt2", "float32")
+    )
+    pace = 1e3 * quartiles(case.result("pace").samples)[1]
+    lines = ["| GPT-2 124M, float32 | × PACE | ms | state, bytes / parameter |", "| --- | ---: | ---: | ---: |"]
+    for key, name in README_PEERS.items():
+        result = case.result(key)
+        ratio = result and case.against(result, "pace")
+        if ratio:
+            lines.append(f"| {name} | {ratio:.2f} | {ratio * pace:,.0f} | {result.state_bytes / case.numel:.0f} |")
+    return f"{machine_line(kept['machine'])}\n\n" + "\n".join(lines)
+
+
+def readme_pace(folder: Path) -> str:
+    """Losses on the seeds that have chosen nothing; bold where PACE is better than AdamW + EMA by Student's t."""
+    import pace as experiment
+
+    kept, size = json.loads((folder / "pace.json").read_text(encoding="utf-8")), experiment.FULL
+    by = {(c.method, c.schedule): experiment.of_seeds(kept, size, c) for c in experiment.best_cells(kept, size)}
+    lines = [f"| | {' | '.join(experiment.METHODS)} |", f"| --- |{' --- |' * len(experiment.METHODS)}"]
+    for schedule in size.schedules:
+        cells = []
+        for method in experiment.METHODS:
+            losses = by.get((method, schedule))
+            text = experiment.spread(losses) if losses else ""
+            if losses and method.startswith("PACE"):
+                found = experiment.paired(losses, by["AdamW + EMA", schedule])
+                text = f"**{text}**" if experiment.verdict(*found) == "better" else text
+            cells.append(text)
+        lines.append(f"| {schedule} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+README_TABLES = {"peers": readme_peers, "pace": readme_pace}
+
+
+def with_tables(readme: str, folder: Path) -> str:
+    def table(found: re.Match[str]) -> str:
+        return f"{found[1]}\n{README_TABLES[found[2]](folder)}\n{found[3]}"
+
+    return re.sub(r"(<!-- results: (\w+) -->)\n.*?\n(<!-- end -->)", table, readme, flags=re.S)
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
 SECTIONS = (
-    Section("Against every peer", "peers.json", "make bench-peers PEERS='--out bench/results'", peers),
+    Section("Against every peer", "peers.json", "make bench-peers PEERS='--out bench/results --fresh'", peers),
     Section("Steps on a CPU", "step.json", "python bench/bench_step.py --out bench/results", step),
     Section("Steps on a GPU", "gpu-*.json", "make gpu", gpu),
     Section("Whole training steps", "throughput-*.json", "python bench/throughput.py --out bench/results", throughput),
-    Section("PACE at small scale", "pace.json", "make pace", pace),
-    Section("MADA at small scale", "mada.json", "make mada", mada),
+    Section("PACE at small scale", "pace.json", "python bench/experiments/pace.py --out bench/results", pace),
+    Section("MADA at small scale", "mada.json", "python bench/experiments/mada.py --out bench/results", mada),
     Section("The demo", "demo.json", "make demo; cp out/results.json bench/results/demo.json", demo),
     Section("Adam at the wrong end", "convex.json", "python bench/convex.py --out bench/results", convex),
     Section("What the theory says", "theory.json", "python bench/theory.py --out bench/results", theory),
@@ -182,8 +268,9 @@ INTRODUCTION = """\
 # What was measured
 
 Written by `make results` from the JSON files in this folder. Each section names the command that measures it again.
-`bench/harness.py` says how steps are timed: all rows of a table in one process, round-robin in shuffled order, behind a
-walk that leaves no operand in the caches; medians and quartiles, and ratios round by round.
+`bench/harness.py` says how steps are timed: the rows of a table in one process, round-robin in shuffled order, behind a
+walk that leaves no operand in the caches; medians and quartiles, ratios round by round. An experiment keeps the runs
+that it finds in its JSON file: give another `--out`, or remove the file, to measure everything again.
 """
 
 
@@ -204,6 +291,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = arguments.folder / "README.md"
     path.write_text(page(arguments.folder), encoding="utf-8")
     print(f"written: {path}")
+    if arguments.folder.resolve() == BENCH / "results":
+        readme = BENCH.parent / "README.md"
+        readme.write_text(with_tables(readme.read_text(encoding="utf-8"), arguments.folder), encoding="utf-8")
+        print(f"written: {readme}, its tables")
     return 0
 
 

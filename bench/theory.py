@@ -13,16 +13,18 @@ Proposition 3, and what it costs: the dashed line has no pullback, and averages 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import plots
 import quadratics
+import torch
+from harness import machine, save
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from quadratics import limiting_error
@@ -143,6 +145,17 @@ def draw_proposition_3(axes: Axes, pairs: Sequence[tuple[Point, Point]]) -> None
     plots.label_line_ends(axes, [(text, list(epsilon), list(values), color) for text, values, color, _ in curves])
 
 
+def draw(numbers: Mapping[str, Any], path: Path) -> None:
+    """From what was saved."""
+    points = [Point(**p) for p in numbers["points"]]
+    pairs = [(Point(**none), Point(**full)) for none, full in numbers["proposition_3"]]
+    figure, (ratio, values, third) = plots.new_figure([5.6, 5.0, 5.0], height=4.2)
+    draw_map(ratio)
+    draw_points(values, points)
+    draw_proposition_3(third, pairs)
+    plots.save(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the files (default: out/bench)")
@@ -164,13 +177,14 @@ def main() -> None:
         )
     print(f"{coordinates} coordinates each, {time.perf_counter() - began:.0f} s")
 
-    figure, (ratio, values, third) = plots.new_figure([5.6, 5.0, 5.0], height=4.2)
-    draw_map(ratio)
-    draw_points(values, points)
-    draw_proposition_3(third, pairs)
-    plots.save(figure, arguments.out / "theory.png")
-    numbers = {"points": [asdict(p) for p in points], "proposition_3": [[asdict(p) for p in pair] for pair in pairs]}
-    (arguments.out / "theory.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    numbers = {
+        "machine": machine(torch.device("cpu")),
+        "coordinates": coordinates,
+        "points": [asdict(p) for p in points],
+        "proposition_3": [[asdict(p) for p in pair] for pair in pairs],
+    }
+    draw(numbers, arguments.out / "theory.png")
+    save(numbers, arguments.out / "theory.json")
     print(f"written: {arguments.out / 'theory.png'}, {arguments.out / 'theory.json'}")
 
 

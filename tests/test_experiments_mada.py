@@ -90,7 +90,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
 def test_the_whole_experiment_stays_within_its_budget(whole: tuple[dict[str, Any], Path]) -> None:
     kept, path = whole
     language = [run["spec"] for run in kept["runs"].values() if run["spec"]["task"] == "language"]
-    assert sum(spec["steps"] for spec in language) <= 130_000
+    assert sum(spec["steps"] for spec in language) <= 160_000
     assert path.stat().st_size < 1_000_000
     assert all(run["spec"]["evaluations"] <= 10 for run in kept["runs"].values())
 
@@ -124,7 +124,7 @@ def test_sentences_follow_the_numbers(whole: tuple[dict[str, Any], Path], tmp_pa
         "over all starts by 0.2000 with AdamW, 0.0000 with MADA, 0.0000 with MADA fixed; MADA − AdamW −0.2000" in said
     )
     assert "ρ 0.250 to 0.250" in said and "β1 and β2 are never seen further than 0.3000 from where they start" in said
-    assert "| AdamW | +0.2000 ± 0.0000 | clear at 4 seeds" in mada.render(kept)
+    assert "| AdamW | +0.2000 ± 0.0000 | clear at 6 seeds" in mada.render(kept)
     assert all(path.stat().st_size > 10_000 for path in mada.draw(kept, tmp_path))
 
     for run in kept["runs"].values():  # with MADA far behind

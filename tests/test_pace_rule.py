@@ -161,10 +161,10 @@ def test_statistics_are_what_they_say(case: str, backend: str) -> None:
     stats = optimizer.get_step_stats()
     assert stats.keys() == expected.keys()
     # A term has a relative error of at most 20 u, u = 2^-24: those of 1 / D and a few products. A float sum of a tile's
-    # 64 terms adds 63 u. The pullback is a difference of e and x, both below 4: off by 2^-22 for each of 8,600.
+    # 256 terms adds 255 u. The pullback is a difference of e and x, both below 4: off by 2^-22 for each of 8,600.
     for name, value in expected.items():
         atol = math.sqrt(8600) * 2**-22 if name.endswith("norm") else 0.0
-        assert stats[name] == pytest.approx(value.item(), rel=90 * 2**-24, abs=atol), name
+        assert stats[name] == pytest.approx(value.item(), rel=280 * 2**-24, abs=atol), name
 
 
 def test_statistics_of_nothing() -> None:

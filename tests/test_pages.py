@@ -40,6 +40,36 @@ def test_moving(section: str) -> None:
         assert torch.equal(names["shipped"]["weight"], weight) and not torch.equal(model.weight, weight)
 
 
+def by_position(kind: type) -> dict[str, object]:
+    parameters = inspect.signature(kind).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+
+
 def test_the_arguments_by_position_are_as_named() -> None:
-    names = [p.name for p in inspect.signature(PACE).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert f"`PACE({', '.join(names)})`" in (PAGES / "MOVING.md").read_text()
+    assert f"`PACE({', '.join(by_position(PACE))})`" in (PAGES / "MOVING.md").read_text()
+
+
+# Of the published pace-optimizer, which is on no package index that CI has: its source, read in 2026.
+PUBLISHED = {
+    "lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "lambda_pullback": 0.0,
+    "clamp_pullback": True, "beta_ema": 0.01, "use_ema_eval": False, "ema_kappa": None, "ema_rho": 0.0,
+    "ema_gamma": 1.0, "ema_update_freq": 1, "log_stats": False,
+}  # fmt: skip
+
+
+def test_the_defaults_that_differ_are_told() -> None:
+    ours = by_position(PACE)
+    assert [*ours][1:] == [*PUBLISHED]
+    differ = [name for name, default in PUBLISHED.items() if ours[name] != default]
+    rows = [", ".join(f"{name}={values[name]}" for name in differ) for values in (PUBLISHED, ours)]
+    (told,) = [line for line in sections("MOVING.md")[1].splitlines() if "by default |" in line]
+    assert told.replace("1e-4", "0.0001").startswith(f"| `{rows[0]}` by default | `{rows[1]}` by default;")
+
+
+def test_what_is_told_of_schedulefree() -> None:
+    module = pytest.importorskip("schedulefree")
+    theirs, ours, section = by_position(module.AdamWScheduleFree), by_position(PACE), sections("MOVING.md")[2]
+    names = [name for name in theirs if name != "foreach"]
+    assert f"`AdamWScheduleFree({', '.join(names)})`" in section and theirs["weight_lr_power"] == 2
+    row = " | ".join(f"`lr={x['lr']}`, `weight_decay={x['weight_decay']}` by default" for x in (theirs, ours))
+    assert f"| {row} |" in section

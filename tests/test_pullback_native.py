@@ -42,8 +42,8 @@ def test_native_and_torch_give_the_same_bits(case: str, dtype: torch.dtype, exac
     ours = train(CPU, CASES[case], dtype, 7, rows[0])
     assert_same_lists(ours, train(torch_pullback_, CASES[case], dtype, 7, rows[1]))
     assert_same_lists(ours, train(CPU, CASES[case], dtype, 7))  # statistics change nothing
-    # A float sum of a tile's 64 terms; the rest is in float64.
-    torch.testing.assert_close(*rows, rtol=63 * U, atol=0)
+    # A float sum of a tile's 256 terms; the rest is in float64.
+    torch.testing.assert_close(*rows, rtol=255 * U, atol=0)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -115,7 +115,7 @@ def test_threads_and_instruction_sets_give_the_same_bits() -> None:
         name, digest, stats = run_in_a_process(isa, 1)
         assert name == isa and digest == first[1]
         for ours, theirs in zip(stats, first[2], strict=True):
-            assert ours == pytest.approx(theirs, rel=2 * 63 * U)
+            assert ours == pytest.approx(theirs, rel=2 * 255 * U)
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")

@@ -1,9 +1,9 @@
 """MADA beside the optimizers that it contains, at a scale that two cores can repeat: what holds of its paper here?
 
-    python bench/experiments/mada.py            runs what is missing (some 15 minutes), tables, figures
+    python bench/experiments/mada.py            runs what is missing (25 minutes on 2 cores), tables, figures
     python bench/experiments/mada.py --render   tables and figures of what is there
     python bench/experiments/mada.py --time     times and memory, on an idle machine
-    python bench/experiments/mada.py --quick    few and short runs into out/, to see that it works
+    python bench/experiments/mada.py --quick    few and short runs into out/quick, to see that it works
 
 Two tasks: the small GPT of `lm.py`, and a small CNN on scikit-learn's handwritten digits. All optimizers see the same
 batches under the same cosine schedule, each at the best of equally many learning rates, a factor of 2 apart (Lion's are
@@ -45,7 +45,6 @@ from runs import CRITICAL, Spec
 
 from pace_kernels import MADA
 
-ROOT = runs.BENCH.parent
 MADA_FS = "MADA-FS"  # comes after MADA, whose coefficients it takes
 FIXED = "MADA fixed"
 COEFFICIENTS = ("beta1", "beta2", "beta3", "rho", "c", "gamma")
@@ -63,7 +62,13 @@ COLORS = dict(
 TUNED_ALIKE = ("AdamW", "MADA", MADA_FS, FIXED, "HyperAdam", "AVGrad", "Adan")
 SETTINGS: dict[str, Any] = {
     "tasks": {
-        "language": {"steps": 400, "evaluations": 8, "starts": ["good", "poor"], "choose": [0], "seeds": [1, 2, 3, 4]},
+        "language": {
+            "steps": 400,
+            "evaluations": 8,
+            "starts": ["good", "poor"],
+            "choose": [0],
+            "seeds": [1, 2, 3, 4, 5, 6],
+        },
         "digits": {
             "steps": 400,
             "evaluations": 8,
@@ -79,7 +84,7 @@ SETTINGS: dict[str, Any] = {
         "digits": {name: [5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 16e-2] for name in TUNED_ALIKE}
         | {"Lion": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3]},
     },
-    "grid": {"beta1": [0.5, 0.8, 0.9, 0.95], "beta2": [0.6, 0.9, 0.95, 0.99], "seeds": [0, 1, 2]},
+    "grid": {"beta1": [0.5, 0.8, 0.9, 0.95], "beta2": [0.6, 0.9, 0.95, 0.99], "seeds": [1, 2, 3, 4]},
     "hyper": {
         "hyper learning rates / 10": {"hyper_lr": {**dict.fromkeys(COEFFICIENTS, 0.01), "beta1": 5e-5, "beta2": 5e-5}},
         "hyper learning rates × 10": {"hyper_lr": {**dict.fromkeys(COEFFICIENTS, 1.0), "beta1": 5e-3, "beta2": 5e-3}},
@@ -745,12 +750,12 @@ def draw(kept: Mapping[str, Any], folder: Path) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="folder of mada.json and the figures (default: bench/results)")
-    parser.add_argument("--quick", action="store_true", help="few and short runs into out/mada: a test, no result")
+    parser.add_argument("--out", type=Path, help="folder of mada.json and the figures (out/experiments)")
+    parser.add_argument("--quick", action="store_true", help="few and short runs, into out/quick")
     parser.add_argument("--render", action="store_true", help="runs nothing")
     parser.add_argument("--time", action="store_true", help="times the optimizers, for which the machine must be idle")
     arguments = parser.parse_args(argv)
-    folder = arguments.out or (ROOT / "out/mada" if arguments.quick else runs.RESULTS)
+    folder = arguments.out or Path("out/quick" if arguments.quick else "out/experiments")
     path = folder / "mada.json"
     if arguments.time:
         kept = runs.load(path)

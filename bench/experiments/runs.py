@@ -28,9 +28,6 @@ from harness import cpu_model, save
 
 import pace_kernels
 
-BENCH = Path(__file__).resolve().parents[1]
-RESULTS = BENCH / "results"
-
 # |t| beyond which 1 in 20 goes by chance where there is no difference, by the number of seeds.
 CRITICAL = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 

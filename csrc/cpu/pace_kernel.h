@@ -59,12 +59,15 @@ constexpr PaceTile kPaceTiles[2][2][2][2] = {
 #undef FLAGS
 
 void pace(const PaceWork& w, int64_t begin, int64_t end, PaceSums* sums) {
-  alignas(64) float scratch[5][kTile];
+  const int64_t step = sums == nullptr ? kTile : kStatsTile;
+  alignas(64) float scratch[5][kStatsTile];
   const Stream* const operands[] = {&w.x, &w.g, &w.m, &w.v, &w.e};
   const PaceTile tile = kPaceTiles[w.moment][w.pull][w.average][sums != nullptr];
-  for (int64_t at = begin; at < end; at += kTile) {
-    const int64_t n = end - at < kTile ? end - at : kTile;
-    for (const Stream* s : operands) prefetch_tile(*s, at + kAhead);
+  for (int64_t at = begin; at < end; at += step) {
+    const int64_t n = end - at < step ? end - at : step;
+    for (int64_t ahead = kAhead; ahead < kAhead + step; ahead += kTile) {
+      for (const Stream* s : operands) prefetch_tile(*s, at + ahead);
+    }
     const Tile x = open_tile(w.x, at, n, scratch[0]), g = open_tile(w.g, at, n, scratch[1]);
     const Tile m = open_tile(w.m, at, n, scratch[2]), v = open_tile(w.v, at, n, scratch[3]);
     const Tile e = open_tile(w.e, at, n, scratch[4]);

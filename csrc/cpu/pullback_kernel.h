@@ -58,14 +58,17 @@ constexpr PullbackTile kAverageTiles[2][2] = {FLAGS(false, false, false, false),
 
 void pullback(const PullbackWork& w, int64_t begin, int64_t end, PaceSums* sums) {
   if (w.x.data == nullptr) return;  // nothing pulls, the average rests, nobody asks for statistics
-  alignas(64) float scratch[4][kTile];
+  const int64_t step = sums == nullptr ? kTile : kStatsTile;
+  alignas(64) float scratch[4][kStatsTile];
   const Stream* const operands[] = {&w.x, &w.before, &w.v, &w.e};
   const bool stats = sums != nullptr;
   const PullbackTile tile = w.pull ? kPullbackTiles[w.before.data != nullptr][w.v.data != nullptr][w.average][stats]
                                    : kAverageTiles[w.average][stats];
-  for (int64_t at = begin; at < end; at += kTile) {
-    const int64_t n = end - at < kTile ? end - at : kTile;
-    for (const Stream* s : operands) prefetch_tile(*s, at + kAhead);
+  for (int64_t at = begin; at < end; at += step) {
+    const int64_t n = end - at < step ? end - at : step;
+    for (int64_t ahead = kAhead; ahead < kAhead + step; ahead += kTile) {
+      for (const Stream* s : operands) prefetch_tile(*s, at + ahead);
+    }
     const Tile x = open_tile(w.x, at, n, scratch[0]), before = open_tile(w.before, at, n, scratch[1]);
     const Tile v = open_tile(w.v, at, n, scratch[2]), e = open_tile(w.e, at, n, scratch[3]);
     tile(w.scalars, n, x.data, before.data, v.data, e.data, sums);
