@@ -175,7 +175,6 @@ def sharded(kept: dict[str, Any], path: Path) -> str:
 
 README_PEERS = {
     "pace": "**PACE**",
-    "pace-stats": "PACE, `log_stats=True`",
     "adamw-fused": "`AdamW(fused=True)`",
     "adamw-foreach": "`AdamW(foreach=True)`",
     "adamw-ema": "`AdamW(fused=True)` + `AveragedModel`",
@@ -244,7 +243,7 @@ README_TABLES = {"peers": readme_peers, "pace": readme_pace}
 
 def with_tables(readme: str, folder: Path) -> str:
     def table(found: re.Match[str]) -> str:
-        return f"{found[1]}\n{README_TABLES[found[2]](folder)}\n{found[3]}"
+        return f"{found[1]}\n\n{README_TABLES[found[2]](folder)}\n\n{found[3]}"
 
     return re.sub(r"(<!-- results: (\w+) -->)\n.*?\n(<!-- end -->)", table, readme, flags=re.S)
 

@@ -35,9 +35,14 @@ def test_the_page_is_made_of_the_json_alone(results_page: ModuleType, tmp_path: 
     text = (tmp_path / "README.md").read_text()
     assert text == (RESULTS / "README.md").read_text(), "make results"
     for name in re.findall(r"\]\(([^)]+)\)", text):
-        # The theory's picture is of a closed form, and is drawn by its own command.
-        assert (tmp_path / name).exists() or name == "theory.png", name
+        assert (tmp_path / name).exists(), name
         assert (RESULTS / name).exists(), name
+
+
+def test_the_tables_of_the_readme_are_those_of_the_json(results_page: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert re.findall(r"<!-- results: (\w+) -->", readme) == list(results_page.README_TABLES)
+    assert results_page.with_tables(readme, RESULTS) == readme, "make results"
 
 
 def test_what_is_not_measured_is_said_to_be_missing(results_page: ModuleType, tmp_path: Path) -> None:

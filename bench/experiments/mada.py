@@ -685,12 +685,16 @@ def draw_grid(axes: Axes, found: Found) -> None:
     betas1, betas2 = found.settings["grid"]["beta1"], found.settings["grid"]["beta2"]
     means = [mean_over_seeds(losses[name]) for name in ("MADA", "AdamW")]
     gaps = [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(*means, strict=True)]
-    largest = max([abs(gap) for row in gaps for gap in row if math.isfinite(gap)], default=0.0) or 1.0
-    norm = TwoSlopeNorm(0.0, vmin=-1.6 * largest, vmax=1.6 * largest)  # no shade too dark for the numbers on it
+    sizes = sorted(abs(gap) for row in gaps for gap in row if math.isfinite(gap)) or [0.0]
+    large = sizes[int(0.8 * (len(sizes) - 1))] or 1.0  # one start that diverges takes not all shades
+    norm = TwoSlopeNorm(0.0, vmin=-1.6 * large, vmax=1.6 * large)  # most shades not too dark for the numbers on them
     axes.imshow(gaps, cmap="RdBu_r", norm=norm, origin="lower", aspect="auto")
     for i, row in enumerate(gaps):
         for j, gap in enumerate(row):
-            axes.annotate(f"{gap:+.3f}".replace("-", "−"), (j, i), ha="center", va="center", fontsize=9)
+            axes.annotate(
+                f"{gap:+.3f}".replace("-", "−"), (j, i), ha="center", va="center", fontsize=9,
+                color=plots.INK if abs(gap) < 1.3 * large else "white",
+            )  # fmt: skip
     axes.grid(False)
     axes.set(xlabel="β2 at the start", ylabel="β1 at the start")
     axes.set_xticks(range(len(betas2)), [f"{beta:g}" for beta in betas2])

@@ -45,7 +45,7 @@ import lm
 import plots
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
-from runs import CRITICAL, Spec, complete, done, key_of, load, provenance, result
+from runs import CRITICAL, Spec, complete, done, load, provenance, result
 
 LRS = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 LOWER_LRS = (5e-4, 1e-3)  # for AdamW, whose best was at the edge without them
@@ -365,8 +365,7 @@ def run_all(path: Path, size: Size, processes: int | None = None) -> dict[str, A
     complete(path, about, seeded, run, processes)
     rest = [spec for specs in budget_specs(size, best).values() for spec in specs]
     rest += [spec for specs in variants(size, best).values() for spec in specs]
-    around = [spec for found in rates(size, best).values() for specs in found.values() for spec in specs]
-    rest += {key_of(spec): spec for spec in around}.values()  # AdamW and its EMA may have the same
+    rest += [spec for found in rates(size, best).values() for specs in found.values() for spec in specs]
     return complete(path, about, rest, run, processes)
 
 

@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness import cpu_model, save
+from harness import cpu_model, write
 
 import pace_kernels
 
@@ -54,6 +54,13 @@ def load(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {"about": {}, "runs": {}}
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def save(kept: Mapping[str, Any], path: Path) -> None:
+    """A line for each run: half the size, and what changed is seen."""
+    rest = json.dumps({name: part for name, part in kept.items() if name != "runs"}, indent=1)
+    lines = (f"  {json.dumps(key)}: {json.dumps(run)}" for key, run in kept["runs"].items())
+    write(path, rest.removesuffix("\n}") + ',\n "runs": {\n' + ",\n".join(lines) + "\n }\n}\n")
 
 
 def done(kept: Mapping[str, Any], spec: Spec) -> bool:
@@ -122,7 +129,7 @@ def complete(
                 f"{path} was made with {name} = {kept['about'][name]!r}, this would be {value!r}: "
                 "give another --out, or remove it"
             )
-    missing = [spec for spec in specs if not done(kept, spec)]
+    missing = {key_of(spec): spec for spec in specs if not done(kept, spec)}.values()  # each once
     if not missing:
         return kept
     start, count = time.monotonic(), 0

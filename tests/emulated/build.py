@@ -14,6 +14,7 @@ import runpy
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,17 @@ def missing() -> str | None:
     return None
 
 
-@functools.cache
 def library() -> Path:
     """The folder that holds the package with both libraries, as a user of torch's CUDA build gets it."""
+    with _one_builds:
+        return _built()
+
+
+_one_builds = threading.Lock()
+
+
+@functools.cache
+def _built() -> Path:
     env = {**os.environ, "PACE_CUDA": "1"}
     run([PYTHON, "setup.py", "build", "--build-temp", BUILD, "--build-lib", BUILD / "lib"], cwd=ROOT, env=env)
     return BUILD / "lib"
