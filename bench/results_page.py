@@ -209,17 +209,21 @@ def readme_peers(folder: Path) -> str:
         if (saved["size"], saved["dtype"]) == ("gpt2", "float32")
     )
     pace = 1e3 * quartiles(case.result("pace").samples)[1]
-    lines = ["| GPT-2 124M, float32 | × PACE | ms | state, bytes / parameter |", "| --- | ---: | ---: | ---: |"]
+    lines = [f"| GPT-2 124M, float32 | × PACE | ms, where PACE takes {pace:.0f} | state, bytes / parameter |"]
+    lines.append("| --- | ---: | ---: | ---: |")
     for key, name in README_PEERS.items():
         result = case.result(key)
         ratio = result and case.against(result, "pace")
+        if result and not ratio:
+            lines.append(f"| {name} | – | – | {result.missing} |")
         if ratio:
             lines.append(f"| {name} | {ratio:.2f} | {ratio * pace:,.0f} | {result.state_bytes / case.numel:.0f} |")
-    return f"{machine_line(kept['machine'])}\n\n" + "\n".join(lines)
+    where = f"{machine_line(kept['machine'])} Weight decay: {kept['weight_decay']}."
+    return f"{where}\n\n" + "\n".join(lines)
 
 
 def readme_pace(folder: Path) -> str:
-    """Losses on the seeds that have chosen nothing; bold where PACE is better than AdamW + EMA by Student's t."""
+    """Losses on the seeds that have chosen nothing; bold where one is better than AdamW + EMA by Student's t."""
     import pace as experiment
 
     kept, size = json.loads((folder / "pace.json").read_text(encoding="utf-8")), experiment.FULL
@@ -230,7 +234,7 @@ def readme_pace(folder: Path) -> str:
         for method in experiment.METHODS:
             losses = by.get((method, schedule))
             text = experiment.spread(losses) if losses else ""
-            if losses and method.startswith("PACE"):
+            if losses and method != "AdamW + EMA":
                 found = experiment.paired(losses, by["AdamW + EMA", schedule])
                 text = f"**{text}**" if experiment.verdict(*found) == "better" else text
             cells.append(text)

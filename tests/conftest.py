@@ -1,5 +1,6 @@
 """In CI hypothesis draws the same examples on every run; on a developer's machine, new ones."""
 
+import contextlib
 import gc
 import os
 import threading
@@ -16,11 +17,18 @@ if os.environ.get("CI"):
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Builds the CUDA library, which takes minutes, while other tests run. One that fails fails again in the tests."""
+    """Builds the CUDA library, which takes minutes, while other tests run."""
+    if session.config.option.collectonly:
+        return
     first, *_ = [item.path.name for item in session.items] or [""]
     wanted = any(getattr(item.module, "build", None) is build for item in session.items if hasattr(item, "module"))
     if wanted and not first.startswith("test_cuda") and build.missing() is None:
-        threading.Thread(target=build.library, daemon=True).start()
+        threading.Thread(target=_build, daemon=True).start()
+
+
+def _build() -> None:
+    with contextlib.suppress(RuntimeError):  # which the first test that needs the library meets again
+        build.library()
 
 
 @pytest.fixture(scope="module")

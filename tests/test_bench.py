@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -63,6 +64,14 @@ def test_whole_training_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def harness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCH))
     return pytest.importorskip("harness")
+
+
+def test_rounds_of_slow_calls_are_among_those_of_faster_ones(harness: ModuleType) -> None:
+    for rounds in (1, 5, 16, 21):
+        chosen = [harness.spread_out(rounds, n) for n in range(rounds + 1)]
+        assert [len(some) for some in chosen] == list(range(rounds + 1)) and chosen[-1] == set(range(rounds))
+        assert all(fewer < more for fewer, more in itertools.pairwise(chosen))
+    assert {min(round_ // 4, 3) for round_ in harness.spread_out(16, 4)} == {0, 1, 2, 3}  # over all of them
 
 
 @pytest.fixture

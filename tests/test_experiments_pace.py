@@ -107,7 +107,7 @@ def test_differences_are_paired_by_seed(pace: ModuleType) -> None:
 def test_one_seed_that_diverged_is_not_left_out(pace: ModuleType) -> None:
     fine, lost = [1.0, 2.0, 3.0], [0.1, math.inf, 0.1]
     assert pace.verdict(*pace.paired(lost, fine)) == "diverged" == pace.cost(*pace.paired(lost, fine))
-    assert pace.verdict(*pace.paired(fine, lost)) == "the other one diverged"
+    assert pace.verdict(*pace.paired(fine, lost)) == "the other one diverged" == pace.cost(*pace.paired(fine, lost))
     assert pace.spread(lost) == "0.1000 ± 0.0000 (1 of 3 diverged)" and pace.spread(lost[1:2]) == "1 of 1 diverged"
 
 
@@ -144,4 +144,12 @@ def test_sentences_follow_the_numbers(pace: ModuleType, tmp_path: Path, monkeypa
         if run["spec"]["optimizer"] == "PACE" and run["spec"]["seed"] == 2 and "steps" in run["spec"]:
             run["result"]["losses"]["average"][-1] = None
     said = pace.render(kept)
-    assert "constant: PACE − AdamW + EMA = +inf ± nan nats per byte (6 seeds): diverged." in said
+    assert "constant: PACE − AdamW + EMA = (6 seeds): diverged." in said
+
+
+def test_a_file_that_does_not_say_what_it_was_made_with_is_refused(pace: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "pace.json"
+    runs = {"x": {"spec": {}, "result": {}, "seconds": 1.0, "made": "here"}}
+    path.write_text(json.dumps({"about": {}, "runs": runs}))
+    with pytest.raises(SystemExit, match="was made with corpus = None"):
+        pace.run_all(path, pace.QUICK, 0)

@@ -274,13 +274,13 @@ def train_budgets(spec: Spec) -> dict[str, Any]:
 
 
 def budget_losses(kept: Mapping[str, Any], specs: Sequence[Spec], weights: str) -> dict[int, list[float]]:
-    """By budget, over the seeds that are done."""
-    found: dict[int, list[float]] = {}
+    """By budget, over the seeds; nan where a run is missing."""
+    found: dict[int, list[float]] = {budget: [] for spec in specs for budget in spec["budgets"]}
     for spec in specs:
-        if done(kept, spec):
-            for budget, losses in result(kept, spec)["losses"].items():
-                value = losses.get(weights)
-                found.setdefault(int(budget), []).append(math.inf if value is None else value)
+        losses = result(kept, spec)["losses"] if done(kept, spec) else {}
+        for budget, values in found.items():
+            value = losses.get(str(budget), {weights: math.nan}).get(weights)
+            values.append(math.inf if value is None else value)
     return found
 
 
@@ -399,13 +399,14 @@ def verdict(mean: float, error: float, count: int) -> str:
 
 
 def stated(mean: float, error: float, count: int) -> str:
-    return f"{mean:+.4f} ± {error:.4f} nats per byte ({count} seeds): {verdict(mean, error, count)}"
+    size = "" if math.isinf(mean) else f"{mean:+.4f} ± {error:.4f} nats per byte "
+    return f"{size}({count} seeds): {verdict(mean, error, count)}"
 
 
 def cost(mean: float, error: float, count: int) -> str:
-    if not count or math.isinf(mean):
-        return "diverged" if count else "not run"
-    return f"{mean:+.4f} ± {error:.4f}"
+    if not count:
+        return "not run"
+    return verdict(mean, error, count) if math.isinf(mean) else f"{mean:+.4f} ± {error:.4f}"
 
 
 def spread(values: Sequence[float]) -> str:
@@ -441,13 +442,14 @@ def conclusions(kept: Mapping[str, Any], size: Size = FULL) -> list[str]:
         decayed = budget_losses(kept, specs["AdamW"], weights["AdamW"])
         ours_at = budget_losses(kept, specs["PACE"], weights["PACE"])
         for budget in sorted(decayed.keys() & ours_at.keys()):
-            if len(decayed[budget]) == len(ours_at[budget]):
-                found = paired(ours_at[budget], decayed[budget])
+            found = paired(ours_at[budget], decayed[budget])
+            if found[2]:
                 words = f"{budget} steps: PACE at a constant rate − AdamW decayed for that budget"
                 said.append(f"{words} = {stated(*found)}.")
     said.append(
-        f"Those are {len(said)} comparisons, each at the 5 % level: 1 in 20 would come out as better or worse where "
-        "there is no difference."
+        f"Those are {len(said)} comparisons, and {len(variant_differences(kept, size))} of variants, each at the 5 % "
+        "level: 1 in 20 would come out as better or worse where there is no difference. Cells were chosen on one seed, "
+        "so that a method whose loss varies much between seeds may have got a cell that is not its best."
     )
     for cell in best:
         shares = clip_shares(kept, size, cell) if cell.method == "PACE" else []
@@ -502,7 +504,8 @@ def render(kept: Mapping[str, Any], size: Size = FULL) -> str:
     losses = {m: budget_losses(kept, specs[m], weights[m]) for m in specs}
     for budget in size.budgets:
         lines.append(f"| {budget} | {' | '.join(spread(losses[m].get(budget, [])) for m in specs)} |")
-    same = f"; at {size.steps} steps the trainings are those above" if size.steps in size.budgets else ""
+    same = f", at the rates that are best for {size.steps} steps"
+    same += ", where the trainings are those above" if size.steps in size.budgets else ""
     parts.append(f"Budgets, {len(size.budget_seeds)} seeds{same}:\n\n" + "\n".join(lines))
     costs = cost_of_rates(kept, size)
     lines = [
@@ -607,7 +610,7 @@ def draw_curves(kept: Mapping[str, Any], size: Size, path: Path) -> None:
     titles = {"AdamW": "AdamW, decayed", "AdamW + EMA": "AdamW + EMA", "PACE": "PACE"}
     for method, its in specs.items():
         losses_at = budget_losses(kept, its, weights[method])
-        if losses_at:
+        if all(math.isfinite(loss) for losses in losses_at.values() for loss in losses):
             xs = sorted(losses_at)
             means = band(budgets, xs, list(zip(*(losses_at[x] for x in xs), strict=True)), COLORS[method])
             lines.append((titles[method], xs, means, COLORS[method]))

@@ -76,7 +76,10 @@ def made() -> str:
     """Where and when, for a run's entry."""
     date = datetime.datetime.now(datetime.timezone.utc).date()
     isa = torch.backends.cpu.get_cpu_capability()
-    return f"{date}, {cpu_model()} ({isa}), torch {torch.__version__}, pace_kernels {pace_kernels.__version__}"
+    ours = f"pace_kernels {pace_kernels.__version__}"
+    if not pace_kernels.backends()["cpu"].available:
+        ours += " without its kernels"
+    return f"{date}, {cpu_model()} ({isa}), torch {torch.__version__}, {ours}"
 
 
 def provenance(kept: Mapping[str, Any]) -> str:
@@ -124,12 +127,16 @@ def complete(
     """
     kept = load(path)
     for name, value in about.items():
-        if kept["about"].setdefault(name, value) != value:
+        known = kept["about"].get(name) if kept["runs"] else value
+        if known != value:
             raise SystemExit(
-                f"{path} was made with {name} = {kept['about'][name]!r}, this would be {value!r}: "
-                "give another --out, or remove it"
+                f"{path} was made with {name} = {known!r}, this would be {value!r}: give another --out, or remove it"
             )
-    missing = {key_of(spec): spec for spec in specs if not done(kept, spec)}.values()  # each once
+        kept["about"][name] = value
+    by_key: dict[str, Spec] = {}
+    for spec in specs:
+        assert by_key.setdefault(key_of(spec), spec) == spec, f"two runs of one name: {key_of(spec)}"
+    missing = [spec for spec in by_key.values() if not done(kept, spec)]
     if not missing:
         return kept
     start, count = time.monotonic(), 0

@@ -6,6 +6,7 @@ All is kept in build/cuda; setup.py compiles again only what has changed.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -43,18 +44,28 @@ def missing() -> str | None:
 
 def library() -> Path:
     """The folder that holds the package with both libraries, as a user of torch's CUDA build gets it."""
-    with _one_builds:
-        return _built()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with _one_builds, open(BUILD / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of all test runs here; a compiler that outlives its run holds it too
+        return _built(lock.fileno())
 
 
 _one_builds = threading.Lock()
+_library: list[Path] = []
 
 
-@functools.cache
-def _built() -> Path:
+def _built(lock: int) -> Path:
+    if _library:
+        return _library[0]
     env = {**os.environ, "PACE_CUDA": "1"}
-    run([PYTHON, "setup.py", "build", "--build-temp", BUILD, "--build-lib", BUILD / "lib"], cwd=ROOT, env=env)
-    return BUILD / "lib"
+    run(
+        [PYTHON, "setup.py", "build", "--build-temp", BUILD, "--build-lib", BUILD / "lib"],
+        cwd=ROOT,
+        env=env,
+        pass_fds=[lock],
+    )
+    _library.append(BUILD / "lib")
+    return _library[0]
 
 
 @functools.cache
