@@ -561,7 +561,7 @@ def render(kept: Mapping[str, Any]) -> str:
         parts.append(f"Hyper options:\n\n{table(rows)}")
     rows = [["", "poor start − good start, by seed", ""], ["---", "---:", "---"]]
     for name, costs in poor_start_costs(found).items():
-        by = mean_and_error(costs) if all(map(math.isfinite, costs)) else (statistics.mean(costs), math.nan)
+        by = difference(costs, [0.0] * len(costs))
         rows.append([name, f"{signed(by[0])} ± {by[1]:.4f}", certainty(*by, len(costs))])
     if len(rows) > 2:
         parts.append(f"What the poor start costs, each at its own best rates:\n\n{table(rows)}")

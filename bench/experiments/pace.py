@@ -99,6 +99,10 @@ class Size:
         return list(itertools.product(self.kappas, self.lambdas, self.lrs))
 
     @property
+    def variant_seeds(self) -> list[int]:
+        return [seed for seed in VARIANT_SEEDS if seed in self.seeds]
+
+    @property
     def averages(self) -> list[str]:
         """Beside AdamW's weights."""
         return [f"EMA {decay}" for decay in self.decays] + [f"power {kappa}" for kappa in self.kappas]
@@ -298,8 +302,11 @@ def variant(cell: Cell, options: Mapping[str, Any], seed: int) -> Spec:
 
 def variants(size: Size, best: Sequence[Cell]) -> dict[str, list[Spec]]:
     cell = next((c for c in best if c.method == "PACE" and c.schedule == "constant"), None)
-    seeds = [seed for seed in VARIANT_SEEDS if seed in size.seeds]
-    return {} if cell is None else {n: [variant(cell, o, seed) for seed in seeds] for n, o in VARIANTS.items()}
+    return (
+        {}
+        if cell is None
+        else {n: [variant(cell, o, seed) for seed in size.variant_seeds] for n, o in VARIANTS.items()}
+    )
 
 
 def variant_differences(kept: Mapping[str, Any], size: Size) -> dict[str, tuple[float, float, int]]:
@@ -321,9 +328,8 @@ def at_rate(cell: Cell, factor: float, seed: int) -> Spec:
 
 def rates(size: Size, best: Sequence[Cell]) -> dict[str, dict[float, list[Spec]]]:
     """By method and factor, the best cells at a constant rate with another rate."""
-    seeds = [seed for seed in VARIANT_SEEDS if seed in size.seeds]
     return {
-        cell.method: {factor: [at_rate(cell, factor, seed) for seed in seeds] for factor in size.around}
+        cell.method: {factor: [at_rate(cell, factor, seed) for seed in size.variant_seeds] for factor in size.around}
         for cell in best
         if cell.schedule == "constant"
     }

@@ -15,7 +15,6 @@ import runpy
 import subprocess
 import sys
 import sysconfig
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,30 +41,17 @@ def missing() -> str | None:
     return None
 
 
+@functools.cache
 def library() -> Path:
     """The folder that holds the package with both libraries, as a user of torch's CUDA build gets it."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    with _one_builds, open(BUILD / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one of all test runs here; a compiler that outlives its run holds it too
-        return _built(lock.fileno())
-
-
-_one_builds = threading.Lock()
-_library: list[Path] = []
-
-
-def _built(lock: int) -> Path:
-    if _library:
-        return _library[0]
-    env = {**os.environ, "PACE_CUDA": "1"}
-    run(
-        [PYTHON, "setup.py", "build", "--build-temp", BUILD, "--build-lib", BUILD / "lib"],
-        cwd=ROOT,
-        env=env,
-        pass_fds=[lock],
-    )
-    _library.append(BUILD / "lib")
-    return _library[0]
+    command = [PYTHON, "setup.py", "build", "--build-temp", BUILD, "--build-lib", BUILD / "lib"]
+    with open(BUILD / ".lock", "w") as lock:
+        # One builds at a time, of all threads and test runs here; a build that outlives its run holds the lock too.
+        # Whoever waited builds once more, and finds nothing to compile.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run(command, cwd=ROOT, env={**os.environ, "PACE_CUDA": "1"}, pass_fds=[lock.fileno()])
+    return BUILD / "lib"
 
 
 @functools.cache
