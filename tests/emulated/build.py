@@ -15,6 +15,7 @@ import runpy
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,14 +42,21 @@ def missing() -> str | None:
     return None
 
 
-@functools.cache
+_one_thread = threading.Lock()  # functools.cache alone would let a second thread build again, half a minute for nothing
+
+
 def library() -> Path:
     """The folder that holds the package with both libraries, as a user of torch's CUDA build gets it."""
+    with _one_thread:
+        return _built()
+
+
+@functools.cache
+def _built() -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     command = [PYTHON, "setup.py", "build", "--build-temp", BUILD, "--build-lib", BUILD / "lib"]
     with open(BUILD / ".lock", "w") as lock:
-        # One builds at a time, of all threads and test runs here; a build that outlives its run holds the lock too.
-        # Whoever waited builds once more, and finds nothing to compile.
+        # One of all test runs here; a build that outlives its run holds the lock too.
         fcntl.flock(lock, fcntl.LOCK_EX)
         run(command, cwd=ROOT, env={**os.environ, "PACE_CUDA": "1"}, pass_fds=[lock.fileno()])
     return BUILD / "lib"
