@@ -8,8 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .optimizer import check_number, moved, require
+from .checks import check_number, require
 from .sharding import Axes, axes, local_as, reduce_
+from .states import moved
 
 
 @torch.no_grad()

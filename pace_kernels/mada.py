@@ -12,20 +12,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .backend import choose
+from .checks import Group, check_average_options, check_common_options, check_number, checked_count, require
 from .ops import COEFFICIENTS, DONE, HYPERGRADIENTS, LAST_SCALARS, NO_GRADIENT, REDO
-from .optimizer import (
-    Group,
-    KernelOptimizer,
-    Work,
-    as_state,
-    check_average_options,
-    check_common_options,
-    check_number,
-    checked_count,
-    moved,
-    require,
-)
+from .optimizer import KernelOptimizer
 from .sharding import all_reduce_, is_sharded, local, reduce_
+from .states import Work, as_state, moved
 from .torch_rules.mada import MadaMoments, MadaOptions, caught_up
 
 _HYPER_LR = {"beta1": 5e-4, "beta2": 5e-4, "beta3": 0.1, "rho": 0.1, "c": 0.1, "gamma": 0.1}

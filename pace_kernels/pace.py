@@ -9,18 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .checks import Group, check_average_options, check_common_options, plain_number, require
 from .mada import MADA_ONLY
 from .ops import PACE_STATS
-from .optimizer import (
-    Group,
-    KernelOptimizer,
-    Work,
-    check_average_options,
-    check_common_options,
-    plain_number,
-    require,
-)
+from .optimizer import KernelOptimizer
 from .sharding import Axes, gathered_rows
+from .states import Work
 from .torch_rules.pace import PaceOptions, average_weight, merge_stats
 
 

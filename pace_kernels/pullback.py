@@ -14,19 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .averaging import uninterrupted
+from .checks import Group, check_average_options, check_lr, check_number, plain_number, require
 from .ops import PACE_STATS
-from .optimizer import (
-    Group,
-    KernelOptimizer,
-    Work,
-    check_average_options,
-    check_lr,
-    check_number,
-    plain_number,
-    require,
-    uninterrupted,
-)
+from .optimizer import KernelOptimizer
 from .sharding import Axes, gathered_rows, local
+from .states import Work
 from .torch_rules.pace import average_weight, merge_stats
 from .torch_rules.pullback import PullbackOptions
 

@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 import pace_kernels
 from pace_kernels import MADA, PACE
-from pace_kernels.optimizer import FORMAT, KernelOptimizer
+from pace_kernels.optimizer import KernelOptimizer
+from pace_kernels.states import FORMAT
 
 DATA = Path(__file__).parent / "data"
 F32 = torch.float32

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from pace_kernels import MADA, PACE
-from pace_kernels.optimizer import KernelOptimizer, state_dtype
+from pace_kernels.optimizer import KernelOptimizer
+from pace_kernels.states import state_dtype
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SOON = {**mada_cases.INSIDE, "hyper_warmup": 1, "hyper_lr": 0.01}

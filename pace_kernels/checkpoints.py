@@ -1,0 +1,282 @@
+"""Checkpoints: what is saved beside torch's states and options, what is checked and translated when one is loaded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .averaging import Averaging
+from .checks import Group, checked_count, require
+from .states import FLOATING, FORMAT, GROUP_STATE, as_state, holds
+
+# Options that torch.optim.Adam and AdamW keep in their groups and that mean nothing here.
+_FOREIGN_OPTIONS = ("amsgrad", "foreach", "fused", "differentiable", "decoupled_weight_decay")
+# State of the published pace-optimizer: the same tensors under other names. `theta` is its copy of the live weights.
+_FOREIGN_NAMES = {"m": "exp_avg", "v": "exp_avg_sq"}
+_FOREIGN_STATE = {"theta", "last_ema_step", "max_exp_avg_sq"}
+# Step counts are float32, which counts no further.
+_LAST_STEP = 2**24
+
+
+class Checkpoints(Averaging):
+    """An optimizer whose checkpoints are checked before they change anything. Not for direct use."""
+
+    # Names of the state tensors that this class of optimizer may keep, beside `step` and, while swapped, `live`.
+    STATE_TENSORS: ClassVar[tuple[str, ...]] = ()
+    # Names of small float64 states, with their number of elements.
+    STATE_ROWS: ClassVar[dict[str, int]] = {}
+    # An option that the groups of no other optimizer have: by it a checkpoint is known for one of this class.
+    OWN_OPTION: ClassVar[str]
+
+    _dry: bool  # the states come from a dry run: the first real step creates them anew
+    _incoming: dict[Tensor, dict[str, Tensor]] | None
+    # By id of a group: the options as they were last checked, and what the subclass made of them but for lr.
+    _checked: dict[int, list[object]]
+    _prepared: dict[int, Any]
+    _changed: list[Group]  # groups whose options were replaced, lr aside, since the last step
+
+    def _check_options(self, group: Group) -> None:
+        """Raises ValueError or TypeError where an option of the group is not allowed."""
+        raise NotImplementedError
+
+    def _required_states(self, group: Group) -> tuple[str, ...]:
+        """The names of states, beside `step`, without which another optimizer's checkpoint does not fit this one."""
+        return ("exp_avg_sq",)
+
+    def _name(self, group: Group, i: int) -> str:
+        raise NotImplementedError
+
+    def _initial(self, name: str, param: Tensor, group: Group) -> Tensor:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """States and options, to save. As in ``torch.optim``, the tensors are the optimizer's own, which its next step
+        changes: save them, or ``copy.deepcopy`` them, before it."""
+
+        # First of the hooks, so that those of the user see all of it.
+        def complete(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+            for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
+                packed.update(self._to_save(group))
+
+        handle = self.register_state_dict_post_hook(complete, prepend=True)
+        try:
+            return super().state_dict()  # type: ignore[no-any-return]
+        finally:
+            handle.remove()
+
+    def _to_save(self, group: Group) -> Group:
+        """What a checkpoint has of the group beside its options."""
+        names = [self.state[param].keys() for param in group["params"] if self.state.get(param)]
+        saved: Group = {"state_names": tuple(sorted(set.intersection(*map(set, names)))) if names else None}
+        if group["skipped_steps"] is None:  # distributed checkpoints load no tensor into what is None
+            saved["skipped_steps"] = torch.zeros((), dtype=torch.int64)
+        return saved
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of this class, of ``torch.optim.Adam`` / ``AdamW``, or of the published ``pace-optimizer``;
+        MADA one of PACE, and PACE one of a MADA that is AdamW.
+
+        States are copied and stay float32 (float64 for float64 parameters), whatever the parameter's dtype. Options
+        come from the checkpoint, ``capturable`` too; one that it does not have keeps its present value. What does not
+        fit raises ValueError or TypeError and changes nothing. States go to the parameters by their position, as in
+        ``torch.optim``. A state saved between ``eval()`` and ``train()`` comes back swapped. The weights themselves are
+        the model's, and are not touched: load the model too, and, for a checkpoint of ``pace-optimizer`` saved in eval
+        mode, load it first.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+
+        # Last of the pre-hooks, so that those of the user see the checkpoint as it was saved.
+        def translate(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            return self._translated(loaded, notes)
+
+        notes: list[str] = []
+        handle = self.register_load_state_dict_pre_hook(translate)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._incoming = None
+        for note in notes:
+            warnings.warn(note, stacklevel=3)  # beyond no_grad
+
+    def _translated(self, loaded: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+        """``loaded`` in our names and checked. The tensors are kept aside: torch would cast them to the parameter's
+        dtype."""
+        saved_groups = self._checked_structure(loaded)
+        if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
+            return loaded  # torch says what is wrong
+        known = {key for saved in saved_groups for key in saved["params"]}
+        if strangers := sorted(str(key) for key in loaded["state"] if key not in known):
+            raise ValueError(
+                f"state_dict has states of parameters that are in none of its groups: {', '.join(strangers)}"
+            )
+        self._check_names(loaded["state"], saved_groups)  # before options: they tell best what it is
+        groups, states, incoming = [], {}, {}
+        for number, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
+            if saved.get("weight_decay") and saved.get("decoupled_weight_decay") is False:
+                notes.append(
+                    f"param_groups[{number}]: weight_decay {saved['weight_decay']} was Adam's, added to the gradient; "
+                    "here it is decoupled, as in AdamW"
+                )
+            options = self._loaded_options(saved, group, number)
+            names = options.pop("state_names")
+            groups.append(options | {"state_names": None})
+            if names is None or self.OWN_OPTION not in saved:
+                names = (*(names or ()), *self._required_states(options))
+            ordered, present = saved.get("param_names"), group.get("param_names")
+            if ordered and present and ordered != present and sorted(ordered) == sorted(present):
+                notes.append(
+                    f"param_groups[{number}] was saved with its parameters in another order. States go by position, "
+                    "not by name, as in torch.optim"
+                )
+            for i, (key, param) in enumerate(zip(saved["params"], group["params"], strict=True)):
+                if key not in loaded["state"] or not loaded["state"][key]:
+                    continue
+                name = f"the state of {self._name(group, i)}"
+                states[key] = incoming[param] = self._translated_state(
+                    loaded["state"][key], param, options, names, name, notes
+                )
+            loaded_here = [incoming[param] for param in group["params"] if param in incoming]
+            lost = any("ema" in state and "live" not in state for state in loaded_here)
+            if saved.get("swapped") and lost:
+                raise ValueError(
+                    f"param_groups[{number}] was saved between eval() and train(), and its live weights did not come "
+                    "along (flattened distributed checkpoints drop them): call train() before saving"
+                )
+            groups[-1]["swapped"] = bool(saved.get("swapped")) or any("live" in state for state in loaded_here)
+        self._incoming = incoming
+        return {**loaded, "state": states, "param_groups": groups}
+
+    def _checked_structure(self, loaded: dict[str, Any]) -> list[Group]:
+        """The groups of what is to be loaded, if it is a state dict at all."""
+        for part, kind in (("state", Mapping), ("param_groups", (list, tuple))):
+            if not isinstance(loaded.get(part), kind):
+                came = (
+                    type(loaded[part]).__name__
+                    if part in loaded
+                    else f"only {', '.join(map(str, loaded)) or 'nothing'}"
+                )
+                raise ValueError(
+                    f"state_dict must have 'state' and 'param_groups', as state_dict() does: {part} is {came}"
+                )
+        groups: list[Group] = list(loaded["param_groups"])
+        for number, saved in enumerate(groups):
+            if not isinstance(saved, Mapping) or not isinstance(saved.get("params"), (list, tuple)):
+                raise ValueError(f"param_groups[{number}] of the state_dict must be a dict with a list 'params'")
+        for key, state in loaded["state"].items():
+            if not isinstance(state, Mapping):
+                raise ValueError(f"the state of parameter {key} must be a dict, got {type(state).__name__}")
+        return groups
+
+    def _check_names(self, states: Mapping[Any, Mapping[str, Any]], saved_groups: list[Group]) -> None:
+        known = {"step", "live", *self.STATE_TENSORS, *self.STATE_ROWS, *_FOREIGN_NAMES, *_FOREIGN_STATE}
+        for saved, group in zip(saved_groups, self.param_groups, strict=True):
+            for i, key in enumerate(saved["params"]):
+                if unknown := sorted(map(str, states.get(key, {}).keys() - known)):
+                    raise ValueError(
+                        f"the state of {self._name(group, i)} has {', '.join(unknown)}, which is no state of "
+                        f"{type(self).__name__}"
+                    )
+
+    def _loaded_options(self, saved: Group, group: Group, number: int) -> Group:
+        """The options of a group after loading, checked."""
+        self._check_format(saved, number)
+        try:
+            options = self._merged(saved, group) | {"format_version": FORMAT}
+            self._check_options(options)
+            swapped, skipped, names = (options[name] for name in ("swapped", "skipped_steps", "state_names"))
+            require(isinstance(swapped, bool), "swapped", "True or False", swapped)
+            if skipped is not None:
+                count = checked_count("skipped_steps", skipped, 2**63 - 1).to(torch.int64, copy=True)
+                options["skipped_steps"] = count if count > 0 else None
+            listed = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
+            require(names is None or listed, "state_names", "None or a tuple of names", names)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"param_groups[{number}] of the checkpoint: {error}") from error
+        return options
+
+    def _check_format(self, saved: Group, number: int) -> None:
+        version = saved.get("format_version", 0)
+        if isinstance(version, bool) or not isinstance(version, int) or version < 0:
+            raise ValueError(f"param_groups[{number}]: format_version must be an integer >= 0, got {version!r}")
+        if version > FORMAT:
+            raise ValueError(
+                f"param_groups[{number}] was saved in format {version} by a later pace_kernels; this one reads formats "
+                f"up to {FORMAT}"
+            )
+
+    def _merged(self, saved: Group, group: Group) -> Group:
+        """The options of a group after loading: the saved ones, and the present ones where none was saved."""
+        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        options |= GROUP_STATE  # of what is loaded, not of what was here
+        return options | {k: v for k, v in saved.items() if k not in _FOREIGN_OPTIONS}
+
+    def _translated_state(
+        self,
+        saved: dict[str, Any],
+        param: Tensor,
+        group: Group,
+        required: Sequence[str],
+        name: str,
+        notes: list[str],
+    ) -> dict[str, Tensor]:
+        """A parameter's saved state in our names, copied and checked; it must have what is ``required``."""
+        state = {_FOREIGN_NAMES.get(k, k): v for k, v in saved.items()}
+        for needed in ("step", *required):
+            if needed not in state and needed != "live":  # that one is asked for with "swapped"
+                raise ValueError(f"{name} lacks {needed}: is it the state of another optimizer, or incomplete?")
+        if (
+            "max_exp_avg_sq" not in (*self._state_tensors(group), *required)
+            and state.pop("max_exp_avg_sq", None) is not None
+        ):
+            notes.append(f"{name}: the maximum that AMSGrad keeps is dropped")
+        state.pop("last_ema_step", None)
+        if (theta := state.pop("theta", None)) is not None and "ema" in state:
+            # The published code holds the live weights twice. They are needed only where it was saved in eval mode.
+            same = theta.shape == param.shape and holds(param, theta)
+            if not same and state["ema"].shape == param.shape and holds(param, state["ema"]):
+                state["live"] = theta
+            elif not same:
+                notes.append(f"{name}: the model holds neither its weights nor its average; load the model first")
+        step = checked_count(f"{name}: step", state.pop("step"), _LAST_STEP).to(torch.float32)
+        for key, value in state.items():
+            shape = (self.STATE_ROWS[key],) if key in self.STATE_ROWS else tuple(param.shape)
+            if not isinstance(value, Tensor) or value.shape != shape:
+                came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name}: {key} must be a tensor of shape {shape}, got {came}")
+            if value.dtype not in FLOATING or value.layout is not torch.strided:
+                kind = value.dtype if value.layout is torch.strided else value.layout
+                raise ValueError(f"{name}: {key} must be dense, of {', '.join(map(str, FLOATING))}, got {kind}")
+            if value.is_meta and not param.is_meta:
+                raise ValueError(f"{name}: {key} is on the meta device, where there are no values")
+        ours = {"step": step.reshape(()).to(param.device if group["capturable"] else "cpu", copy=True)}
+        for key, value in state.items():
+            if key in self.STATE_ROWS:
+                ours[key] = self._initial(key, param, group).copy_(value)
+            else:
+                ours[key] = as_state(param, value, value.dtype if key == "live" else None)
+        return ours
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_backend_name": self._backend_name, "_dry": self._dry}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._checked, self._prepared, self._changed = {}, {}, []
+        self.__dict__.setdefault("_incoming", None)
+        self.__dict__.setdefault("_dry", False)
+        self.__dict__.setdefault("_backend_name", None)
+        for group in self.param_groups:  # pickled before there were these
+            for name, value in {**GROUP_STATE, "skip_nonfinite": False}.items():
+                group.setdefault(name, value)
+            group["swapped"] = group["swapped"] or any("live" in self.state.get(p, {}) for p in group["params"])
+        if self._incoming is not None:
+            self.state.clear()
+            self.state.update(self._incoming)
+            self._dry = False

@@ -1,0 +1,84 @@
+"""What a step works on: the parameters of a group that step together, and their states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import Backend
+from .checks import Group, plain_number
+from .sharding import Axes, agree, axes, local, local_as
+
+# Of the groups and states in a checkpoint. 1: the first that says so. What has none is of before (0) or of another
+# optimizer; the states of 0 have the same names and meaning.
+FORMAT = 1
+# What the groups hold beside options: whether the average is swapped in, the format of a checkpoint, how many steps
+# skip_nonfinite left undone (a tensor that the groups share, once there is something to count), and, in checkpoints
+# alone, the names that all states of the group have: what a checkpoint lost on its way can be told by them.
+GROUP_STATE: Group = {"swapped": False, "format_version": FORMAT, "skipped_steps": None, "state_names": None}
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on that device. A copy to the CPU has to be waited for, others do not."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
+@dataclass
+class Work:
+    """The parameters of one group that step together: on one device, in one dtype, each with a gradient, and sharded
+    over the same ``axes`` of a mesh, if they are.
+
+    ``owners`` are the parameters as the group has them, which states belong to; ``params`` and ``grads`` what the
+    kernels get: the same tensors, or of DTensors the local parts. ``scaling`` are the arguments grad_scale, clip_coef
+    and found_inf of the operators, those that were given. ``on_device``: the step counts live on the parameters'
+    device, and nothing may be read from it.
+    """
+
+    group: Group
+    backend: Backend
+    scaling: dict[str, Tensor]
+    axes: Axes = ()
+    owners: list[Tensor] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    on_device: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    def lr(self) -> dict[str, Any]:
+        """The learning rate as arguments of an operator; on a device it is not read."""
+        lr = self.group["lr"]
+        if not isinstance(lr, Tensor):
+            return {"lr": plain_number(lr)}
+        if lr.device.type == "cpu":
+            return {"lr": lr.item()}
+        return {"lr": 0.0, "lr_tensor": moved(lr, self.device)}
+
+    def left_undone(self) -> bool:
+        """Whether ``found_inf`` says so, as far as that can be told without waiting for a device."""
+        found_inf = self.scaling.get("found_inf")
+        return found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf)
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of a parameter's states: float32, or float64 where the parameter is float64."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def as_state(param: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of ``value`` as a state of ``param``: its device, memory layout and shards, in the dtype of states."""
+    state = torch.empty_like(param, dtype=dtype or state_dtype(param), requires_grad=False)
+    local(state).copy_(local_as(param, value))
+    return state
+
+
+def holds(param: Tensor, value: Tensor) -> bool:
+    """Whether the parameter holds these values, on every rank that has a part of it."""
+    here = local(param)
+    return agree(torch.equal(local_as(param, value).to(here), here), here.device, axes(param))
