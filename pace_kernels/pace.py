@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .checks import Group, check_average_options, check_common_options, plain_number, require
-from .mada import MADA_ONLY
+from .mada_options import MADA_ONLY
 from .ops import PACE_STATS
 from .optimizer import KernelOptimizer
 from .sharding import Axes, gathered_rows

@@ -1,0 +1,220 @@
+"""MADA's learned coefficients: where they live, how they are shared, how they move, how learning stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import choose
+from .checks import Group
+from .mada_options import (
+    LEARNED,
+    LEARNING,
+    REDONE_BY,
+    Prepared,
+    check_sharing,
+    expanded,
+    fixed,
+    learn_options,
+    state_tensors,
+    step_options,
+)
+from .ops import COEFFICIENTS, DONE, HYPERGRADIENTS, REDO
+from .optimizer import KernelOptimizer
+from .sharding import all_reduce_, is_sharded, local, reduce_
+from .states import Work, moved
+from .torch_rules.mada import MadaMoments, MadaOptions, caught_up
+
+
+class Coefficients(KernelOptimizer):
+    """An optimizer whose groups learn coefficients while they train. Not for direct use."""
+
+    # Of a step: the group, its sums, and the work they are of.
+    _sums: list[tuple[Group, Tensor, Work]]
+    _hyper_process_group: Any
+
+    def _fresh(self, group: Group) -> dict[str, Tensor | None]:
+        """Coefficients at the start of learning."""
+        if not group["learn"]:
+            return dict.fromkeys(LEARNED)
+        device = self._home(group)
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        start = torch.tensor([fixed(group, name) for name in COEFFICIENTS], dtype=dtype, device=device)
+        zeros = (torch.zeros_like(start), torch.zeros_like(start), start.new_zeros(()))
+        return dict(zip(LEARNED, (start, *zeros), strict=True))
+
+    def _home(self, group: Group) -> torch.device:
+        return group["params"][0].device if group.get("params") else torch.device("cpu")
+
+    def _share(self) -> None:
+        """Puts the coefficients on their device, and where they are global, the same ones into all groups."""
+        source = self.param_groups[0]
+        for group in self.param_groups:
+            source = group if group["coefficients"] == "group" else source
+            home = self._home(source)
+            for name in LEARNED:
+                value = source.get(name)
+                group[name] = value.to(home) if isinstance(value, Tensor) else None
+                source[name] = group[name]
+
+    @property
+    def coefficients(self) -> dict[str, float] | list[dict[str, float]]:
+        """The six coefficients, name → value, as the next step uses them; with coefficients="group" a list of dicts.
+
+        Those that are not learned are the first group's. Reading waits for the device.
+        """
+        return self._by_group(self._group_coefficients)
+
+    @property
+    def hypergradients(self) -> dict[str, float] | list[dict[str, float]]:
+        """The hypergradients of the last step, before the clip: name → value of each learned coefficient.
+
+        With coefficients="group" a list of dicts. Reading waits for the device.
+        """
+
+        def read(group: Group) -> dict[str, float]:
+            values = group["hypergradients"].tolist() if group["learn"] else ()
+            return {name: value for name, value in zip(COEFFICIENTS, values, strict=False) if name in group["learn"]}
+
+        return self._by_group(read)
+
+    def _by_group(self, read: Callable[[Group], dict[str, float]]) -> dict[str, float] | list[dict[str, float]]:
+        if self.param_groups[0]["coefficients"] == "group":
+            return [read(group) for group in self.param_groups]
+        return read(self.param_groups[0])
+
+    def _group_coefficients(self, group: Group) -> dict[str, float]:
+        values = {name: fixed(group, name) for name in COEFFICIENTS}
+        if group["learn"]:
+            learned = dict(zip(COEFFICIENTS, group["coefficient_values"].tolist(), strict=True))
+            values |= {name: learned[name] for name in group["learn"]}
+        return values
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Stops learning: the learned values become fixed options (MADA-FS), and what only learning needs is dropped.
+
+        Training goes on as if the coefficients had stayed at their present values from here on.
+        """
+        for group in self.param_groups:
+            self._by_name(group)
+        for group in self.param_groups:
+            if not group["learn"]:
+                continue
+            for param in group["params"]:
+                if param in self.state:
+                    self._catch_up(group, param)
+            values = self._group_coefficients(group)
+            frozen = tuple(values[name] if name in group["learn"] else None for name in COEFFICIENTS)
+            fixed = {"betas": (values.pop("beta1"), values.pop("beta2")), **values, "learn": ()}
+            group.update(fixed, frozen=frozen, **dict.fromkeys(LEARNED))
+            self._prepared[id(group)] = self._prepare(group)
+            self._drop_unused(group)
+        self._default_to_frozen()
+
+    def _default_to_frozen(self) -> None:
+        """Groups that are added once the shared coefficients are frozen start with them frozen, at the same values."""
+        first = self.param_groups[0]
+        if first["coefficients"] == "global" and first["frozen"] is not None:
+            given = zip(COEFFICIENTS, first["frozen"], strict=True)
+            values = {name: fixed(self.defaults, name) if value is None else value for name, value in given}
+            self.defaults.update({"betas": (values.pop("beta1"), values.pop("beta2")), **values, "learn": ()})
+
+    def _catch_up(self, group: Group, param: Tensor) -> None:
+        """Brings moments that are one step behind up to date, by redoing that step."""
+        state = self.state[param]
+        if "last_scalars" not in state:
+            return
+        self._fit(param, state, "last_grad", not is_sharded(param))  # as it is where it was saved and loaded before
+        options = self._arguments(group).step  # those of the step to redo, whatever has been changed since
+        second = "max_exp_avg_sq" if options["second_max"] else "mean_exp_avg_sq"
+        names = ("exp_avg", "exp_avg_diff", "exp_avg_sq", second, "exp_avg_lion")
+        kept = MadaMoments(*(local(state[name]) if name in state else None for name in names))
+        o = MadaOptions.of(options)
+        last = state["last_scalars"].tolist()
+        if last[0] != REDO:
+            return
+        older = local(state["older_grad"]) if "older_grad" in state else None
+        after = caught_up(o, state["step"].item(), last, local(state["last_grad"]), older, kept)
+        for tensor, value in zip(kept, after, strict=True):
+            if tensor is not None and value is not None:
+                tensor.copy_(value)
+        state["last_scalars"][0] = DONE
+
+    def _by_name(self, group: Group) -> None:
+        """Hyper options that were replaced since the last step, as they are kept."""
+        kept = self._prepared[id(group)].learning
+        if any(group[name] is not kept[name] for name in LEARNING):
+            if isinstance(group["learn"], str) or tuple(group["learn"]) != kept["learn"]:
+                raise ValueError(f"learn may not be changed from {kept['learn']}: use freeze() to stop learning")
+            group.update(expanded({name: group[name] for name in LEARNING}, kept))
+
+    def _check_changed(self, group: Group) -> None:
+        self._by_name(group)
+        super()._check_changed(group)
+
+    def _settle(self, groups: list[Group]) -> None:
+        """Moments that are one step behind are brought up to date where the step to redo would come out otherwise by
+        the new options; the next step learns nothing then."""
+        check_sharing(self.param_groups, start=False)
+        prepared = [self._prepare(group) for group in groups]
+        for group, new in zip(groups, prepared, strict=True):
+            old = self._prepared[id(group)]
+            same = old.states == new.states and all(old.step[name] == new.step[name] for name in REDONE_BY)
+            for param in group["params"]:
+                state = self.state.get(param, {})
+                if same or not state:
+                    continue
+                self._catch_up(group, param)
+                if "exp_avg_diff" in new.states and "exp_avg_diff" not in state:
+                    state.pop("last_scalars", None)  # no difference of gradients at the first step with β3
+        super()._settle(groups)
+        for group, new in zip(groups, prepared, strict=True):
+            self._prepared[id(group)] = new
+
+    def _prepare(self, group: Group) -> Prepared:
+        learning = {name: group[name] for name in LEARNING}
+        return Prepared(step_options(group), learn_options(group), state_tensors(group), learning)
+
+    def _arguments(self, group: Group) -> Prepared:
+        """What the group's options came to when they were last checked; lr aside."""
+        return self._prepared[id(group)]  # type: ignore[no-any-return]
+
+    def _learn(self) -> None:
+        """Moves the coefficients, once for each set of them that took part in the step."""
+        reduce_((sums, work.axes) for _, sums, work in self._sums)
+        by_set: dict[int, tuple[Group, dict[str, Tensor], list[Tensor]]] = {}
+        for group, sums, work in self._sums:
+            by_set.setdefault(id(group["coefficient_values"]), (group, work.scaling, []))[2].append(sums)
+        if self._ranks() is not None:
+            by_set = self._over_process_group(by_set)
+        for group, scaling, rows in by_set.values():
+            device = group["coefficient_values"].device
+            rows = [moved(row, device) for row in rows]
+            found_inf = moved(scaling["found_inf"], device) if "found_inf" in scaling else None
+            learn = choose(self._backend_name, device, torch.float32).op("mada_learn_")
+            learn(*(group[name] for name in LEARNED), rows, found_inf, **self._arguments(group).learn)
+
+    def _ranks(self) -> Any:
+        return torch.distributed.group.WORLD if self._hyper_process_group == "world" else self._hyper_process_group
+
+    def _over_process_group(
+        self, by_set: dict[int, tuple[Group, dict[str, Tensor], list[Tensor]]]
+    ) -> dict[int, tuple[Group, dict[str, Tensor], list[Tensor]]]:
+        """One row for each set of coefficients, summed over the process group. A rank whose parameters took no part has
+        to take part here: others wait for it."""
+        scaling = next((given for _, given, _ in by_set.values()), {})
+        if not by_set and self._nonfinite is not None:
+            scaling = {"found_inf": self._nonfinite}
+        sets = {id(group["coefficient_values"]): group for group in self.param_groups if group["learn"]}
+        totals = {}
+        for key, group in sets.items():
+            values = group["coefficient_values"]
+            rows = [moved(row, values.device) for row in by_set[key][2]] if key in by_set else []
+            totals[key] = torch.stack([values.new_zeros(len(HYPERGRADIENTS)), *rows]).sum(dim=0)
+        if totals:
+            all_reduce_(list(totals.values()), self._ranks())
+        return {key: (sets[key], scaling, [total]) for key, total in totals.items()}

@@ -1,0 +1,245 @@
+"""MADA's options: presets, what may be given for each of its coefficients, what is checked, what it comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from .checks import Group, check_average_options, check_common_options, check_number, require
+from .ops import COEFFICIENTS
+
+_HYPER_LR = {"beta1": 5e-4, "beta2": 5e-4, "beta3": 0.1, "rho": 0.1, "c": 0.1, "gamma": 0.1}
+_BOUNDS = {"beta1": (0.01, 0.99), "beta2": (0.501, 0.999), "beta3": (0.0, 0.99)} | dict.fromkeys(
+    ("rho", "c", "gamma"), (0.0, 1.0)
+)
+# What a group keeps of its learned coefficients, float64 tensors on the parameters' device: values, momenta and
+# hypergradients in the order of COEFFICIENTS, and a step count. They are options, so that checkpoints carry them; with
+# coefficients="global" all groups have the same ones.
+LEARNED = ("coefficient_values", "coefficient_momenta", "hypergradients", "hyper_step")
+# Options that mean something only where a coefficient is learned, and what they are where nobody gave them.
+_HYPER_DEFAULTS = {"hyper_lr": None, "hyper_momentum": 0.0, "hyper_clip": 10.0, "hyper_warmup": 50, "bounds": None}
+LEARNING = ("learn", *_HYPER_DEFAULTS)
+# The options of groups that PACE does not have, and what the groups hold of MADA. "last_options" is in checkpoints
+# alone: what the step to redo was taken with, where options were changed since. "frozen": the values of freeze().
+MADA_ONLY = (
+    "lion_betas",
+    "second_moment",
+    "coefficients",
+    *COEFFICIENTS,
+    *LEARNING,
+    *LEARNED,
+    "last_options",
+    "frozen",
+    "hyper_process_group",  # ZeroRedundancyOptimizer puts all arguments into groups, and so into checkpoints
+)
+PRESETS: dict[str, dict[str, Any]] = {
+    "adamw": {"rho": 1.0, "betas": (0.9, 0.999), "weight_decay": 0.01},
+    "amsgrad": {"rho": 0.0, "second_moment": "max", "betas": (0.9, 0.999), "weight_decay": 0.01},
+    "avgrad": {"rho": 0.0, "second_moment": "mean", "betas": (0.9, 0.999), "weight_decay": 0.01},
+    "adan": {"rho": 1.0, "beta3": 0.92, "betas": (0.98, 0.99), "weight_decay": 0.02},
+    "yogi": {"rho": 1.0, "c": 0.0, "betas": (0.9, 0.999), "eps": 1e-3, "weight_decay": 0.0},
+    "lion": {"gamma": 0.0, "lion_betas": (0.9, 0.99), "lr": 1e-4, "weight_decay": 0.01},
+    "hyperadam": {"rho": 1.0, "betas": (0.9, 0.999), "weight_decay": 0.01, "learn": ("beta1", "beta2")},
+}
+# The group's options that mada_step_ takes by the same name.
+_SAME_NAME = (
+    *("beta3", "rho", "c", "gamma", "eps", "weight_decay", "lambda_pullback", "clamp_pullback", "beta_ema"),
+    *("ema_kappa", "ema_rho", "ema_gamma", "ema_update_freq", "maximize", "capturable"),
+)
+
+# Those that the redone step and its sensitivities depend on, beside what it left in last_scalars.
+REDONE_BY = (
+    *("lion_beta1", "lion_beta2", "eps", "second_max", "pullback_from_step", "lambda_pullback", "clamp_pullback"),
+    *("ema_kappa", "ema_rho", "ema_gamma"),
+)
+
+
+def _bits(learn: tuple[str, ...]) -> int:
+    return sum(1 << k for k, name in enumerate(COEFFICIENTS) if name in learn)
+
+
+def _expand(argument: str, given: object, base: Sequence[Any], convert: Callable[[object], Any]) -> tuple[Any, ...]:
+    """An option of each coefficient, in their order: from a dict, which may leave some out, from six values, or from
+    one for all. A tuple, so that no change in place goes unseen."""
+    if given is None:
+        return tuple(base)
+    if isinstance(given, (tuple, list)):
+        require(len(given) == len(COEFFICIENTS), argument, f"given by name, or for all of {COEFFICIENTS}", given)
+        return tuple(convert(value) for value in given)
+    if not isinstance(given, Mapping):
+        return (convert(given),) * len(COEFFICIENTS)
+    for name in given:
+        _check_name(argument, name)
+    return tuple(convert(given[name]) if name in given else base[k] for k, name in enumerate(COEFFICIENTS))
+
+
+def _check_name(argument: str, name: object) -> None:
+    require(name in COEFFICIENTS, argument, f"coefficients, of {', '.join(COEFFICIENTS)}", name)
+
+
+def _same(value: object) -> object:
+    return value
+
+
+def _pair(value: object) -> tuple[Any, Any]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"bounds must be pairs (low, high), got {value!r}")
+    return (value[0], value[1])
+
+
+class Prepared(NamedTuple):
+    """What the options of a group come to: those of ``mada_step_`` and ``mada_learn_``, the names of its states, and
+    the options of learning as the group has them."""
+
+    step: dict[str, Any]
+    learn: dict[str, Any]
+    states: tuple[str, ...]
+    learning: dict[str, Any]
+
+
+def fixed(group: Group, name: str) -> float:
+    """The coefficient's value among the options: its fixed value, or where learning starts."""
+    if name == "beta1":
+        return float(group["betas"][0])
+    return float(group["betas"][1] if name == "beta2" else group[name])
+
+
+def expanded(given: dict[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with ``learn`` in order and the hyper options by name."""
+    options = dict(given)
+    if "learn" in given:
+        names = given["learn"]
+        if isinstance(names, str) or not isinstance(names, (tuple, list, set, frozenset)):
+            raise TypeError(f"learn must be a tuple of names, got {names!r}")
+        for name in names:
+            _check_name("learn", name)
+        options["learn"] = tuple(name for name in COEFFICIENTS if name in names)
+    if not options.get("learn", base.get("learn", ())):
+        for name, default in _HYPER_DEFAULTS.items():
+            if name in given and given[name] != default and given[name] != base.get(name):
+                raise ValueError(f"{name} was given, but learn is empty: name the coefficients to learn")
+    for name, start, convert in (
+        ("hyper_lr", [_HYPER_LR[name] for name in COEFFICIENTS], _same),
+        ("hyper_momentum", [0.0] * len(COEFFICIENTS), _same),
+        ("bounds", [_BOUNDS[name] for name in COEFFICIENTS], _pair),
+    ):
+        if name in given:
+            six = isinstance(given[name], (tuple, list)) and len(given[name]) == len(COEFFICIENTS)
+            if name == "bounds" and not (given[name] is None or six or isinstance(given[name], Mapping)):
+                raise TypeError(f"bounds must be a dict from name to (low, high), got {given[name]!r}")
+            options[name] = _expand(name, given[name], base.get(name, start), convert)
+    return options
+
+
+def check_mada_options(group: Group) -> None:
+    """Raises ValueError or TypeError where an option of the group is not allowed."""
+    check_common_options(group)
+    check_average_options(group)
+    check_number("beta3", group["beta3"], "in [0, 1)", lambda a: 0 <= a < 1)
+    for name in ("rho", "c", "gamma"):
+        check_number(name, group[name], "in [0, 1]", lambda a: 0 <= a <= 1)
+    lion = group["lion_betas"]
+    if not isinstance(lion, (tuple, list)) or len(lion) != 2:
+        raise ValueError(f"lion_betas must be two numbers in [0, 1), got {lion!r}")
+    for i in (0, 1):
+        check_number(f"lion_betas[{i}]", lion[i], "in [0, 1)", lambda a: 0 <= a < 1)
+    require(group["second_moment"] in ("mean", "max"), "second_moment", '"mean" or "max"', group["second_moment"])
+    mode = group["coefficients"]
+    require(mode in ("global", "group"), "coefficients", '"global" or "group"', mode)
+    if group["learn"]:
+        allowed = "at least 2**-51 where coefficients are learned: below, hypergradients take a small sqrt(V) for 0"
+        require(group["eps"] >= 2.0**-51, "eps", allowed, group["eps"])
+    _check_hyper_options(group)
+
+
+def _check_hyper_options(group: Group) -> None:
+    for k, name in enumerate(COEFFICIENTS):
+        check_number(f"hyper_lr[{name!r}]", group["hyper_lr"][k], "finite and >= 0", lambda a: a >= 0)
+        check_number(f"hyper_momentum[{name!r}]", group["hyper_momentum"][k], "in [0, 1)", lambda a: 0 <= a < 1)
+        low, high = group["bounds"][k]
+        widest = "within [0, 1)" if name.startswith("beta") else "within [0, 1]"
+        for end in (low, high):
+            check_number(f"bounds[{name!r}]", end, widest, lambda a: 0 <= a <= 1)
+        ordered = low <= high and (high < 1 or not name.startswith("beta"))
+        require(ordered, f"bounds[{name!r}]", f"(low, high), low <= high, {widest}", (low, high))
+    clip, warmup = group["hyper_clip"], group["hyper_warmup"]
+    if isinstance(clip, bool) or not isinstance(clip, (int, float)):
+        raise TypeError(f"hyper_clip must be a number, got {clip!r}")
+    require(clip > 0, "hyper_clip", "> 0", clip)
+    counts = isinstance(warmup, int) and not isinstance(warmup, bool) and 0 <= warmup < 2**63
+    require(counts, "hyper_warmup", "an integer >= 0", warmup)
+
+
+def check_start(group: Group) -> None:
+    """Learning starts within the bounds."""
+    for name in group["learn"]:
+        low, high = group["bounds"][COEFFICIENTS.index(name)]
+        start = fixed(group, name)
+        require(low <= start <= high, name, f"within its bounds, [{low}, {high}]", start)
+
+
+def check_sharing(groups: list[Group], start: bool = True) -> None:
+    """Groups that share their coefficients learn the same ones, in the same way, from the same ``start``."""
+    first = groups[0]
+    for group in groups[1:]:
+        mode = group["coefficients"]
+        require(mode == first["coefficients"], "coefficients", "the same in all groups", mode)
+        if mode == "group":
+            continue
+        for name in LEARNING:
+            if group[name] != first[name] and (name == "learn" or group["learn"]):
+                raise ValueError(
+                    f"{name} differs between groups, which share their coefficients: "
+                    'give them the same, or coefficients="group"'
+                )
+        for name in group["learn"] if start else ():
+            if fixed(group, name) != fixed(first, name):
+                raise ValueError(
+                    f"{name} is learned and shared between groups, but starts at {fixed(first, name)} in one and "
+                    f'{fixed(group, name)} in another: give them the same, or coefficients="group"'
+                )
+
+
+def state_tensors(group: Group) -> tuple[str, ...]:
+    """The states that a parameter of the group keeps, beside `step`."""
+    learn, gamma = group["learn"], group["gamma"]
+    pull = group["lambda_pullback"] > 0.0
+    names: tuple[str, ...] = ()
+    if learn or pull or gamma != 0.0:
+        names = ("exp_avg", "exp_avg_sq")
+        if group["beta3"] != 0.0 or "beta3" in learn:
+            names += ("exp_avg_diff", "last_grad", "older_grad") if learn else ("exp_avg_diff", "last_grad")
+        elif learn:
+            names += ("last_grad",)
+        if group["rho"] != 1.0 or "rho" in learn:
+            names += ("mean_exp_avg_sq",) if group["second_moment"] == "mean" else ("max_exp_avg_sq",)
+    if gamma != 1.0 or "gamma" in learn:
+        names += ("exp_avg_lion",)
+    if "last_grad" in names:
+        names += ("last_scalars",)
+    return (*names, "ema") if pull or group["use_ema_eval"] else names
+
+
+def learn_options(group: Group) -> dict[str, Any]:
+    """The options of ``mada_learn_``."""
+    return {
+        "learn": _bits(group["learn"]),
+        "hyper_lr": list(map(float, group["hyper_lr"])),
+        "hyper_momentum": list(map(float, group["hyper_momentum"])),
+        "lower": [float(low) for low, _ in group["bounds"]],
+        "upper": [float(high) for _, high in group["bounds"]],
+        "clip": float(group["hyper_clip"]),
+        "warmup": group["hyper_warmup"],
+    }
+
+
+def step_options(group: Group) -> dict[str, Any]:
+    """The options of ``mada_step_``. They are the group's, but for a few names."""
+    options = {name: group[name] for name in _SAME_NAME}
+    options["lr"] = group["lr"]
+    options["beta1"], options["beta2"] = group["betas"]
+    options["lion_beta1"], options["lion_beta2"] = group["lion_betas"]
+    options["second_max"] = group["second_moment"] == "max"
+    options["pullback_from_step"] = group["pullback_from"] == "step"
+    options["learn"] = _bits(group["learn"])
+    return options
