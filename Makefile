@@ -1,7 +1,8 @@
 # Everything is set up in .venv by the first command that needs it. On another torch: make demo TORCH=2.14.1
 # A second environment, .venv-cuda (5.7 GB), has torch's CUDA build and a CUDA compiler, for the tests of the CUDA
-# library, which need no GPU: make test CUDA=0 goes without. A third, .venv-peers (1.2 GB), has the optimizers of others
-# for make bench-peers, so that what they bring along stays out of the tests.
+# library, which need no GPU: make test CUDA=0 goes without. A third, .venv-xla (7 GB), has torch 2.9 and torch_xla, for
+# tests/xla on the CPU: make test XLA=0 goes without. A fourth, .venv-peers (1.2 GB), has the optimizers of others for
+# make bench-peers, so that what they bring along stays out of the tests.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv
@@ -9,6 +10,9 @@ BIN := $(VENV)/bin
 CUDA ?= 1
 CUDA_TORCH ?= 2.14.1
 CUDA_VENV := $(VENV)-cuda
+XLA ?= 1
+XLA_TORCH ?= 2.9
+XLA_VENV := $(VENV)-xla
 PEERS_VENV := $(VENV)-peers
 # The compiler of the CUDA that this torch is built with. cuobjdump and nvdisasm are not released with every toolkit.
 NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
@@ -21,7 +25,7 @@ CPP := $(CSRC) $(shell find tests -name '*.cpp')
 demo: $(VENV)/.bench
 	$(BIN)/python bench/train_lm.py
 
-test: lint $(if $(filter 1,$(CUDA)),$(CUDA_VENV)/.torch-$(CUDA_TORCH))
+test: lint $(if $(filter 1,$(CUDA)),$(CUDA_VENV)/.torch-$(CUDA_TORCH)) $(if $(filter 1,$(XLA)),$(XLA_VENV)/.ready)
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.test
@@ -73,7 +77,7 @@ gpu:
 	$(PYTHON) bench/gpu.py --budget $(BUDGET)
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) $(PEERS_VENV) build out *.egg-info pace_kernels/*.so
+	rm -rf $(VENV) $(CUDA_VENV) $(XLA_VENV) $(PEERS_VENV) build out *.egg-info pace_kernels/*.so
 
 # torch first, since the extension is built against it; then the package, in place.
 $(VENV)/.torch-$(TORCH): Makefile
@@ -87,6 +91,16 @@ $(CUDA_VENV)/.torch-$(CUDA_TORCH): Makefile
 	$(CUDA_VENV)/bin/pip install --quiet --no-compile "setuptools>=77" wheel ninja numpy
 	$(CUDA_VENV)/bin/pip install --quiet --no-compile "torch==$(CUDA_TORCH)" $(NVCC)
 	rm -f $(CUDA_VENV)/.torch-* && touch $@
+
+# torch_xla serves the torch of its own version alone. Without native kernels, which need torch 2.10, and no dependencies
+# but these: those of the extras would bring another torch.
+$(XLA_VENV)/.ready: Makefile pyproject.toml setup.py
+	$(PYTHON) -m venv $(XLA_VENV)
+	$(XLA_VENV)/bin/pip install --quiet --no-compile "setuptools>=77" wheel numpy "pytest>=8" "hypothesis>=6.100"
+	$(XLA_VENV)/bin/pip install --quiet --no-compile "torch==$(XLA_TORCH).*" "torch_xla==$(XLA_TORCH).*"
+	PACE_NO_EXT=1 $(XLA_VENV)/bin/pip install --quiet --no-compile --no-deps --no-build-isolation --editable .
+	$(XLA_VENV)/bin/pip check
+	touch $@
 
 $(PEERS_VENV)/.torch-$(TORCH): Makefile
 	$(PYTHON) -m venv $(PEERS_VENV)

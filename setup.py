@@ -1,6 +1,6 @@
 """Builds the native kernels against PyTorch's stable ABI, one wheel (cp310-abi3) for every CPython >= 3.10 and torch >=
 2.10: pace_kernels._C, the CPU kernels, and beside it, where torch is a CUDA build and there is an nvcc,
-pace_kernels._cuda. Environment variables:
+pace_kernels._cuda. Under torch 2.9 the package is built without them. Environment variables:
 
     PACE_NO_EXT=1        build without extensions; the package then computes through Triton or torch
     PACE_CUDA            auto (default): the CUDA kernels where they can be built; 0: not; 1: or fail with the reason
@@ -266,12 +266,28 @@ def cuda_compiler() -> Nvcc | str:
     return find_nvcc(int(torch.version.cuda.split(".")[0]))
 
 
+def torch_too_old() -> str | None:
+    """Why the native kernels can't be built against the torch that is here; None where they can."""
+    try:
+        import torch
+    except ImportError:
+        return None  # which BuildKernels tells, where there is something to build
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10):
+        return None
+    return f"they need torch >= 2.10, and this is torch {torch.__version__}"
+
+
 def native_extensions() -> list[Extension]:
     if NO_EXT:
         print("pace_kernels: PACE_NO_EXT is set, building without native kernels", file=sys.stderr)
         return []
     if PACE_CUDA not in ("auto", "0", "1"):
         sys.exit(f"PACE_CUDA must be auto, 0 or 1, got {PACE_CUDA!r}")
+    if (why := torch_too_old()) is not None:
+        if PACE_CUDA == "1":
+            sys.exit(f"PACE_CUDA=1, but the native kernels can't be built: {why}")
+        print(f"pace_kernels: building without native kernels: {why}", file=sys.stderr)
+        return []
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None and shutil.which("g++") is None:
         if PACE_CUDA == "1":

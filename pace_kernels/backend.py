@@ -73,10 +73,20 @@ def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+def _torch_too_old() -> str | None:
+    """Why no native library of ours loads under this torch: they call its stable ABI of 2.10, and would end with
+    "undefined symbol"."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10):
+        return None
+    return f"the native kernels need torch >= 2.10, and this is torch {torch.__version__}"
+
+
 def _native_cuda() -> Backend:
     if torch.version.cuda is None:
         return Backend("cuda", False, f"torch {torch.__version__} is not a CUDA build")
-    reason: str | None
+    reason: str | None = _torch_too_old()
+    if reason is not None:
+        return Backend("cuda", False, reason)
     try:
         from . import _cuda
     except ImportError as error:
@@ -90,6 +100,8 @@ def _native_cuda() -> Backend:
 
 
 def _native_cpu() -> Backend:
+    if (reason := _torch_too_old()) is not None:
+        return Backend("cpu", False, reason)
     try:
         from . import _C
     except ImportError as error:

@@ -11,6 +11,8 @@ import torch
 from emulated import build
 from hypothesis import settings
 
+collect_ignore = ["xla"]  # for another Python: tests/test_xla.py
+
 settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     settings.load_profile("ci")

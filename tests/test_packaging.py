@@ -110,6 +110,22 @@ def test_without_a_compiler_it_works_through_torch_and_says_so_once(tree: Path, 
     assert native.stdout.splitlines()[1] == out.stdout.splitlines()[1]
 
 
+@pytest.mark.parametrize(("version", "too_old"), [("2.9.1+cpu", True), ("2.10.0a0+git1", False), ("3.0.0", False)])
+def test_a_torch_too_old_for_the_native_kernels_is_no_obstacle(tree: Path, tmp_path: Path, version: str, too_old: bool):
+    """What setup.py would build under a torch of that version, of which it asks no more."""
+    (tmp_path / "torch.py").write_text(f"__version__ = {version!r}; version = type('', (), {{'cuda': None}})")
+    code = "import runpy; print([e.name for e in runpy.run_path('setup.py')['native_extensions']()])"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, env=environment, capture_output=True, text=True)
+    assert done.stdout == ("[]\n" if too_old else "['pace_kernels._C']\n"), done.stderr
+    said = f"building without native kernels: they need torch >= 2.10, and this is torch {version}\n"
+    assert (said in done.stderr) == too_old
+    forced = {**environment, "PACE_CUDA": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, env=forced, capture_output=True, text=True)
+    assert done.returncode == 1 and "PACE_CUDA=1, but the " in done.stderr
+    assert ("they need torch >= 2.10" in done.stderr) == too_old
+
+
 def test_a_missing_compiler_is_no_obstacle(tree: Path) -> None:
     done = build_wheel(tree, CXX="no-such-compiler", PATH="/nonexistent")
     assert done.returncode == 0, done.stderr
