@@ -6,11 +6,12 @@ PACE's average and pullback around any other optimizer. :func:`backends` tells w
 """
 
 from . import ops
+from .averaging import averaged, ema_state_dict
 from .backend import backends
 from .clipping import clip_coefficient
 from .mada import MADA
 from .pace import PACE
 from .pullback import Pullback
 
-__all__ = ["MADA", "PACE", "Pullback", "backends", "clip_coefficient", "ops"]
+__all__ = ["MADA", "PACE", "Pullback", "averaged", "backends", "clip_coefficient", "ema_state_dict", "ops"]
 __version__ = "0.1.0"

@@ -1,186 +1,344 @@
-"""The average of the weights: put in their place for an evaluation, taken out again, exported."""
+"""The average of the weights: put in their place for an evaluation, taken out again, exported.
+
+The live weights are copied into the state `live` before the average is copied over them, and copied back before `live`
+is removed. So at each moment, also for a signal handler that saves, `live` is right where it is there, and where it is
+not, the weights are live.
+"""
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backend import choose
-from .checks import Group
+from . import derived
+from .checks import Group, require
+from .memory import check_whole, region, share_memory
 from .sharding import gathered, is_sharded, local, on_first_rank
-from .states import as_state
 
 
-class uninterrupted:
-    """Within this context a Ctrl-C waits. Python raises KeyboardInterrupt between any two of its instructions, so also
-    between a kernel and what belongs to it: weights and states would then be of different steps."""
+@dataclass
+class _Entry:
+    """A parameter with an average, and its state."""
 
-    def __enter__(self) -> None:
-        self._handler, self._came, self._frame = None, False, None
-        if threading.current_thread() is threading.main_thread():  # no other one gets it
-            handler = signal.getsignal(signal.SIGINT)
-            if callable(handler):
-                self._handler = handler
-                signal.signal(signal.SIGINT, self._later)
-
-    def _later(self, number: int, frame: Any) -> None:
-        self._came, self._frame = True, frame
-
-    def __exit__(self, *_: object) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-            if self._came:
-                self._handler(signal.SIGINT, self._frame)
+    group: Group
+    place: int  # in the group
+    param: Tensor
+    state: dict[str, Any]
 
 
 class Averaging(torch.optim.Optimizer):
     """An optimizer that keeps an average of its weights as their state `ema`. Not for direct use."""
 
-    _backend_name: str | None
+    # The versions of swapped weights, wrapper and local part, as the swap left them: a later one was written by others.
+    # One object for wrappers that copy attributes, such as Lightning's, and never part of a checkpoint.
+    _versions: dict[Tensor, tuple[int, int]]
+    # The key of a group that says whether its average is swapped in. Groups are shared with wrappers that pass for this
+    # optimizer, such as Lightning's; an attribute set through one of them would stay there.
+    _MARK = "swapped"
 
-    def _state_tensors(self, group: Group) -> tuple[str, ...]:
-        """The names of the state tensors that parameters of this group need."""
+    # ---- what a subclass brings ------------------------------------------------------------------------------------
+
+    def _keeps_average(self, group: Group) -> bool:
+        """Whether parameters of this group have an average."""
         raise NotImplementedError
+
+    def _option(self, group: Group, name: str) -> Any:
+        """An option of a group."""
+        return group[name]
+
+    def _name(self, group: Group, i: int) -> str:
+        """What errors call a parameter."""
+        if "param_names" in group:
+            return f"parameter {group['param_names'][i]!r}"
+        g = next(k for k, other in enumerate(self.param_groups) if other is group)
+        return f"param_groups[{g}]['params'][{i}]"
+
+    def _require_whole(self, what: str) -> None:
+        """Raises RuntimeError in the middle of a step."""
 
     def _forget_dry_run(self) -> None:
         """Drops the states of a dry run, so that averages start at the weights as they are now."""
 
+    # ---- the swap --------------------------------------------------------------------------------------------------
+
     @property
     def _swapped(self) -> bool:
-        """Of the groups, which wrappers that pass for this optimizer share with it, such as Lightning's: an attribute
-        set through one of them would stay there, and training go on from the average."""
-        return any(group["swapped"] for group in self.param_groups)
+        return any(group.get(self._MARK, False) for group in self.param_groups)
 
     def _require_live(self, what: str) -> None:
         if self._swapped:
-            raise RuntimeError(f"{what} while the weights are swapped to EMA: call train() first")
+            raise RuntimeError(f"{what} while the weights are swapped to EMA: call optimizer.train() first")
 
     @torch.no_grad()
-    def eval(self) -> None:
+    def eval(self, model: torch.nn.Module | None = None) -> None:
         """Puts the average in place of the weights, in groups with ``use_ema_eval``; again is harmless.
 
-        float32 weights and their averages trade places without a copy; narrower weights are kept beside.
-        """
-        if not self._swapped:
-            with uninterrupted():
-                self._swap_in()
+        Until ``train()`` the live weights are kept as the state `live`: 4 bytes a float32 parameter, about what its
+        gradient takes in training.
 
-    def _swap_in(self) -> None:
+        Arguments:
+            model: whose weights these are. FSDP2 and autocast then forget the copies that they derived from them.
+                Without it the FSDP2 modules are found by the parameters, which needs internals of torch.
+
+        A graph that was recorded before must not be run backward afterwards: torch raises its version error, but where
+        FSDP2 gathers the weights anew it cannot notice.
+
+        Raises:
+            RuntimeError: in the middle of a step; for parameters of FSDP1; under Inductor's freezing.
+            ValueError: ``model`` has trainable parameters, and this optimizer steps none of them.
+        """
+        self._require_whole("eval()")
+        if self._swapped:
+            return
         self._forget_dry_run()
-        groups = [group for group in self.param_groups if group["use_ema_eval"]]
-        entries = [(p, self.state[p]) for group in groups for p in group["params"] if "ema" in self.state.get(p, {})]
-        for param, state in entries:
-            if local(state["ema"]).shape != local(param).shape:
-                raise RuntimeError(f"a parameter of shape {tuple(param.shape)} has an average of another shape")
-        self._check_memory(tensor for p, state in entries for tensor in (local(p), local(state["ema"])))
-        traded = [(p, state) for p, state in entries if p.dtype == state["ema"].dtype]
-        copied = [(p, state, as_state(p, p, p.dtype)) for p, state in entries if p.dtype != state["ema"].dtype]
-        self._trade([(param, state["ema"]) for param, state in traded])  # may refuse, so before what may not
-        for param, state, _ in copied:
-            local(param).copy_(local(state["ema"]))
-        # Only now that the contents are in place: an exception above leaves the state as it was.
-        for param, state in traded:
-            state["live"], state["ema"] = state["ema"], param.detach()
-        for _, state, live in copied:
-            state["live"] = live
-        for group in groups:
-            group["swapped"] = True
+        groups = [group for group in self.param_groups if self._option(group, "use_ema_eval")]
+        entries = self._entries(groups)
+        derived.check_no_frozen_graphs("eval()")
+        derived.check_no_flat_parameters(self._params(), "eval()")
+        self._check_swap("eval()", model, entries)
+        self._versions.clear()
+        self._swap_in(entries, groups)
+        self._forget_derived(model)
+        self._versions.update({entry.param: _version(entry.param) for entry in entries})
 
     @torch.no_grad()
-    def train(self) -> None:
-        """Puts the weights back that ``eval()`` took out; again is harmless."""
-        if self._swapped:
-            with uninterrupted():
-                self._swap_out()
+    def train(self, model: torch.nn.Module | None = None, *, keep: str | None = None) -> None:
+        """Puts the weights back that ``eval()`` took out; again is harmless.
 
-    def _swap_out(self) -> None:
-        entries = [
-            (p, self.state[p]) for g in self.param_groups for p in g["params"] if "live" in self.state.get(p, {})
-        ]
-        for param, state in entries:
-            if local(state["live"]).shape != local(param).shape:
-                raise RuntimeError(f"a parameter of shape {tuple(param.shape)} has live weights of another shape")
-        self._check_memory(tensor for p, state in entries for tensor in (local(p), local(state["live"])))
-        places = [(local(p), local(state["ema"])) for p, state in entries]
-        shared = [here.numel() > 0 and average.data_ptr() == here.data_ptr() for here, average in places]
-        self._trade([(p, state["live"]) for (p, state), trade in zip(entries, shared, strict=True) if trade])
-        for (param, state), trade in zip(entries, shared, strict=True):
-            if not trade:
-                local(param).copy_(local(state["live"]))
-        for (_, state), trade in zip(entries, shared, strict=True):
-            live = state.pop("live")
-            if trade:
-                state["ema"] = live
-        for group in self.param_groups:
-            group["swapped"] = False
+        Arguments:
+            model: as in :meth:`eval`.
+            keep: what becomes of weights that were changed since ``eval()``, as by ``model.load_state_dict()``:
+                "loaded" trains on from them, "live" puts those of before ``eval()`` back. The average stays as it was.
 
-    @staticmethod
-    def _check_memory(tensors: Iterable[Tensor]) -> None:
-        """torch's copies into a tensor whose storage was emptied, as FSDP puts parameters away, end the process."""
-        for tensor in tensors:
-            if tensor.data_ptr() == 0 and tensor.numel() > 0 and tensor.device.type != "meta":
-                shape = tuple(tensor.shape)
-                raise RuntimeError(f"a tensor of shape {shape} has more elements than memory: was its storage resized?")
-
-    def _trade(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Exchanges the contents of each pair, a kernel call a device and dtype."""
-        buckets: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-        for a, b in pairs:
-            left, right = buckets.setdefault((a.device, a.dtype), ([], []))
-            left.append(local(a))
-            right.append(local(b))
-        for (device, dtype), (left, right) in buckets.items():
-            choose(self._backend_name, device, dtype).op("swap_")(left, right)
-            torch.autograd.graph.increment_version(left)
-        torch.autograd.graph.increment_version([a for a, _ in pairs if is_sharded(a)])
+        Raises:
+            RuntimeError: weights were changed since ``eval()``, and ``keep`` is None.
+        """
+        require(keep in (None, "loaded", "live"), "keep", '"loaded", "live" or None', keep)
+        if not self._swapped:
+            return
+        entries = self._entries(self.param_groups, "live")
+        changed = [e for e in entries if self._versions.get(e.param, _version(e.param)) != _version(e.param)]
+        if changed and keep is None:
+            raise RuntimeError(
+                f"{self._name(changed[0].group, changed[0].place)} was changed between eval() and train(), as by "
+                'load_state_dict() of the model. optimizer.train(keep="loaded") trains on from what it holds now; '
+                'optimizer.train(keep="live") puts the weights of before eval() back. The average stays as it was'
+            )
+        self._check_swap("train()", model, entries)
+        loaded = [e.param for e in changed] if keep == "loaded" else []
+        back = [e for e in entries if not (loaded and share_memory([e.param], loaded))]
+        self._versions.clear()
+        self._swap_out(back, entries, [group for group in self.param_groups if self._MARK in group])
+        self._forget_derived(model)
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within this context the parameters hold their averages, whatever is raised inside.
+    def averaged(self, model: torch.nn.Module | None = None) -> Iterator[None]:
+        """Within this context the parameters hold their averages, whatever is raised inside. See :meth:`eval`.
 
-        >>> with optimizer.averaged():  # doctest: +SKIP
+        >>> with optimizer.averaged(model):  # doctest: +SKIP
         ...     validate(model)
         """
         was_swapped = self._swapped
         try:
-            self.eval()
+            self.eval(model)
             yield
         finally:
             if not was_swapped:
-                self.train()
+                self.train(model)
 
-    @torch.no_grad()
+    def _entries(self, groups: Sequence[Group], name: str = "ema") -> list[_Entry]:
+        """Of the groups' parameters those that have this state."""
+        return [
+            _Entry(group, i, param, self.state[param])
+            for group in groups
+            for i, param in enumerate(group["params"])
+            if name in self.state.get(param, ())
+        ]
+
+    def _check_swap(self, what: str, model: torch.nn.Module | None, entries: list[_Entry]) -> None:
+        """Refuses what can't be swapped, before anything has changed."""
+        if model is not None:
+            derived.forget(model, ())  # so that its parameters are the sharded ones again
+            _check_trains(model, self._params(), what)
+        for entry in entries:
+            for name in ("ema", "live"):
+                value = entry.state.get(name)
+                if value is not None and local(value).shape != local(entry.param).shape:
+                    raise RuntimeError(
+                        f"{what}: {self._name(entry.group, entry.place)} has shape {tuple(entry.param.shape)}, its "
+                        f"state {name!r} has {tuple(value.shape)}: was it resized?"
+                    )
+        values = (t for e in entries for t in (e.param, e.state.get("ema"), e.state.get("live")))
+        check_whole(local(value) for value in values if value is not None)
+
+    def _swap_in(self, entries: list[_Entry], groups: Sequence[Group]) -> None:
+        copies = _live_copies(entries)  # it may run out of memory, so before anything has changed
+        self._set_marks(entries, copies, groups)
+        try:
+            for entry in entries:  # in step order: of parameters over one memory the last has seen the steps of all
+                _write(entry.param, entry.state["ema"])
+        except Exception:
+            self._swap_out(entries, entries, groups)
+            raise
+
+    def _swap_out(self, back: list[_Entry], entries: list[_Entry], groups: Sequence[Group]) -> None:
+        for entry in back:
+            _write(entry.param, entry.state["live"])
+        self._set_marks(entries, None, groups)
+
+    def _set_marks(self, entries: list[_Entry], copies: list[Tensor] | None, groups: Sequence[Group]) -> None:
+        """Sets the states `live` and the groups' marks, or removes them, in one call of C code: Python runs handlers of
+        signals between its own instructions, so none sees a part of it."""
+        states = [entry.state for entry in entries]
+        marks = map(dict.__setitem__, groups, repeat(self._MARK), repeat(copies is not None))
+        if copies is None:
+            deque(chain(map(dict.pop, states, repeat("live"), repeat(None)), marks), maxlen=0)
+        else:
+            deque(chain(map(dict.__setitem__, states, repeat("live"), copies), marks), maxlen=0)
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _forget_derived(self, model: torch.nn.Module | None) -> None:
+        derived.forget(model, self._params())
+
+    # ---- export ----------------------------------------------------------------------------------------------------
+
     def ema_state_dict(self, model: torch.nn.Module, *, full: bool = False) -> dict[str, Any]:
-        """A copy of ``model.state_dict()`` with averaged weights, to save or to export; nothing is swapped.
+        """A copy of ``model.state_dict()`` with averaged weights, to save or to export. See :func:`ema_state_dict`."""
+        return ema_state_dict(model, self, full=full)
 
-        Its tensors are contiguous and share no memory, as safetensors wants them: tied weights come under each of their
-        names, each with a copy of its own.
-        Every parameter that has an average comes averaged, in its own dtype, also where ``use_ema_eval`` is False. One
-        that took no step yet, or is not ours, comes as it is. Raises RuntimeError where this optimizer keeps no
-        average, ValueError where it knows no parameter of the model (a copy of a model has its own).
 
-        Sharded weights (DTensors) come sharded. ``full``: gathered, on the CPU of rank 0; the other ranks get an empty
-        dict, and hold one whole tensor at a time. All ranks have to call it then.
-        """
-        if not any(self._keeps_average(group) for group in self.param_groups):
-            raise RuntimeError("ema_state_dict(): no group of this optimizer keeps an average")
-        self._forget_dry_run()
-        ours = {param for group in self.param_groups for param in group["params"]}
-        exported: dict[str, Any] = model.state_dict(keep_vars=True)
-        if not any(isinstance(value, Tensor) and value in ours for value in exported.values()):
-            raise ValueError("ema_state_dict(): model has no parameter that this optimizer trains")
-        for name, value in list(exported.items()):
-            if isinstance(value, Tensor):
-                average = self.state.get(value, {}).get("ema", value)
-                copy = as_state(value, average, value.dtype)
-                exported[name] = (gathered(copy) if full else copy).contiguous()
-        return exported if not full or on_first_rank() else {}
+@contextmanager
+def averaged(model: torch.nn.Module, *optimizers: torch.optim.Optimizer) -> Iterator[None]:
+    """Within this context a model that several optimizers train holds the averages of all of them.
 
-    def _keeps_average(self, group: Group) -> bool:
-        return "ema" in self._state_tensors(group)
+    Arguments:
+        model: the model, as it is called; its parameters may be wrapped, sharded, compiled.
+        optimizers: :class:`PACE`, :class:`MADA`, :class:`Pullback`, each of which steps some of its parameters.
+
+    >>> model = torch.nn.Linear(4, 1)
+    >>> one, other = (pace_kernels.PACE([p]) for p in model.parameters())
+    >>> with pace_kernels.averaged(model, one, other):
+    ...     loss = model(torch.ones(8, 4)).square().mean()
+    """
+    with ExitStack() as stack:
+        for optimizer in _checked(optimizers, "averaged()"):
+            stack.enter_context(optimizer.averaged(model))
+        yield
+
+
+@torch.no_grad()
+def ema_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer, full: bool = False) -> dict[str, Any]:
+    """A copy of ``model.state_dict()`` with averaged weights, to save or to export.
+
+    It is what the model's own ``state_dict()`` gives, hooks included, while the averages are in its parameters; these
+    hold their live weights again afterwards. Every parameter that has an average comes averaged, in its own dtype, also
+    where ``use_ema_eval`` is False. One that took no step yet, did not require a gradient at the last step, or is not
+    ours, comes as it is. Dense tensors are copies, contiguous, and share no memory, as safetensors wants them: tied
+    weights come under each of their names. Other entries are passed on.
+
+    Arguments:
+        model: the model whose parameters the optimizers step (a copy of it has its own).
+        optimizers: :class:`PACE`, :class:`MADA`, :class:`Pullback`.
+        full: sharded weights (DTensors) are gathered, on the CPU of rank 0, one at a time; the other ranks get an empty
+            dict. All ranks have to call it then. By default they come sharded.
+
+    Raises:
+        RuntimeError: no group of the optimizers keeps an average; in the middle of a step; for parameters of FSDP1.
+        ValueError: an optimizer steps no parameter of the model.
+
+    >>> model = torch.nn.Linear(4, 1)
+    >>> optimizer = pace_kernels.PACE(model.parameters())
+    >>> sorted(pace_kernels.ema_state_dict(model, optimizer))
+    ['bias', 'weight']
+    """
+    chosen = _checked(optimizers, "ema_state_dict()")
+    if not any(optimizer._keeps_average(group) for optimizer in chosen for group in optimizer.param_groups):
+        raise RuntimeError("ema_state_dict(): no group of the optimizers keeps an average")
+    swaps = []
+    for optimizer in chosen:
+        optimizer._require_whole("ema_state_dict()")
+        optimizer._forget_dry_run()
+        entries = [e for e in optimizer._entries(optimizer.param_groups) if "live" not in e.state]
+        optimizer._check_swap("ema_state_dict()", model, entries)
+        derived.check_no_flat_parameters(optimizer._params(), "ema_state_dict()")
+        if not share_memory(model.parameters(), optimizer._params()):
+            raise ValueError("ema_state_dict(): model has no parameter that the optimizer steps")
+        swaps.append((optimizer, entries))
+    params = [entry.param for _, entries in swaps for entry in entries]
+    written = [*params, *(local(param) for param in params if is_sharded(param))]
+    # The contents come back bit for bit, so a graph recorded before stays right.
+    with torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(written)):
+        with ExitStack() as stack:
+            for optimizer, entries in swaps:
+                stack.callback(optimizer._swap_out, entries, entries, [])
+                optimizer._swap_in(entries, [])
+            derived.forget(model, ())
+            exported: dict[str, Any] = model.state_dict()
+            for name, value in list(exported.items()):
+                exported[name] = _exported(value, full)
+        derived.forget(model, ())
+    return exported if not full or on_first_rank() else {}
+
+
+def _exported(value: Any, full: bool) -> Any:
+    """A copy of a dense tensor; everything else, such as sparse, quantized and lazy tensors, as it is."""
+    dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
+    if not dense or torch.nn.parameter.is_lazy(value):
+        return value
+    value = value.detach()
+    if full:
+        whole = gathered(value)
+        return whole.clone(memory_format=torch.contiguous_format) if whole is value else whole.contiguous()
+    return value.clone(memory_format=torch.contiguous_format)
+
+
+def _checked(optimizers: Sequence[Any], what: str) -> list[Averaging]:
+    if not optimizers:
+        raise TypeError(f"{what} needs at least one optimizer")
+    chosen = []
+    for i, optimizer in enumerate(optimizers):
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+        if not isinstance(optimizer, Averaging):
+            raise TypeError(f"{what}: optimizers[{i}] must be PACE, MADA or Pullback, got {type(optimizer).__name__}")
+        chosen.append(optimizer)
+    return chosen
+
+
+def _check_trains(model: torch.nn.Module, params: list[Tensor], what: str) -> None:
+    """Raises ValueError where the model has parameters to train, and ``params`` are none of them."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    if trained and not share_memory(model.parameters(), params):
+        raise ValueError(
+            f"{what}: model has {len(trained)} trainable parameters, and this optimizer steps none of them. Another "
+            "library may train copies of its own, as DeepSpeed does, or the model may be a copy"
+        )
+
+
+def _live_copies(entries: list[_Entry]) -> list[Tensor]:
+    """Copies of the weights; one where parameters are the same elements."""
+    copies: dict[Any, Tensor] = {}
+    keys = [(region(e.param) or id(e.param), e.param.shape, e.param.stride()) for e in entries]
+    for key, entry in zip(keys, entries, strict=True):
+        if key not in copies:
+            copies[key] = entry.param.detach().clone()
+    return [copies[key] for key in keys]
+
+
+def _write(param: Tensor, value: Tensor) -> None:
+    """Copies contents; the versions of the parameter and of its local part move."""
+    local(param).copy_(local(value))
+    if is_sharded(param):
+        torch.autograd.graph.increment_version(param)
+
+
+def _version(param: Tensor) -> tuple[int, int]:
+    return param._version, local(param)._version

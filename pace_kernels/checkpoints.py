@@ -32,6 +32,7 @@ class Checkpoints(Averaging):
     # An option that the groups of no other optimizer have: by it a checkpoint is known for one of this class.
     OWN_OPTION: ClassVar[str]
 
+    _backend_name: str | None
     _dry: bool  # the states come from a dry run: the first real step creates them anew
     _incoming: dict[Tensor, dict[str, Tensor]] | None
     # By id of a group: the options as they were last checked, and what the subclass made of them but for lr.
@@ -43,12 +44,13 @@ class Checkpoints(Averaging):
         """Raises ValueError or TypeError where an option of the group is not allowed."""
         raise NotImplementedError
 
+    def _state_tensors(self, group: Group) -> tuple[str, ...]:
+        """The names of the state tensors that parameters of this group need."""
+        raise NotImplementedError
+
     def _required_states(self, group: Group) -> tuple[str, ...]:
         """The names of states, beside `step`, without which another optimizer's checkpoint does not fit this one."""
         return ("exp_avg_sq",)
-
-    def _name(self, group: Group, i: int) -> str:
-        raise NotImplementedError
 
     def _initial(self, name: str, param: Tensor, group: Group) -> Tensor:
         raise NotImplementedError
@@ -269,6 +271,7 @@ class Checkpoints(Averaging):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._checked, self._prepared, self._changed = {}, {}, []
+        self.__dict__.setdefault("_versions", {}).clear()
         self.__dict__.setdefault("_incoming", None)
         self.__dict__.setdefault("_dry", False)
         self.__dict__.setdefault("_backend_name", None)

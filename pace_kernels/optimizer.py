@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
-from .averaging import uninterrupted
 from .backend import choose, requested
 from .checkpoints import Checkpoints
 from .checks import Group, check_lr, check_number, overlaps_itself, require
+from .memory import check_whole
 from .sharding import (
     Axes,
     all_reduce_,
@@ -33,6 +33,7 @@ from .sharding import (
     reduce_,
 )
 from .states import FLOATING, GROUP_STATE, Work, as_state, moved, state_dtype
+from .uninterrupted import uninterrupted
 
 _NO_AXES: Axes = ()
 # What torch 2.10 has under the second name, a later torch under the first; there the second warns.
@@ -55,6 +56,7 @@ class KernelOptimizer(Checkpoints):
         self._dry = False
         self._incoming = None
         self._checked, self._prepared, self._changed = {}, {}, []
+        self._versions = {}
         # Part of the groups, because that is what every kind of checkpoint carries.
         super().__init__(params, {**defaults, **GROUP_STATE})
 
@@ -79,12 +81,6 @@ class KernelOptimizer(Checkpoints):
         except Exception:
             self.param_groups.pop()
             raise
-
-    def _name(self, group: Group, i: int) -> str:
-        if "param_names" in group:
-            return f"parameter {group['param_names'][i]!r}"
-        g = next(k for k, other in enumerate(self.param_groups) if other is group)
-        return f"param_groups[{g}]['params'][{i}]"
 
     def _check_param(self, param: Tensor, name: str) -> None:
         if param.layout is not torch.strided:
@@ -266,6 +262,9 @@ class KernelOptimizer(Checkpoints):
         local(zeros).zero_()
         return zeros
 
+    def _keeps_average(self, group: Group) -> bool:
+        return "ema" in self._state_tensors(group)
+
     # ---- the step --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -302,7 +301,7 @@ class KernelOptimizer(Checkpoints):
             self._find_nonfinite(works)
             if len(works) > 1:  # one operator call refuses before it writes, but not for those before it
                 for work in works:
-                    self._check_memory(chain(work.params, work.grads))
+                    check_whole(chain(work.params, work.grads))
             prepared = [(work, self._states(work)) for work in works]
             self._launch_all(prepared)
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .averaging import uninterrupted
 from .checks import Group, check_average_options, check_lr, check_number, plain_number, require
 from .ops import PACE_STATS
 from .optimizer import KernelOptimizer
@@ -22,6 +21,7 @@ from .sharding import Axes, gathered_rows, local
 from .states import Work
 from .torch_rules.pace import average_weight, merge_stats
 from .torch_rules.pullback import PullbackOptions
+from .uninterrupted import uninterrupted
 
 # The names of the pullback's options, by which a group of the base may set its own.
 _OPTIONS = (

@@ -1,0 +1,92 @@
+"""Where tensors lie in memory: whether all of their elements do, and which tensors share it.
+
+Two parameters can be two objects over one memory: weights that were tied through ``.data`` or by
+``load_state_dict(assign=True)``, or slices of one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .sharding import local
+
+# A tensor's device, and its first byte and the one behind its last.
+Region = tuple[torch.device, int, int]
+
+
+def _last_byte(tensor: Tensor) -> int:
+    """The end of the tensor's elements in its storage, in bytes from the start of it."""
+    last = tensor.storage_offset() + sum((n - 1) * st for n, st in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(last + 1) * tensor.element_size()
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether there is memory for all elements. A storage can be resized behind a tensor's back, as FSDP does with
+    parameters that it puts away; reading or writing there ends the process. What has no memory that could be looked at
+    (fake and meta tensors, subclasses that wrap others, XLA's) counts as whole: address 0 says nothing there."""
+    if tensor.numel() == 0 or tensor.layout is not torch.strided:
+        return True
+    try:
+        return int(tensor.untyped_storage().nbytes()) >= _last_byte(tensor)
+    except (NotImplementedError, RuntimeError):
+        return True
+
+
+def check_whole(tensors: Iterable[Tensor]) -> None:
+    """Raises RuntimeError where a tensor has more elements than memory."""
+    for tensor in tensors:
+        if not is_whole(tensor):
+            shape = tuple(tensor.shape)
+            raise RuntimeError(f"a tensor of shape {shape} has more elements than memory: was its storage resized?")
+
+
+def region(tensor: Tensor) -> Region | None:
+    """Where the local part of a tensor lies; None where it has no address."""
+    here = local(tensor)
+    if here.numel() == 0 or here.layout is not torch.strided or here.device.type == "meta":
+        return None
+    try:
+        storage = here.untyped_storage()
+        start = 0 if storage.device.type == "meta" else storage.data_ptr()  # a fake tensor's is on meta
+    except (NotImplementedError, RuntimeError):  # of XLA
+        return None
+    if start == 0:
+        return None
+    return here.device, start + int(here.storage_offset()) * here.element_size(), start + _last_byte(here)
+
+
+def overlapping(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The tensors in groups that share memory, in the order given; one that shares none is a group of its own."""
+    groups: dict[int, list[Tensor]] = {}
+    first: dict[int, int] = {}  # of each tensor, by its place: the group that it is in
+    given = list(tensors)
+    placed = sorted(
+        (where[0].type, where[0].index or 0, where[1], where[2], i)
+        for i, where in enumerate(map(region, given))
+        if where is not None
+    )
+    end, device, group = 0, ("", 0), -1
+    for kind, index, start, stop, i in placed:
+        if (kind, index) != device or start >= end:
+            device, end, group = (kind, index), stop, i
+        end = max(end, stop)
+        first[i] = group
+    for i, tensor in enumerate(given):
+        groups.setdefault(first.get(i, ~i), []).append(tensor)
+    return list(groups.values())
+
+
+def share_memory(some: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
+    """Whether any of ``some`` is one of ``others``, or shares memory with one of them."""
+    some, others = list(some), list(others)
+    known = set(map(id, others))
+    if any(id(tensor) in known for tensor in some):
+        return True
+    ours = set(map(id, some))
+    return any(
+        any(id(t) in ours for t in group) and any(id(t) in known for t in group)
+        for group in overlapping([*some, *others])
+    )
