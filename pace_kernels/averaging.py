@@ -21,6 +21,7 @@ from . import derived
 from .checks import Group, require
 from .memory import check_whole, region, share_memory
 from .sharding import gathered, is_sharded, local, on_first_rank
+from .whole import Whole
 
 
 @dataclass
@@ -33,7 +34,7 @@ class _Entry:
     state: dict[str, Any]
 
 
-class Averaging(torch.optim.Optimizer):
+class Averaging(Whole, torch.optim.Optimizer):
     """An optimizer that keeps an average of its weights as their state `ema`. Not for direct use."""
 
     # The versions of swapped weights, wrapper and local part, as the swap left them: a later one was written by others.
@@ -59,9 +60,6 @@ class Averaging(torch.optim.Optimizer):
             return f"parameter {group['param_names'][i]!r}"
         g = next(k for k, other in enumerate(self.param_groups) if other is group)
         return f"param_groups[{g}]['params'][{i}]"
-
-    def _require_whole(self, what: str) -> None:
-        """Raises RuntimeError in the middle of a step."""
 
     def _forget_dry_run(self) -> None:
         """Drops the states of a dry run, so that averages start at the weights as they are now."""

@@ -59,6 +59,8 @@ class Checkpoints(Averaging):
         """States and options, to save. As in ``torch.optim``, the tensors are the optimizer's own, which its next step
         changes: save them, or ``copy.deepcopy`` them, before it."""
 
+        self._require_whole("state_dict()")
+
         # First of the hooks, so that those of the user see all of it.
         def complete(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
             for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
@@ -104,6 +106,7 @@ class Checkpoints(Averaging):
         finally:
             handle.remove()
             self._incoming = None
+        self._unfinished.clear()
         for note in notes:
             warnings.warn(note, stacklevel=3)  # beyond no_grad
 
@@ -266,12 +269,14 @@ class Checkpoints(Averaging):
         return ours
 
     def __getstate__(self) -> dict[str, Any]:
+        self._require_whole("copying or pickling")
         return {**super().__getstate__(), "_backend_name": self._backend_name, "_dry": self._dry}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._checked, self._prepared, self._changed = {}, {}, []
         self.__dict__.setdefault("_versions", {}).clear()
+        self.__dict__.setdefault("_unfinished", [])
         self.__dict__.setdefault("_incoming", None)
         self.__dict__.setdefault("_dry", False)
         self.__dict__.setdefault("_backend_name", None)

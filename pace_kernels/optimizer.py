@@ -57,6 +57,7 @@ class KernelOptimizer(Checkpoints):
         self._incoming = None
         self._checked, self._prepared, self._changed = {}, {}, []
         self._versions = {}
+        self._unfinished = []
         # Part of the groups, because that is what every kind of checkpoint carries.
         super().__init__(params, {**defaults, **GROUP_STATE})
 
@@ -278,11 +279,13 @@ class KernelOptimizer(Checkpoints):
         themselves stay as they are. It is not read back from its device.
         """
         self._health_check()
+        self._require_whole("step()")
         self._require_live("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            self._require_whole("step() with a closure that returns")
             self._require_live("step() with a closure that returns")
         self._step(clip_coef)
         return loss
