@@ -188,7 +188,8 @@ class Averaging(Whole, torch.optim.Optimizer):
 
     def _swap_out(self, back: list[_Entry], entries: list[_Entry], groups: Sequence[Group]) -> None:
         for entry in back:
-            _write(entry.param, entry.state["live"])
+            if "live" in entry.state:
+                _write(entry.param, entry.state["live"])
         self._set_marks(entries, None, groups)
 
     def _set_marks(self, entries: list[_Entry], copies: list[Tensor] | None, groups: Sequence[Group]) -> None:
@@ -260,16 +261,16 @@ def ema_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer, f
     """
     chosen = _checked(optimizers, "ema_state_dict()")
     if not any(optimizer._keeps_average(group) for optimizer in chosen for group in optimizer.param_groups):
-        raise RuntimeError("ema_state_dict(): no group of the optimizers keeps an average")
+        raise RuntimeError("ema_state_dict(): no group of this optimizer keeps an average")
     swaps = []
     for optimizer in chosen:
         optimizer._require_whole("ema_state_dict()")
         optimizer._forget_dry_run()
         entries = [e for e in optimizer._entries(optimizer.param_groups) if "live" not in e.state]
-        optimizer._check_swap("ema_state_dict()", model, entries)
         derived.check_no_flat_parameters(optimizer._params(), "ema_state_dict()")
+        optimizer._check_swap("ema_state_dict()", model, entries)
         if not share_memory(model.parameters(), optimizer._params()):
-            raise ValueError("ema_state_dict(): model has no parameter that the optimizer steps")
+            raise ValueError("ema_state_dict(): model has no parameter that this optimizer steps")
         swaps.append((optimizer, entries))
     params = [entry.param for _, entries in swaps for entry in entries]
     written = [*params, *(local(param) for param in params if is_sharded(param))]
@@ -277,8 +278,10 @@ def ema_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer, f
     with torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(written)):
         with ExitStack() as stack:
             for optimizer, entries in swaps:
-                stack.callback(optimizer._swap_out, entries, entries, [])
-                optimizer._swap_in(entries, [])
+                # Marked as swapped, so that train() ends what an exception out of a signal's handler leaves half done.
+                groups = [] if optimizer._swapped else optimizer.param_groups
+                stack.callback(optimizer._swap_out, entries, entries, groups)
+                optimizer._swap_in(entries, groups)
             derived.forget(model, ())
             exported: dict[str, Any] = model.state_dict()
             for name, value in list(exported.items()):
@@ -316,8 +319,8 @@ def _check_trains(model: torch.nn.Module, params: list[Tensor], what: str) -> No
     trained = [param for param in model.parameters() if param.requires_grad]
     if trained and not share_memory(model.parameters(), params):
         raise ValueError(
-            f"{what}: model has {len(trained)} trainable parameters, and this optimizer steps none of them. Another "
-            "library may train copies of its own, as DeepSpeed does, or the model may be a copy"
+            f"{what}: model has no parameter that this optimizer steps, but {len(trained)} trainable ones. It may be a "
+            "copy, or a library such as DeepSpeed steps copies of them"
         )
 
 

@@ -330,17 +330,17 @@ def test_eval_and_train_swap_exactly(dtype: torch.dtype, backend: str | None) ->
     optimizer.step()
 
 
-def test_no_second_copy_of_the_weights() -> None:
-    """float32 weights and averages trade places: not even the swap takes memory."""
+def test_a_copy_of_the_weights_only_while_swapped() -> None:
+    """A swap changes contents, never where weights and averages lie: captured CUDA graphs read addresses."""
     p = param(10)
     optimizer = PACE([p])
     run(optimizer, [p], range(2))
-    average = optimizer.state[p]["ema"].data_ptr()
+    places = p.data_ptr(), optimizer.state[p]["ema"].data_ptr()
     optimizer.eval()
-    assert optimizer.state[p]["live"].data_ptr() == average
-    assert optimizer.state[p]["ema"].data_ptr() == p.data_ptr()
+    assert {k: v.numel() for k, v in optimizer.state[p].items() if k == "live"} == {"live": 10}
+    assert (p.data_ptr(), optimizer.state[p]["ema"].data_ptr()) == places
     optimizer.train()
-    assert optimizer.state[p]["ema"].data_ptr() == average
+    assert (p.data_ptr(), optimizer.state[p]["ema"].data_ptr()) == places
     assert sum(s.numel() for s in optimizer.state[p].values()) == 3 * p.numel() + 1
 
 
@@ -388,25 +388,6 @@ def test_ema_state_dict() -> None:
         PACE(model.parameters(), lambda_pullback=0.0, use_ema_eval=False).ema_state_dict(model)
 
 
-def test_a_swap_that_fails_halfway_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    p, q = param(8), param(9, dtype=torch.bfloat16)
-    optimizer = PACE([p, q])
-    run(optimizer, [p, q], range(3))
-    kept = {k: v.clone() for k, v in optimizer.state[p].items()} | {"weights": p.detach().clone()}
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(optimizer, "_trade", interrupt)
-        with pytest.raises(KeyboardInterrupt), optimizer.averaged():
-            pass
-    assert same(kept, optimizer.state[p] | {"weights": p.detach()})
-    with optimizer.averaged():
-        assert torch.equal(p, kept["ema"])
-    optimizer.step()
-
-
 def test_a_swap_is_noticed_by_autograd() -> None:
     p = param(4)
     optimizer = PACE([p])
@@ -452,7 +433,7 @@ def test_ema_state_dict_of_a_stranger_is_refused() -> None:
     model = torch.nn.Linear(3, 2)
     optimizer = PACE(model.parameters())
     run(optimizer, list(model.parameters()), range(2))
-    with pytest.raises(ValueError, match="model has no parameter that this optimizer trains"):
+    with pytest.raises(ValueError, match="model has no parameter that this optimizer steps"):
         optimizer.ema_state_dict(copy.deepcopy(model))
     assert hasattr(optimizer.ema_state_dict(model), "_metadata")
 

@@ -123,22 +123,6 @@ def test_ctrl_c_in_a_step_comes_after_it(rule: str, request: pytest.FixtureReque
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_ctrl_c_in_a_swap_comes_after_it(dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
-    params, optimizer = build("PACE", dtype)
-    step(params, optimizer, 0)
-    live = [p.detach().clone() for p in params]
-    averages = [optimizer.state[p]["ema"].clone() for p in params]
-    request.getfixturevalue("ctrl_c_in_each_kernel")
-    for call, wanted in ((optimizer.eval, averages), (optimizer.train, live)):
-        if dtype == torch.float32:
-            with pytest.raises(KeyboardInterrupt):
-                call()
-        else:  # narrow weights are copied, without a kernel of ours
-            call()
-        assert all(torch.equal(p, w.to(dtype)) for p, w in zip(params, wanted, strict=True))
-
-
 def test_a_handler_of_the_user_is_called_once_and_stays(ctrl_c_in_each_kernel: None) -> None:
     calls = []
 
