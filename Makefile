@@ -7,6 +7,9 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Runs of tests in their order, so that few files are shared out; who has none left takes from the other.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 CUDA ?= 1
 CUDA_TORCH ?= 2.14.1
 CUDA_VENV := $(VENV)-cuda
@@ -20,13 +23,21 @@ NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(CSRC) $(shell find tests -name '*.cpp')
 
-.PHONY: demo test lint format bench bench-peers convex theory pace mada results roofline occupancy gpu clean
+.PHONY: demo quick test test-full lint format bench bench-peers convex theory pace mada results roofline occupancy gpu clean
 
 demo: $(VENV)/.bench
 	$(BIN)/python bench/train_lm.py
 
 test: lint $(if $(filter 1,$(CUDA)),$(CUDA_VENV)/.torch-$(CUDA_TORCH)) $(if $(filter 1,$(XLA)),$(XLA_VENV)/.ready)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# Every case of the products of which `make test` takes all pairs of values and a sample (tests/products.py).
+test-full: export PACE_FULL = 1
+test-full: test
+
+# What needs no other environment, no trainers and little time.
+quick: lint
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
