@@ -43,9 +43,9 @@ def needs_library(item: pytest.Item) -> bool:
     return getattr(getattr(item, "module", None), "build", None) is build
 
 
-def pytest_report_header() -> str:
-    kept = "the whole of each" if products.FULL else f"pairs, and a sample by PACE_DAY={products.day()}"
-    return f"products of cases: {kept}"
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+    if exitstatus and not products.FULL:
+        terminalreporter.write_line(f"products of cases were sampled by PACE_DAY={products.day()}")
 
 
 def pytest_configure() -> None:
@@ -84,13 +84,18 @@ def _build() -> None:
         build.library()
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def many_small_steps() -> Iterator[None]:
-    """For tests with trainers on models of a few hundred weights: a second thread only waits there, and each training
-    begins with gc.collect(), 0.4 s over the objects of all that was imported."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """For tests with trainers on models of a few hundred weights: each training begins with gc.collect(), 0.4 s over
+    the objects of all that was imported."""
     gc.freeze()
     yield
     gc.unfreeze()
-    torch.set_num_threads(threads)

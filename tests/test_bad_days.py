@@ -422,6 +422,7 @@ def train_one(kind: type, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
     return param.detach(), optimizer.state[param]
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("kinds", [(PACE, PACE), (MADA, MADA), (PACE, MADA)], ids=str)
 def test_two_optimizers_in_two_threads(kinds: tuple[type, type]) -> None:
     """Each has its own parameters. (One optimizer in two threads is not promised, here or in torch.)"""
@@ -512,6 +513,7 @@ class Rows(torch.utils.data.Dataset[Tensor]):
         return torch.full((40_000,), float(i)).sin()  # more than one thread's share
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
 @pytest.mark.parametrize("kind", [PACE, MADA])
 def test_data_loaders_forked_during_training(kind: type) -> None:

@@ -83,7 +83,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -344,15 +344,6 @@ def test_averaging_longer_reaches_less_error_with_the_same_memory(
 # Simulated with the kernels.
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """On a busy machine, which a test must bear, several threads spend their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @dataclass(frozen=True)
 class Run:
     gain: float
@@ -388,7 +379,6 @@ def simulated(
     return quadratics.simulate(build, curvatures, coordinates, steps, seed=2606, dtype=dtype)
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("beta", "runs", "curvatures"), SIMULATED)
 def test_kernels_reach_the_limiting_error(beta: float, runs: Sequence[Run], curvatures: Sequence[float]) -> None:
     off = simulated(beta, runs, curvatures, COORDINATES) / closed_form(beta, runs, curvatures) - 1
@@ -411,7 +401,6 @@ def test_a_wrong_rule_would_be_seen() -> None:
         assert (errors / right - 1).abs().max() > 5 * bound, name
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_proposition_3_simulated() -> None:
     """An improvement by more than 10, in the simulation itself; the closed form says 10.7."""
     runs = (Run(0.0), Run(1.0))
@@ -421,7 +410,6 @@ def test_proposition_3_simulated() -> None:
     assert errors[0] > 10 * errors[1]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_rounding_is_far_below_the_sampling_error() -> None:
     """float32 against float64, with the same noise, in the slowest of the simulations."""
     runs = (Run(0.0), Run(1.0))
