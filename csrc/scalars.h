@@ -43,7 +43,6 @@ PACE_RULE bool average_moves(const PaceOptions& o, double t) {
 
 // `factor` multiplies the gradient: clip coefficient / gradient scale.
 PACE_RULE PaceScalars pace_scalars(const PaceOptions& o, double t, float factor) {
-  const double w = average_weight(o, t);
   PaceScalars s;
   s.grad_factor = o.maximize ? -factor : factor;
   s.beta1 = static_cast<float>(o.beta1);
@@ -57,8 +56,7 @@ PACE_RULE PaceScalars pace_scalars(const PaceOptions& o, double t, float factor)
   s.step_size = static_cast<float>(o.lr / (1.0 - std::pow(o.beta1, t)));
   s.gain = static_cast<float>(o.lr * o.lambda_pullback * gain_weight(o, t));
   s.gain_cap = o.clamp_pullback ? 1.0f : std::numeric_limits<float>::infinity();
-  s.weight = static_cast<float>(w);
-  s.one_minus_weight = static_cast<float>(1.0 - w);
+  s.weight = static_cast<float>(average_weight(o, t));
   s.from_step = o.pullback_from_step;
   s.moves = average_moves(o, t);
   return s;
@@ -80,14 +78,12 @@ PACE_RULE double pullback_gain(const PullbackOptions& o, double t) {
 }
 
 PACE_RULE PullbackScalars pullback_scalars(const PullbackOptions& o, double t) {
-  const double w = average_weight(o.pace, t);
   PullbackScalars s;
   s.inv_bias2 = static_cast<float>(1.0 / (1.0 - std::pow(o.pace.beta2, t + static_cast<double>(o.step_offset))));
   s.eps = static_cast<float>(o.pace.eps);
   s.gain = static_cast<float>(pullback_gain(o, t));
   s.gain_cap = o.pace.clamp_pullback ? 1.0f : std::numeric_limits<float>::infinity();
-  s.weight = static_cast<float>(w);
-  s.one_minus_weight = static_cast<float>(1.0 - w);
+  s.weight = static_cast<float>(average_weight(o.pace, t));
   s.moves = average_moves(o.pace, t);
   return s;
 }

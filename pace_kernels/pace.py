@@ -31,7 +31,7 @@ class PACE(KernelOptimizer):
           w_t = max((1 + γ max(0, t − ρ))^(−κ), 1e−4)      averaging weight
           Λ   = min(α c w_t / D, 1)                        pullback gain, clipped
           x₊  = x' + Λ (e − x)                             pulled toward the average e
-          e₊  = (1 − w_t) e + w_t x₊                       the average
+          e₊  = e + w_t (x₊ − e)                           the average
         [end]
 
     ``t`` counts the steps of each parameter from 1; the average ``e`` starts at the weights. Evaluate, save and ship

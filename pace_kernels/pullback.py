@@ -398,7 +398,7 @@ class Pullback(torch.optim.Optimizer):
           w_t = max((1 + γ max(0, t − ρ))^(−κ), 1e−4)      averaging weight
           Λ   = min(α c w_t / D, 1)                        pullback gain, clipped; or a constant Π
           x₊  = x' + Λ (e − x)                             pulled toward the average e
-          e₊  = (1 − w_t) e + w_t x₊                       the average
+          e₊  = e + w_t (x₊ − e)                           the average
         [end]
 
     ``t`` of the averaging weight counts the steps of each parameter under this pullback. ``param_groups``, ``state``,

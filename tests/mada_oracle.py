@@ -114,7 +114,7 @@ class Weights:
             gain = gain.clamp(max=1.0 if o["clamp_pullback"] else math.inf)
             x_new = x_new + gain * (self.e - (x_new if o["pullback_from"] == "step" else x))
         if t % o["ema_update_freq"] == 0:
-            self.e = (1 - weight) * self.e + weight * x_new.detach()
+            self.e = self.e + weight * (x_new.detach() - self.e)
         self.x = x_new
         self.m, self.n, self.v, self.w = m.detach(), n.detach(), v.detach(), w.detach()
         self.l = l2 * self.l + (1 - l2) * g

@@ -50,6 +50,18 @@ class Bounded:
         return Bounded(self.value * scalar, self.error * abs(scalar)).rounded(2.0)
 
 
+def averaged(e: Bounded, x: Bounded, w: float) -> Bounded:
+    """e + w (x − e): what its three operations and w's rounding add with e and x as they are; and the errors of these,
+    in which e's own cancels but for 1 − w. Where w is 1, x itself."""
+    if w == 1.0:
+        return x
+    distance = Bounded(x.value - e.value, torch.zeros_like(e.value)).rounded()
+    distance.error += U * (x.error + e.error)
+    moved = Bounded(e.value, torch.zeros_like(e.value)) + distance.times(w)
+    moved.error += SLACK * ((1 - w + 2 * U * w) * e.error + (1 + 2 * U) * w * x.error)
+    return moved
+
+
 @dataclass
 class Reference:
     """One tensor's trajectory. ``sqrt_roundings``: 1 where the square root is correctly rounded, as in the kernels."""
@@ -114,7 +126,7 @@ class Reference:
                 SLACK * ((decay - along_x).abs() + d_lam) * x.error + SLACK * (lam + d_lam) * e.error + from_move
             )
         if averages and t % o["ema_update_freq"] == 0:
-            self.e = e.times(1 - w) + x_new.times(w)
+            self.e = averaged(e, x_new, w)
         relative, absolute = STORE[dtype]
         self.x = Bounded(x_new.value, x_new.error + relative * (x_new.value.abs() + x_new.error) + absolute)
         self.m, self.v = m, v

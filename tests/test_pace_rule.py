@@ -110,7 +110,7 @@ def test_the_rule_written_out_by_hand() -> None:
         stepped = x * (1 - lr * decay) - lr * (m / (1 - beta1**t)) / D
         w = max((1 + gamma * max(0.0, t - rho)) ** (-kappa), 1e-4)
         x = stepped + min(lr * c * w / D, 1.0) * (e - x)
-        e = (1 - w) * e + w * x
+        e = e + w * (x - e)
     param = torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
     opt = PACE([param], lr, (beta1, beta2), eps, decay, c, ema_kappa=kappa, ema_rho=rho, ema_gamma=gamma)
     for g in (0.3, -0.2):

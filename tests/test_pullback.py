@@ -114,7 +114,7 @@ def test_each_base_step_is_followed_by_the_formula(name: str, backend: str) -> N
             moved = stepped + gain * distance
             bound = 16 * U * (stepped.abs() + gain * (e.abs() + x.abs() + stepped.abs())) + TINY
             assert bool(((param.detach().double() - moved).abs() <= bound).all())
-            now = (1 - w) * e + w * param.detach().double() if t % own["ema_update_freq"] == 0 else e
+            now = e + w * (param.detach().double() - e) if t % own["ema_update_freq"] == 0 else e
             ema = optimizer.averager.state[param]["ema"].double()
             assert bool(((ema - now).abs() <= 6 * U * (e.abs() + param.detach().abs().double()) + TINY).all())
             average[k] = ema
@@ -160,8 +160,8 @@ def test_around_adamw_it_is_pace(options: dict[str, Any], dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_a_pull_it_is_an_average(backend: str) -> None:
-    """torch's foreach EMA with decay d: e + (1 − d)(x − e) by lerp, three roundings; ours (1 − w) e + w x, three too,
-    and each scalar one. The difference is at most 8 u of the larger of both, and shrinks by d at each step."""
+    """torch's foreach EMA with decay d: e + (1 − d)(x − e) by lerp, three roundings; ours e + w (x − e), three too, and
+    each scalar one. The difference is at most 8 u of the larger of both, and shrinks by d at each step."""
     model = torch.nn.Linear(33, 257)
     optimizer = Pullback(
         torch.optim.SGD(model.parameters(), lr=0.1), 0.0, ema_kappa=None, beta_ema=0.05, backend=backend

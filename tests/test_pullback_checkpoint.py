@@ -107,7 +107,7 @@ def test_a_dry_run_of_distributed_checkpoint_counts_no_step_of_the_average() -> 
     for p in model.parameters():
         state = optimizer.averager.state[p]
         assert state["step"].item() == 1
-        # From 2, not from where the dry run was: (1 − w) 2 + w x with w = 2^-0.2.
+        # From 2, not from where the dry run was: 2 + w (x − 2) with w = 2^-0.2.
         torch.testing.assert_close(state["ema"], 2.0 + 2**-0.2 * (p.detach() - 2.0))
 
 

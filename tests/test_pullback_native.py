@@ -68,7 +68,7 @@ def test_in_float64_it_is_the_formula(case: str) -> None:
                 lam = lam.clamp(max=1.0) if o["clamp_pullback"] else lam
             pulled = x + lam * (e - (before["befores"][i] if before["befores"] else x))
             torch.testing.assert_close(lists[0][i], pulled, rtol=1e-14, atol=1e-14)
-            average = (1 - w) * e + w * pulled if t % o["ema_update_freq"] == 0 else e
+            average = e + w * (pulled - e) if t % o["ema_update_freq"] == 0 else e
             torch.testing.assert_close(lists[3][i], average, rtol=1e-14, atol=1e-14)
         seen.append(before)
 

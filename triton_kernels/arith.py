@@ -39,3 +39,9 @@ def larger(a, b):
 def sign(a):
     """−1, 0 or 1; 0 of NaN."""
     return tl.where(a > 0.0, 1.0, tl.where(a < 0.0, -1.0, 0.0))
+
+
+@triton.jit
+def averaged(e, x, w):
+    """e + w (x − e), and x itself where w is 1; csrc/rules/arith.h says why."""
+    return tl.where(w == 1.0, x, e + w * (x - e))

@@ -41,7 +41,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .arith import LARGEST, SMALLEST_NORMAL, divided, larger, sign, smaller, square_root
+from .arith import LARGEST, SMALLEST_NORMAL, averaged, divided, larger, sign, smaller, square_root
 
 
 class MadaScalars(NamedTuple):
@@ -203,7 +203,7 @@ def mada_weights(p, x, e, update, inv_D, PULL: tl.constexpr, AVERAGE: tl.constex
         gain = smaller(p.gain * inv_D, p.gain_cap)
         stepped = stepped + gain * (e - tl.where(p.from_step != 0.0, stepped, x))
     if AVERAGE:
-        e = p.one_minus_weight * e + p.weight * stepped
+        e = averaged(e, stepped, p.weight)
     return MadaWeights(stepped, e)
 
 

@@ -9,7 +9,7 @@ Source: Au and Block, "Training for the Model You Return", arXiv 2606.25086, eq.
   w_t = max((1 + γ max(0, t − ρ))^(−κ), 1e−4)      averaging weight
   Λ   = min(α c w_t / D, 1)                        pullback gain, clipped
   x₊  = x' + Λ (e − x)                             pulled toward the average e
-  e₊  = (1 − w_t) e + w_t x₊                       the average
+  e₊  = e + w_t (x₊ − e)                           the average
 [end]
 
 The operations and their order are those of ``csrc/rules/pace.h``, where the switches are explained.
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .arith import divided, smaller, square_root
+from .arith import averaged, divided, smaller, square_root
 
 
 class PaceScalars(NamedTuple):
@@ -41,7 +41,6 @@ class PaceScalars(NamedTuple):
     gain: tl.tensor
     gain_cap: tl.tensor
     weight: tl.tensor
-    one_minus_weight: tl.tensor
     from_step: tl.tensor
     moves: tl.tensor
 
@@ -79,6 +78,6 @@ def pace_rule(s, g, x, m, v, e, MOMENT: tl.constexpr, PULL: tl.constexpr, AVERAG
         pullback = tl.zeros_like(x)
         x_new = x_adamw
     if AVERAGE:
-        e = s.one_minus_weight * e + s.weight * x_new
+        e = averaged(e, x_new, s.weight)
     adamw = -(x * s.shrink) - move  # not x' − x, which loses what is small beside x
     return PaceStep(x_new, m, v, e, inv_D, lambda_, clamped, adamw, pullback, adamw + pullback)

@@ -7,7 +7,7 @@ Source: Au and Block, "Training for the Model You Return", arXiv 2606.25086, eq.
   w_t = max((1 + γ max(0, t − ρ))^(−κ), 1e−4)      averaging weight
   Λ   = min(α c w_t / D, 1)                        pullback gain, clipped; or a constant Π
   x₊  = x' + Λ (e − x)                             pulled toward the average e
-  e₊  = (1 − w_t) e + w_t x₊                       the average
+  e₊  = e + w_t (x₊ − e)                           the average
 [end]
 
 The operations and their order are those of ``csrc/rules/pullback.h``, where the switches are explained.
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .arith import divided, smaller, square_root
+from .arith import averaged, divided, smaller, square_root
 from .pace import PaceStep
 
 
@@ -32,7 +32,6 @@ class PullbackScalars(NamedTuple):
     gain: tl.tensor
     gain_cap: tl.tensor
     weight: tl.tensor
-    one_minus_weight: tl.tensor
     moves: tl.tensor
 
 
@@ -49,7 +48,7 @@ def pullback_rule(s, x, before, v, e, BEFORE: tl.constexpr, MOMENT: tl.constexpr
     if PULL:
         pullback = clamped * (e - (before if BEFORE else x))
         x_new = x + pullback
-    e = s.one_minus_weight * e + s.weight * x_new
+    e = averaged(e, x_new, s.weight)
     moved = zero
     if BEFORE:
         moved = x - before

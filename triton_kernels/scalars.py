@@ -142,7 +142,6 @@ def pace_scalars(o, t, factor):
         gain=single(o.lr * o.lambda_pullback * w_gain),
         gain_cap=single(tl.where(o.clamp_pullback != 0, 1.0, float("inf"))),
         weight=single(w),
-        one_minus_weight=single(1.0 - w),
         from_step=single(o.pullback_from_step),
         moves=single(average_moves(o, t)),
     )
@@ -163,7 +162,6 @@ def pullback_scalars(o, constant, gain, step_offset, t):
         gain=single(pullback_gain(o, constant, gain, t)),
         gain_cap=single(tl.where(o.clamp_pullback != 0, 1.0, float("inf"))),
         weight=single(w),
-        one_minus_weight=single(1.0 - w),
         moves=single(average_moves(o, t)),
     )
 
@@ -281,9 +279,8 @@ def load_pace_scalars(ptr):
         gain=tl.load(ptr + 10),
         gain_cap=tl.load(ptr + 11),
         weight=tl.load(ptr + 12),
-        one_minus_weight=tl.load(ptr + 13),
-        from_step=tl.load(ptr + 14),
-        moves=tl.load(ptr + 15),
+        from_step=tl.load(ptr + 13),
+        moves=tl.load(ptr + 14),
     )
 
 
@@ -295,8 +292,7 @@ def load_pullback_scalars(ptr):
         gain=tl.load(ptr + 2),
         gain_cap=tl.load(ptr + 3),
         weight=tl.load(ptr + 4),
-        one_minus_weight=tl.load(ptr + 5),
-        moves=tl.load(ptr + 6),
+        moves=tl.load(ptr + 5),
     )
 
 

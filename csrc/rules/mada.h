@@ -144,7 +144,7 @@ PACE_RULE MadaWeights mada_weights(const PaceScalars& p, float x, float e, float
     const float gain = smaller(p.gain * inv_D, p.gain_cap);
     a.x = a.x + gain * (e - (p.from_step != 0 ? a.x : x));
   }
-  const float moved = p.one_minus_weight * e + p.weight * a.x;
+  const float moved = averaged(e, a.x, p.weight);
   a.e = kAverage ? (p.moves != 0 ? moved : e) : 0.0f;
   return a;
 }

@@ -9,7 +9,7 @@
 //   w_t = max((1 + γ max(0, t − ρ))^(−κ), 1e−4)      averaging weight
 //   Λ   = min(α c w_t / D, 1)                        pullback gain, clipped
 //   x₊  = x' + Λ (e − x)                             pulled toward the average e
-//   e₊  = (1 − w_t) e + w_t x₊                       the average
+//   e₊  = e + w_t (x₊ − e)                           the average
 // [end]
 //
 // Switches: pullback_from="step" measures (e − x') instead of (e − x); clamp_pullback=False drops the min; κ = None
@@ -32,7 +32,7 @@ struct PaceScalars {
   float step_size;      // α / (1 − β1^t)
   float gain;           // α c w_t
   float gain_cap;       // 1, or infinity without the clamp
-  float weight, one_minus_weight;
+  float weight;
   int32_t from_step;  // 1: pullback_from="step". An int, because the vectorizer has no vector of bool
   int32_t moves;      // 1: the average moves in this step
 };
@@ -62,7 +62,7 @@ PACE_RULE PaceStep pace_rule(const PaceScalars& s, float g, float x, float m, fl
   r.clamped = smaller(r.lambda, s.gain_cap);
   r.pullback = kPull ? r.clamped * (e - (s.from_step != 0 ? x_adamw : x)) : 0.0f;
   r.x = kPull ? x_adamw + r.pullback : x_adamw;
-  r.e = kAverage ? s.one_minus_weight * e + s.weight * r.x : e;
+  r.e = kAverage ? averaged(e, r.x, s.weight) : e;
   r.adamw = -(x * s.shrink) - move;  // not x' − x, which loses what is small beside x
   r.update = r.adamw + r.pullback;
   return r;

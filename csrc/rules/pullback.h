@@ -7,7 +7,7 @@
 //   w_t = max((1 + γ max(0, t − ρ))^(−κ), 1e−4)      averaging weight
 //   Λ   = min(α c w_t / D, 1)                        pullback gain, clipped; or a constant Π
 //   x₊  = x' + Λ (e − x)                             pulled toward the average e
-//   e₊  = (1 − w_t) e + w_t x₊                       the average
+//   e₊  = e + w_t (x₊ − e)                           the average
 // [end]
 //
 // Switches: those of pace.h. t in the averaging weight counts the steps of the average, t in D those of the base, which
@@ -24,7 +24,7 @@ struct PullbackScalars {
   float eps;
   float gain;      // α c w_t, or Π
   float gain_cap;  // 1, or infinity without the clamp
-  float weight, one_minus_weight;
+  float weight;
   int32_t moves;  // 1: the average moves in this step
 };
 
@@ -39,7 +39,7 @@ PACE_RULE PaceStep pullback_rule(const PullbackScalars& s, float x, float before
   r.clamped = smaller(r.lambda, s.gain_cap);
   r.pullback = kPull ? r.clamped * (e - (kBefore ? before : x)) : 0.0f;
   r.x = kPull ? x + r.pullback : x;
-  r.e = kAverage ? s.one_minus_weight * e + s.weight * r.x : e;
+  r.e = kAverage ? averaged(e, r.x, s.weight) : e;
   r.adamw = kBefore ? x - before : 0.0f;
   r.update = r.adamw + r.pullback;
   return r;

@@ -34,6 +34,13 @@ def at_least(value: Scalar, low: float) -> Scalar:
     return value.clamp(min=low) if isinstance(value, Tensor) else max(value, low)
 
 
+def averaged(e: Tensor, x: Tensor, weight: Scalar) -> Tensor:
+    """e + w (x − e), but x itself where w is 1 in their dtype; ``averaged`` in csrc/rules/arith.h."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 1.0, x, e + weight * (x - e))
+    return x if weight >= 1.0 - torch.finfo(e.dtype).eps / 4 else e + weight * (x - e)
+
+
 def grad_factor(grad_scale: Tensor | None, clip_coef: Tensor | None) -> Scalar:
     """What the gradient is multiplied with, float32: clip coefficient / gradient scale. A number where both are on the
     CPU or missing, a tensor on a device."""

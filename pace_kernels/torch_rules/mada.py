@@ -51,7 +51,7 @@ import torch
 from torch import Tensor
 
 from ..ops import COEFFICIENTS, DONE, NO_GRADIENT, REDO
-from .common import Keep, Scalar, fixed_order_sum, grad_factor, in_double, number, rounded
+from .common import Keep, Scalar, averaged, fixed_order_sum, grad_factor, in_double, number, rounded
 from .pace import PaceOptions, PaceScalars, gain_weight, pace_scalars
 
 
@@ -289,8 +289,8 @@ def pulled(s: PaceScalars, x: Tensor, step: MadaStep, e: Tensor | None) -> tuple
         gain = (s.gain * step.inv_D).clamp(max=s.gain_cap)
         stepped = stepped + gain * (e - (stepped if s.from_step else x))
     if isinstance(s.moves, Tensor):
-        return stepped, torch.where(s.moves != 0, s.one_minus_weight * e + s.weight * stepped, e)
-    return stepped, s.one_minus_weight * e + s.weight * stepped if s.moves else e
+        return stepped, torch.where(s.moves != 0, averaged(e, stepped, s.weight), e)
+    return stepped, averaged(e, stepped, s.weight) if s.moves else e
 
 
 def _numbers(row: Tensor) -> Sequence[Scalar]:

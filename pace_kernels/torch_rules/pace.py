@@ -9,7 +9,7 @@ Source: Au and Block, "Training for the Model You Return", arXiv 2606.25086, eq.
   w_t = max((1 + γ max(0, t − ρ))^(−κ), 1e−4)      averaging weight
   Λ   = min(α c w_t / D, 1)                        pullback gain, clipped
   x₊  = x' + Λ (e − x)                             pulled toward the average e
-  e₊  = (1 − w_t) e + w_t x₊                       the average
+  e₊  = e + w_t (x₊ − e)                           the average
 [end]
 
 The operations and their order are those of ``csrc/rules/pace.h``, one rounding each: in float32 both give the same
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..ops import PACE_STATS
-from .common import Keep, Scalar, at_least, grad_factor, in_double, number, rounded
+from .common import Keep, Scalar, at_least, averaged, grad_factor, in_double, number, rounded
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,6 @@ class PaceScalars(NamedTuple):
     gain: Scalar
     gain_cap: float
     weight: Scalar
-    one_minus_weight: Scalar
     from_step: bool
     moves: Scalar
 
@@ -123,7 +122,6 @@ def average_moves(o: Averaging, t: Scalar) -> Scalar:
 def pace_scalars(o: PaceOptions, t: Scalar, factor: Scalar = 1.0) -> PaceScalars:
     """``factor`` multiplies the gradient: clip coefficient / gradient scale."""
     lr = number(o.lr)
-    w = average_weight(o, t)
     return PaceScalars(
         grad_factor=-factor if o.maximize else factor,
         beta1=o.beta1,
@@ -137,8 +135,7 @@ def pace_scalars(o: PaceOptions, t: Scalar, factor: Scalar = 1.0) -> PaceScalars
         step_size=lr / (1.0 - o.beta1**t),
         gain=lr * o.lambda_pullback * gain_weight(o, t),
         gain_cap=1.0 if o.clamp_pullback else math.inf,
-        weight=w,
-        one_minus_weight=1.0 - w,
+        weight=average_weight(o, t),
         from_step=o.pullback_from_step,
         moves=average_moves(o, t),
     )
@@ -164,7 +161,7 @@ def pace_rule(
         x_new = x_adamw + pullback
     else:
         pullback, x_new = torch.zeros_like(x), x_adamw
-    e_new = None if e is None else s.one_minus_weight * e + s.weight * x_new
+    e_new = None if e is None else averaged(e, x_new, s.weight)
     adamw = -(x * s.shrink) - move
     return PaceStep(x_new, m, v, e_new, inv_D, lambda_, clamped, adamw, pullback, adamw + pullback)
 

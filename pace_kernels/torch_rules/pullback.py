@@ -7,7 +7,7 @@ Source: Au and Block, "Training for the Model You Return", arXiv 2606.25086, eq.
   w_t = max((1 + γ max(0, t − ρ))^(−κ), 1e−4)      averaging weight
   Λ   = min(α c w_t / D, 1)                        pullback gain, clipped; or a constant Π
   x₊  = x' + Λ (e − x)                             pulled toward the average e
-  e₊  = (1 − w_t) e + w_t x₊                       the average
+  e₊  = e + w_t (x₊ − e)                           the average
 [end]
 
 The operations and their order are those of ``csrc/rules/pullback.h``, one rounding each.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..ops import PACE_STATS
-from .common import Keep, Scalar, in_double, number, rounded
+from .common import Keep, Scalar, averaged, in_double, number, rounded
 from .pace import PaceStep, average_moves, average_weight, gain_weight, merge_stats, summed_stats
 
 
@@ -58,7 +58,6 @@ class PullbackScalars(NamedTuple):
     gain: Scalar
     gain_cap: float
     weight: Scalar
-    one_minus_weight: Scalar
     moves: Scalar
 
 
@@ -68,14 +67,12 @@ def pullback_gain(o: PullbackOptions, t: Scalar) -> Scalar:
 
 
 def pullback_scalars(o: PullbackOptions, t: Scalar) -> PullbackScalars:
-    w = average_weight(o, t)
     return PullbackScalars(
         inv_bias2=1.0 / (1.0 - o.beta2 ** (t + o.step_offset)),
         eps=o.eps,
         gain=pullback_gain(o, t),
         gain_cap=1.0 if o.clamp_pullback else math.inf,
-        weight=w,
-        one_minus_weight=1.0 - w,
+        weight=average_weight(o, t),
         moves=average_moves(o, t),
     )
 
@@ -91,7 +88,7 @@ def pullback_rule(
     clamped = lambda_.clamp(max=s.gain_cap)
     pullback = clamped * (e - (x if before is None else before)) if pull else torch.zeros_like(x)
     x_new = x + pullback if pull else x
-    e_new = s.one_minus_weight * e + s.weight * x_new
+    e_new = averaged(e, x_new, s.weight)
     moved = torch.zeros_like(x) if before is None else x - before
     return PaceStep(x_new, x, x, e_new, inv_D, lambda_, clamped, moved, pullback, moved + pullback)
 
