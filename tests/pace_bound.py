@@ -64,7 +64,7 @@ def averaged(e: Bounded, x: Bounded, w: float) -> Bounded:
 
 @dataclass
 class Reference:
-    """One tensor's trajectory. ``sqrt_roundings``: 1 where the square root is correctly rounded, as in the kernels."""
+    """One tensor's trajectory."""
 
     options: dict
     x: Bounded
@@ -80,7 +80,7 @@ class Reference:
         zero = torch.zeros_like(x)
         return cls(options, *(Bounded.exact(a) for a in (x, zero, zero, x)))
 
-    def step(self, grad: Tensor, dtype: torch.dtype, sqrt_roundings: float = 1.0) -> None:
+    def step(self, grad: Tensor, dtype: torch.dtype) -> None:
         o = self.options
         self.t += 1
         t, lr, (beta1, beta2) = self.t, o["lr"], o["betas"]
@@ -95,7 +95,7 @@ class Reference:
         root = s.value.sqrt()
         # |sqrt(s + δ) − sqrt(s)| is at most δ / sqrt(s), and at most sqrt(δ).
         root_error = torch.minimum(s.error / root.clamp(min=1e-300), s.error.sqrt())
-        D = Bounded(root, root_error).rounded(sqrt_roundings)
+        D = Bounded(root, root_error).rounded()
         D = Bounded(D.value + o["eps"], D.error + U * o["eps"]).rounded()
         inv_D = Bounded(
             1 / D.value, D.error / (D.value * (D.value - D.error).clamp(min=o["eps"] * (1 - 4 * U)))

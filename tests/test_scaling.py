@@ -111,15 +111,6 @@ def kept(optimizer: Any, param: Tensor) -> Tensor:
     return state["last_grad"] if "last_grad" in state else state["exp_avg"] / 0.5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact_square_root() -> Iterator[None]:
-    """torch's float32 square root is MKL's, which promises no bits; here it is rounded correctly, through float64."""
-    root = torch.Tensor.sqrt
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "sqrt", lambda a: root(a.double()).to(a.dtype))
-        yield
-
-
 every_case = pytest.mark.parametrize("case", CASES)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -34,6 +34,12 @@ def at_least(value: Scalar, low: float) -> Scalar:
     return value.clamp(min=low) if isinstance(value, Tensor) else max(value, low)
 
 
+def square_root(a: Tensor) -> Tensor:
+    """Rounded correctly, as the kernels' is; torch's in float32 is MKL's on a CPU, which may be a unit off. A root that
+    is taken in float64 and then rounded to float32 is right, since 53 bits are at least 2 × 24 + 2."""
+    return in_double(a).sqrt().to(a.dtype)
+
+
 def averaged(e: Tensor, x: Tensor, weight: Scalar) -> Tensor:
     """e + w (x − e), but x itself where w is 1 in their dtype; ``averaged`` in csrc/rules/arith.h."""
     if isinstance(weight, Tensor):

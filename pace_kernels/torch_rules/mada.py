@@ -36,8 +36,8 @@ R = α γ N / D² / (2 sqrt(V)), which is 0 where V = 0; m₋, n₋, v̄₋ are 
 The hypergradient of q is the sum over all coordinates of the new gradient times the last step's ∂x/∂q. The six
 sensitivities are not kept: moments are kept one step behind, beside the last gradient, and the last step is redone
 by :func:`mada_rule`. The operations and their order are those of ``csrc/rules/mada.h``, one rounding each: from the
-same coefficients, both give the same bits in float32, but for torch's square root, which MKL does not always round
-correctly. The sums of the hypergradients run in another order, so that learned coefficients differ by roundings.
+same coefficients, both give the same bits in float32 (on MPS, which has no float64, but for torch's own square root).
+The sums of the hypergradients run in another order, so that learned coefficients differ by roundings.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ import torch
 from torch import Tensor
 
 from ..ops import COEFFICIENTS, DONE, NO_GRADIENT, REDO
-from .common import Keep, Scalar, averaged, fixed_order_sum, grad_factor, in_double, number, rounded
+from .common import Keep, Scalar, averaged, fixed_order_sum, grad_factor, in_double, number, rounded, square_root
 from .pace import PaceOptions, PaceScalars, gain_weight, pace_scalars
 
 
@@ -237,7 +237,7 @@ def mada_rule(s: MadaScalars, g: Tensor, last_g: Tensor | None, before: MadaMome
         if n is not None and d is not None:
             n = s.beta3 * n + s.one_minus_beta3 * d
             N = N + s.beta3 * n
-        root = V.sqrt()
+        root = square_root(V)
         D = root + s.eps
         inv_D = 1.0 / D
         update = (s.adam_size * N) * inv_D

@@ -13,7 +13,7 @@ Source: Au and Block, "Training for the Model You Return", arXiv 2606.25086, eq.
 [end]
 
 The operations and their order are those of ``csrc/rules/pace.h``, one rounding each: in float32 both give the same
-bits, but for torch's square root, which MKL does not always round correctly.
+bits (on MPS, which has no float64, but for torch's own square root).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..ops import PACE_STATS
-from .common import Keep, Scalar, at_least, averaged, grad_factor, in_double, number, rounded
+from .common import Keep, Scalar, at_least, averaged, grad_factor, in_double, number, rounded, square_root
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def pace_rule(
     g = s.grad_factor * g
     m = g if m is None else s.beta1 * m + s.one_minus_beta1 * g
     v = s.beta2 * v + s.one_minus_beta2 * (g * g)
-    inv_D = 1.0 / ((v * s.inv_bias2).sqrt() + s.eps)
+    inv_D = 1.0 / (square_root(v * s.inv_bias2) + s.eps)
     move = (s.step_size * m) * inv_D
     x_adamw = x * s.decay - move
     lambda_ = s.gain * inv_D

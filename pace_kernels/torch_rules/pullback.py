@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..ops import PACE_STATS
-from .common import Keep, Scalar, averaged, in_double, number, rounded
+from .common import Keep, Scalar, averaged, in_double, number, rounded, square_root
 from .pace import PaceStep, average_moves, average_weight, gain_weight, merge_stats, summed_stats
 
 
@@ -83,7 +83,7 @@ def pullback_rule(
     """One step in which the average moves. ``x`` are the weights as the base's step left them, ``before`` those that it
     found, None where the distance is measured from x; ``v`` is None with a constant gain. Of the result, m and v mean
     nothing, and ``adamw`` is the base's x' − x, 0 without ``before``."""
-    inv_D = torch.ones_like(x) if v is None else 1.0 / ((v * s.inv_bias2).sqrt() + s.eps)
+    inv_D = torch.ones_like(x) if v is None else 1.0 / (square_root(v * s.inv_bias2) + s.eps)
     lambda_ = s.gain * inv_D
     clamped = lambda_.clamp(max=s.gain_cap)
     pullback = clamped * (e - (x if before is None else before)) if pull else torch.zeros_like(x)

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 HERE = Path(__file__).parent
 sys.path[:0] = [path for path in (str(HERE), str(HERE.parent)) if path not in sys.path]  # helpers, cases
@@ -42,11 +41,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if HERE in item.path.parents and on_gpu.seconds_left() <= 0:
         pytest.skip(f"the time limit of {os.environ['PACE_GPU_TEST_SECONDS']} s is over")
-
-
-@pytest.fixture
-def exact_square_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the backend "torch", where it stands in for the CPU kernels: torch's float32 square root on the CPU is MKL's,
-    sometimes one unit off. Through float64 it is correctly rounded."""
-    root = torch.Tensor.sqrt
-    monkeypatch.setattr(torch.Tensor, "sqrt", lambda a: root(a.double()).to(a.dtype))

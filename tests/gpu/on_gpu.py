@@ -45,7 +45,7 @@ def need(backend: str) -> str:
 
 
 def reference() -> str:
-    """The backend on the CPU to compare with. "torch" gives the kernels' bits with the fixture exact_square_root."""
+    """The backend on the CPU to compare with. Either gives the kernels' bits."""
     return "cpu" if backends()["cpu"].available else "torch"
 
 

@@ -33,7 +33,7 @@ def scalars_one_unit_off(monkeypatch: pytest.MonkeyPatch) -> None:
 @both
 @every_dtype
 @pytest.mark.parametrize("case", pace_cases.CASES)
-def test_pace(case: str, dtype: torch.dtype, backend: str, exact_square_root: None, scalars_one_unit_off: None) -> None:
+def test_pace(case: str, dtype: torch.dtype, backend: str, scalars_one_unit_off: None) -> None:
     options = pace_cases.CASES[case]
     params, optimizer = train("PACE", need(backend), DEVICE, dtype, STEPS, **options)
     if backend not in on_gpu.EXACT_SCALARS:  # Triton computes them on the device at all times
@@ -60,7 +60,7 @@ def within_the_bound(params: list[Any], optimizer: Any, dtype: torch.dtype) -> N
 @both
 @every_dtype
 @pytest.mark.parametrize("case", mada_cases.CASES)
-def test_mada(case: str, dtype: torch.dtype, backend: str, exact_square_root: None) -> None:
+def test_mada(case: str, dtype: torch.dtype, backend: str) -> None:
     """Where something is learned, both step with the same coefficients, the CPU's."""
     options, path = mada_cases.CASES[case], []
     expected = contents(*train("MADA", on_gpu.reference(), CPU, dtype, STEPS, path, **options))

@@ -26,7 +26,7 @@ FIXED = {"PACE": {}, "MADA": {"learn": ()}}  # sums over coordinates would diffe
 
 @both
 @each
-def test_each_of_many_tensors_is_stepped(kind: str, backend: str, exact_square_root: None) -> None:
+def test_each_of_many_tensors_is_stepped(kind: str, backend: str) -> None:
     found = []
     for name, device in ((need(backend), DEVICE), (on_gpu.reference(), torch.device("cpu"))):
         params, optimizer = many(kind, name, device)

@@ -48,7 +48,7 @@ def operator_trained(backend: str, device: torch.device, case: dict[str, Any], d
 @both
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", pullback_cases.CASES)
-def test_the_operator(case: str, dtype: torch.dtype, backend: str, exact_square_root: None) -> None:
+def test_the_operator(case: str, dtype: torch.dtype, backend: str) -> None:
     found = operator_trained(need(backend), DEVICE, pullback_cases.CASES[case], dtype)
     expected = operator_trained(on_gpu.reference(), torch.device("cpu"), pullback_cases.CASES[case], dtype)
     sums, expected_sums = found.pop("statistics"), expected.pop("statistics")
