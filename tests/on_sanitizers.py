@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from locks import locked
+
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "build" / "sanitized"
 SANITIZERS = "address,undefined"
@@ -61,14 +63,15 @@ def library() -> Path:
     for path in sources:
         digest.update(path.read_bytes())
     stamp = BASE / "stamp"
-    if not stamp.exists() or stamp.read_text() != digest.hexdigest():
-        stamp.unlink(missing_ok=True)
-        env = {**os.environ, "PACE_SANITIZE": SANITIZERS, "PACE_CUDA": "0"}
-        command = [sys.executable, "setup.py", "build", "--build-base", str(BASE), "--force"]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"the sanitized build failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        stamp.write_text(digest.hexdigest())
+    with locked(BASE):
+        if not stamp.exists() or stamp.read_text() != digest.hexdigest():
+            stamp.unlink(missing_ok=True)
+            env = {**os.environ, "PACE_SANITIZE": SANITIZERS, "PACE_CUDA": "0"}
+            command = [sys.executable, "setup.py", "build", "--build-base", str(BASE), "--force"]
+            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"the sanitized build failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+            stamp.write_text(digest.hexdigest())
     (extension,) = BASE.glob("lib*/pace_kernels/_C*.so")
     return extension.parent.parent
 

@@ -6,7 +6,6 @@ All is kept in build/cuda; setup.py compiles again only what has changed.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import importlib.util
 import os
@@ -20,6 +19,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from locks import locked
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = Path(os.environ.get("PACE_CUDA_PYTHON", ROOT / ".venv-cuda" / "bin" / "python"))
@@ -53,12 +54,15 @@ def library() -> Path:
 
 @functools.cache
 def _built() -> Path:
-    BUILD.mkdir(parents=True, exist_ok=True)
     command = [PYTHON, "setup.py", "build", "--build-temp", BUILD, "--build-lib", BUILD / "lib"]
-    with open(BUILD / ".lock", "w") as lock:
-        # One of all test runs here; a build that outlives its run holds the lock too.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        run(command, cwd=ROOT, env={**os.environ, "PACE_CUDA": "1"}, pass_fds=[lock.fileno()])
+    this_run = os.environ.get("PYTEST_XDIST_TESTRUNUID", "")
+    stamp = BUILD / ".run"
+    with locked(BUILD) as lock:
+        # Once for all workers of a run: it links anew each time, what another worker may have loaded.
+        if not (this_run and stamp.exists() and stamp.read_text() == this_run):
+            stamp.unlink(missing_ok=True)
+            run(command, cwd=ROOT, env={**os.environ, "PACE_CUDA": "1"}, pass_fds=[lock.fileno()])
+            stamp.write_text(this_run)
     return BUILD / "lib"
 
 
@@ -144,13 +148,13 @@ def machine_code(arch: str) -> dict[str, MachineCode]:
 def plan_module() -> Any:
     """The module cuda_plan: csrc/cuda/plan.cpp behind tests/emulated/plan_module.cpp."""
     sources = [ROOT / "tests" / "emulated" / "plan_module.cpp", ROOT / "csrc" / "cuda" / "plan.cpp"]
-    out = BUILD / f"cuda_plan{sysconfig.get_config_var('EXT_SUFFIX')}"
+    out = BUILD / "plan" / f"cuda_plan{sysconfig.get_config_var('EXT_SUFFIX')}"
     newest = max(p.stat().st_mtime for p in [*sources, *(ROOT / h for h in SETTINGS["HEADERS"])])
-    if not out.exists() or out.stat().st_mtime < newest:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        includes = run([sys.executable, "-m", "pybind11", "--includes"]).split()
-        flags = [flag for flag in SETTINGS["COMMON_FLAGS"] if flag != "-O3"]
-        run(["c++", "-shared", "-fPIC", "-O1", *flags, *includes, f"-I{ROOT / 'csrc'}", *sources, "-o", out])
+    with locked(BUILD / "plan"):
+        if not out.exists() or out.stat().st_mtime < newest:
+            includes = run([sys.executable, "-m", "pybind11", "--includes"]).split()
+            flags = [flag for flag in SETTINGS["COMMON_FLAGS"] if flag != "-O3"]
+            run(["c++", "-shared", "-fPIC", "-O1", *flags, *includes, f"-I{ROOT / 'csrc'}", *sources, "-o", out])
     spec = importlib.util.spec_from_file_location("cuda_plan", out)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
