@@ -31,10 +31,17 @@ if "OMP_NUM_THREADS" not in os.environ:
 # What `make quick` goes without, beside what needs the CUDA library: other environments, trainers, builds, trainings,
 # processes by the dozen. A single test says @pytest.mark.slow.
 SLOW = (
-    "test_trainers_*.py",
+    "test_bench*.py",
+    "test_experiments_*.py",
+    "test_fuzz.py",
+    "test_gpu_command.py",
     "test_packaging.py",
+    "test_results.py",
     "test_sanitizers.py",
-    "test_triton_*.py",
+    "test_sharded*.py",
+    "test_theory.py",
+    "test_trainers_*.py",
+    "test_triton*.py",
     "test_xla.py",
 )
 

@@ -346,6 +346,7 @@ COUNT = 2**31 + 12_345
 NEEDED = 6 * COUNT + 3 * 2**30  # bfloat16 weights, a float32 moment, and room
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(available_bytes() < NEEDED, reason=f"needs {NEEDED / 2**30:.0f} GiB of free memory")
 def test_more_than_2_31_elements() -> None:
     """bfloat16, β1 = 0 and no average, a gradient of one expanded element: 12 GiB. Weights differ at both ends, at 2^30

@@ -282,6 +282,7 @@ print(len(called))
     assert done.stderr == "" and done.stdout == f"{int(names == 'torch 2.10')}\n"
 
 
+@pytest.mark.slow
 def test_a_compiled_training_step() -> None:
     torch.manual_seed(0)
     models = [torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)) for _ in range(2)]
