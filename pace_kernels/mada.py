@@ -23,6 +23,7 @@ from .mada_options import (
 )
 from .ops import COEFFICIENTS, HYPERGRADIENTS, LAST_SCALARS, NO_GRADIENT
 from .states import Work, as_state, moved
+from .torch_rules.common import by_graph
 
 
 class MADA(MadaCheckpoints):
@@ -316,7 +317,7 @@ class MADA(MadaCheckpoints):
             sums,
             **options,
         )
-        if not older_grads or work.on_device or work.left_undone():
+        if not older_grads or work.on_device or by_graph(device) or work.left_undone():
             return
         for param in work.owners:
             state = self.state[param]

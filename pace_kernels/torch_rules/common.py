@@ -2,17 +2,95 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # A number on the host, or a 0-dimensional tensor where the step count or the learning rate is one (capturable).
 Scalar: TypeAlias = "float | Tensor"
 Scalars = TypeVar("Scalars", bound=tuple[Any, ...])
+Options = TypeVar("Options")
 
 # Elements a row of a sum. A sum over less than torch's grain of 32,768 elements is done by one thread.
 _ROW = 16384
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there are values at all, as there are none of tensors on meta and under a FakeTensorMode."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def at_hand(tensor: Tensor) -> bool:
+    """Whether the values can be read, and without waiting for a device."""
+    return tensor.device.type == "cpu" and has_values(tensor)
+
+
+def by_graph(device: torch.device) -> bool:
+    """Whether the device compiles the operations that it is sent. torch_xla keeps a number of Python's apart where it
+    is 0, 1 or equal to another one: each time that this changes from a step to the next, it compiles anew. There all
+    numbers are handed over in tensors, which are data."""
+    return device.type == "xla"
+
+
+def data(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Numbers as tensors without dimensions, by one copy to the device."""
+    return torch.tensor(numbers, dtype=dtype, device=device).unbind()
+
+
+def place(states: Sequence[Tensor]) -> tuple[torch.device, torch.dtype]:
+    """Where the states of a call are, and of what dtype."""
+    return (states[0].device, states[0].dtype) if states else (torch.device("cpu"), torch.float32)
+
+
+def handed_over(rows: Sequence[Scalars], dtype: torch.dtype, device: torch.device) -> Sequence[Scalars]:
+    """The scalars of each tensor's step as the device takes them: there as data in ``dtype``, rounded on the host."""
+    if not by_graph(device) or not rows:
+        return rows
+    sent = iter(data([a for row in rows for a in row if isinstance(a, float)], dtype, device))
+    return [type(row)(*(next(sent) if isinstance(a, float) else a for a in row)) for row in rows]
+
+
+def counted(steps: Sequence[Tensor], keep: Keep, capturable: bool) -> list[Scalar]:
+    """Counts this step of each tensor. The counts come as numbers, or as tensors where they can't be read."""
+    for step in steps:
+        keep.copy_(step, step + 1)
+    tensors = capturable or not all(map(at_hand, steps))
+    return [in_double(step) if tensors else step.item() for step in steps]
+
+
+def computed_there(
+    options: Options, counts: list[Scalar], device: torch.device, tensors: bool
+) -> tuple[Options, list[Scalar]]:
+    """The options and counts that scalars are computed from. Where some of it is in tensors (``tensors``, or the
+    counts), a device that compiles what it is sent gets the rest as data too, in double precision."""
+    if not by_graph(device) or not counts or not (tensors or isinstance(counts[0], Tensor)):
+        return options, counts
+    whole = [float(t) for t in counts if not isinstance(t, Tensor)]
+    sent = iter(data([*_numbers_of(options), *whole], torch.float64, device))
+    return _refilled(options, sent), [t if isinstance(t, Tensor) else next(sent) for t in counts]
+
+
+def _numbers_of(options: Any) -> Iterator[float]:
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _numbers_of(value)
+        elif isinstance(value, float):
+            yield value
+
+
+def _refilled(options: Any, sent: Iterator[Tensor]) -> Any:
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value):
+            values[name] = _refilled(value, sent)
+        elif isinstance(value, float):
+            values[name] = next(sent)
+    return type(options)(**values)
 
 
 def in_double(scalar: Tensor) -> Tensor:
@@ -36,8 +114,9 @@ def at_least(value: Scalar, low: float) -> Scalar:
 
 def square_root(a: Tensor) -> Tensor:
     """Rounded correctly, as the kernels' is; torch's in float32 is MKL's on a CPU, which may be a unit off. A root that
-    is taken in float64 and then rounded to float32 is right, since 53 bits are at least 2 × 24 + 2."""
-    return in_double(a).sqrt().to(a.dtype)
+    is taken in float64 and then rounded to float32 is right, since 53 bits are at least 2 × 24 + 2. XLA's float32 root
+    stays: a TPU has no float64 in hardware."""
+    return a.sqrt() if by_graph(a.device) else in_double(a).sqrt().to(a.dtype)
 
 
 def averaged(e: Tensor, x: Tensor, weight: Scalar) -> Tensor:
@@ -56,14 +135,14 @@ def grad_factor(grad_scale: Tensor | None, clip_coef: Tensor | None) -> Scalar:
     factor = torch.ones_like(given) if clip_coef is None else clip_coef  # type: ignore[arg-type]
     if grad_scale is not None:
         factor = factor / grad_scale
-    return factor.item() if factor.device.type == "cpu" else factor.reshape(())
+    return factor.item() if at_hand(factor) else factor.reshape(())
 
 
 class Keep:
     """Writes results, but where ``found_inf`` is not 0 keeps what is there. On a device nothing waits for it."""
 
     def __init__(self, found_inf: Tensor | None) -> None:
-        here = found_inf is not None and found_inf.device.type == "cpu"
+        here = found_inf is not None and at_hand(found_inf)
         self.all = here and bool(found_inf)  # nothing is to be written at all
         self._found = None if here or found_inf is None else found_inf.reshape(()) != 0
 

@@ -51,7 +51,23 @@ import torch
 from torch import Tensor
 
 from ..ops import COEFFICIENTS, DONE, NO_GRADIENT, REDO
-from .common import Keep, Scalar, averaged, fixed_order_sum, grad_factor, in_double, number, rounded, square_root
+from .common import (
+    Keep,
+    Scalar,
+    at_hand,
+    averaged,
+    by_graph,
+    computed_there,
+    counted,
+    data,
+    fixed_order_sum,
+    grad_factor,
+    handed_over,
+    number,
+    place,
+    rounded,
+    square_root,
+)
 from .pace import PaceOptions, PaceScalars, gain_weight, pace_scalars
 
 
@@ -207,6 +223,8 @@ def last_step(o: MadaOptions, t: Scalar, last: Sequence[Scalar]) -> tuple[MadaSc
     none, zeros = no_step(o), [0.0] * len(COEFFICIENTS)
     if not isinstance(taken, Tensor):
         return (mada_scalars(o, t, lr, q), mada_factors(t, lr, q)) if taken > DONE else (none, list(zeros))
+    if not isinstance(t, Tensor):
+        t = torch.full_like(taken, t)  # it may be 0, by which numbers of Python can't be divided
 
     def chosen(values: Iterable[Any], otherwise: Iterable[Any]) -> list[Any]:
         # Of two numbers torch.where makes float32; of the row's own kind, float64.
@@ -295,11 +313,14 @@ def pulled(s: PaceScalars, x: Tensor, step: MadaStep, e: Tensor | None) -> tuple
 
 def _numbers(row: Tensor) -> Sequence[Scalar]:
     """The entries of a small tensor: numbers where they are at hand, tensors on a device."""
-    return row.tolist() if row.device.type == "cpu" else row.unbind()  # type: ignore[no-any-return]
+    return row.tolist() if at_hand(row) else row.unbind()  # type: ignore[no-any-return]
 
 
 def _row(like: Tensor, values: Sequence[Scalar]) -> Tensor:
     """The values as a small tensor; those that are on a device are not waited for."""
+    if by_graph(like.device):
+        sent = iter(data([a for a in values if not isinstance(a, Tensor)], like.dtype, like.device))
+        return torch.stack([a.to(like.dtype) if isinstance(a, Tensor) else next(sent) for a in values])
     row = torch.empty_like(like)
     for k, value in enumerate(values):
         row[k] = value
@@ -351,25 +372,31 @@ def mada_step_(
     Off the CPU the coefficients stay tensors, so that nothing waits for the device.
     """
     o = MadaOptions.of(options | ({} if lr_tensor is None else {"lr": lr_tensor}))
-    q = o.coefficients(None if coefficients is None else _numbers(coefficients))
-    lr = number(o.pace.lr)
     factor, keep = grad_factor(grad_scale, clip_coef), Keep(found_inf)
+    counts = [] if keep.all else counted(steps, keep, o.pace.capturable)
+    device, states_dtype = place(exp_avgs or exp_avg_lions)
+    learned = None if coefficients is None else _numbers(coefficients)
+    o, counts = computed_there(o, counts, device, tensors=learned is not None or isinstance(o.pace.lr, Tensor))
+    q, lr = o.coefficients(learned), number(o.pace.lr)
+    pulls = handed_over([pace_scalars(o.pace, t, factor) for t in counts], states_dtype, device)
+    scalars = handed_over([mada_scalars(o, t, lr, q) for t in counts], states_dtype, device)
+    roles_stay = o.pace.capturable or by_graph(device)  # of tensors that change places, a graph of its own is made
+    row = _row(last_scalars[0], (REDO if o.learn else DONE, lr, *q)) if last_scalars else None
     sums: list[Scalar] = [0.0] * len(COEFFICIENTS)
-    for i, (param, step) in enumerate(zip(params, steps, strict=True) if not keep.all else ()):
-        lists = (exp_avgs, exp_avg_diffs, exp_avg_sqs, second_exp_avg_sqs, exp_avg_lions)
+    lists = (exp_avgs, exp_avg_diffs, exp_avg_sqs, second_exp_avg_sqs, exp_avg_lions)
+    for i, (param, t) in enumerate(zip(params, counts, strict=not keep.all)):
         kept = MadaMoments(*(tensors[i] if tensors else None for tensors in lists))
         dtype = next(a.dtype for a in kept if a is not None)
         last_g = last_grads[i] if last_grads else None
-        t = in_double(step) if o.pace.capturable else step.item()
-        pull = pace_scalars(o.pace, t + 1.0, factor)
-        g = rounded(pull, dtype).grad_factor * grads[i].to(dtype)
+        pull = rounded(pulls[i], dtype)
+        g = pull.grad_factor * grads[i].to(dtype)
         before = kept
         last = _numbers(last_scalars[i]) if last_scalars else ()
         if last_g is not None:
             last_g = _or_new(last[0], last_g, g)
         if o.learn and last_g is not None:
             older_g = older_grads[i] if older_grads else None
-            redo, factors = last_step(o, t, last)
+            redo, factors = last_step(o, t - 1.0, last)
             redo = rounded(redo, dtype)
             redone = mada_rule(redo, last_g, older_g, kept)
             before = redone.moments
@@ -378,21 +405,19 @@ def mada_step_(
                 for k, (shared, term) in enumerate(zip(factors, terms, strict=True)):
                     if term is not None and o.learn >> k & 1:
                         sums[k] = sums[k] + shared * fixed_order_sum(term)
-        t = t + 1.0
         previous_g = last_g if exp_avg_diffs else None
-        new = mada_rule(rounded(mada_scalars(o, t, lr, q), dtype), g, previous_g, before)
+        new = mada_rule(rounded(scalars[i], dtype), g, previous_g, before)
         e = emas[i] if emas else None
-        x, average = pulled(rounded(pull, dtype), param.to(dtype), new, e)
-        keep.copy_(step, step + 1)
+        x, average = pulled(pull, param.to(dtype), new, e)
         keep.copy_(param, x)
         if e is not None and average is not None:
             keep.copy_(e, average)
         for tensor, value in zip(kept, before if o.learn else new.moments, strict=True):
             if tensor is not None and value is not None:
                 keep.copy_(tensor, value)
-        if last_g is not None:
-            _remember(keep, last_g, g, last_grads[i], older_grads[i] if older_grads else None, o.pace.capturable)
-            keep.copy_(last_scalars[i], _row(last_scalars[i], (REDO if o.learn else DONE, lr, *q)))
+        if last_g is not None and row is not None:
+            _remember(keep, last_g, g, last_grads[i], older_grads[i] if older_grads else None, roles_stay)
+            keep.copy_(last_scalars[i], row)
     if hypergradients is not None:
         hypergradients.zero_()
         keep.copy_(hypergradients, _row(hypergradients, (*sums, 0.0 if keep.all else lr)))
@@ -430,6 +455,8 @@ def mada_learn_(
         total = total + row
 
     def constant(values: list[float]) -> Tensor:
+        if by_graph(hyper_step.device):
+            return torch.tensor(values, dtype=hyper_step.dtype, device=hyper_step.device)
         return torch.stack([torch.full_like(hyper_step, value) for value in values])
 
     bits = constant([float(learn >> k & 1) for k in range(len(COEFFICIENTS))]) > 0

@@ -26,7 +26,20 @@ import torch
 from torch import Tensor
 
 from ..ops import PACE_STATS
-from .common import Keep, Scalar, at_least, averaged, grad_factor, in_double, number, rounded, square_root
+from .common import (
+    Keep,
+    Scalar,
+    at_least,
+    averaged,
+    computed_there,
+    counted,
+    grad_factor,
+    handed_over,
+    number,
+    place,
+    rounded,
+    square_root,
+)
 
 
 @dataclass(frozen=True)
@@ -166,14 +179,21 @@ def pace_rule(
     return PaceStep(x_new, m, v, e_new, inv_D, lambda_, clamped, adamw, pullback, adamw + pullback)
 
 
-def pace_stats(o: PaceOptions, t: Scalar, step: PaceStep) -> Tensor:
-    """The telemetry of one tensor's step, laid out as ``pace_kernels.ops.PACE_STATS``."""
+class StatsScalars(NamedTuple):
+    """They turn 1/D into the gain before α c, and into the gain before the clamp."""
+
+    weight: Scalar
+    gain: Scalar
+
+
+def stats_scalars(o: PaceOptions, t: Scalar) -> StatsScalars:
     w = gain_weight(o, t)
-    return summed_stats(step, w, number(o.lr) * o.lambda_pullback * w)
+    return StatsScalars(w, number(o.lr) * o.lambda_pullback * w)
 
 
-def summed_stats(step: PaceStep, weight: Scalar, gain: Scalar) -> Tensor:
-    """``weight`` and ``gain`` turn 1/D into the gain before α c, and into the gain before the clamp."""
+def summed_stats(step: PaceStep, scalars: StatsScalars) -> Tensor:
+    """The telemetry of one tensor's step, laid out as ``pace_kernels.ops.PACE_STATS``."""
+    weight, gain = scalars
     dtype = torch.float32 if step.x.device.type == "mps" else torch.float64  # MPS has no float64
     inv_D, lambda_, clamped = (a.to(dtype) for a in (step.inv_D, step.lambda_, step.clamped))
     moments = [inv_D.sum(), inv_D.min(), inv_D.max()]
@@ -189,8 +209,8 @@ def merge_stats(rows: list[Tensor]) -> Tensor:
     stacked = torch.stack(rows)
     merged = stacked.sum(dim=0)
     for column in (2, 5, 8):
-        merged[column] = stacked[:, column].amin()
-        merged[column + 1] = stacked[:, column + 1].amax()
+        merged[column] = stacked[:, column].min()
+        merged[column + 1] = stacked[:, column + 1].max()
     return merged
 
 
@@ -213,16 +233,19 @@ def pace_step_(
     With ``capturable`` the step count stays a tensor, so that nothing waits for the device.
     """
     o = PaceOptions(**options | ({} if lr_tensor is None else {"lr": lr_tensor}))
-    pull = o.lambda_pullback != 0.0
+    pull, momentum = o.lambda_pullback != 0.0, o.beta1 != 0.0
     factor, keep = grad_factor(grad_scale, clip_coef), Keep(found_inf)
+    counts = [] if keep.all else counted(steps, keep, o.capturable)
+    device, dtype = place(exp_avg_sqs)
+    o, counts = computed_there(o, counts, device, tensors=isinstance(o.lr, Tensor))
+    scalars = handed_over([pace_scalars(o, t, factor) for t in counts], dtype, device)
+    of_stats = handed_over([stats_scalars(o, t) for t in counts], torch.float64, device) if stats is not None else ()
     rows: list[Tensor] = []
-    for i, (param, step) in enumerate(zip(params, steps, strict=True) if not keep.all else ()):
-        keep.copy_(step, step + 1)
-        t = in_double(step) if o.capturable else step.item()
+    for i, (param, its_scalars) in enumerate(zip(params, scalars, strict=not keep.all)):
         v = exp_avg_sqs[i]
-        m = exp_avgs[i] if o.beta1 != 0.0 else None
+        m = exp_avgs[i] if momentum else None
         e = emas[i] if emas else None
-        s = rounded(pace_scalars(o, t, factor), v.dtype)
+        s = rounded(its_scalars, v.dtype)
         new = pace_rule(s, grads[i].to(v.dtype), param.to(v.dtype), m, v, e, pull)
         keep.copy_(param, new.x)
         keep.copy_(v, new.v)
@@ -234,7 +257,7 @@ def pace_step_(
             elif s.moves:
                 keep.copy_(e, new.e)
         if stats is not None and param.numel() > 0:
-            rows.append(pace_stats(o, t, new).to(stats.dtype))
+            rows.append(summed_stats(new, of_stats[i]).to(stats.dtype))
     if stats is not None:
         nothing = [math.inf if name.endswith("_min") else 0.0 for name in PACE_STATS]
         empty = torch.stack([torch.full_like(stats[0], value) for value in nothing])

@@ -16,6 +16,7 @@ The operations and their order are those of ``csrc/rules/pullback.h``, one round
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ..ops import PACE_STATS
-from .common import Keep, Scalar, averaged, in_double, number, rounded, square_root
-from .pace import PaceStep, average_moves, average_weight, gain_weight, merge_stats, summed_stats
+from .common import Keep, Scalar, averaged, computed_there, counted, handed_over, number, place, rounded, square_root
+from .pace import PaceStep, StatsScalars, average_moves, average_weight, gain_weight, merge_stats, summed_stats
 
 
 @dataclass(frozen=True)
@@ -106,18 +107,24 @@ def pullback_(
 ) -> None:
     """What the operator ``pullback_`` does, tensor by tensor; on any device, and in float64 for float64 averages."""
     o = PullbackOptions(**options | ({} if lr_tensor is None else {"lr": lr_tensor}))
-    keep = Keep(found_inf)
+    keep, pulls = Keep(found_inf), o.pulls
+    counts = [] if keep.all else counted(steps, keep, o.capturable)
+    device, dtype = place(emas)
+    o, counts = computed_there(o, counts, device, tensors=isinstance(o.lr, Tensor))
+    scalars = handed_over([pullback_scalars(o, t) for t in counts], dtype, device)
+    of_stats: Sequence[StatsScalars] = ()
+    if stats is not None:
+        in_gain = (StatsScalars(gain_weight(o, t), pullback_gain(o, t)) for t in counts)
+        of_stats = handed_over(list(in_gain), torch.float64, device)
     rows: list[Tensor] = []
-    for i, (param, step) in enumerate(zip(params, steps, strict=True) if not keep.all else ()):
-        keep.copy_(step, step + 1)
-        t = in_double(step) if o.capturable else step.item()
+    for i, (param, its_scalars) in enumerate(zip(params, scalars, strict=not keep.all)):
         e = emas[i]
-        s = rounded(pullback_scalars(o, t), e.dtype)
-        if not o.pulls and stats is None and not isinstance(s.moves, Tensor) and not s.moves:
+        s = rounded(its_scalars, e.dtype)
+        if not pulls and stats is None and not isinstance(s.moves, Tensor) and not s.moves:
             continue
         before, v = (tensors[i].to(e.dtype) if tensors else None for tensors in (befores, second_moments))
-        new = pullback_rule(s, param.to(e.dtype), before, v, e, o.pulls)
-        if o.pulls:
+        new = pullback_rule(s, param.to(e.dtype), before, v, e, pulls)
+        if pulls:
             keep.copy_(param, new.x)
         assert new.e is not None
         if isinstance(s.moves, Tensor):
@@ -125,7 +132,7 @@ def pullback_(
         elif s.moves:
             keep.copy_(e, new.e)
         if stats is not None and param.numel() > 0:
-            rows.append(summed_stats(new, gain_weight(o, t), pullback_gain(o, t)).to(stats.dtype))
+            rows.append(summed_stats(new, of_stats[i]).to(stats.dtype))
     if stats is not None:
         nothing = [math.inf if name.endswith("_min") else 0.0 for name in PACE_STATS]
         empty = torch.stack([torch.full_like(stats[0], value) for value in nothing])
