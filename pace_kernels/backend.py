@@ -172,8 +172,13 @@ def requested(name: str | None) -> str | None:
 
 
 @functools.cache
-def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend for a parameter on ``device`` in ``dtype``: the one of that name, or the fastest that covers it."""
+def choose(name: str | None, device: torch.device, dtype: torch.dtype, wrapper: bool = False) -> Backend:
+    """The backend for a parameter on ``device`` in ``dtype``: the one of that name, or the fastest that covers it. Of
+    tensors that do operations in their own way (``wrapper``), torch's own are all there is."""
+    if wrapper:
+        if name not in (None, "torch"):
+            raise RuntimeError(f"backend={name!r} can't step this parameter: it is a tensor subclass that wraps others")
+        return _table()["torch"]
     if name is not None:
         row = _table()[name]
         if (why := row.refusal(device, dtype, by_name=True)) is not None:

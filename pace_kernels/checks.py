@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .torch_rules.common import at_hand
+
 Group: TypeAlias = dict[str, Any]
 
 
@@ -70,7 +72,7 @@ def plain_number(value: Any) -> Any:
 def check_lr(lr: object) -> None:
     if isinstance(lr, Tensor):
         require(lr.numel() == 1, "lr", "a number or a tensor with one element", lr)
-        if lr.device.type == "cpu":  # elsewhere, reading it would wait for the device
+        if at_hand(lr):  # elsewhere, reading it would wait for the device
             check_number("lr", lr.item(), "finite and >= 0", lambda a: a >= 0)
         else:
             require(lr.dtype in (torch.float32, torch.float64), "lr", "float32 or float64 on a device", lr.dtype)

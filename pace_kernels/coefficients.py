@@ -26,6 +26,7 @@ from .ops import COEFFICIENTS, DONE, HYPERGRADIENTS, REDO
 from .optimizer import KernelOptimizer
 from .sharding import all_reduce_, is_sharded, local, reduce_
 from .states import Work, moved
+from .torch_rules.common import has_values
 from .torch_rules.mada import MadaMoments, MadaOptions, caught_up
 
 
@@ -134,6 +135,8 @@ class Coefficients(KernelOptimizer):
         names = ("exp_avg", "exp_avg_diff", "exp_avg_sq", second, "exp_avg_lion")
         kept = MadaMoments(*(local(state[name]) if name in state else None for name in names))
         o = MadaOptions.of(options)
+        if not has_values(state["last_scalars"]):
+            return
         last = state["last_scalars"].tolist()
         if last[0] != REDO:
             return

@@ -27,12 +27,15 @@ from .sharding import (
     axes,
     is_partial,
     is_sharded,
+    is_wrapper,
     local,
     local_as,
     placed_alike,
     reduce_,
+    unwrapped,
 )
-from .states import FLOATING, GROUP_STATE, Work, as_state, moved, state_dtype
+from .states import FLOATING, GROUP_STATE, Work, as_state, empty_state, moved, state_dtype
+from .torch_rules.common import by_graph, has_values
 from .uninterrupted import uninterrupted
 
 _NO_AXES: Axes = ()
@@ -93,7 +96,7 @@ class KernelOptimizer(Checkpoints):
         if not is_lazy(param) and overlaps_itself(local(param)):
             raise ValueError(f"{name} overlaps itself in memory (strides {local(param).stride()}): clone it")
         if self._backend_name is not None:
-            choose(self._backend_name, param.device, param.dtype)
+            choose(self._backend_name, param.device, param.dtype, is_wrapper(local(param)))
 
     def _local_grad(self, param: Tensor, grad: Tensor, group: Group, i: int) -> Tensor:
         """The local part of a DTensor's gradient, placed as the parameter is."""
@@ -168,9 +171,10 @@ class KernelOptimizer(Checkpoints):
         here: dict[torch.device, dict[str, Tensor]] = {}
         for group in self.param_groups:
             self._check_changed(group)
-            buckets: dict[tuple[torch.device, torch.dtype, Axes], Work] = {}
+            buckets: dict[tuple[torch.device, torch.dtype, Axes, bool], Work] = {}
             device, dtype, work = None, None, None
             over: Axes = ()
+            wraps = False
             for i, owner in enumerate(group["params"]):
                 grad = owner.grad
                 if grad is None:
@@ -180,14 +184,21 @@ class KernelOptimizer(Checkpoints):
                     param, its_axes = local(owner), axes(owner)
                     if self.READS_GRADIENTS:
                         grad = self._local_grad(owner, grad, group, i)
-                if work is None or param.dtype is not dtype or param.device != device or its_axes != over:
-                    device, dtype, over = param.device, param.dtype, its_axes
-                    work = buckets.get((device, dtype, over))
+                wrapper = is_wrapper(param)
+                if (
+                    work is None
+                    or param.dtype is not dtype
+                    or param.device != device
+                    or its_axes != over
+                    or wrapper is not wraps
+                ):
+                    device, dtype, over, wraps = param.device, param.dtype, its_axes, wrapper
+                    work = buckets.get((device, dtype, over, wraps))
                     if work is None:
                         if device not in here:
                             here[device] = {k: moved(v, device) for k, v in scaling.items()}
-                        backend = choose(self._backend_name, device, dtype)
-                        work = buckets[device, dtype, over] = Work(group, backend, here[device], over)
+                        backend = choose(self._backend_name, device, dtype, wraps)
+                        work = buckets[device, dtype, over, wraps] = Work(group, backend, here[device], over)
                 work.owners.append(owner)
                 work.params.append(param)
                 if not self.READS_GRADIENTS:
@@ -243,7 +254,7 @@ class KernelOptimizer(Checkpoints):
             value = next((state[key] for key in self.STATE_TENSORS if key in state), None)
         if value is None:
             return
-        placed = type(value) is Tensor if plain else is_sharded(value) and placed_alike(value, param)
+        placed = not is_sharded(value) if plain else is_sharded(value) and placed_alike(value, param)
         if placed and value.dtype is state_dtype(param) and value.shape == param.shape:
             return
         if value.shape != param.shape:
@@ -259,7 +270,7 @@ class KernelOptimizer(Checkpoints):
             return torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
         if name == "ema":
             return as_state(param, param)
-        zeros = torch.empty_like(param, dtype=state_dtype(param), requires_grad=False)
+        zeros = empty_state(param)
         local(zeros).zero_()
         return zeros
 
@@ -326,7 +337,7 @@ class KernelOptimizer(Checkpoints):
         found = [self._largest(work) for work in watched] or [torch.zeros(())]
         reduce_(((value, work.axes) for value, work in zip(found, watched, strict=False)), "MAX")
         home = found[0].device
-        bad = torch.stack([moved(value, home) for value in found]).amax()
+        bad = torch.stack([moved(value, home) for value in found]).max()
         if ranks is not None:
             all_reduce_([bad], ranks, "MAX")
         self._nonfinite = bad
@@ -354,7 +365,7 @@ class KernelOptimizer(Checkpoints):
         grads = [grad for grad in work.grads if grad.numel() > 0]
         if not grads:
             return torch.zeros((), dtype=torch.float32, device=work.device)
-        largest = torch.stack(torch._foreach_norm(grads, math.inf))
+        largest = torch.stack([part for norm in torch._foreach_norm(grads, math.inf) for part in unwrapped(norm)])
         return (~largest.isfinite()).any().to(torch.float32)
 
     @property
@@ -369,11 +380,14 @@ class KernelOptimizer(Checkpoints):
         for the device, once."""
         if not works or not all(self._lr_is_zero(group["lr"]) for group in self.param_groups):
             return False
-        moves = [float(any(bool(grad.any()) for grad in work.grads)) for work in works]
+        if not all(has_values(grad) for work in works for grad in work.grads):
+            return False  # there is nothing to tell it by
+        moves = [float(_any_nonzero(work)) for work in works]
         # All ranks have to take the step for the same: on some of them a shard may have no gradient but zeros.
-        rows = [torch.tensor(value, device=work.device) for value, work in zip(moves, works, strict=True)]
-        reduce_(((row, work.axes) for row, work in zip(rows, works, strict=True)), "MAX")
-        return not any(map(bool, rows))
+        sharded = [(torch.tensor(a, device=work.device), work.axes) for a, work in zip(moves, works, strict=True)]
+        rows = [(row, over) for row, over in sharded if over]
+        reduce_(rows, "MAX")
+        return not (any(moves) or any(bool(row) for row, _ in rows))
 
     @staticmethod
     def _lr_is_zero(lr: float | Tensor) -> bool:
@@ -386,3 +400,9 @@ class KernelOptimizer(Checkpoints):
             for param in [p for p, state in self.state.items() if "step" in state and state["step"].item() == 0]:
                 del self.state[param]
             self._dry = False
+
+
+def _any_nonzero(work: Work) -> bool:
+    """Whether any gradient of the work is not zero. It waits for the device; one with graphs, once."""
+    found = (grad.any() for grad in work.grads)
+    return bool(torch.stack(list(found)).any()) if by_graph(work.device) else any(map(bool, found))

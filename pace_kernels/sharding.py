@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # The axes of device meshes that a tensor is sharded over, as (mesh, number of the axis): what has to be added up for a
 # sum over all of its elements. Axes that hold copies are not among them.
@@ -30,6 +31,23 @@ def is_sharded(tensor: Tensor) -> bool:
         return False
     _SHARDED.add(kind)
     return True
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether the tensor does its operations in its own way, as subclasses do that wrap others (quantized weights). A
+    kernel would be handed what is inside once for each tensor in there, with step counts that are one for all."""
+    kind = type(tensor)
+    if kind in _PLAIN or isinstance(tensor, FakeTensor):
+        return False
+    return kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+
+
+def unwrapped(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a wrapper wraps; of others, the tensor itself."""
+    if not is_wrapper(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [part for name in names for part in unwrapped(getattr(tensor, name))]
 
 
 def placed_alike(a: Tensor, b: Tensor) -> bool:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .backend import Backend
 from .checks import Group, plain_number
-from .sharding import Axes, agree, axes, local, local_as
+from .sharding import Axes, agree, axes, is_wrapper, local, local_as
+from .torch_rules.common import at_hand
 
 # Of the groups and states in a checkpoint. 1: the first that says so. What has none is of before (0) or of another
 # optimizer; the states of 0 have the same names and meaning.
@@ -56,14 +57,14 @@ class Work:
         lr = self.group["lr"]
         if not isinstance(lr, Tensor):
             return {"lr": plain_number(lr)}
-        if lr.device.type == "cpu":
+        if at_hand(lr):
             return {"lr": lr.item()}
         return {"lr": 0.0, "lr_tensor": moved(lr, self.device)}
 
     def left_undone(self) -> bool:
         """Whether ``found_inf`` says so, as far as that can be told without waiting for a device."""
         found_inf = self.scaling.get("found_inf")
-        return found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf)
+        return found_inf is not None and at_hand(found_inf) and bool(found_inf)
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -73,9 +74,17 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 def as_state(param: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A copy of ``value`` as a state of ``param``: its device, memory layout and shards, in the dtype of states."""
-    state = torch.empty_like(param, dtype=dtype or state_dtype(param), requires_grad=False)
+    state = empty_state(param, dtype)
     local(state).copy_(local_as(param, value))
     return state
+
+
+def empty_state(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A new state of ``param``, of any contents. Of subclasses that only dress a tensor up, the state is a plain one;
+    those that wrap others know zeros_like, which AdamW calls, but not always empty_like."""
+    new = torch.zeros_like if is_wrapper(local(param)) else torch.empty_like
+    with torch._C.DisableTorchFunctionSubclass():
+        return new(param, dtype=dtype or state_dtype(param), requires_grad=False)
 
 
 def holds(param: Tensor, value: Tensor) -> bool:
