@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .averaging import Averaging
 from .checks import Group, checked_count, require
+from .options import Record, check_given, make_plain
 from .states import FLOATING, FORMAT, GROUP_STATE, as_state, holds
 
 # Options that torch.optim.Adam and AdamW keep in their groups and that mean nothing here.
@@ -35,9 +36,9 @@ class Checkpoints(Averaging):
     _backend_name: str | None
     _dry: bool  # the states come from a dry run: the first real step creates them anew
     _incoming: dict[Tensor, dict[str, Tensor]] | None
-    # By id of a group: the options as they were last checked, and what the subclass made of them but for lr.
-    _checked: dict[int, list[object]]
-    _prepared: dict[int, Any]
+    _records: dict[int, Record]  # by id of a group
+    _step_supports_amp_scaling: bool
+    _unchecked: set[int]  # ids of parameters that were frozen when they came
     _changed: list[Group]  # groups whose options were replaced, lr aside, since the last step
 
     def _check_options(self, group: Group) -> None:
@@ -192,6 +193,7 @@ class Checkpoints(Averaging):
     def _loaded_options(self, saved: Group, group: Group, number: int) -> Group:
         """The options of a group after loading, checked."""
         self._check_format(saved, number)
+        check_given(saved, self.defaults, f"param_groups[{number}] of the checkpoint", type(self).__name__)
         try:
             options = self._merged(saved, group) | {"format_version": FORMAT}
             self._check_options(options)
@@ -202,8 +204,11 @@ class Checkpoints(Averaging):
                 options["skipped_steps"] = count if count > 0 else None
             listed = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
             require(names is None or listed, "state_names", "None or a tuple of names", names)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"param_groups[{number}] of the checkpoint: {error}") from error
+        except TypeError as error:
+            raise TypeError(f"param_groups[{number}] of the checkpoint: {error}") from error
+        except (ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
+            # The last four: of values that do not even answer to what is asked of an option.
+            raise ValueError(f"param_groups[{number}] of the checkpoint: {error}") from error
         return options
 
     def _check_format(self, saved: Group, number: int) -> None:
@@ -220,7 +225,9 @@ class Checkpoints(Averaging):
         """The options of a group after loading: the saved ones, and the present ones where none was saved."""
         options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         options |= GROUP_STATE  # of what is loaded, not of what was here
-        return options | {k: v for k, v in saved.items() if k not in _FOREIGN_OPTIONS}
+        options |= {k: v for k, v in saved.items() if k not in _FOREIGN_OPTIONS}
+        make_plain(options, self.defaults)
+        return options
 
     def _translated_state(
         self,
@@ -270,11 +277,13 @@ class Checkpoints(Averaging):
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_whole("copying or pickling")
-        return {**super().__getstate__(), "_backend_name": self._backend_name, "_dry": self._dry}
+        kept = {name: getattr(self, name) for name in ("_backend_name", "_dry", "_step_supports_amp_scaling")}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._checked, self._prepared, self._changed = {}, {}, []
+        self._records, self._changed = {}, []
+        self._unchecked = {id(p) for group in self.param_groups for p in group["params"] if not self.state.get(p)}
         self.__dict__.setdefault("_versions", {}).clear()
         self.__dict__.setdefault("_unfinished", [])
         self.__dict__.setdefault("_incoming", None)

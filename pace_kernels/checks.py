@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from .torch_rules.common import at_hand
 
 Group: TypeAlias = dict[str, Any]
+_LARGEST = sys.float_info.max
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
@@ -36,37 +38,70 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return int(torch.unique(places).numel()) < tensor.numel()
 
 
+def shortened(value: object) -> str:
+    """What came, for a sentence."""
+    try:
+        text = repr(value)
+    except Exception:  # of an integer with more than 4300 digits, or by an object of somebody else
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
 def require(condition: bool, argument: str, allowed: str, came: object) -> None:
     if not condition:
-        raise ValueError(f"{argument} must be {allowed}, got {came!r}")
+        raise ValueError(f"{argument} must be {allowed}, got {shortened(came)}")
 
 
 def check_number(argument: str, value: object, allowed: str, ok: Callable[[float], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{argument} must be a number, got {value!r}")
-    require(math.isfinite(value) and ok(float(value)), argument, allowed, value)
+    number = plain_number(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{argument} must be a number, got {shortened(value)}")
+    require(abs(number) <= _LARGEST and ok(float(number)), argument, allowed, value)
+
+
+def check_count(argument: str, value: object, first: int) -> None:
+    """An option that is passed on as a 64-bit integer."""
+    number = plain_number(value)
+    counts = isinstance(number, int) and not isinstance(number, bool) and number >= first
+    require(counts, argument, f"an integer >= {first}", value)
+    require(number < 2**63, argument, f"an integer >= {first} and < 2**63", value)
+
+
+def check_pair(argument: str, value: object) -> None:
+    """Two numbers in [0, 1), in a plain sequence."""
+    two = isinstance(value, (tuple, list)) and len(value) == 2
+    require(two, argument, "two numbers in [0, 1)", value)
+    for i, number in enumerate(value):  # type: ignore[arg-type, var-annotated]
+        check_number(f"{argument}[{i}]", number, "in [0, 1)", lambda a: 0 <= a < 1)
 
 
 def checked_count(name: str, value: Any, last: int) -> Tensor:
     """A count that was saved, as a tensor without dimensions."""
     allowed = f"one whole number >= 0 and <= {last}"
+    number = plain_number(value)
+    fits = isinstance(number, (int, float)) and not isinstance(number, bool) and 0 <= number <= last
+    require(fits and number == int(number), name, allowed, value)
     if isinstance(value, Tensor):
-        require(value.numel() == 1 and not value.is_complex() and not value.is_meta, name, allowed, value)
-        count, number = value.detach().reshape(()), value.item()
-    else:
-        require(isinstance(value, numbers.Real), name, allowed, value)
-        number = plain_number(value)
-        count = torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else None)
-    whole = not isinstance(number, bool) and math.isfinite(number) and number == int(number)
-    require(whole and 0 <= number <= last, name, allowed, value)
-    return count
+        return value.detach().reshape(())
+    return torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else None)
 
 
 def plain_number(value: Any) -> Any:
-    """Numbers of other libraries, such as NumPy's, as Python's; everything else as it is."""
-    if isinstance(value, (bool, int, float)) or not isinstance(value, numbers.Real):
+    """A number of another library, such as NumPy's, or in a tensor or an array with one element, as Python's;
+    everything else as it is. Reading a tensor waits for its device."""
+    if type(value) in (bool, int, float):  # NumPy's float64 is a float too
         return value
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, Tensor):
+        real = value.numel() == 1 and not value.is_complex() and not value.is_meta and value.dtype != torch.bool
+        return value.item() if real else value
+    if not isinstance(value, numbers.Real) and getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()  # an array without a dimension
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return value
+    try:
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    except OverflowError:  # of a fraction
+        return math.copysign(math.inf, value)
 
 
 def check_lr(lr: object) -> None:
@@ -83,16 +118,22 @@ def check_lr(lr: object) -> None:
 def check_common_options(group: Group) -> None:
     """The options that every optimizer here has: lr, betas, eps, weight_decay."""
     check_lr(group["lr"])
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
-    for i in (0, 1):
-        check_number(f"betas[{i}]", betas[i], "in [0, 1)", lambda a: 0 <= a < 1)
+    check_pair("betas", group["betas"])
     # Below float32's normal numbers 1 / D could be infinite, and 0 times that is NaN.
     check_number("eps", group["eps"], "finite and at least 2**-126", lambda a: a >= 2.0**-126)
     check_number("weight_decay", group["weight_decay"], "finite and >= 0", lambda a: a >= 0)
     for name in ("maximize", "capturable", "skip_nonfinite"):
         require(isinstance(group[name], bool), name, "True or False", group[name])
+    check_torchs_options(group)
+
+
+def check_torchs_options(options: Mapping[str, Any]) -> None:
+    """Those that change nothing here, which configurations for ``torch.optim`` give all the same."""
+    for name in ("foreach", "fused"):
+        value = options.get(name)
+        require(value is None or isinstance(value, bool), name, "None, True or False", value)
+    value = options.get("differentiable", False)
+    require(value is False, "differentiable", "False, as no gradient goes through a step here", value)
 
 
 def check_average_options(group: Group) -> None:
@@ -102,9 +143,7 @@ def check_average_options(group: Group) -> None:
     check_number("beta_ema", group["beta_ema"], "in [0, 1]", lambda a: 0 <= a <= 1)
     if group["ema_kappa"] is not None:
         check_number("ema_kappa", group["ema_kappa"], "None, or finite and >= 0", lambda a: a >= 0)
-    freq = group["ema_update_freq"]
-    counts = isinstance(freq, numbers.Integral) and not isinstance(freq, bool) and int(freq) >= 1
-    require(counts, "ema_update_freq", "an integer >= 1", freq)
+    check_count("ema_update_freq", group["ema_update_freq"], 1)
     for name in ("clamp_pullback", "use_ema_eval"):
         require(isinstance(group[name], bool), name, "True or False", group[name])
     form = group["pullback_from"]

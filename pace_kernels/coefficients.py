@@ -112,7 +112,7 @@ class Coefficients(KernelOptimizer):
             frozen = tuple(values[name] if name in group["learn"] else None for name in COEFFICIENTS)
             fixed = {"betas": (values.pop("beta1"), values.pop("beta2")), **values, "learn": ()}
             group.update(fixed, frozen=frozen, **dict.fromkeys(LEARNED))
-            self._prepared[id(group)] = self._prepare(group)
+            self._record(group).prepared = self._prepare(group)
             self._drop_unused(group)
         self._default_to_frozen()
 
@@ -149,7 +149,7 @@ class Coefficients(KernelOptimizer):
 
     def _by_name(self, group: Group) -> None:
         """Hyper options that were replaced since the last step, as they are kept."""
-        kept = self._prepared[id(group)].learning
+        kept = self._arguments(group).learning
         if any(group[name] is not kept[name] for name in LEARNING):
             if isinstance(group["learn"], str) or tuple(group["learn"]) != kept["learn"]:
                 raise ValueError(f"learn may not be changed from {kept['learn']}: use freeze() to stop learning")
@@ -165,7 +165,7 @@ class Coefficients(KernelOptimizer):
         check_sharing(self.param_groups, start=False)
         prepared = [self._prepare(group) for group in groups]
         for group, new in zip(groups, prepared, strict=True):
-            old = self._prepared[id(group)]
+            old = self._arguments(group)
             same = old.states == new.states and all(old.step[name] == new.step[name] for name in REDONE_BY)
             for param in group["params"]:
                 state = self.state.get(param, {})
@@ -175,8 +175,9 @@ class Coefficients(KernelOptimizer):
                 if "exp_avg_diff" in new.states and "exp_avg_diff" not in state:
                     state.pop("last_scalars", None)  # no difference of gradients at the first step with β3
         super()._settle(groups)
+        self._share()  # copies of groups may hold copies of what they share
         for group, new in zip(groups, prepared, strict=True):
-            self._prepared[id(group)] = new
+            self._record(group).prepared = new
 
     def _prepare(self, group: Group) -> Prepared:
         learning = {name: group[name] for name in LEARNING}
@@ -184,7 +185,10 @@ class Coefficients(KernelOptimizer):
 
     def _arguments(self, group: Group) -> Prepared:
         """What the group's options came to when they were last checked; lr aside."""
-        return self._prepared[id(group)]  # type: ignore[no-any-return]
+        record = self._record(group)
+        if record.prepared is None:
+            record.prepared = self._prepare(group)
+        return record.prepared  # type: ignore[no-any-return]
 
     def _learn(self) -> None:
         """Moves the coefficients, once for each set of them that took part in the step."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .checks import Group, require
+from .checks import Group, check_torchs_options, require
 from .mada_checkpoints import MadaCheckpoints
 from .mada_options import (
     LEARNING,
@@ -22,6 +22,7 @@ from .mada_options import (
     state_tensors,
 )
 from .ops import COEFFICIENTS, HYPERGRADIENTS, LAST_SCALARS, NO_GRADIENT
+from .options import make_plain
 from .states import Work, as_state, moved
 from .torch_rules.common import by_graph
 
@@ -93,6 +94,8 @@ class MADA(MadaCheckpoints):
             ``ZeroRedundancyOptimizer`` needs "world": its checkpoints carry all arguments, and no file holds a group.
             DTensors need none: theirs are summed over the axes of the mesh that they are sharded over. One all-reduce
             of a few numbers a step, or one for each such axis.
+        foreach, differentiable, fused: as in :class:`PACE`: the first two change nothing; ``fused`` says whether a
+            gradient scaler leaves it to the step to unscale.
         backend: "cpu", "torch" or another name of ``backends()``, which works or raises; None takes the environment
             variable PACE_BACKEND, or else the fastest backend that is there.
 
@@ -157,6 +160,9 @@ class MADA(MadaCheckpoints):
         capturable: bool = False,
         skip_nonfinite: bool = False,
         hyper_process_group: Any = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
         backend: str | None = None,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -197,7 +203,10 @@ class MADA(MadaCheckpoints):
         self._hyper_process_group = hyper_process_group
         self._sums = []
         defaults = expanded(defaults, {})
+        make_plain(defaults, defaults)
         self._check_options(defaults)
+        check_torchs_options({"foreach": foreach, "fused": fused, "differentiable": differentiable})
+        self._step_supports_amp_scaling = bool(fused)
         check_start(defaults)
         self._built = False
         super().__init__(params, defaults, backend)
@@ -235,24 +244,24 @@ class MADA(MadaCheckpoints):
     def _check_options(self, group: Group) -> None:
         check_mada_options(group)
 
+    def _completed(self, param_group: Group) -> Group:
+        first = self.param_groups[0] if self.param_groups else self.defaults
+        base = dict(self.defaults)
+        for group in self.param_groups:
+            self._by_name(group)
+        if self._built and first["coefficients"] == param_group.get("coefficients", "global") == "global":
+            base |= {name: first[name] for name in LEARNING}
+            base["betas"] = tuple(
+                fixed(first if name in first["learn"] else self.defaults, name) for name in ("beta1", "beta2")
+            )
+            base |= {name: first[name] for name in COEFFICIENTS[2:] if name in first["learn"]}
+        return {**base, **expanded(param_group, base)}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with options of its own; also in the middle of training. See ``torch.optim.Optimizer``.
 
         With coefficients="global" it shares what the other groups learn, and how; it may not ask for something else.
         """
-        if isinstance(param_group, dict):
-            first = self.param_groups[0] if self.param_groups else self.defaults
-            base = dict(self.defaults)
-            for group in self.param_groups:
-                self._by_name(group)
-            if self._built and first["coefficients"] == param_group.get("coefficients", "global") == "global":
-                base |= {name: first[name] for name in LEARNING}
-                base["betas"] = tuple(
-                    fixed(first if name in first["learn"] else self.defaults, name) for name in ("beta1", "beta2")
-                )
-                base |= {name: first[name] for name in COEFFICIENTS[2:] if name in first["learn"]}
-            param_group = {**base, **expanded(param_group, base)}
-            param_group.setdefault("coefficients", first["coefficients"])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -263,7 +272,7 @@ class MADA(MadaCheckpoints):
             raise
         group.update(self._fresh(group), last_options=None, frozen=None)
         self._share()
-        self._prepared[id(group)] = self._prepare(group)
+        self._record(group).prepared = self._prepare(group)
 
     # ---- state -----------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ class MadaCheckpoints(Coefficients):
 
     def _to_save(self, group: Group) -> Group:
         self._by_name(group)
-        last = self._prepared[id(group)]
+        last = self._arguments(group)
         options = (tuple(last.step[name] for name in REDONE_BY), last.states)
         hyper = {name: group[name] for name in LEARNING}
         return {**super()._to_save(group), **hyper, "last_options": options}
@@ -33,7 +33,7 @@ class MadaCheckpoints(Coefficients):
             saved = {name: value for name, value in saved.items() if name != "log_stats"}  # of PACE
         options = super()._merged(saved, {**group, "last_options": None, "frozen": None})
         # What a dict of hyper options leaves out is as it is here; those that state_dict() saved are whole.
-        kept = {k: v for k, v in self._prepared[id(group)].learning.items() if isinstance(options[k], Mapping)}
+        kept = {k: v for k, v in self._arguments(group).learning.items() if isinstance(options[k], Mapping)}
         options = expanded(options, {**options, **kept})
         if options["learn"] and self.OWN_OPTION in saved:
             for name, fresh in self._fresh({**options, "params": group["params"]}).items():
@@ -121,7 +121,7 @@ class MadaCheckpoints(Coefficients):
 
     def __getstate__(self) -> dict[str, Any]:
         ranks = self._hyper_process_group if self._hyper_process_group == "world" else None  # no pickle holds others
-        last = [self._prepared[id(group)] for group in self.param_groups]
+        last = [self._arguments(group) for group in self.param_groups]
         return {**super().__getstate__(), "_last": last, "_hyper_process_group": ranks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -135,10 +135,10 @@ class MadaCheckpoints(Coefficients):
             group.setdefault("frozen", None)
             group["last_options"] = None
             if before is not None:
-                self._prepared[id(group)] = before
+                self._record(group).prepared = before
                 continue
             now = self._prepare(group)
             if last is not None:
                 now = now._replace(step=now.step | dict(zip(REDONE_BY, last[0], strict=True)), states=tuple(last[1]))
-            self._prepared[id(group)] = now
+            self._record(group).prepared = now
         self._default_to_frozen()

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .checks import Group, check_average_options, check_common_options, check_number, require
+from .checks import (
+    Group,
+    check_average_options,
+    check_common_options,
+    check_count,
+    check_number,
+    check_pair,
+    plain_number,
+    require,
+    shortened,
+)
 from .ops import COEFFICIENTS
+from .options import listed, plain_float, plain_sequence
 
 _HYPER_LR = {"beta1": 5e-4, "beta2": 5e-4, "beta3": 0.1, "rho": 0.1, "c": 0.1, "gamma": 0.1}
 _BOUNDS = {"beta1": (0.01, 0.99), "beta2": (0.501, 0.999), "beta3": (0.0, 0.99)} | dict.fromkeys(
@@ -16,9 +28,7 @@ _BOUNDS = {"beta1": (0.01, 0.99), "beta2": (0.501, 0.999), "beta3": (0.0, 0.99)}
 # hypergradients in the order of COEFFICIENTS, and a step count. They are options, so that checkpoints carry them; with
 # coefficients="global" all groups have the same ones.
 LEARNED = ("coefficient_values", "coefficient_momenta", "hypergradients", "hyper_step")
-# Options that mean something only where a coefficient is learned, and what they are where nobody gave them.
-_HYPER_DEFAULTS = {"hyper_lr": None, "hyper_momentum": 0.0, "hyper_clip": 10.0, "hyper_warmup": 50, "bounds": None}
-LEARNING = ("learn", *_HYPER_DEFAULTS)
+LEARNING = ("learn", "hyper_lr", "hyper_momentum", "hyper_clip", "hyper_warmup", "bounds")
 # The options of groups that PACE does not have, and what the groups hold of MADA. "last_options" is in checkpoints
 # alone: what the step to redo was taken with, where options were changed since. "frozen": the values of freeze().
 MADA_ONLY = (
@@ -60,31 +70,40 @@ def _bits(learn: tuple[str, ...]) -> int:
 
 def _expand(argument: str, given: object, base: Sequence[Any], convert: Callable[[object], Any]) -> tuple[Any, ...]:
     """An option of each coefficient, in their order: from a dict, which may leave some out, from six values, or from
-    one for all. A tuple, so that no change in place goes unseen."""
+    one for all. A tuple, so that it is changed by replacing it."""
     if given is None:
         return tuple(base)
-    if isinstance(given, (tuple, list)):
-        require(len(given) == len(COEFFICIENTS), argument, f"given by name, or for all of {COEFFICIENTS}", given)
-        return tuple(convert(value) for value in given)
-    if not isinstance(given, Mapping):
+    if isinstance(given, Mapping):
+        for name in given:
+            _check_name(argument, name)
+        return tuple(convert(given[name]) if name in given else base[k] for k, name in enumerate(COEFFICIENTS))
+    values = listed(given)
+    if values is None or isinstance(plain_float(given), float):
         return (convert(given),) * len(COEFFICIENTS)
-    for name in given:
-        _check_name(argument, name)
-    return tuple(convert(given[name]) if name in given else base[k] for k, name in enumerate(COEFFICIENTS))
+    require(len(values) == len(COEFFICIENTS), argument, f"given by name, or for all of {COEFFICIENTS}", given)
+    return tuple(map(convert, values))
 
 
 def _check_name(argument: str, name: object) -> None:
-    require(name in COEFFICIENTS, argument, f"coefficients, of {', '.join(COEFFICIENTS)}", name)
-
-
-def _same(value: object) -> object:
-    return value
+    known = isinstance(name, str) and name in COEFFICIENTS
+    require(known, argument, f"coefficients, of {', '.join(COEFFICIENTS)}", name)
 
 
 def _pair(value: object) -> tuple[Any, Any]:
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"bounds must be pairs (low, high), got {value!r}")
-    return (value[0], value[1])
+    pair = plain_sequence(value)
+    require(isinstance(pair, (tuple, list)) and len(pair) == 2, "bounds", "pairs (low, high)", value)
+    return (pair[0], pair[1])
+
+
+# Options that mean something only where a coefficient is learned: what they are where nobody gave them, and what makes
+# one value plain.
+_HYPER: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "hyper_lr": (tuple(_HYPER_LR[name] for name in COEFFICIENTS), plain_float),
+    "hyper_momentum": ((0.0,) * len(COEFFICIENTS), plain_float),
+    "hyper_clip": (10.0, plain_float),
+    "hyper_warmup": (50, plain_number),
+    "bounds": (tuple(_BOUNDS[name] for name in COEFFICIENTS), _pair),
+}
 
 
 class Prepared(NamedTuple):
@@ -108,26 +127,26 @@ def expanded(given: dict[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     """Options with ``learn`` in order and the hyper options by name."""
     options = dict(given)
     if "learn" in given:
-        names = given["learn"]
-        if isinstance(names, str) or not isinstance(names, (tuple, list, set, frozenset)):
-            raise TypeError(f"learn must be a tuple of names, got {names!r}")
+        learn = given["learn"]
+        names = list(learn) if isinstance(learn, (set, frozenset)) else listed(learn)
+        if names is None:
+            raise TypeError(f"learn must be a tuple of names, got {shortened(learn)}")
         for name in names:
             _check_name("learn", name)
         options["learn"] = tuple(name for name in COEFFICIENTS if name in names)
-    if not options.get("learn", base.get("learn", ())):
-        for name, default in _HYPER_DEFAULTS.items():
-            if name in given and given[name] != default and given[name] != base.get(name):
-                raise ValueError(f"{name} was given, but learn is empty: name the coefficients to learn")
-    for name, start, convert in (
-        ("hyper_lr", [_HYPER_LR[name] for name in COEFFICIENTS], _same),
-        ("hyper_momentum", [0.0] * len(COEFFICIENTS), _same),
-        ("bounds", [_BOUNDS[name] for name in COEFFICIENTS], _pair),
-    ):
+    if "bounds" in given and not isinstance(given["bounds"], Mapping):
+        six = given["bounds"] is None or len(listed(given["bounds"]) or ()) == len(COEFFICIENTS)
+        if not six:
+            raise TypeError(f"bounds must be a dict from name to (low, high), got {shortened(given['bounds'])}")
+    idle = not options.get("learn", base.get("learn", ()))
+    for name, (start, convert) in _HYPER.items():
         if name in given:
-            six = isinstance(given[name], (tuple, list)) and len(given[name]) == len(COEFFICIENTS)
-            if name == "bounds" and not (given[name] is None or six or isinstance(given[name], Mapping)):
-                raise TypeError(f"bounds must be a dict from name to (low, high), got {given[name]!r}")
-            options[name] = _expand(name, given[name], base.get(name, start), convert)
+            present = base.get(name, start)
+            by_name = isinstance(start, tuple)
+            options[name] = _expand(name, given[name], present, convert) if by_name else convert(given[name])
+            unsaid = given[name] is None if name in ("hyper_lr", "bounds") else options[name] == start
+            if idle and not unsaid and given[name] is not base.get(name) and options[name] != base.get(name):
+                raise ValueError(f"{name} was given, but learn is empty: name the coefficients to learn")
     return options
 
 
@@ -138,11 +157,7 @@ def check_mada_options(group: Group) -> None:
     check_number("beta3", group["beta3"], "in [0, 1)", lambda a: 0 <= a < 1)
     for name in ("rho", "c", "gamma"):
         check_number(name, group[name], "in [0, 1]", lambda a: 0 <= a <= 1)
-    lion = group["lion_betas"]
-    if not isinstance(lion, (tuple, list)) or len(lion) != 2:
-        raise ValueError(f"lion_betas must be two numbers in [0, 1), got {lion!r}")
-    for i in (0, 1):
-        check_number(f"lion_betas[{i}]", lion[i], "in [0, 1)", lambda a: 0 <= a < 1)
+    check_pair("lion_betas", group["lion_betas"])
     require(group["second_moment"] in ("mean", "max"), "second_moment", '"mean" or "max"', group["second_moment"])
     mode = group["coefficients"]
     require(mode in ("global", "group"), "coefficients", '"global" or "group"', mode)
@@ -163,11 +178,9 @@ def _check_hyper_options(group: Group) -> None:
         ordered = low <= high and (high < 1 or not name.startswith("beta"))
         require(ordered, f"bounds[{name!r}]", f"(low, high), low <= high, {widest}", (low, high))
     clip, warmup = group["hyper_clip"], group["hyper_warmup"]
-    if isinstance(clip, bool) or not isinstance(clip, (int, float)):
-        raise TypeError(f"hyper_clip must be a number, got {clip!r}")
-    require(clip > 0, "hyper_clip", "> 0", clip)
-    counts = isinstance(warmup, int) and not isinstance(warmup, bool) and 0 <= warmup < 2**63
-    require(counts, "hyper_warmup", "an integer >= 0", warmup)
+    if clip != math.inf:
+        check_number("hyper_clip", clip, "> 0", lambda a: a > 0)
+    check_count("hyper_warmup", warmup, 0)
 
 
 def check_start(group: Group) -> None:

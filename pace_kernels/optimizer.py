@@ -7,9 +7,8 @@ average is in averaging.py, checkpoints in checkpoints.py.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
-from itertools import chain, zip_longest
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +20,7 @@ from .backend import choose, requested
 from .checkpoints import Checkpoints
 from .checks import Group, check_lr, check_number, overlaps_itself, require
 from .memory import check_whole
+from .options import Record, check_given, make_plain
 from .sharding import (
     Axes,
     all_reduce_,
@@ -46,9 +46,10 @@ _HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_captur
 class KernelOptimizer(Checkpoints):
     """Base class; not for direct use."""
 
-    # torch.amp.GradScaler then sets the attributes grad_scale and found_inf for the time of a step, and leaves it to
-    # the step to unscale the gradients, and to do nothing where one is not finite.
-    _step_supports_amp_scaling = True
+    # True with fused=True, as in torch.optim: torch.amp.GradScaler then sets the attributes grad_scale and found_inf
+    # for the time of a step, and leaves it to the step to unscale the gradients, and to do nothing where one is not
+    # finite. Lightning clips gradients by itself only where this is False.
+    _step_supports_amp_scaling = False
     _health_check = getattr(torch.optim.Optimizer, next(n for n in _HEALTH_CHECKS if hasattr(torch.optim.Optimizer, n)))
 
     # Whether gradients are operands of the step. Where they are not, having one is what puts a parameter into a step.
@@ -58,7 +59,7 @@ class KernelOptimizer(Checkpoints):
         self._backend_name = requested(backend)
         self._dry = False
         self._incoming = None
-        self._checked, self._prepared, self._changed = {}, {}, []
+        self._records, self._changed, self._unchecked = {}, [], set()
         self._versions = {}
         self._unfinished = []
         # Part of the groups, because that is what every kind of checkpoint carries.
@@ -74,17 +75,40 @@ class KernelOptimizer(Checkpoints):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with options of its own; also in the middle of training. See ``torch.optim.Optimizer``."""
+        if isinstance(param_group, dict):
+            check_given(param_group, self.defaults, f"param_groups[{len(self.param_groups)}]", type(self).__name__)
+            param_group = self._completed(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            make_plain(group, self.defaults)
             self._check_options(group)
             for i, param in enumerate(group["params"]):
-                self._check_param(param, self._name(group, i))
+                if param.requires_grad:
+                    self._check_param(param, self._name(group, i))
+                else:  # frozen, of any dtype and layout: checked once it has a gradient
+                    self._unchecked.add(id(param))
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError("params has the same parameter more than once in one group")
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _completed(self, param_group: Group) -> Group:
+        """The group with those of its options that are not the optimizer's defaults."""
+        return param_group
+
+    def _record(self, group: Group) -> Record:
+        """What is known of the group from its last check; also where its dict was replaced by a copy."""
+        record = self._records.get(id(group))
+        if record is None or not record.is_of(group):
+            if group["params"]:
+                record = next((kept for kept in self._records.values() if kept.is_of(group)), record)
+            here = {id(known) for known in self.param_groups}
+            self._records = {key: kept for key, kept in self._records.items() if key in here}
+            record = self._records[id(group)] = record or Record()
+            record.follow(group)
+        return record
 
     def _check_param(self, param: Tensor, name: str) -> None:
         if param.layout is not torch.strided:
@@ -121,23 +145,21 @@ class KernelOptimizer(Checkpoints):
             raise RuntimeError(f"the gradient of {name} is {grad.dtype}, not {param.dtype} or {state_dtype(param)}")
 
     def _check_changed(self, group: Group) -> None:
-        """Checks the options that were replaced since the last step: as a rule none, or lr alone. Checking them all
-        takes longer than the rest of a small step."""
-        values, seen = list(group.values()), self._checked.get(id(group), [])
-        if len(values) != len(seen) or not all(map(operator.is_, values, seen)):
-            changed = [k for k, a, b in zip_longest(group, values, seen) if a is not b]
-            if isinstance(group["betas"], list):
-                group["betas"] = tuple(group["betas"])  # so that no change in place goes unseen
+        """Checks the options that were replaced, or edited in place, since the last step: as a rule none, or lr alone.
+        Checking them all takes longer than the rest of a small step."""
+        record = self._record(group)
+        if changed := record.changed(group):
+            make_plain(group, self.defaults)
             if changed != ["lr"]:
                 self._check_options(group)
                 self._changed.append(group)
+            record.keep(group)
         check_lr(group["lr"])
-        self._checked[id(group)] = values
 
     def _settle(self, groups: list[Group]) -> None:
         """Makes ready groups whose options changed, once all are checked; it may raise before it changes anything."""
         for group in groups:
-            self._prepared.pop(id(group), None)
+            self._record(group).prepared = None
             self._drop_unused(group)
 
     def _drop_unused(self, group: Group) -> None:
@@ -169,6 +191,7 @@ class KernelOptimizer(Checkpoints):
         """What there is to step, checked: nothing has changed where this raises."""
         works: list[Work] = []
         here: dict[torch.device, dict[str, Tensor]] = {}
+        unchecked = self._unchecked
         for group in self.param_groups:
             self._check_changed(group)
             buckets: dict[tuple[torch.device, torch.dtype, Axes, bool], Work] = {}
@@ -179,6 +202,9 @@ class KernelOptimizer(Checkpoints):
                 grad = owner.grad
                 if grad is None:
                     continue
+                if unchecked and id(owner) in unchecked:
+                    self._check_param(owner, self._name(group, i))
+                    unchecked.discard(id(owner))
                 param, its_axes = owner, _NO_AXES
                 if is_sharded(owner):
                     param, its_axes = local(owner), axes(owner)
@@ -351,7 +377,6 @@ class KernelOptimizer(Checkpoints):
         for group in self.param_groups:
             if group["skipped_steps"] is not count:
                 group["skipped_steps"] = count
-                self._checked.pop(id(group), None)
         for work in works:
             work.scaling["found_inf"] = moved(bad, work.device)
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .checks import Group, check_average_options, check_common_options, plain_number, require
+from .checks import Group, check_average_options, check_common_options, check_torchs_options, require
 from .mada_options import MADA_ONLY
 from .ops import PACE_STATS
 from .optimizer import KernelOptimizer
+from .options import make_plain
 from .sharding import Axes, gathered_rows
 from .states import Work
 from .torch_rules.pace import PaceOptions, average_weight, merge_stats
@@ -63,6 +64,9 @@ class PACE(KernelOptimizer):
             all ranks that a DTensor is sharded over; ``skipped_steps`` counts them. That reads the gradients once more.
             By default they spread into the weights and states of their coordinates, as in ``torch.optim.AdamW``.
             Ranks of ``ZeroRedundancyOptimizer`` each look at their own parameters.
+        foreach, differentiable: as in ``torch.optim``. They change nothing here; ``differentiable=True`` is refused.
+        fused: whether ``torch.amp.GradScaler`` leaves it to the step to unscale the gradients, in the same pass. With
+            False or None it unscales them before, as code that clips gradients of its own, such as Lightning's, needs.
         backend: "cpu", "torch" or another name of ``backends()``, which works or raises; None takes the environment
             variable PACE_BACKEND, or else the fastest backend that is there.
 
@@ -110,6 +114,9 @@ class PACE(KernelOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         skip_nonfinite: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
         backend: str | None = None,
     ) -> None:
         defaults = {
@@ -132,7 +139,10 @@ class PACE(KernelOptimizer):
             "skip_nonfinite": skip_nonfinite,
         }
         self._step_stats = []
+        make_plain(defaults, defaults)
         self._check_options(defaults)
+        check_torchs_options({"foreach": foreach, "fused": fused, "differentiable": differentiable})
+        self._step_supports_amp_scaling = bool(fused)
         super().__init__(params, defaults, backend)
 
     def _check_options(self, group: Group) -> None:
@@ -155,12 +165,11 @@ class PACE(KernelOptimizer):
         """The operator's options. They are the group's, but for a few names."""
         beta1, beta2 = group["betas"]
         shared = PaceOptions.__dataclass_fields__.keys() & group.keys()
-        options = {k: group[k] for k in shared} | {
+        return {k: group[k] for k in shared} | {
             "beta1": beta1,
             "beta2": beta2,
             "pullback_from_step": group["pullback_from"] == "step",
         }
-        return {k: plain_number(value) for k, value in options.items()}
 
     def _launch_all(self, prepared: list[tuple[Work, dict[str, list[Tensor]]]]) -> None:
         self._step_stats = []
@@ -168,10 +177,10 @@ class PACE(KernelOptimizer):
 
     def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> None:
         group, device = work.group, work.device
-        prepared = self._prepared.get(id(group))
-        if prepared is None:
-            prepared = self._prepared[id(group)] = self._options(group)
-        options = {**prepared, "capturable": work.on_device, **work.lr(), **work.scaling}
+        record = self._record(group)
+        if record.prepared is None:
+            record.prepared = self._options(group)
+        options = {**record.prepared, "capturable": work.on_device, **work.lr(), **work.scaling}
         stats = None
         if group["log_stats"]:
             dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64

@@ -505,9 +505,22 @@ BAD_PARAMETERS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
 
 @pytest.mark.parametrize("kind", BAD_PARAMETERS)
 def test_bad_parameters_are_refused(kind: str) -> None:
+    """At once where they are trained; frozen ones at the first step that finds a gradient, before it writes."""
     make, message = BAD_PARAMETERS[kind]
-    with pytest.raises(ValueError, match=rf"param_groups\[0\]\['params'\]\[1\].*{message}"):
-        PACE([param(2), make()])
+    refused = pytest.raises(ValueError, match=rf"param_groups\[0\]\['params'\]\[1\].*{message}")
+    if kind != "integer":
+        with refused:
+            PACE([param(2), make().requires_grad_()])
+    good, bad = param(2), make()
+    optimizer = PACE([good, bad])
+    good.grad = torch.ones(2)
+    optimizer.step()
+    before = copy.deepcopy((good, optimizer.state[good]))
+    bad.grad = torch.zeros_like(bad)
+    with refused:
+        optimizer.step()
+    assert torch.equal(good, before[0]) and same(optimizer.state[good], before[1])
+    assert bad not in optimizer.state
 
 
 def test_a_parameter_twice_is_refused() -> None:

@@ -432,10 +432,13 @@ def test_ranks_of_zero_redundancy_leave_a_step_undone_together(world: int) -> No
     assert results[0][0] == 2 and results[0][1]["gamma"] != 1.0
 
 
-def check_gradient_scaler(rule: str) -> tuple[list[str], float]:
+def check_gradient_scaler(rule: str, fused: bool) -> tuple[list[str], float]:
     options = {"hyper_lr": 0.0} if rule == "MADA" else {}
     model, reference = shard(net()), net()
-    optimizer, wanted = make(rule, model.parameters(), **options), make(rule, reference.parameters(), **options)
+    optimizer, wanted = (
+        make(rule, model.parameters(), fused=fused, **options),
+        make(rule, reference.parameters(), **options),
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for t in range(4):
         scaler.scale(torch.zeros(()))
@@ -454,9 +457,10 @@ def check_gradient_scaler(rule: str) -> tuple[list[str], float]:
     ].item()
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("rule", ["PACE", "MADA"])
-def test_a_gradient_scaler_over_shards(rule: str) -> None:
-    assert run(2, check_gradient_scaler, rule) == [([], 3.0)] * 2
+def test_a_gradient_scaler_over_shards(rule: str, fused: bool) -> None:
+    assert run(2, check_gradient_scaler, rule, fused) == [([], 3.0)] * 2
 
 
 def check_first_step_without_lr() -> list[Any]:

@@ -13,12 +13,12 @@ from pace_cases import gradients
 OVERFLOW = 4  # the iteration
 
 
-def loop(kind: str, backend: str, unscale_first: bool) -> tuple[dict[str, torch.Tensor], list[float]]:
+def loop(kind: str, backend: str, unscale_first: bool, fused: bool) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Ten iterations in float16 with an overflow in one of them; weights and states, and the scales."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 1)).to(DEVICE)
     params = list(model.parameters())
-    optimizer: Any = on_gpu.OPTIMIZERS[kind](params, lr=1e-2, backend=need(backend))
+    optimizer: Any = on_gpu.OPTIMIZERS[kind](params, lr=1e-2, fused=fused, backend=need(backend))
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**10, growth_interval=100)
     inputs = torch.randn(10, 32, 64).to(DEVICE)
     scales = []
@@ -42,10 +42,13 @@ def loop(kind: str, backend: str, unscale_first: bool) -> tuple[dict[str, torch.
 @both
 @each
 def test_a_loop_in_half_precision_with_an_overflow(kind: str, backend: str) -> None:
-    """The scale is a power of two, so that unscaling within the pass and before it are the same bits."""
-    within, scales = loop(kind, backend, unscale_first=False)
-    before, _ = loop(kind, backend, unscale_first=True)
-    assert_same(within, before)
+    """The scale is a power of two, so that unscaling within the pass and before it, by the loop or by the scaler, are
+    the same bits."""
+    within, scales = loop(kind, backend, unscale_first=False, fused=True)
+    for unscale_first, fused in ((True, True), (True, False), (False, False)):
+        before, same_scales = loop(kind, backend, unscale_first, fused)
+        assert_same(within, before)
+        assert scales == same_scales
     assert scales == [2.0**10] * OVERFLOW + [2.0**9] * (10 - OVERFLOW)
     assert within["0 step"].item() == 9
     assert all(bool(value.isfinite().all()) for value in within.values())

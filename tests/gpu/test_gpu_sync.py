@@ -51,7 +51,8 @@ STEPS: dict[str, Callable[[Any], None]] = {
 def test_a_step_waits_for_nothing(step: str, capturable: bool, kind: str, backend: str) -> None:
     params = on_gpu.parameters()
     options: dict[str, Any] = {**INSIDE, **SOON} if kind == "MADA" else {"log_stats": True}
-    optimizer = on_gpu.OPTIMIZERS[kind](params, capturable=capturable, backend=need(backend), **options)
+    # With fused=False the scaler itself waits, for whether a gradient is not finite.
+    optimizer = on_gpu.OPTIMIZERS[kind](params, capturable=capturable, fused=True, backend=need(backend), **options)
     optimizer.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
     optimizer.scaler.scale(torch.zeros((), device=DEVICE))  # creates the scale
     rows = [on_gpu.on(DEVICE, grads) for grads in gradients(6, torch.float32)]

@@ -1,0 +1,126 @@
+"""The options of groups: the plain form that they are kept in, whose they are, and whether they changed."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from .checks import Group, plain_number
+
+# Those that are a number, a whole number, or two numbers, of whichever optimizer here.
+_NUMBERS = (
+    *("eps", "weight_decay", "lambda_pullback", "beta_ema", "ema_kappa", "ema_rho", "ema_gamma"),
+    *("beta3", "rho", "c", "gamma", "hyper_clip"),
+)
+_COUNTS = ("ema_update_freq", "hyper_warmup")
+_PAIRS = ("betas", "lion_betas")
+# Those that mean the same wherever they are, in torch.optim or here.
+_COMMON = {"lr", "betas", "eps", "weight_decay", "maximize", "capturable", "skip_nonfinite"}
+# What groups may hold beside: torch's own, those of its schedulers, and the tags that training code sets most.
+_FOREIGN = {
+    *("params", "param_names", "amsgrad", "foreach", "fused", "differentiable", "decoupled_weight_decay", "momentum"),
+    *("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"),
+    *("name", "group_name", "lr_scale", "lr_mult", "wd_scale", "wd_mult"),
+}
+
+
+def listed(value: Any) -> list[Any] | None:
+    """What a sequence of any library holds; None where it is none."""
+    if isinstance(value, (str, bytes, Mapping)) or not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
+        return None
+    try:
+        return list(value)
+    except TypeError:  # a tensor or an array without a dimension
+        return None
+
+
+def plain_sequence(value: Any) -> Any:
+    """A sequence of any library as a tuple of plain numbers; a list as a list, whose owner may edit it in place. What
+    is no sequence stays as it is."""
+    held = listed(value)
+    if held is None:
+        return value
+    items = [plain_float(item) for item in held]
+    if type(value) in (list, tuple) and all(map(operator.is_, value, items)):
+        return value
+    return items if type(value) is list else tuple(items)
+
+
+def plain_float(value: Any) -> Any:
+    """A number of any library as Python's float; what is none stays as it is."""
+    number = plain_number(value)
+    if isinstance(number, bool) or not isinstance(number, int):
+        return number
+    try:
+        return float(number)
+    except OverflowError:
+        return number  # for the checks to refuse
+
+
+def make_plain(group: Group, names: Collection[str]) -> None:
+    """Brings those of the group's options that are named to their plain form: Python's numbers, and tuples or lists of
+    them. What has none stays, for the checks to refuse."""
+    for options, convert in ((_NUMBERS, plain_float), (_COUNTS, plain_number), (_PAIRS, plain_sequence)):
+        for name in options:
+            if name in group and name in names and type(value := group[name]) is not float:
+                group[name] = convert(value)
+
+
+def check_given(group: Mapping[str, Any], own: Collection[str], name: str, kind: str) -> None:
+    """Refuses a group that has options of ours beside some that nobody here knows: a wrapper's, as a rule, which hands
+    over its groups with its own options in them, such as SAM's rho."""
+    ours = [option for option in own if option in group and option not in _COMMON]
+    strangers = sorted(str(option) for option in group if option not in (*_FOREIGN, *_COMMON, *own))
+    if ours and strangers and "format_version" not in group:  # that one is in the groups of an optimizer of ours
+        raise ValueError(
+            f"{name} has {', '.join(ours)} beside {', '.join(strangers)}, which {kind} does not know: are these the "
+            f"options of a wrapper? {kind} would take {', '.join(ours)} for its own. Give it groups without them, such "
+            f'as {{"params": group["params"]}}; set {", ".join(strangers)} in param_groups once it is made'
+        )
+
+
+def _nothing() -> None:
+    return None
+
+
+class Record:
+    """A group's options as they were last checked, and what its optimizer made of them.
+
+    It holds no parameters, so that those of a removed group are free, and knows its group by the first of them, so that
+    a copy of the group's dict finds it."""
+
+    def __init__(self) -> None:
+        self._first: Callable[[], Any] = _nothing
+        self._names: list[str] = []
+        self._values: list[Any] = []
+        self._params_at = 0
+        self._lists: dict[str, list[Any]] = {}
+        self.prepared: Any = None
+
+    def is_of(self, group: Group) -> bool:
+        params = group["params"]
+        return self._first() is (params[0] if params else None)
+
+    def follow(self, group: Group) -> None:
+        self._first = weakref.ref(group["params"][0]) if group["params"] else _nothing
+
+    def keep(self, group: Group) -> None:
+        self._names, self._values = list(group), list(group.values())
+        self._params_at = self._names.index("params")
+        self._values[self._params_at] = None
+        self._lists = {name: list(value) for name, value in group.items() if type(value) is list and name != "params"}
+
+    def changed(self, group: Group) -> list[str]:
+        """The names of options that were replaced since ``keep``, or edited in place. It takes 1 µs where none was."""
+        values = list(group.values())
+        if len(values) == len(self._values):
+            values[self._params_at] = None
+            if all(map(operator.is_, values, self._values)) and not self._lists:
+                return []
+        kept = dict(zip(self._names, self._values, strict=True))
+        here = [name for name in group if name != "params"]
+        edited = {name for name, before in self._lists.items() if name in group and group[name] != before}
+        replaced = [name for name in here if name not in kept or group[name] is not kept[name] or name in edited]
+        return replaced + [name for name in self._names if name not in group]
