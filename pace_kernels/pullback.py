@@ -2,392 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import Group, check_average_options, check_lr, check_number, plain_number, require
+from .backend import requested
+from .checks import Group
 from .ops import PACE_STATS
 from .optimizer import KernelOptimizer
-from .sharding import Axes, gathered_rows, local
-from .states import Work
+from .pullback_checkpoints import PullbackCheckpoints
+from .pulling import AT_REST, AVERAGE, FORMAT_VERSION, STEP, Pull, Row, Scratch, count_of, is_fake, versions
+from .second_moments import refuse
+from .sharding import agree, axes, gathered_rows, local
+from .states import FORMAT
 from .torch_rules.pace import average_weight, merge_stats
 from .torch_rules.pullback import PullbackOptions
-from .uninterrupted import uninterrupted
-
-# The names of the pullback's options, by which a group of the base may set its own.
-_OPTIONS = (
-    *("lambda_pullback", "gain", "second_moment", "clamp_pullback", "beta_ema", "use_ema_eval", "ema_kappa", "ema_rho"),
-    *("ema_gamma", "ema_update_freq", "log_stats", "pullback_from"),
-)
-_PREFIX = "pullback_"  # of those in the groups of a checkpoint
-# What the average's states are called in a checkpoint, among those of the base.
-_STATES = {"ema": "ema", "step": "pullback_step", "live": "live"}
-_SMALLEST_EPS = 2.0**-126  # below, 1 / D could be infinite
 
 
-@dataclass(frozen=True)
-class SecondMoment:
-    """Where a base keeps its second moment: the name of the state; β2 of its bias correction, 0 without one; ε."""
-
-    name: str
-    beta2: float
-    eps: float
-
-
-def _of_adam(group: Group, dtype: torch.dtype) -> SecondMoment:
-    name = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
-    return SecondMoment(name, float(group["betas"][1]), float(group["eps"]))
-
-
-def _of_rmsprop(group: Group, dtype: torch.dtype) -> SecondMoment:
-    return SecondMoment("square_avg", 0.0, float(group["eps"]))
-
-
-def _of_adafactor(group: Group, dtype: torch.dtype) -> SecondMoment:
-    eps = group["eps"][0]
-    return SecondMoment("variance", 0.0, torch.finfo(dtype).eps if eps is None else float(eps))
-
-
-# By class; AdamW is one of Adam.
-_BASES: tuple[tuple[type, Callable[[Group, torch.dtype], SecondMoment]], ...] = (
-    (torch.optim.Adam, _of_adam),
-    (torch.optim.NAdam, _of_adam),
-    (torch.optim.RAdam, _of_adam),
-    (torch.optim.RMSprop, _of_rmsprop),
-    (torch.optim.Adafactor, _of_adafactor),
-)
-
-
-def second_moment_of(base: torch.optim.Optimizer, group: Group, own: Group, dtype: torch.dtype) -> SecondMoment | None:
-    """The second moment of a group's parameters; None where none is known. ``own`` are the pullback's options."""
-    known = next((of for kind, of in _BASES if isinstance(base, kind)), None)
-    found = None if known is None else known(group, dtype)
-    name = own["second_moment"]
-    if name is None or (found is not None and found.name == name):
-        return found
-    eps = group.get("eps", 1e-8)
-    return SecondMoment(name, 0.0, float(eps) if isinstance(eps, (int, float)) else 1e-8)
-
-
-def _refuse(base: object) -> None:
-    """Raises where a pullback around this optimizer would mean nothing, or something else."""
-    name = type(base).__name__
-    if not isinstance(base, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {base!r}")
-    if isinstance(base, Pullback):
-        raise ValueError("optimizer is a Pullback already: one average is kept, wrap the optimizer inside")
-    if isinstance(base, KernelOptimizer):
-        raise ValueError(f"{name} carries the pullback in its own pass: give it lambda_pullback instead of wrapping it")
-    if isinstance(base, torch.optim.LBFGS):
-        raise ValueError("LBFGS moves the weights several times within a step, so there is no one step to pull back")
-    closure = inspect.signature(base.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(f"{name}.step needs a closure, which here runs before it: there is no one step to pull back")
-    if any(kind.__module__.split(".")[0] == "schedulefree" for kind in type(base).__mro__):
-        raise ValueError(
-            f"{name} of schedulefree: the weights it evaluates are an average already, its gradients are taken between "
-            "that and the iterates, and its own train() and eval() exchange the two; a pullback would act on the wrong "
-            "ones"
-        )
-
-
-@dataclass
-class _Row:
-    """The statistics of one call, and what of them means something."""
-
-    stats: Tensor
-    axes: Axes
-    moment: bool
-    before: bool
-
-
-@dataclass
-class _Prepared:
-    work: Work
-    states: dict[str, list[Tensor]]
-    befores: list[Tensor] = field(default_factory=list)
-
-
-class _Averager(KernelOptimizer):
-    """The average of a base's weights and the pull toward it: an optimizer whose step follows the base's. Its groups
-    mirror those of the base: the same parameters, the pullback's options, and the base's learning rate."""
-
-    READS_GRADIENTS = False
-    STATE_TENSORS = ("ema",)
-    OWN_OPTION = "gain"
-
-    _base: torch.optim.Optimizer
-    _rows: list[_Row]
-    _buffers: dict[Tensor, Tensor]  # copies of weights, kept on the CPU, where new memory costs page faults
-    _offsets: dict[Tensor, int]  # the base's steps before the first of the average
-
-    def __init__(self, base: torch.optim.Optimizer, options: Group, backend: str | None) -> None:
-        self._base = base
-        self._rows, self._buffers, self._offsets = [], {}, {}
-        first, *others = (self._mirrored(group, options) for group in base.param_groups)
-        super().__init__([first], options, backend)
-        self.param_groups[0]["params"] = base.param_groups[0]["params"]
-        for group in others:
-            self.add_param_group(group)
-
-    # ---- groups ----------------------------------------------------------------------------------------------------
-
-    def _mirrored(self, group: Group, options: Group) -> Group:
-        own = {name: group.get(name, options[name]) for name in _OPTIONS}
-        names = {"param_names": group["param_names"]} if "param_names" in group else {}
-        return {"params": group["params"], **names, **own, **self._of_base(group)}
-
-    @staticmethod
-    def _of_base(group: Group) -> Group:
-        capturable = bool(group.get("capturable", False))
-        return {"lr": group["lr"], "betas": (0.0, 0.0), "capturable": capturable, "skip_nonfinite": False}
-
-    def add_param_group(self, param_group: Group) -> None:
-        params = param_group["params"]
-        names = param_group.pop("param_names", None)
-        if names is not None:  # as torch takes them
-            param_group["params"] = list(zip(names, params, strict=True))
-        super().add_param_group(param_group)
-        self.param_groups[-1]["params"] = params  # the base's own list
-
-    def follow(self) -> None:
-        """Takes over what changed in the base's groups: options, learning rates, parameters, further groups."""
-        for group in self._base.param_groups[len(self.param_groups) :]:
-            self.add_param_group(self._mirrored(group, self.defaults))
-        for own, group in zip(self.param_groups, self._base.param_groups, strict=True):
-            for name in _OPTIONS:
-                if name in group:
-                    own[name] = group[name]
-            own["lr"] = group["lr"]
-            own["capturable"] = bool(group.get("capturable", False))
-            own["params"] = group["params"]
-
-    def base_group(self, own: Group) -> Group:
-        return self._base.param_groups[next(k for k, group in enumerate(self.param_groups) if group is own)]
-
-    def _check_options(self, group: Group) -> None:
-        check_lr(group["lr"])
-        check_average_options(group)
-        if group["gain"] is not None:
-            check_number("gain", group["gain"], "None, or a constant in [0, 1]", lambda a: 0 <= a <= 1)
-        name = group["second_moment"]
-        require(name is None or isinstance(name, str), "second_moment", "None or the name of a state", name)
-        require(isinstance(group["log_stats"], bool), "log_stats", "True or False", group["log_stats"])
-        if group["gain"] is not None or group["lambda_pullback"] == 0.0:
-            return
-        kind = type(self._base).__name__
-        # Found by its parameters: while a group is added it is not among the base's groups yet.
-        base = next((g for g in self._base.param_groups if g["params"] is group.get("params")), None)
-        base = self._base.param_groups[0] if base is None else base
-        found = second_moment_of(self._base, base, group, torch.float32)
-        if found is None:
-            raise ValueError(
-                f"{kind} has no second moment that is known here, which the clipped gain divides by: give gain= (a "
-                'constant in [0, 1]), or second_moment="name" of the state that holds one'
-            )
-        if isinstance(self._base, torch.optim.Adafactor) and found.name == "variance":
-            for i, param in enumerate(group.get("params", ())):
-                if param.dim() > 1:
-                    raise ValueError(
-                        f"parameter {i} of the group has shape {tuple(param.shape)}: of matrices Adafactor keeps a "
-                        "factored second moment, not one of each coordinate; give gain= (a constant in [0, 1]), or put "
-                        'matrices into a group of their own with a "gain"'
-                    )
-
-    def _pulls(self, group: Group) -> bool:
-        gain = group["lambda_pullback"] if group["gain"] is None else group["gain"]
-        return bool(gain != 0.0)
-
-    def _state_tensors(self, group: Group) -> tuple[str, ...]:
-        return ("ema",) if self._pulls(group) or group["use_ema_eval"] else ()
-
-    def _required_states(self, group: Group) -> tuple[str, ...]:
-        return ("ema",)
-
-    # ---- the step --------------------------------------------------------------------------------------------------
-
-    def prepare(self, found_inf: Tensor | None) -> list[_Prepared]:
-        """Before the base's step: the averages that are missing start, and weights that are needed later are copied."""
-        self.follow()
-        scaling = self._scaling(None) if found_inf is None else {"found_inf": found_inf.detach().to(torch.float32)}
-        works = [work for work in self._collect(scaling) if self._state_tensors(work.group)]
-        # torch.distributed.checkpoint takes one wherever the base has no state, as SGD without momentum never has.
-        if (not self.state or not self._base.state) and self._is_dry_run(works):
-            if not self.state:
-                for work in works:
-                    self._states(work)
-                self._dry = True
-            return []
-        self._forget_dry_run()
-        for work in works:
-            self._check_moments(work)
-        prepared = [_Prepared(work, self._states(work)) for work in works]
-        for p in prepared:
-            for owner, step in zip(p.work.owners, p.states["step"], strict=True):
-                if owner not in self._offsets:
-                    taken = self._base.state.get(owner, {}).get("step", 0)
-                    self._offsets[owner] = max(0, int(taken) - int(step)) if self._corrected(p.work) else 0
-            if self._pulls(p.work.group) and p.work.group["pullback_from"] == "weights":
-                p.befores = self._copied(p.work)
-        return prepared
-
-    def _is_dry_run(self, works: list[Work]) -> bool:
-        def dense(grad: Tensor) -> Tensor:
-            return grad._values() if grad.layout is torch.sparse_coo else grad
-
-        return super()._is_dry_run([replace(w, grads=[dense(local(p.grad)) for p in w.owners]) for w in works])  # type: ignore[arg-type]
-
-    def _moment(self, work: Work) -> SecondMoment | None:
-        """None where the gain is a constant, or nothing pulls."""
-        group = work.group
-        if group["gain"] is not None or not self._pulls(group):
-            return None
-        return second_moment_of(self._base, self.base_group(group), group, work.params[0].dtype)
-
-    def _corrected(self, work: Work) -> bool:
-        moment = self._moment(work)
-        return moment is not None and moment.beta2 != 0.0
-
-    def _check_moments(self, work: Work) -> None:
-        moment = self._moment(work)
-        for owner in work.owners if moment is not None else ():
-            state = self._base.state.get(owner)
-            if state and moment is not None and moment.name not in state:
-                self._lacks(moment.name, state)
-
-    def _lacks(self, name: str, state: dict[str, Any]) -> None:
-        raise RuntimeError(
-            f"{type(self._base).__name__} keeps no state {name!r} of a parameter, but {', '.join(map(str, state))}: "
-            "give second_moment= the name of its second moment, or gain="
-        )
-
-    def _copied(self, work: Work) -> list[Tensor]:
-        buffers = []
-        for owner, param in zip(work.owners, work.params, strict=True):
-            kept = self._buffers.get(owner)
-            if kept is None or kept.dtype != param.dtype or kept.shape != param.shape or kept.device != param.device:
-                kept = torch.empty_like(param, requires_grad=False)
-                if param.device.type == "cpu":
-                    self._buffers[owner] = kept
-            buffers.append(kept)
-        torch._foreach_copy_(buffers, [param.detach() for param in work.params])
-        return buffers
-
-    def finish(self, prepared: list[_Prepared]) -> None:
-        """After the base's step: the pull and the average."""
-        self._rows = []
-        for p in prepared:
-            for part in self._by_offset(p):
-                self._pull_back(part)
-            torch.autograd.graph.increment_version(p.work.params)
-            if p.work.axes:
-                torch.autograd.graph.increment_version(p.work.owners)
-
-    def _by_offset(self, p: _Prepared) -> list[_Prepared]:
-        """As a rule one call; parameters that the base trained for longer before than others get their own."""
-        offsets = [self._offsets[owner] for owner in p.work.owners]
-        if len(set(offsets)) <= 1:
-            return [p]
-
-        def some(values: list[Any], offset: int) -> list[Any]:
-            return [value for value, its in zip(values, offsets, strict=True) if its == offset] if values else []
-
-        return [
-            _Prepared(
-                replace(p.work, owners=some(p.work.owners, k), params=some(p.work.params, k)),
-                {name: some(values, k) for name, values in p.states.items()},
-                some(p.befores, k),
-            )
-            for k in sorted(set(offsets))
-        ]
-
-    def _pull_back(self, p: _Prepared) -> None:
-        work, group, device = p.work, p.work.group, p.work.device
-        moment, seconds = self._moment(work), []
-        if moment is not None:
-            for owner in work.owners:
-                state = self._base.state.get(owner, {})
-                if moment.name not in state:
-                    self._lacks(moment.name, state)
-                seconds.append(local(state[moment.name]))
-        stats = None
-        if group["log_stats"]:
-            dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-            stats = torch.empty(len(PACE_STATS), dtype=dtype, device=device)
-            self._rows.append(_Row(stats, work.axes, moment is not None, bool(p.befores)))
-        options = self.operator_options(group, moment)
-        options |= {"step_offset": self._offsets[work.owners[0]], "capturable": work.on_device}
-        work.backend.op("pullback_")(
-            work.params,
-            p.befores,
-            seconds,
-            p.states["ema"],
-            p.states["step"],
-            stats,
-            **options | work.lr() | work.scaling,
-        )
-
-    def operator_options(self, group: Group, moment: SecondMoment | None) -> Group:
-        """The operator's options that a group's parameters share."""
-        shared = PullbackOptions.__dataclass_fields__.keys() & group.keys()
-        options = {k: plain_number(group[k]) for k in shared} | {"step_offset": 0}
-        beta2, eps = (0.0, 1.0) if moment is None else (moment.beta2, max(moment.eps, _SMALLEST_EPS))
-        return options | {"beta2": beta2, "eps": eps}
-
-    # ---- telemetry -------------------------------------------------------------------------------------------------
-
-    def step_stats(self) -> dict[str, float]:
-        def merged(rows: list[_Row]) -> dict[str, float]:
-            found = [row for r in rows for row in gathered_rows(r.stats, r.axes)]
-            if not found:
-                return {}
-            values = merge_stats([row.to("cpu", torch.float64) for row in found]).tolist()
-            s = dict(zip(PACE_STATS, values, strict=True))
-            return s if s["count"] > 0 else {}
-
-        stats: dict[str, float] = {}
-        s, raw = merged(self._rows), merged([r for r in self._rows if r.moment])
-        if not s:
-            return stats
-        for key, name, of in (
-            ("raw", "raw_lambda", raw),
-            ("effective", "effective_lambda", s),
-            ("lambda", "lambda", s),
-        ):
-            if of:
-                stats[f"{name}_mean"] = of[f"{key}_sum"] / of["count"]
-                stats[f"{name}_max"] = of[f"{key}_max"]
-                stats[f"{name}_min"] = of[f"{key}_min"]
-        stats["lambda_clipped_frac"] = s["clipped"] / s["count"]
-        stats["pullback_norm"] = math.sqrt(s["pullback_sq"])
-        if all(r.before for r in self._rows):
-            stats["base_step_norm"] = math.sqrt(s["adam_sq"])
-            stats["update_norm"] = math.sqrt(s["update_sq"])
-        return stats
-
-    # ---- checkpoints -----------------------------------------------------------------------------------------------
-
-    def forget_offsets(self) -> None:
-        self._offsets, self._buffers = {}, {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_base": self._base}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._rows, self._buffers, self._offsets = [], {}, {}
-
-
-class Pullback(torch.optim.Optimizer):
+class Pullback(PullbackCheckpoints):
     """Averages the weights of any optimizer, and pulls them toward their average, in one pass behind its step.
 
     ::
@@ -425,9 +62,11 @@ class Pullback(torch.optim.Optimizer):
     A param group of the base may hold any of these options under its name, for its parameters alone:
     ``{"params": ..., "gain": 0.01}``.
 
-    ``state_dict()`` has the base's states and options and, beside them, ``ema``, ``pullback_step`` and, while swapped,
-    ``live`` of each parameter; ``base.state_dict()`` is the base's own, and loads too: the average then starts at the
-    weights.
+    The average, ``ema``, the steps that it took, ``pullback_step``, and, while swapped, ``live`` are states of the base
+    beside its own: what moves, clears or saves those does so with these. ``state_dict()`` adds the options.
+    A checkpoint of the base alone loads, and the average then starts at the weights (a flattened distributed one:
+    before the base is wrapped). A parameter that did not require a gradient at the last step has no average, and starts
+    one anew when it steps again.
 
     Raises:
         ValueError, TypeError: an argument is out of its range, the optimizer is refused, or has no second moment.
@@ -447,7 +86,6 @@ class Pullback(torch.optim.Optimizer):
     """
 
     base: torch.optim.Optimizer
-    averager: _Averager
 
     def __init__(
         self,
@@ -467,8 +105,11 @@ class Pullback(torch.optim.Optimizer):
         pullback_from: str = "weights",
         backend: str | None = None,
     ) -> None:
-        _refuse(optimizer)
-        options = {
+        if isinstance(optimizer, Pullback):
+            raise ValueError("optimizer is a Pullback already: one average is kept, wrap the optimizer inside")
+        refuse(optimizer)
+        self.base = optimizer
+        self._defaults = {
             "lambda_pullback": lambda_pullback,
             "gain": gain,
             "second_moment": second_moment,
@@ -482,19 +123,21 @@ class Pullback(torch.optim.Optimizer):
             "log_stats": log_stats,
             "pullback_from": pullback_from,
         }
-        self.base = optimizer
-        self.averager = _Averager(optimizer, options, backend)
-        self._hook_up()
+        self._backend_name = requested(backend)
+        self._set_up()
+        for group in optimizer.param_groups:
+            self._own(group)
+        self._hook_base()
 
-    def _hook_up(self) -> None:
-        """What torch.optim.Optimizer makes in __init__, but for groups and state, which are the base's."""
+    def _set_up(self) -> None:
+        """What torch.optim.Optimizer makes in __init__, but for groups and state, which are the base's; and ours."""
+        self._scratch, self._unfinished, self._versions = Scratch(), [], {}
         for kind in ("step", "state_dict", "load_state_dict"):
             for when in ("pre", "post"):
                 self.__dict__.setdefault(f"_optimizer_{kind}_{when}_hooks", OrderedDict())
-        averager = self.averager
-        self.base.register_load_state_dict_post_hook(lambda _: averager.forget_offsets())
         self._warned_capturable_if_run_uncaptured = True
         self._patch_step_function()
+        self._mark_groups()
 
     # ---- delegation ------------------------------------------------------------------------------------------------
 
@@ -532,230 +175,227 @@ class Pullback(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group to the base, with options of its own; also in the middle of training."""
-        self.averager.follow()
         self.base.add_param_group(param_group)
         try:
-            self.averager.follow()
+            self._own(self.base.param_groups[-1])
         except Exception:
             self.base.param_groups.pop()
             raise
+        self._mark_groups()
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """The base's step, then the pull and the average. ``closure`` recomputes the loss; its value is returned."""
-        self.averager._require_live("step()")
+        self._require_whole("step()")
+        self._require_live("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            self.averager._require_live("step() with a closure that returns")
+            self._require_whole("step() with a closure that returns")
+            self._require_live("step() with a closure that returns")
         self._step()
         return loss
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step(self) -> None:
         scaling = {name: getattr(self, name) for name in ("grad_scale", "found_inf") if hasattr(self, name)}
-        with uninterrupted():
-            averaged = set(self.averager.state)
-            try:
-                prepared = self.averager.prepare(scaling.get("found_inf"))
-                for name, value in scaling.items():
-                    setattr(self.base, name, value)
-                try:
-                    self.base.step()
-                finally:
-                    for name in scaling:
-                        delattr(self.base, name)
-            except BaseException:
-                for owner in self.averager.state.keys() - averaged:  # it would be stale by the next step
-                    del self.averager.state[owner]
-                raise
-            self.averager.finish(prepared)
+        found_inf = scaling.get("found_inf")
+        found_inf = None if found_inf is None else found_inf.detach().to(torch.float32)
+        self._mark_groups()
+        dry = not self.base.state and self._is_dry_run()
+        self._forget_dry_run()
+        pulls, rest = self._collect(found_inf)
+        for pull in pulls:
+            self._check_memory(pull)
+            if not dry:
+                self._copy_weights(pull)
+        states = self.base.state
+        written = [p for group in self.base.param_groups for p in group["params"]]
+        written += chain.from_iterable(states[p].values() for p in written if p in states)
+        before = versions(written)
+        try:
+            with self._under_way():
+                error = self._base_step(scaling, pulls)
+                if error is None:
+                    self._finish(pulls, rest, found_inf, dry)
+        except BaseException:
+            if versions(written) == before and self._weights_are_as_copied(pulls):  # nothing was written
+                self._unfinished.clear()
+            raise
+        if error is not None:
+            raise error
 
-    # ---- the average -----------------------------------------------------------------------------------------------
+    def _weights_are_as_copied(self, pulls: list[Pull]) -> bool:
+        """Whether a base that may write past the versions of tensors, as through ``param.data``, wrote no weights."""
+        if type(self.base).__module__.startswith("torch.optim"):
+            return True
+        copied = all(pull.befores for pull in pulls)
+        return copied and all(
+            torch.equal(a, b) for pull in pulls for a, b in zip(pull.befores, pull.params, strict=True)
+        )
 
-    def eval(self) -> None:
-        """Puts the average in place of the weights, in groups with ``use_ema_eval``; again is harmless."""
-        self.averager.follow()
-        self.averager.eval()
+    def _base_step(self, scaling: dict[str, Any], pulls: list[Pull]) -> RuntimeError | None:
+        """Bases take a state that is not empty for one of theirs, so one with nothing but ours is kept aside."""
+        states = self.base.state
+        aside = [(p, states.pop(p)) for pull in pulls for p in pull.hidden]
+        for name, value in scaling.items():
+            setattr(self.base, name, value)
+        try:
+            self.base.step()
+            return self._missing(pulls)
+        finally:
+            for name in scaling:
+                delattr(self.base, name)
+            for p, ours in aside:
+                states = self.base.state
+                states[p] = {**states.get(p, {}), **ours}
 
-    def train(self) -> None:
-        """Puts the weights back that ``eval()`` took out; again is harmless."""
-        self.averager.train()
+    def _finish(self, pulls: list[Pull], rest: list[Tensor], found_inf: Tensor | None, dry: bool) -> None:
+        self._scratch.rows = []
+        if found_inf is not None and found_inf.is_cpu and bool(found_inf):
+            return  # left undone: averages that would start begin at the weights of a step that counts
+        for pull in pulls:
+            self._enter(pull)
+            pull.group[FORMAT_VERSION] = FORMAT
+            self._scratch.unsure |= bool(pull.new) and (dry or pull.found_inf is not None)
+        if dry:
+            return
+        parts = [part for pull in pulls for part in pull.parts()]
+        for part in sorted(parts, key=lambda part: part.rounds[0]) if len(parts) > 1 else parts:
+            self._pull_back(part)
+        for pull in pulls:
+            self._note_counts(pull)
+        for p in rest:
+            state = self.base.state.get(p)
+            if state and AVERAGE in state:
+                del state[AVERAGE]
+                state[AT_REST] = True
 
-    def averaged(self) -> AbstractContextManager[None]:
-        """Within this context the parameters hold their averages, whatever is raised inside."""
-        self.averager.follow()
-        return self.averager.averaged()
+    def _is_dry_run(self) -> bool:
+        """torch.distributed.checkpoint creates empty states by a first step with zero gradients and lr = 0. No average
+        counts it, and the first real step starts all of them anew."""
+        groups = self.base.param_groups
+        owners = [p for group in groups for p in group["params"] if p.grad is not None]
+        if not owners or any(is_fake(local(p)) for p in owners):
+            return False
+        if not all("lr" in group and KernelOptimizer._lr_is_zero(group["lr"]) for group in groups):
+            return False
+        # All ranks have to take the step for the same: on some of them a shard may have no gradient but zeros.
+        zero: dict[Any, bool] = {}
+        for p in owners:
+            grad = local(p.grad)
+            values = grad._values() if grad.layout is torch.sparse_coo else grad
+            key = (p.device, axes(p))
+            zero[key] = zero.get(key, True) and not bool(values.any())
+        return all([agree(value, device, over) for (device, over), value in zero.items()])
 
-    def ema_state_dict(self, model: torch.nn.Module, *, full: bool = False) -> dict[str, Any]:
-        """A copy of ``model.state_dict()`` with averaged weights; see :meth:`PACE.ema_state_dict`."""
-        self.averager.follow()
-        return self.averager.ema_state_dict(model, full=full)
+    def _forget_dry_run(self) -> None:
+        if not self._scratch.unsure or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return
+        for p, state in list(self.base.state.items()):
+            if STEP in state and count_of(state[STEP]) == 0:
+                for name in (AVERAGE, STEP):
+                    state.pop(name, None)
+                if not state:
+                    del self.base.state[p]
+        self._scratch.unsure = False
+
+    # ---- telemetry -------------------------------------------------------------------------------------------------
 
     def get_step_stats(self) -> dict[str, float]:
         """Statistics of the last step, over all groups with ``log_stats``: those of :meth:`PACE.get_step_stats`, of the
         base's step ``base_step_norm``. Where no second moment takes part there is no ``raw_lambda_*``, and where
         the weights before the step are not at hand (``pullback_from="step"``, or no pull) no ``base_step_norm`` and no
         ``update_norm``."""
-        return self.averager.step_stats()
+        rows, stats = self._scratch.rows, {}
+        s, raw = _merged(rows), _merged([r for r in rows if r.moment])
+        if not s:
+            return {}
+        for key, name, of in (
+            ("raw", "raw_lambda", raw),
+            ("effective", "effective_lambda", s),
+            ("lambda", "lambda", s),
+        ):
+            if of:
+                stats[f"{name}_mean"] = of[f"{key}_sum"] / of["count"]
+                stats[f"{name}_max"] = of[f"{key}_max"]
+                stats[f"{name}_min"] = of[f"{key}_min"]
+        stats["lambda_clipped_frac"] = s["clipped"] / s["count"]
+        stats["pullback_norm"] = math.sqrt(s["pullback_sq"])
+        if all(r.before for r in rows):
+            stats["base_step_norm"] = math.sqrt(s["adam_sq"])
+            stats["update_norm"] = math.sqrt(s["update_sq"])
+        return stats
 
     def get_ema_beta_t(self) -> float | None:
         """The averaging weight w_t at the last step of the first group that keeps an average; None where none does."""
-        averager = self.averager
-        averager.follow()
-        for group in averager.param_groups:
-            if averager._keeps_average(group):
-                steps = [float(averager.state[p]["step"]) for p in group["params"] if p in averager.state]
-                options = {**averager.operator_options(group, None), "lr": 0.0, "capturable": False}
-                return float(average_weight(PullbackOptions(**options), max(steps, default=0.0)))
+        for group in self.base.param_groups:
+            own = self._own(group)
+            if own.keeps:
+                states = [self.base.state.get(p) or {} for p in group["params"]]
+                steps = [float(state[STEP]) for state in states if STEP in state]
+                options = {"lr": 0.0, "beta2": 0.0, "eps": 1.0, "step_offset": 0, "capturable": False}
+                return float(average_weight(PullbackOptions(**options, **own.operator), max(steps, default=0.0)))
         return None
 
-    # ---- checkpoints -----------------------------------------------------------------------------------------------
+    @property
+    def averager(self) -> Averager:
+        """The average's part of the states, to look at."""
+        return Averager(self)
 
-    @torch.no_grad()
-    def state_dict(self) -> dict[str, Any]:
-        """The base's state dict, with the average's states and options among those of the base."""
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        self.averager.follow()
-        saved, ours = self.base.state_dict(), self.averager.state_dict()
-        states: dict[Any, Any] = dict(saved["state"])
-        for key, state in ours["state"].items():
-            average = {_STATES[name]: value for name, value in state.items()}
-            if taken := sorted(average.keys() & states.get(key, {}).keys()):
-                raise RuntimeError(
-                    f"{type(self.base).__name__} has a state {taken[0]!r} of its own, as the average has"
-                )
-            states[key] = {**states.get(key, {}), **average}
-        groups = []
-        for group, own in zip(saved["param_groups"], ours["param_groups"], strict=True):
-            names = [name for name in _OPTIONS if name not in group] + ["swapped", "format_version"]
-            groups.append({**group, **{_PREFIX + name: own[name] for name in names}})
-        merged = {**saved, "state": states, "param_groups": groups}
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            result = post_hook(self, merged)
-            merged = merged if result is None else result
-        return merged
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of this class, or of the base alone: the average then starts at the weights.
-
-        Averages stay float32 (float64 for float64 parameters). An option that the checkpoint does not have keeps its
-        present value. A state that does not fit raises ValueError and changes nothing, in the base neither.
-        """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            result = pre_hook(self, state_dict)
-            state_dict = state_dict if result is None else result
-        self.averager.follow()
-        self.averager._checked_structure(state_dict)
-        bases, ours = self._split(state_dict)
-        self.averager._translated(ours, [])  # raises where it does not fit
-        self.averager._incoming = None
-        self._load_base(bases)
-        self.averager.load_state_dict(ours)
-        self.averager.forget_offsets()
-        self.averager.follow()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def _load_base(self, state_dict: dict[str, Any]) -> None:
-        """torch puts new groups and states in place before a base finds out that they are not its own."""
-        kind = type(self.base).__name__
-        before = (self.base.state, self.base.param_groups)
-        try:
-            self.base.load_state_dict(state_dict)
-            for number, group in enumerate(self.base.param_groups):
-                if missing := sorted(self.base.defaults.keys() - group.keys()):
-                    raise ValueError(f"param_groups[{number}] lacks {', '.join(missing)}, which {kind} has")
-        except (KeyError, AttributeError, ValueError) as error:
-            self.base.state, self.base.param_groups = before
-            raise ValueError(f"the checkpoint is not one of {kind}: {error}") from error
-        except BaseException:
-            self.base.state, self.base.param_groups = before
-            raise
-
-    def _split(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The base's part and the average's, checked as far as they belong together."""
-        saved = state_dict["param_groups"]
-        present = self.base.param_groups
-        if len(saved) != len(present):
-            raise ValueError(f"the checkpoint has {len(saved)} parameter groups, the optimizer has {len(present)}")
-        base_groups, own_groups = [], []
-        for number, (group, now, own) in enumerate(zip(saved, present, self.averager.param_groups, strict=True)):
-            if len(group["params"]) != len(now["params"]):
-                counts = f"{len(group['params'])} parameters in the checkpoint, {len(now['params'])} here"
-                raise ValueError(f"param_groups[{number}] has {counts}")
-            prefixed = {k.removeprefix(_PREFIX): v for k, v in group.items() if k.startswith(_PREFIX)}
-            overrides = {name: now[name] for name in _OPTIONS if name in now}
-            plain = overrides | {k: v for k, v in group.items() if not k.startswith(_PREFIX)}
-            base_groups.append(plain)
-            options = {name: plain.get(name, prefixed.get(name, own[name])) for name in _OPTIONS}
-            lr = group.get("lr", now["lr"])
-            kept = {k: v for k, v in prefixed.items() if k in ("swapped", "format_version")}
-            own_groups.append(
-                {"params": group["params"], **self.averager._of_base({**now, "lr": lr}), **options, **kept}
-            )
-        params = dict(zip(_flat(saved), _flat(present), strict=True))
-        reverse = {theirs: name for name, theirs in _STATES.items()}
-        base_states, own_states = {}, {}
-        for key, state in state_dict["state"].items():
-            if not isinstance(state, dict):
-                base_states[key] = state
-                continue
-            # Copies: torch takes tensors as they are, and would train those of the checkpoint.
-            theirs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items() if k not in reverse}
-            own_state = {reverse[k]: v for k, v in state.items() if k in reverse}
-            if key in params:
-                self._check_base_state(key, theirs, params[key])
-            if theirs or not own_state:
-                base_states[key] = theirs
-            if own_state:
-                if key in params and "step" not in own_state:
-                    raise ValueError(
-                        f"state[{key!r}] has an average without pullback_step: is it of another optimizer?"
-                    )
-                own_states[key] = own_state
-        return (
-            {**state_dict, "state": base_states, "param_groups": base_groups},
-            {"state": own_states, "param_groups": own_groups},
-        )
-
-    def _check_base_state(self, key: Any, state: dict[str, Any], param: Tensor) -> None:
-        """torch checks no shapes: a state of another model or optimizer would be found out by a step, too late."""
-        have = self.base.state.get(param)
-        if have and state and (missing := sorted(map(str, have.keys() - state.keys()))):
-            kind = type(self.base).__name__
-            raise ValueError(
-                f"state[{key!r}] lacks {', '.join(missing)}, which {kind} keeps: is it of another optimizer?"
-            )
-        for name, value in state.items():
-            like = have.get(name) if have else None
-            shape = like.shape if isinstance(like, Tensor) else param.shape
-            checked = isinstance(like, Tensor) or name in ("exp_avg", "exp_avg_sq", "square_avg", "momentum_buffer")
-            if checked and isinstance(value, Tensor) and value.shape != shape and value.numel() != 1:
-                raise ValueError(f"state[{key!r}]: {name} has shape {tuple(value.shape)}, expected {tuple(shape)}")
+    # ---- copies ----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"base": self.base, "averager": self.averager}
+        self._require_whole("copying or pickling")
+        kept = {name: self.__dict__[name] for name in ("base", "_defaults", "_backend_name")}
+        return {**kept, "_unsure": self._scratch.unsure}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        unsure = state.pop("_unsure")
         self.__dict__.update(state)
-        self.averager._base = self.base
-        for own, group in zip(self.averager.param_groups, self.base.param_groups, strict=False):
-            own["params"] = group["params"]
-        self._hook_up()
+        self._set_up()
+        self._scratch.unsure = unsure
+        self._hook_base()
 
     def __repr__(self) -> str:
-        own = {name: self.averager.defaults[name] for name in ("lambda_pullback", "gain", "pullback_from")}
+        own = {name: self._defaults[name] for name in ("lambda_pullback", "gain", "pullback_from")}
         return f"Pullback({self.base!r}, {', '.join(f'{k}={v!r}' for k, v in own.items())})"
 
 
-def _flat(groups: list[Group]) -> list[Any]:
-    return list(chain.from_iterable(group["params"] for group in groups))
+class Averager(Mapping[Tensor, dict[str, Any]]):
+    """What a Pullback keeps of each parameter that has an average: a view of the base's states."""
+
+    def __init__(self, optimizer: Pullback) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def state(self) -> Averager:
+        return self
+
+    @property
+    def _buffers(self) -> list[Tensor]:
+        """The copies of the weights of before a step."""
+        return [r.before for r in self._optimizer._scratch.records.values() if r.before is not None]
+
+    def __getitem__(self, param: Tensor) -> dict[str, Any]:
+        state = self._optimizer.state.get(param) or {}
+        found = {"step": state.get(STEP, torch.zeros(()))}
+        return found | {name: state[name] for name in (AVERAGE, "live") if name in state}
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter([p for p, state in self._optimizer.state.items() if STEP in state])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def _merged(rows: list[Row]) -> dict[str, float]:
+    found = [row for r in rows for row in gathered_rows(r.stats, r.axes)]
+    if not found:
+        return {}
+    values = merge_stats([row.to("cpu", torch.float64) for row in found]).tolist()
+    s = dict(zip(PACE_STATS, values, strict=True))
+    return s if s["count"] > 0 else {}

@@ -86,7 +86,7 @@ def test_each_base_step_is_followed_by_the_formula(name: str, backend: str) -> N
     make, kind, options, moment = BASES[name]
     params, chosen = parameters(kind, torch.float32)
     optimizer = Pullback(make(params), **options, backend=backend)
-    own = optimizer.averager.param_groups[0]
+    own = optimizer._own(optimizer.param_groups[0]).values
     average = [p.detach().double() for p in params]
     clamped = count = 0
     for t, grads in enumerate(gradients(STEPS, torch.float32), 1):
@@ -115,7 +115,7 @@ def test_each_base_step_is_followed_by_the_formula(name: str, backend: str) -> N
             bound = 16 * U * (stepped.abs() + gain * (e.abs() + x.abs() + stepped.abs())) + TINY
             assert bool(((param.detach().double() - moved).abs() <= bound).all())
             now = e + w * (param.detach().double() - e) if t % own["ema_update_freq"] == 0 else e
-            ema = optimizer.averager.state[param]["ema"].double()
+            ema = optimizer.state[param]["ema"].double()
             assert bool(((ema - now).abs() <= 6 * U * (e.abs() + param.detach().abs().double()) + TINY).all())
             average[k] = ema
     assert moment is None or name == "AdamW" or 0.02 < clamped / count < 0.98
@@ -154,7 +154,7 @@ def test_around_adamw_it_is_pace(options: dict[str, Any], dtype: torch.dtype) ->
             bound = 2 * reference.x.error + SLACK * (t + 1) * (base_roundings + narrow)
             gap = (param.detach().double() - twin.detach().double()).abs()
             assert bool((gap <= bound).all()), (t, float((gap - bound).max()))
-            average = (pace.state[param]["ema"] - ours.averager.state[twin]["ema"]).double().abs()
+            average = (pace.state[param]["ema"] - ours.state[twin]["ema"]).double().abs()
             assert bool((average <= 2 * reference.e.error + bound).all())
 
 
@@ -193,7 +193,7 @@ def test_every_backend_gives_the_same_bits_in_a_training() -> None:
         for grads in gradients(STEPS, torch.float32):
             give(params, grads)
             optimizer.step()
-        runs.append((params, optimizer.averager))
+        runs.append((params, optimizer))
     assert_same_bits(*runs)
 
 
@@ -207,7 +207,7 @@ def test_a_group_has_options_of_its_own() -> None:
     give([a, b, c], [torch.ones(3)] * 3)
     optimizer.step()
     assert (a[0].item(), b[0].item(), c[0].item()) == (0.5, 0.25, 0.0)  # from 0 toward 1
-    assert c not in optimizer.averager.state
+    assert c not in optimizer.state
     optimizer.param_groups[0]["gain"] = 1.0  # at any time
     optimizer.step()
     assert a[0].item() == pytest.approx(1 - 0.01 * 0.5)  # on the average, as it was
@@ -223,11 +223,11 @@ def test_groups_are_added_in_training() -> None:
     optimizer.step()
     with pytest.raises(ValueError, match="gain"):
         optimizer.add_param_group({"params": [b], "gain": -1.0})
-    assert len(optimizer.param_groups) == len(optimizer.averager.param_groups) == 1
+    assert len(optimizer.param_groups) == 1
     optimizer.add_param_group({"params": [b], "lr": 0.5, "gain": 0.5})
     give([a, b], [torch.ones(3)] * 2)
     optimizer.step()
-    assert [optimizer.averager.state[p]["step"].item() for p in (a, b)] == [2, 1]
+    assert [optimizer.state[p]["pullback_step"].item() for p in (a, b)] == [2, 1]
 
 
 def test_a_base_that_trained_before_keeps_its_bias_correction() -> None:
@@ -247,7 +247,7 @@ def test_a_parameter_without_a_gradient_takes_no_part() -> None:
     optimizer = Pullback(torch.optim.SGD([a, b], lr=0.1), gain=0.5)
     a.grad = torch.ones(3)
     optimizer.step()
-    assert b not in optimizer.averager.state and torch.equal(b.detach(), torch.ones(3))
+    assert b not in optimizer.state and torch.equal(b.detach(), torch.ones(3))
 
 
 def test_sparse_gradients_where_the_base_takes_them() -> None:
@@ -255,7 +255,7 @@ def test_sparse_gradients_where_the_base_takes_them() -> None:
     optimizer = Pullback(torch.optim.SGD(table.parameters(), lr=0.1), gain=0.5)
     table(torch.tensor([1, 2])).sum().backward()
     optimizer.step()
-    assert optimizer.averager.state[table.weight]["step"].item() == 1
+    assert optimizer.state[table.weight]["pullback_step"].item() == 1
 
 
 def schedulefree() -> Any:
@@ -330,7 +330,7 @@ def test_the_swap() -> None:
         with pytest.raises(RuntimeError, match="swapped to EMA"):
             optimizer.step()
         for p in params:
-            assert torch.equal(p.detach(), optimizer.averager.state[p]["ema"].to(p.dtype))
+            assert torch.equal(p.detach(), optimizer.state[p]["ema"].to(p.dtype))
     assert all(torch.equal(p.detach(), x) for p, x in zip(params, live, strict=True))
     assert optimizer.get_ema_beta_t() == pytest.approx(4**-0.2)
 
@@ -355,7 +355,6 @@ def test_schedulers_hooks_and_closures() -> None:
     assert calls == ["pre", "base", "post"]
     assert optimizer.param_groups[0]["lr"] == optimizer.base.param_groups[0]["lr"] == 0.5
     optimizer.step(closure)
-    assert optimizer.averager.param_groups[0]["lr"] == 0.5
 
 
 class OnTheCpu(torch.amp.GradScaler):
@@ -382,8 +381,8 @@ def test_a_gradient_scaler_with_an_overflow(fused: bool) -> None:
             elif t != 1:
                 give(params, grads)
                 optimizer.step()
-        assert {s["step"].item() for s in optimizer.averager.state.values()} == {3.0}
-        runs.append((params, optimizer.averager))
+        assert {s["pullback_step"].item() for s in optimizer.state.values()} == {3.0}
+        runs.append((params, optimizer))
     assert_same_bits(*runs)
 
 
@@ -394,7 +393,7 @@ def test_an_error_in_the_base_leaves_no_average_behind() -> None:
     handle = optimizer.base.register_step_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         optimizer.step()
-    assert not optimizer.averager.state
+    assert not optimizer.state
     handle.remove()
     optimizer.step()
 
@@ -409,11 +408,10 @@ def test_copies_train_on_alike() -> None:
     twins = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
     for one in (optimizer, *twins):
         own = one.param_groups[0]["params"]
-        assert one.averager.param_groups[0]["params"] is own
         for grads in source[3:]:
             give(own, grads)
             one.step()
-        assert_same_bits((params, optimizer.averager), (own, one.averager))
+        assert_same_bits((params, optimizer), (own, one))
         assert one is optimizer or own[0] is not params[0]
 
 
@@ -428,4 +426,4 @@ def test_a_compiled_training_step() -> None:
     run = torch.compile(step, backend="aot_eager")
     for _ in range(3):
         run()
-    assert optimizer.averager.state[param]["step"].item() == 3
+    assert optimizer.state[param]["pullback_step"].item() == 3

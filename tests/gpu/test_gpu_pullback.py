@@ -108,7 +108,7 @@ def test_a_replayed_step_is_a_step(name: str, backend: str) -> None:
                 with on_gpu.beside():
                     optimizer.step()
         found.append({**contents(params, optimizer), "stats": torch.tensor([*optimizer.get_step_stats().values()])})
-        found[-1] |= {f"{i} average": optimizer.averager.state[p]["ema"].cpu() for i, p in enumerate(params)}
+        found[-1] |= {f"{i} average": optimizer.state[p]["ema"].cpu() for i, p in enumerate(params)}
     assert_same(*found)
 
 
@@ -120,7 +120,7 @@ def test_evaluation_holds_the_average(backend: str) -> None:
         on_gpu.give(params, grads)
         optimizer.step()
     live = [p.detach().clone() for p in params]
-    averages = [optimizer.averager.state[p]["ema"].clone() for p in params]
+    averages = [optimizer.state[p]["ema"].clone() for p in params]
     with optimizer.averaged():
         assert all(torch.equal(p, e) for p, e in zip(params, averages, strict=True))
     assert all(torch.equal(p, x) for p, x in zip(params, live, strict=True))

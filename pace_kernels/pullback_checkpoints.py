@@ -1,0 +1,306 @@
+"""Checkpoints of a Pullback: its averages among the base's states, and how they get past what a base does to these."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .checkpoints import Checkpoints
+from .checks import Group, checked_count, require
+from .pulling import AT_REST, AVERAGE, FORMAT_VERSION, LIVE, OPTIONS, OURS, STEP, SWAPPED, Pulling
+from .states import FORMAT, as_state
+
+_PREFIX = "pullback_"  # of the options in the groups of a checkpoint
+_LAST_STEP = 2**24  # float32 counts no further
+
+
+class _Kept:
+    """A value on its way through a base's load_state_dict, which would cast a tensor to the parameter's dtype: an
+    average to bfloat16, a count of 257 to 256."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class _Hook:
+    """A hook of the base that does not keep the Pullback alive, nor goes along into copies and files."""
+
+    def __init__(self, optimizer: PullbackCheckpoints, name: str) -> None:
+        self.ref, self.name = weakref.ref(optimizer), name
+
+    def __call__(self, base: torch.optim.Optimizer, *args: Any) -> Any:
+        optimizer = self.ref()
+        return None if optimizer is None else getattr(optimizer, self.name)(*args)
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
+
+
+def _nothing(*_: Any) -> None: ...
+
+
+class PullbackCheckpoints(Pulling):
+    """Saving and loading of a Pullback. Not for direct use."""
+
+    def _hook_base(self) -> None:
+        base = self.base
+        base.register_state_dict_pre_hook(_Hook(self, "_before_saving"))
+        base.register_load_state_dict_pre_hook(_Hook(self, "_before_loading"))
+        base.register_load_state_dict_post_hook(_Hook(self, "_after_loading"), prepend=True)
+
+    # ---- saving ----------------------------------------------------------------------------------------------------
+
+    def _before_saving(self) -> None:
+        self._require_whole("state_dict()")
+        self._mark_groups()
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict, which the averages are part of, with the pullback's options among those of the base.
+        As in ``torch.optim``, the tensors are the optimizer's own."""
+        self._require_whole("state_dict()")
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        self._mark_groups()
+        saved = self.base.state_dict()
+        groups = []
+        for packed, group in zip(saved["param_groups"], self.base.param_groups, strict=True):
+            ours = {
+                _PREFIX + name: value for name, value in self._own(group).values.items() if self._shared(name, group)
+            }
+            groups.append({**packed, **ours})
+        # Dicts of their own: train() would take `live` out of those of a state saved while swapped.
+        states = {key: dict(state) if isinstance(state, dict) else state for key, state in saved["state"].items()}
+        saved = {**saved, "state": states, "param_groups": groups}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            result = post_hook(self, saved)
+            saved = saved if result is None else result
+        return saved
+
+    def _shared(self, name: str, group: Group) -> bool:
+        """Whether a group has this option from the Pullback, not one of its own."""
+        return name not in group or name in self.base.defaults
+
+    # ---- loading ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of this class, or of the base alone: the average then starts at the weights.
+
+        Averages stay float32 (float64 for float64 parameters), also where the base's own ``load_state_dict`` is called.
+        An option that the checkpoint does not have keeps its present value. A state that does not fit raises ValueError
+        or TypeError and changes nothing, in the base neither.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+        loaded = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = pre_hook(self, loaded)
+            loaded = loaded if result is None else result
+        loaded, entries = self._translated(loaded)
+        hooked = all(
+            str(getattr(getattr(type(self.base), name), "__module__", "")).startswith("torch.")
+            for name in ("load_state_dict", "__setstate__")
+        )
+        if hooked:
+            states = {k: {**v, **_kept(entries.get(k, {}))} for k, v in loaded["state"].items()}
+            loaded["state"] = states | {k: _kept(v) for k, v in entries.items() if k not in states}
+        self._load_base(loaded)
+        if not hooked:
+            self._put_back(loaded, entries)
+        self._after_loading()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _load_base(self, state_dict: dict[str, Any]) -> None:
+        """torch puts new groups and states in place before a base finds out that they are not its own."""
+        kind = type(self.base).__name__
+        before = (self.base.state, self.base.param_groups)
+        self._scratch.loading = True
+        try:
+            # Copies: torch takes tensors as they are, and would train those of the checkpoint.
+            states = {k: _copied(state) for k, state in state_dict["state"].items()}
+            self.base.load_state_dict({**state_dict, "state": states})
+            for number, group in enumerate(self.base.param_groups):
+                if missing := sorted(self.base.defaults.keys() - group.keys()):
+                    raise ValueError(f"param_groups[{number}] lacks {', '.join(missing)}, which {kind} has")
+        except (KeyError, AttributeError, ValueError) as error:
+            self.base.state, self.base.param_groups = before
+            raise ValueError(f"the checkpoint is not one of {kind}: {error}") from error
+        except BaseException:
+            self.base.state, self.base.param_groups = before
+            raise
+        finally:
+            self._scratch.loading = False
+
+    def _put_back(self, loaded: dict[str, Any], entries: dict[Any, Group]) -> None:
+        """Enters the averages, where the base's load_state_dict is of its own and saw nothing of them."""
+        params = chain.from_iterable(group["params"] for group in self.base.param_groups)
+        keys = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+        for key, param in zip(keys, params, strict=True):
+            if key in entries:
+                state = self.base.state.get(param)
+                if state is None:
+                    state = self.base.state[param] = {}
+                state.update(_kept(entries[key]))
+
+    def _before_loading(self, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        """The base's load_state_dict is called, by whomever."""
+        if self._scratch.loading:
+            return None
+        loaded, entries = self._translated(state_dict)
+        states = {k: {**v, **_kept(entries.get(k, {}))} for k, v in loaded["state"].items()}
+        loaded["state"] = states | {k: _kept(v) for k, v in entries.items() if k not in states}
+        return loaded
+
+    @torch.no_grad()
+    def _after_loading(self) -> None:
+        """Copies of the averages come in place of what was kept from the base; options of the checkpoint are ours."""
+        shared: Group = {}
+        for group in self.base.param_groups:
+            options = {name: group.pop(_PREFIX + name) for name in OPTIONS if _PREFIX + name in group}
+            for name, value in options.items():
+                if shared.setdefault(name, value) != value:
+                    group[name] = value
+            on_device = bool(group.get("capturable", False))
+            for param in group["params"]:
+                state = self.base.state.get(param) or {}
+                for name, value in state.items():
+                    if isinstance(value, _Kept):
+                        state[name] = _as_ours(name, value.value, param, on_device)
+                if STEP in state and not state[STEP].is_meta and state[STEP].device.type == "cpu":
+                    self._scratch.unsure |= float(state[STEP]) == 0.0
+        self._defaults.update(shared)
+        self._mark_groups()
+        self._versions.clear()
+        self._unfinished.clear()
+
+    # ---- what is loaded, checked -----------------------------------------------------------------------------------
+
+    def _translated(self, loaded: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Group]]:
+        """The base's part of a checkpoint, with our options in its groups, and ours of each parameter's state."""
+        saved_groups = Checkpoints._checked_structure(cast(Any, self), loaded)
+        present = self.base.param_groups
+        if len(saved_groups) != len(present):
+            raise ValueError(
+                f"the checkpoint has {len(saved_groups)} parameter groups, the optimizer has {len(present)}"
+            )
+        groups, states, entries = [], dict(loaded["state"]), {}
+        for number, (saved, group) in enumerate(zip(saved_groups, present, strict=True)):
+            if len(saved["params"]) != len(group["params"]):
+                counts = f"{len(saved['params'])} parameters in the checkpoint, {len(group['params'])} here"
+                raise ValueError(f"param_groups[{number}] has {counts}")
+            for i, (key, param) in enumerate(zip(saved["params"], group["params"], strict=True)):
+                if key not in states:
+                    continue
+                name = f"the state of {self._name(group, i)}"
+                # {}: what DCP makes of a state that a flattened checkpoint does not have.
+                ours = {k: v for k, v in states[key].items() if k in OURS and not (isinstance(v, dict) and not v)}
+                theirs = {k: v for k, v in states[key].items() if k not in OURS}
+                self._check_base_state(key, theirs, param)
+                if ours:
+                    entries[key] = _checked_ours(name, key, ours, param)
+                if theirs or not ours:
+                    states[key] = theirs
+                else:
+                    del states[key]
+            groups.append(self._loaded_group(saved, group, number, loaded["state"], entries))
+        return {**loaded, "state": states, "param_groups": groups}, entries
+
+    def _loaded_group(
+        self, saved: Group, group: Group, number: int, states: Mapping[Any, Any], entries: dict[Any, Group]
+    ) -> Group:
+        """A group after loading: the saved options, and the present ones of ours where none was saved."""
+        version, swapped = saved.get(FORMAT_VERSION, 0), saved.get(SWAPPED, False)
+        Checkpoints._check_format(cast(Any, self), {"format_version": version}, number)
+        own = {name: group[name] for name in OPTIONS if not self._shared(name, group)}
+        merged = own | {SWAPPED: False, FORMAT_VERSION: 0} | saved
+        options = dict(self._own(group).values)
+        options |= {name: saved[_PREFIX + name] for name in OPTIONS if _PREFIX + name in saved}
+        options |= {name: merged[name] for name in OPTIONS if not self._shared(name, merged)}
+        try:
+            require(isinstance(swapped, bool), "swapped", "True or False", swapped)
+            self._checked({**group, "lr": merged.get("lr", group.get("lr", 0.0))}, options)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"param_groups[{number}] of the checkpoint: {error}") from error
+        loaded = [entries[key] for key in saved["params"] if key in entries]
+        # Only what keeps no options, as a flattened checkpoint, loses states.
+        flat = not any(_PREFIX + name in saved for name in OPTIONS)
+        there = [key for key in saved["params"] if key in states]
+        if version and flat and there and (not loaded or not all(states[key] for key in there)):
+            raise ValueError(
+                f"param_groups[{number}] is of a Pullback, and its averages did not come along. Flattened distributed "
+                "checkpoints bring only what the optimizer that loads them has: load before the first gradients are "
+                "there, and wrap a base before it has stepped"
+            )
+        if swapped and any(AVERAGE in state and LIVE not in state for state in loaded):
+            raise ValueError(
+                f"param_groups[{number}] was saved between eval() and train(), and its live weights did not come along "
+                "(flattened distributed checkpoints drop them): call optimizer.train() before saving"
+            )
+        merged[SWAPPED] = swapped or any(LIVE in state for state in loaded)
+        merged[FORMAT_VERSION] = FORMAT if loaded else 0
+        return merged
+
+    def _check_base_state(self, key: Any, state: Group, param: Tensor) -> None:
+        """torch checks no shapes: a state of another model or optimizer would be found out by a step, too late."""
+        have = {k: v for k, v in self.base.state.get(param, {}).items() if k not in OURS}
+        if have and state and (missing := sorted(map(str, have.keys() - state.keys()))):
+            kind = type(self.base).__name__
+            raise ValueError(
+                f"state[{key!r}] lacks {', '.join(missing)}, which {kind} keeps: is it of another optimizer?"
+            )
+        for name, value in state.items():
+            like = have.get(name)
+            shape = like.shape if isinstance(like, Tensor) else param.shape
+            checked = isinstance(like, Tensor) or name in ("exp_avg", "exp_avg_sq", "square_avg", "momentum_buffer")
+            if checked and isinstance(value, Tensor) and value.shape != shape and value.numel() != 1:
+                raise ValueError(f"state[{key!r}]: {name} has shape {tuple(value.shape)}, expected {tuple(shape)}")
+
+
+def _kept(state: Group) -> Group:
+    return {name: _Kept(value) for name, value in state.items()}
+
+
+def _copied(state: Any) -> Any:
+    if not isinstance(state, dict):
+        return state
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+def _checked_ours(name: str, key: Any, ours: Group, param: Tensor) -> Group:
+    """Our part of a parameter's saved state, checked."""
+    if STEP not in ours:
+        raise ValueError(f"state[{key!r}] has an average without pullback_step: is it of another optimizer?")
+    if AVERAGE not in ours and not ours.get(AT_REST):
+        raise ValueError(f"{name} lacks ema: is it incomplete?")
+    checked_count(f"{name}: pullback_step", ours[STEP], _LAST_STEP)
+    for k in (AVERAGE, LIVE):
+        value = ours.get(k)
+        if k not in ours:
+            continue
+        if not isinstance(value, Tensor) or value.shape != param.shape:
+            came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name}: {k} must be a tensor of shape {tuple(param.shape)}, got {came}")
+        same_kind = value.is_complex() if param.is_complex() else value.is_floating_point()
+        if not same_kind or value.layout is not torch.strided:
+            kind = value.dtype if value.layout is torch.strided else value.layout
+            raise ValueError(f"{name}: {k} must be dense, of a dtype like {param.dtype}, got {kind}")
+        if value.is_meta and not param.is_meta:
+            raise ValueError(f"{name}: {k} is on the meta device, where there are no values")
+    return ours
+
+
+def _as_ours(name: str, value: Any, param: Tensor, on_device: bool) -> Any:
+    """A copy of a saved value as a state of the parameter."""
+    if name == STEP:
+        count = checked_count(STEP, value, _LAST_STEP).to(torch.float32)
+        return count.reshape(()).to(param.device if on_device else "cpu", copy=True)
+    if name == AT_REST:
+        return bool(value)
+    return as_state(param, value, value.dtype if name == LIVE else None)

@@ -1,0 +1,526 @@
+"""What follows a base's step: the pull of its weights toward their average, and the average, which lie in its state."""
+
+from __future__ import annotations
+
+import operator
+import sys
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .averaging import Averaging
+from .backend import Backend, backends, choose
+from .checks import Group, check_average_options, check_lr, check_number, plain_number, require
+from .memory import check_whole, overlapping
+from .ops import PACE_STATS
+from .second_moments import SecondMoment, lacks, require_second_moment, second_moment_of
+from .sharding import Axes, axes, is_sharded, local, placed_alike
+from .states import as_state, moved, state_dtype
+from .torch_rules.pullback import PullbackOptions
+
+# The names of the pullback's options, by which a group of the base may set its own.
+OPTIONS = (
+    *("lambda_pullback", "gain", "second_moment", "clamp_pullback", "beta_ema", "use_ema_eval", "ema_kappa", "ema_rho"),
+    *("ema_gamma", "ema_update_freq", "log_stats", "pullback_from"),
+)
+# Ours among the base's states of a parameter: the average, the steps that it took, and, while swapped, the live
+# weights. A parameter at rest has steps and no average.
+AVERAGE, STEP, LIVE, AT_REST = "ema", "pullback_step", "live", "at_rest"
+OURS = (AVERAGE, STEP, LIVE, AT_REST)
+# The keys of a base's group that say whether its averages are swapped in, and in which format they are: 0 before the
+# first. Under these names all kinds of checkpoints carry them.
+SWAPPED, FORMAT_VERSION = "pullback_swapped", "pullback_format_version"
+_SMALLEST_EPS = 2.0**-126  # below, 1 / D could be infinite
+_SHARED = frozenset(f.name for f in fields(PullbackOptions)) & frozenset(OPTIONS)
+_PLAIN = {Tensor, torch.nn.Parameter}
+_version = operator.attrgetter("_version")
+
+
+@dataclass
+class Own:
+    """The pullback's options of a group, checked, and what follows from them."""
+
+    values: Group
+    pulls: bool
+    keeps: bool
+    by_moment: bool
+    operator: Group
+
+    @classmethod
+    def of(cls, values: Group) -> Own:
+        pulls = bool((values["lambda_pullback"] if values["gain"] is None else values["gain"]) != 0.0)
+        shared = {name: plain_number(values[name]) for name in _SHARED}
+        return cls(values, pulls, pulls or values["use_ema_eval"], pulls and values["gain"] is None, shared)
+
+
+@dataclass
+class Row:
+    """The statistics of one call, and what of them means something."""
+
+    stats: Tensor
+    axes: Axes
+    moment: bool
+    before: bool
+
+
+@dataclass
+class Pull:
+    """The parameters of one group that one operator call pulls: on one device, in one dtype, sharded alike."""
+
+    group: Group
+    own: Own
+    backend: Backend
+    device: torch.device
+    dtype: torch.dtype
+    axes: Axes
+    moment: SecondMoment | None
+    places: list[int] = field(default_factory=list)  # in the group
+    owners: list[Tensor] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)  # of DTensors the local parts
+    emas: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+    seconds: list[Any] = field(default_factory=list)  # as they were before the base's step; None: not there yet
+    befores: list[Tensor] = field(default_factory=list)
+    # The base's steps before the first of the average, and the round: parameters over one memory take turns.
+    offsets: list[int] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+    new: list[int] = field(default_factory=list)  # the averages that are not in the state yet
+    hidden: list[Tensor] = field(default_factory=list)  # whose states hold nothing of the base
+    on_device: bool = False
+    found_inf: Tensor | None = None
+    alone: bool = False  # wrappers of other tensors: no operator takes them in a list
+
+    def parts(self) -> Iterator[Pull]:
+        """As a rule itself; offsets and rounds get calls of their own."""
+        keys = list(zip(self.rounds, self.offsets, strict=True))
+        if len(set(keys)) <= 1 and keys[0][1] >= 0:
+            yield self
+            return
+        if min(self.offsets) < 0:  # then the count matters too, see _call
+            keys = [(*key, count_of(step)) for key, step in zip(keys, self.steps, strict=True)]  # type: ignore[misc]
+        columns = ("places", "owners", "params", "emas", "steps", "seconds", "befores", "offsets", "rounds")
+        for key in sorted(set(keys)):
+            chosen = [i for i, its in enumerate(keys) if its == key]
+            yield replace(self, **{c: [getattr(self, c)[i] for i in chosen] for c in columns if getattr(self, c)})
+
+
+class Record:
+    """Of a parameter: the copy of its weights, on the CPU, where new memory costs page faults; and the offset with the
+    step counts that it was read from, where these lie on a device that would have to be waited for."""
+
+    __slots__ = ("before", "counts", "offset", "ref")
+
+    def __init__(self, ref: weakref.ref[Tensor]) -> None:
+        self.ref, self.before, self.counts, self.offset = ref, None, None, 0
+
+    before: Tensor | None
+    counts: tuple[Any, ...] | None
+
+
+class Scratch:
+    """What a Pullback keeps beside the base's state: nothing that a checkpoint needs. One object, because wrappers that
+    pass for an optimizer copy its attributes."""
+
+    def __init__(self) -> None:
+        self.records: dict[int, Record] = {}  # by id of the parameter, which they die with
+        self.rows: list[Row] = []
+        self.own: dict[int, tuple[list[Any], Own]] = {}  # by id of the group
+        self.unsure = False  # averages may have taken no step: after a dry run, or one that a gradient scaler skipped
+        self.loading = False  # our load_state_dict calls the base's
+        self.said: set[str] = set()
+
+    def record(self, param: Tensor) -> Record:
+        key = id(param)
+        found = self.records.get(key)
+        if found is None or found.ref() is not param:
+            ref = weakref.ref(param, partial(_forget, weakref.ref(self), key))
+            found = self.records[key] = Record(ref)
+        return found
+
+
+def _forget(scratch: weakref.ref[Scratch], key: int, ref: weakref.ref[Tensor]) -> None:
+    found = scratch()
+    if found is not None and key in found.records and found.records[key].ref is ref:
+        del found.records[key]
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it has no values: on meta, or of FakeTensorMode."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return tensor.is_meta or (module is not None and isinstance(tensor, module.FakeTensor))
+
+
+def count_of(step: Any) -> int:
+    """A step count as a number; of a fake one 0."""
+    if isinstance(step, Tensor):
+        return 0 if is_fake(step) else int(step.item())
+    return int(step)
+
+
+class Pulling(Averaging):
+    """The step of a Pullback. Not for direct use."""
+
+    base: torch.optim.Optimizer
+    _MARK = SWAPPED
+    _defaults: Group  # the pullback's options
+    _backend_name: str | None
+    _scratch: Scratch
+
+    # ---- options ---------------------------------------------------------------------------------------------------
+
+    def _own(self, group: Group) -> Own:
+        """The pullback's options of a group, checked where they changed. A name that the base has as an option of its
+        own means that one."""
+        theirs = self.base.defaults
+        values = [d if name in theirs else group.get(name, d) for name, d in self._defaults.items()]
+        seen = self._scratch.own.get(id(group))
+        if seen is not None and all(map(operator.is_, values, seen[0])):
+            return seen[1]
+        own = self._checked(group, dict(zip(self._defaults, values, strict=True)))
+        self._scratch.own[id(group)] = (values, own)
+        return own
+
+    def _checked(self, group: Group, values: Group) -> Own:
+        check_average_options(values)
+        if values["gain"] is not None:
+            check_number("gain", values["gain"], "None, or a constant in [0, 1]", lambda a: 0 <= a <= 1)
+        name = values["second_moment"]
+        require(name is None or isinstance(name, str), "second_moment", "None or the name of a state", name)
+        require(isinstance(values["log_stats"], bool), "log_stats", "True or False", values["log_stats"])
+        own = Own.of(values)
+        if own.by_moment:
+            if "lr" not in group:
+                raise ValueError(f"{type(self.base).__name__} has no option lr, which the gain takes: give gain=")
+            check_lr(group["lr"])
+            require_second_moment(self.base, group, name)
+        return own
+
+    def _option(self, group: Group, name: str) -> Any:
+        return self._own(group).values[name]
+
+    def _keeps_average(self, group: Group) -> bool:
+        return self._own(group).keeps
+
+    def _mark_groups(self) -> None:
+        for group in self.base.param_groups:
+            if SWAPPED not in group:
+                group.update({SWAPPED: False, FORMAT_VERSION: 0})
+
+    # ---- before the base's step ------------------------------------------------------------------------------------
+
+    def _collect(self, found_inf: Tensor | None) -> tuple[list[Pull], list[Tensor]]:
+        """What is to be pulled, and the parameters that come to rest: checked, and nothing has changed."""
+        pulls: list[Pull] = []
+        rest: list[Tensor] = []
+        for group in self.base.param_groups:
+            own = self._own(group)
+            if own.by_moment:
+                check_lr(group["lr"])
+            if not own.keeps:
+                continue
+            buckets: dict[Any, Pull] = {}
+            device, dtype, plain, over = None, None, True, ()
+            pull: Pull | None = None
+            for i, owner in enumerate(group["params"]):
+                if owner.grad is None:
+                    if not owner.requires_grad:
+                        rest.append(owner)
+                    continue
+                if type(owner) in _PLAIN:
+                    param, its_axes, its_plain = owner, (), True
+                else:
+                    param, its_axes = local(owner), axes(owner)
+                    its_plain = not is_traceable_wrapper_subclass(param) or is_sharded(owner)
+                if (
+                    pull is None
+                    or param.dtype is not dtype
+                    or param.device != device
+                    or (its_plain, its_axes)
+                    != (
+                        plain,
+                        over,
+                    )
+                ):
+                    device, dtype, plain, over = param.device, param.dtype, its_plain, its_axes
+                    pull = buckets.get((device, dtype, plain, over))
+                    if pull is None:
+                        pull = buckets[device, dtype, plain, over] = self._pull(group, own, param, over, not plain)
+                        pull.found_inf = None if found_inf is None else moved(found_inf, param.device)
+                self._take(pull, i, owner, param)
+            for pull in buckets.values():
+                self._place_steps(pull)
+            pulls += buckets.values()
+        self._take_turns(pulls)
+        return pulls, rest
+
+    def _pull(self, group: Group, own: Own, param: Tensor, over: Axes, alone: bool) -> Pull:
+        real = param.dtype.to_real()
+        backend = backends()["torch"] if alone else choose(self._backend_name, param.device, real)
+        moment = None
+        if own.by_moment:
+            moment = second_moment_of(self.base, group, own.values["second_moment"], real)
+        return Pull(group, own, backend, param.device, param.dtype, over, moment, alone=alone)
+
+    def _take(self, pull: Pull, i: int, owner: Tensor, param: Tensor) -> None:
+        state = self.base.state.get(owner) or {}
+        ema, step = state.get(AVERAGE), state.get(STEP)
+        if (
+            ema is None
+            or step is None
+            or ema.dtype is not state_dtype(param)
+            or ema.shape != owner.shape
+            or (type(ema) is not Tensor and is_sharded(ema) and not (is_sharded(owner) and placed_alike(ema, owner)))
+            or (type(ema) is Tensor and type(owner) not in _PLAIN and is_sharded(owner))
+        ):
+            ema, step = self._started(pull.group, i, owner, ema, step)
+            pull.new.append(len(pull.owners))
+        offset, theirs = 0, len(state) > 3 or any(name not in OURS for name in state)
+        if state and not theirs:
+            pull.hidden.append(owner)
+        if pull.moment is not None:
+            pull.seconds.append(self._second(pull.moment, state, pull.group, i, param) if theirs else None)
+            if pull.moment.beta2 != 0.0:  # without a state of its own the base starts with this step
+                offset = self._offset(owner, state.get("step", 0) if theirs else 0, step)
+        pull.places.append(i)
+        pull.owners.append(owner)
+        pull.params.append(param)
+        pull.emas.append(ema)
+        pull.steps.append(step)
+        pull.offsets.append(offset)
+        pull.rounds.append(0)
+
+    def _started(self, group: Group, i: int, owner: Tensor, ema: Any, step: Any) -> tuple[Tensor, Tensor]:
+        """The average of a parameter that has none that fits, and its step count."""
+        if ema is not None and step is None:
+            raise RuntimeError(f"{type(self.base).__name__} has a state {AVERAGE!r} of its own, as the average has")
+        if ema is not None and ema.shape != owner.shape:
+            self._say(
+                f"{self._name(group, i)} has shape {tuple(owner.shape)}, its average {tuple(ema.shape)}: averages of "
+                "parameters that were replaced by others of another shape start anew"
+            )
+            ema = step = None
+        if step is None:
+            on_device = bool(group.get("capturable", False))
+            step = torch.zeros((), dtype=torch.float32, device=owner.device if on_device else "cpu")
+        return as_state(owner, owner if ema is None else ema), step
+
+    def _say(self, message: str) -> None:
+        kind = message.partition(": ")[2]
+        if kind not in self._scratch.said:
+            self._scratch.said.add(kind)
+            warnings.warn(message, stacklevel=2)
+
+    def _second(self, moment: SecondMoment, state: Group, group: Group, i: int, param: Tensor) -> Tensor:
+        """The base's second moment of a parameter, as the operator takes it."""
+        value = state.get(moment.name)
+        if value is None:
+            raise lacks(self.base, moment.name, {k: v for k, v in state.items() if k not in OURS})
+        v = local(value) if isinstance(value, Tensor) else value
+        fits = isinstance(v, Tensor) and v.shape == param.shape and v.layout is torch.strided
+        if not fits or not (v.is_floating_point() or v.is_complex()) or v.device != param.device:
+            came = f"a {v.dtype} tensor of shape {tuple(v.shape)} on {v.device}" if isinstance(v, Tensor) else repr(v)
+            raise RuntimeError(
+                f"the state {moment.name!r} of {self._name(group, i)} is {came}: a second moment of each coordinate is "
+                f"needed, of shape {tuple(param.shape)}, or gain="
+            )
+        if param.is_complex():
+            v = torch.view_as_real(v) if v.is_complex() else torch.stack([v, v], -1)
+        real = param.dtype.to_real()
+        return v if v.dtype is real or v.dtype is torch.float32 else v.to(state_dtype(param).to_real())
+
+    def _offset(self, owner: Tensor, base_step: Any, step: Tensor) -> int:
+        """The base's steps before the first of the average, from both counts as they are now."""
+        if not isinstance(base_step, Tensor) or (base_step.is_cpu and step.is_cpu):
+            return count_of(base_step) - count_of(step)
+        record = self._scratch.record(owner)
+        seen = record.counts
+        same = seen is not None and seen[0]() is base_step and seen[1]() is step
+        if not same or seen is None or seen[2:] != (base_step._version, step._version):
+            record.offset = count_of(base_step) - count_of(step)
+        return record.offset
+
+    def _note_counts(self, pull: Pull) -> None:
+        """Where step counts lie on a device: their versions, by which the next step knows that nobody changed them."""
+        if pull.moment is None or pull.moment.beta2 == 0.0:
+            return
+        for owner, step, offset in zip(pull.owners, pull.steps, pull.offsets, strict=True):
+            base_step = self.base.state[owner].get("step")
+            if isinstance(base_step, Tensor) and not (base_step.is_cpu and step.is_cpu):
+                record = self._scratch.record(owner)
+                counts = (weakref.ref(base_step), weakref.ref(step), base_step._version, step._version)
+                record.counts, record.offset = counts, offset
+
+    def _place_steps(self, pull: Pull) -> None:
+        """Step counts follow the parameters to their device, and stay there, where only it knows whether a step counts:
+        with ``found_inf``; and with ``capturable``, where a captured graph advances them."""
+        pull.on_device = bool(pull.group.get("capturable", False))
+        if pull.device.type == "cpu":
+            return
+        away = [i for i, step in enumerate(pull.steps) if step.device.type == "cpu"]
+        pull.on_device = pull.on_device or pull.found_inf is not None or len(away) < len(pull.steps)
+        if pull.on_device:
+            for i in away:
+                pull.steps[i] = moved(pull.steps[i], pull.device)
+
+    @staticmethod
+    def _take_turns(pulls: list[Pull]) -> None:
+        """Parameters over one memory are pulled one after the other."""
+        owners = [owner for pull in pulls for owner in pull.params]
+        with torch._C.DisableTorchFunctionSubclass():
+            starts = {(p.untyped_storage()._cdata if type(p) in _PLAIN else id(p)) for p in owners}
+        if len(starts) == len(owners):  # no two of them over one storage
+            return
+        turns = {id(p): turn for group in overlapping(owners) for turn, p in enumerate(group)}
+        for pull in pulls:
+            pull.rounds = [turns.get(id(p), 0) for p in pull.params]
+
+    def _check_memory(self, pull: Pull) -> None:
+        """Raises where an operator would, or worse: before the base has stepped. Nothing is written."""
+        if pull.backend.name == "cpu" and not is_fake(pull.params[0]):
+            stand_in = [torch.view_as_real(p) if p.is_complex() else p for p in pull.params]
+            try:  # the operator checks all and then finds that the step is to be left undone
+                self._call(
+                    pull, stand_in if pull.moment is not None else [], None, torch.ones(()), max(0, pull.offsets[0])
+                )
+                return
+            except RuntimeError as error:
+                if not self._misaligned(pull):
+                    raise RuntimeError(f"{self._named(pull, str(error))}") from error
+        elif not self._misaligned(pull):
+            check_whole(chain(pull.params, map(local, pull.emas), pull.befores))
+            return
+        check_whole(chain(pull.params, map(local, pull.emas), pull.befores))
+        if self._backend_name is not None:
+            raise RuntimeError(
+                f"{self._name(pull.group, pull.places[0])} or another one of its group lies at an address that is no "
+                f"multiple of its element size, which backend={self._backend_name!r} needs"
+            )
+        self._say(
+            "parameters lie at addresses that are no multiple of their element size: torch pulls them, more slowly"
+        )
+        pull.backend = backends()["torch"]
+
+    def _named(self, pull: Pull, message: str) -> str:
+        """An operator's message with the name of the parameter that it is about."""
+        entry = message.partition("[")[2].partition("]")[0]
+        known = entry.isdigit() and int(entry) < len(pull.places)
+        return f"{self._name(pull.group, pull.places[int(entry)])}: {message}" if known else message
+
+    @staticmethod
+    def _misaligned(pull: Pull) -> bool:
+        if pull.alone or pull.backend.name == "torch" or is_fake(pull.params[0]):
+            return False
+        return any(t.data_ptr() % t.element_size() for t in chain(pull.params, map(local, pull.emas)))
+
+    def _copy_weights(self, pull: Pull) -> None:
+        if not (pull.own.pulls and pull.own.values["pullback_from"] == "weights"):
+            return
+        for owner, param in zip(pull.owners, pull.params, strict=True):
+            if param.device.type != "cpu":
+                pull.befores.append(torch.empty_like(param, requires_grad=False))
+                continue
+            record = self._scratch.record(owner)
+            kept = record.before
+            if (
+                kept is None
+                or kept.dtype is not param.dtype
+                or kept.shape != param.shape
+                or kept.device != param.device
+            ):
+                kept = record.before = torch.empty_like(param, requires_grad=False)
+            pull.befores.append(kept)
+        if pull.alone:
+            for before, param in zip(pull.befores, pull.params, strict=True):
+                before.copy_(param)
+        else:
+            torch._foreach_copy_(pull.befores, pull.params)
+
+    # ---- after the base's step -------------------------------------------------------------------------------------
+
+    def _missing(self, pulls: list[Pull]) -> RuntimeError | None:
+        """What only a first step of the base tells: that it keeps no such second moment, or a state named as ours."""
+        for pull in pulls:
+            for i in pull.new:
+                state = self.base.state.get(pull.owners[i], {})
+                if AVERAGE in state and STEP not in state:
+                    kind = type(self.base).__name__
+                    return RuntimeError(f"{kind} has a state {AVERAGE!r} of its own, as the average has")
+            try:
+                self._find_seconds(pull)
+            except RuntimeError as error:
+                return error
+        return None
+
+    def _find_seconds(self, pull: Pull) -> None:
+        """The second moments as the base's step left them; as a rule the same tensors as before."""
+        if pull.moment is None:
+            return
+        states, name, seconds = self.base.state, pull.moment.name, pull.seconds
+        for k, owner in enumerate(pull.owners):
+            state = states.get(owner) or {}
+            if seconds[k] is None or state.get(name) is not seconds[k]:
+                seconds[k] = self._second(pull.moment, state, pull.group, pull.places[k], pull.params[k])
+
+    def _enter(self, pull: Pull) -> None:
+        """Puts average and step count into the base's states, which may be others since its step."""
+        states = self.base.state
+        for owner, ema, step in zip(pull.owners, pull.emas, pull.steps, strict=True):
+            state = states.get(owner)
+            if state is None:
+                state = states[owner] = {}
+            state[AVERAGE] = ema
+            state[STEP] = step
+        for i in pull.new:
+            states[pull.owners[i]].pop(AT_REST, None)
+
+    def _pull_back(self, pull: Pull) -> None:
+        stats = None
+        if pull.own.values["log_stats"]:
+            dtype = torch.float32 if pull.device.type == "mps" else torch.float64  # MPS has no float64
+            stats = torch.empty(len(PACE_STATS), dtype=dtype, device=pull.device)
+        self._call(pull, pull.seconds, stats, pull.found_inf, pull.offsets[0])
+        if stats is not None:
+            self._scratch.rows.append(Row(stats, pull.axes, pull.moment is not None, bool(pull.befores)))
+        torch.autograd.graph.increment_version(pull.params)
+        if pull.axes:
+            torch.autograd.graph.increment_version(pull.owners)
+
+    def _call(
+        self, pull: Pull, seconds: list[Tensor], stats: Tensor | None, found_inf: Tensor | None, offset: int
+    ) -> None:
+        moment, lr = pull.moment, 0.0
+        options = pull.own.operator | {"beta2": 0.0, "eps": 1.0, "step_offset": 0, "capturable": pull.on_device}
+        if moment is not None:
+            options |= {"beta2": moment.beta2, "eps": max(moment.eps, _SMALLEST_EPS), "step_offset": offset}
+            lr = pull.group["lr"]
+            if offset < 0:  # the base started anew after the average: β2^(t + offset) as a power t of another β2
+                t = count_of(pull.steps[0]) + 1
+                options |= {"beta2": moment.beta2 ** ((t + offset) / t), "step_offset": 0}
+            if isinstance(lr, Tensor) and lr.device.type == "cpu":
+                lr = lr.item()
+            elif isinstance(lr, Tensor):
+                options["lr_tensor"], lr = moved(lr, pull.device), 0.0
+        emas = [local(e) for e in pull.emas] if pull.axes or type(pull.owners[0]) not in _PLAIN else pull.emas
+        params, befores = pull.params, pull.befores
+        if pull.dtype.is_complex:
+            params, befores, emas = (list(map(torch.view_as_real, some)) for some in (params, befores, emas))
+        if found_inf is not None:
+            options["found_inf"] = found_inf
+        pull.backend.op("pullback_")(params, befores, seconds, emas, pull.steps, stats, lr=plain_number(lr), **options)
+
+
+def versions(tensors: Iterable[Any]) -> list[int]:
+    """The versions of tensors, by which it is told whether any was written."""
+    tensors = list(tensors)
+    try:
+        return list(map(_version, tensors))
+    except (AttributeError, RuntimeError):  # no tensor, or one of inference mode
+        return [t._version for t in tensors if isinstance(t, Tensor) and not t.is_inference()]
