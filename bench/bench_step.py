@@ -107,8 +107,7 @@ def pulled_back(
 ) -> Callable[[list[nn.Parameter]], Contender]:
     def make(parameters: list[nn.Parameter]) -> Contender:
         made = pace_kernels.Pullback(base(parameters, lr=1e-3, fused=True), **options)
-        averager = made.averager
-        return Contender(made.step, lambda: [made.state, averager.state, averager._buffers])
+        return Contender(made.step, lambda: [made.state, made.averager._buffers])
 
     return make
 

@@ -16,7 +16,7 @@ from .checks import Group
 from .ops import PACE_STATS
 from .optimizer import KernelOptimizer
 from .pullback_checkpoints import PullbackCheckpoints
-from .pulling import AT_REST, AVERAGE, FORMAT_VERSION, STEP, Pull, Row, Scratch, count_of, is_fake, versions
+from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, STEP, Pull, Row, Scratch, count_of, is_fake, versions
 from .second_moments import refuse
 from .sharding import agree, axes, gathered_rows, local
 from .states import FORMAT
@@ -337,7 +337,7 @@ class Pullback(PullbackCheckpoints):
             if own.keeps:
                 states = [self.base.state.get(p) or {} for p in group["params"]]
                 steps = [float(state[STEP]) for state in states if STEP in state]
-                options = {"lr": 0.0, "beta2": 0.0, "eps": 1.0, "step_offset": 0, "capturable": False}
+                options: Group = {"lr": 0.0, "beta2": 0.0, "eps": 1.0, "step_offset": 0, "capturable": False}
                 return float(average_weight(PullbackOptions(**options, **own.operator), max(steps, default=0.0)))
         return None
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .checkpoints import Checkpoints
 from .checks import Group, checked_count, require
-from .pulling import AT_REST, AVERAGE, FORMAT_VERSION, LIVE, OPTIONS, OURS, STEP, SWAPPED, Pulling
+from .pulling import Pulling
+from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, LIVE, OPTIONS, OURS, STEP, SWAPPED
 from .states import FORMAT, as_state
 
 _PREFIX = "pullback_"  # of the options in the groups of a checkpoint

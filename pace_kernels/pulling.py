@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import operator
-import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -17,152 +13,31 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .averaging import Averaging
-from .backend import Backend, backends, choose
+from .backend import backends, choose
 from .checks import Group, check_average_options, check_lr, check_number, plain_number, require
 from .memory import check_whole, overlapping
 from .ops import PACE_STATS
+from .pulls import (
+    AT_REST,
+    AVERAGE,
+    FORMAT_VERSION,
+    OURS,
+    PLAIN,
+    STEP,
+    SWAPPED,
+    Own,
+    Pull,
+    Row,
+    Scratch,
+    count_of,
+    is_fake,
+)
 from .second_moments import SecondMoment, lacks, require_second_moment, second_moment_of
 from .sharding import Axes, axes, is_sharded, local, placed_alike
 from .states import as_state, moved, state_dtype
-from .torch_rules.pullback import PullbackOptions
 
-# The names of the pullback's options, by which a group of the base may set its own.
-OPTIONS = (
-    *("lambda_pullback", "gain", "second_moment", "clamp_pullback", "beta_ema", "use_ema_eval", "ema_kappa", "ema_rho"),
-    *("ema_gamma", "ema_update_freq", "log_stats", "pullback_from"),
-)
-# Ours among the base's states of a parameter: the average, the steps that it took, and, while swapped, the live
-# weights. A parameter at rest has steps and no average.
-AVERAGE, STEP, LIVE, AT_REST = "ema", "pullback_step", "live", "at_rest"
-OURS = (AVERAGE, STEP, LIVE, AT_REST)
-# The keys of a base's group that say whether its averages are swapped in, and in which format they are: 0 before the
-# first. Under these names all kinds of checkpoints carry them.
-SWAPPED, FORMAT_VERSION = "pullback_swapped", "pullback_format_version"
+_NO_AXES: Axes = ()
 _SMALLEST_EPS = 2.0**-126  # below, 1 / D could be infinite
-_SHARED = frozenset(f.name for f in fields(PullbackOptions)) & frozenset(OPTIONS)
-_PLAIN = {Tensor, torch.nn.Parameter}
-_version = operator.attrgetter("_version")
-
-
-@dataclass
-class Own:
-    """The pullback's options of a group, checked, and what follows from them."""
-
-    values: Group
-    pulls: bool
-    keeps: bool
-    by_moment: bool
-    operator: Group
-
-    @classmethod
-    def of(cls, values: Group) -> Own:
-        pulls = bool((values["lambda_pullback"] if values["gain"] is None else values["gain"]) != 0.0)
-        shared = {name: plain_number(values[name]) for name in _SHARED}
-        return cls(values, pulls, pulls or values["use_ema_eval"], pulls and values["gain"] is None, shared)
-
-
-@dataclass
-class Row:
-    """The statistics of one call, and what of them means something."""
-
-    stats: Tensor
-    axes: Axes
-    moment: bool
-    before: bool
-
-
-@dataclass
-class Pull:
-    """The parameters of one group that one operator call pulls: on one device, in one dtype, sharded alike."""
-
-    group: Group
-    own: Own
-    backend: Backend
-    device: torch.device
-    dtype: torch.dtype
-    axes: Axes
-    moment: SecondMoment | None
-    places: list[int] = field(default_factory=list)  # in the group
-    owners: list[Tensor] = field(default_factory=list)
-    params: list[Tensor] = field(default_factory=list)  # of DTensors the local parts
-    emas: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
-    seconds: list[Any] = field(default_factory=list)  # as they were before the base's step; None: not there yet
-    befores: list[Tensor] = field(default_factory=list)
-    # The base's steps before the first of the average, and the round: parameters over one memory take turns.
-    offsets: list[int] = field(default_factory=list)
-    rounds: list[int] = field(default_factory=list)
-    new: list[int] = field(default_factory=list)  # the averages that are not in the state yet
-    hidden: list[Tensor] = field(default_factory=list)  # whose states hold nothing of the base
-    on_device: bool = False
-    found_inf: Tensor | None = None
-    alone: bool = False  # wrappers of other tensors: no operator takes them in a list
-
-    def parts(self) -> Iterator[Pull]:
-        """As a rule itself; offsets and rounds get calls of their own."""
-        keys = list(zip(self.rounds, self.offsets, strict=True))
-        if len(set(keys)) <= 1 and keys[0][1] >= 0:
-            yield self
-            return
-        if min(self.offsets) < 0:  # then the count matters too, see _call
-            keys = [(*key, count_of(step)) for key, step in zip(keys, self.steps, strict=True)]  # type: ignore[misc]
-        columns = ("places", "owners", "params", "emas", "steps", "seconds", "befores", "offsets", "rounds")
-        for key in sorted(set(keys)):
-            chosen = [i for i, its in enumerate(keys) if its == key]
-            yield replace(self, **{c: [getattr(self, c)[i] for i in chosen] for c in columns if getattr(self, c)})
-
-
-class Record:
-    """Of a parameter: the copy of its weights, on the CPU, where new memory costs page faults; and the offset with the
-    step counts that it was read from, where these lie on a device that would have to be waited for."""
-
-    __slots__ = ("before", "counts", "offset", "ref")
-
-    def __init__(self, ref: weakref.ref[Tensor]) -> None:
-        self.ref, self.before, self.counts, self.offset = ref, None, None, 0
-
-    before: Tensor | None
-    counts: tuple[Any, ...] | None
-
-
-class Scratch:
-    """What a Pullback keeps beside the base's state: nothing that a checkpoint needs. One object, because wrappers that
-    pass for an optimizer copy its attributes."""
-
-    def __init__(self) -> None:
-        self.records: dict[int, Record] = {}  # by id of the parameter, which they die with
-        self.rows: list[Row] = []
-        self.own: dict[int, tuple[list[Any], Own]] = {}  # by id of the group
-        self.unsure = False  # averages may have taken no step: after a dry run, or one that a gradient scaler skipped
-        self.loading = False  # our load_state_dict calls the base's
-        self.said: set[str] = set()
-
-    def record(self, param: Tensor) -> Record:
-        key = id(param)
-        found = self.records.get(key)
-        if found is None or found.ref() is not param:
-            ref = weakref.ref(param, partial(_forget, weakref.ref(self), key))
-            found = self.records[key] = Record(ref)
-        return found
-
-
-def _forget(scratch: weakref.ref[Scratch], key: int, ref: weakref.ref[Tensor]) -> None:
-    found = scratch()
-    if found is not None and key in found.records and found.records[key].ref is ref:
-        del found.records[key]
-
-
-def is_fake(tensor: Tensor) -> bool:
-    """Whether it has no values: on meta, or of FakeTensorMode."""
-    module = sys.modules.get("torch._subclasses.fake_tensor")
-    return tensor.is_meta or (module is not None and isinstance(tensor, module.FakeTensor))
-
-
-def count_of(step: Any) -> int:
-    """A step count as a number; of a fake one 0."""
-    if isinstance(step, Tensor):
-        return 0 if is_fake(step) else int(step.item())
-    return int(step)
 
 
 class Pulling(Averaging):
@@ -227,16 +102,16 @@ class Pulling(Averaging):
             if not own.keeps:
                 continue
             buckets: dict[Any, Pull] = {}
-            device, dtype, plain, over = None, None, True, ()
+            device, dtype, plain = None, None, True
+            over = _NO_AXES
             pull: Pull | None = None
             for i, owner in enumerate(group["params"]):
                 if owner.grad is None:
                     if not owner.requires_grad:
                         rest.append(owner)
                     continue
-                if type(owner) in _PLAIN:
-                    param, its_axes, its_plain = owner, (), True
-                else:
+                param, its_axes, its_plain = owner, _NO_AXES, True
+                if type(owner) not in PLAIN:
                     param, its_axes = local(owner), axes(owner)
                     its_plain = not is_traceable_wrapper_subclass(param) or is_sharded(owner)
                 if (
@@ -278,7 +153,7 @@ class Pulling(Averaging):
             or ema.dtype is not state_dtype(param)
             or ema.shape != owner.shape
             or (type(ema) is not Tensor and is_sharded(ema) and not (is_sharded(owner) and placed_alike(ema, owner)))
-            or (type(ema) is Tensor and type(owner) not in _PLAIN and is_sharded(owner))
+            or (type(ema) is Tensor and type(owner) not in PLAIN and is_sharded(owner))
         ):
             ema, step = self._started(pull.group, i, owner, ema, step)
             pull.new.append(len(pull.owners))
@@ -375,7 +250,7 @@ class Pulling(Averaging):
         """Parameters over one memory are pulled one after the other."""
         owners = [owner for pull in pulls for owner in pull.params]
         with torch._C.DisableTorchFunctionSubclass():
-            starts = {(p.untyped_storage()._cdata if type(p) in _PLAIN else id(p)) for p in owners}
+            starts = {(p.untyped_storage()._cdata if type(p) in PLAIN else id(p)) for p in owners}
         if len(starts) == len(owners):  # no two of them over one storage
             return
         turns = {id(p): turn for group in overlapping(owners) for turn, p in enumerate(group)}
@@ -508,19 +383,10 @@ class Pulling(Averaging):
                 lr = lr.item()
             elif isinstance(lr, Tensor):
                 options["lr_tensor"], lr = moved(lr, pull.device), 0.0
-        emas = [local(e) for e in pull.emas] if pull.axes or type(pull.owners[0]) not in _PLAIN else pull.emas
+        emas = [local(e) for e in pull.emas] if pull.axes or type(pull.owners[0]) not in PLAIN else pull.emas
         params, befores = pull.params, pull.befores
         if pull.dtype.is_complex:
             params, befores, emas = (list(map(torch.view_as_real, some)) for some in (params, befores, emas))
         if found_inf is not None:
             options["found_inf"] = found_inf
         pull.backend.op("pullback_")(params, befores, seconds, emas, pull.steps, stats, lr=plain_number(lr), **options)
-
-
-def versions(tensors: Iterable[Any]) -> list[int]:
-    """The versions of tensors, by which it is told whether any was written."""
-    tensors = list(tensors)
-    try:
-        return list(map(_version, tensors))
-    except (AttributeError, RuntimeError):  # no tensor, or one of inference mode
-        return [t._version for t in tensors if isinstance(t, Tensor) and not t.is_inference()]
