@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import derived
+from .batchnorm import Batches, recomputed
 from .checks import Group, require
 from .memory import check_whole, region, share_memory
 from .sharding import gathered, is_sharded, local, on_first_rank
@@ -216,12 +217,17 @@ class Averaging(Whole, torch.optim.Optimizer):
 
 
 @contextmanager
-def averaged(model: torch.nn.Module, *optimizers: torch.optim.Optimizer) -> Iterator[None]:
+def averaged(
+    model: torch.nn.Module, *optimizers: torch.optim.Optimizer, update_bn: Batches | None = None
+) -> Iterator[None]:
     """Within this context a model that several optimizers train holds the averages of all of them.
 
     Arguments:
         model: the model, as it is called; its parameters may be wrapped, sharded, compiled.
         optimizers: :class:`PACE`, :class:`MADA`, :class:`Pullback`, each of which steps some of its parameters.
+        update_bn: batches, or a function of the model that passes batches through it in its training mode. Running
+            statistics of batch normalization, which are the live model's, are recomputed with them for the averages;
+            all buffers come back bit for bit. Of a list or a tuple the first entry is passed, a mapping by keyword.
 
     >>> model = torch.nn.Linear(4, 1)
     >>> one, other = (pace_kernels.PACE([p]) for p in model.parameters())
@@ -231,6 +237,8 @@ def averaged(model: torch.nn.Module, *optimizers: torch.optim.Optimizer) -> Iter
     with ExitStack() as stack:
         for optimizer in _checked(optimizers, "averaged()"):
             stack.enter_context(optimizer.averaged(model))
+        if update_bn is not None:
+            stack.enter_context(recomputed(model, update_bn))
         yield
 
 

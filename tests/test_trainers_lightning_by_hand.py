@@ -101,7 +101,7 @@ def test_a_swap_through_the_wrapper_is_one_of_the_optimizer(tmp_path: Path) -> N
 
 
 def test_swapped_through_the_wrapper_it_does_not_step(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"call train\(\) first"):
+    with pytest.raises(RuntimeError, match=r"call optimizer.train\(\) first"):
         trainer_of(tmp_path).fit(ThroughTheWrapper(), BATCHES, BATCHES)
 
 

@@ -7,7 +7,11 @@ import importlib
 import sys
 from contextlib import ExitStack
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
+
+from ..averaging import Averaging
+from ..batchnorm import Batches
+from .callbacks import RunningStatistics, averaging
 
 
 def _callback() -> Any:
@@ -32,33 +36,44 @@ class UseAverage(_callback()):  # type: ignore[misc]
             and the live weights among the optimizer's states. With False they hold the live weights in ``state_dict``
             and the average among the states. ``fit(ckpt_path=...)`` goes on from the live weights in both cases; where
             checkpoints hold the average it needs this callback.
+        update_bn: batches, or a function of the module that passes batches through it. Running statistics of batch
+            normalization are recomputed with them for each average that is evaluated or saved, and the live ones come
+            back before training goes on, also from a checkpoint. By default they are the live module's, which is said
+            once; False: not even that.
 
-    Several optimizers may have averages; those without ``averaged()`` are left as they are.
+    Several optimizers may have averages; those of others are left as they are. DeepSpeed's engine is refused
+    (RuntimeError as training begins): it steps weights of its own.
 
     >>> from lightning.pytorch import Trainer
     >>> trainer = Trainer(callbacks=[UseAverage()])  # doctest: +SKIP
     """
 
-    def __init__(self, checkpoints: bool = True) -> None:
+    def __init__(self, checkpoints: bool = True, update_bn: Batches | Literal[False] | None = None) -> None:
         super().__init__()
         if not isinstance(checkpoints, bool):
             raise ValueError(f"checkpoints must be True or False, got {checkpoints!r}")
         self.checkpoints = checkpoints
+        self._statistics = RunningStatistics(update_bn)
         self._evaluation = ExitStack()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit" and self.checkpoints:
-            _save_averages(trainer)
+            self._save_averages(trainer)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if _averaging(trainer):
+            self._statistics.say(pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        # Restored from a checkpoint that holds the average.
+        # Restored from a checkpoint that holds the average, or after a fit() that ended with it.
         for optimizer in _averaging(trainer):
-            optimizer.train()
+            optimizer.train(pl_module)
+        self._statistics.put_back(pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if _fitting(trainer) or trainer.ckpt_path is None:
             self._evaluation.close()
-            self._evaluation = _averaged(trainer)
+            self._evaluation = self._averaged(trainer)
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -76,37 +91,47 @@ class UseAverage(_callback()):  # type: ignore[misc]
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         for optimizer in _averaging(trainer):
-            optimizer.eval()
+            optimizer.eval(pl_module)
+            self._statistics.recompute(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"live_buffers": self._statistics.live}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._statistics.live = dict(state_dict["live_buffers"])
+
+    def _averaged(self, trainer: Any) -> ExitStack:
+        """Swaps the averages in; closing what is returned swaps back those that were not in before."""
+        module = trainer.lightning_module
+        with ExitStack() as stack:
+            for optimizer in _averaging(trainer):
+                stack.enter_context(optimizer.averaged(module))
+            if _averaging(trainer) and not self._statistics.live:
+                self._statistics.recompute(module)
+                stack.callback(self._statistics.put_back, module)
+            swapped = stack.pop_all()
+        return swapped
+
+    def _save_averages(self, trainer: Any) -> None:
+        """All checkpoints go through ``trainer.save_checkpoint``. No hook comes before it, and none at all where
+        weights alone are saved."""
+        save = trainer.save_checkpoint
+        if getattr(save, "swaps", False):
+            return
+
+        @functools.wraps(save)
+        def save_averaged(*args: Any, **kwargs: Any) -> None:
+            with self._averaged(trainer) if _fitting(trainer) else ExitStack():
+                save(*args, **kwargs)
+
+        save_averaged.swaps = True  # type: ignore[attr-defined]
+        trainer.save_checkpoint = save_averaged
 
 
 def _fitting(trainer: Any) -> bool:
     return bool(trainer.state.fn == "fit")
 
 
-def _averaging(trainer: Any) -> list[Any]:
-    return [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "averaged")]
-
-
-def _averaged(trainer: Any) -> ExitStack:
-    """Swaps the averages in; closing what is returned swaps back those that were not in before."""
-    with ExitStack() as stack:
-        for optimizer in _averaging(trainer):
-            stack.enter_context(optimizer.averaged())
-        swapped = stack.pop_all()
-    return swapped
-
-
-def _save_averages(trainer: Any) -> None:
-    """All checkpoints go through ``trainer.save_checkpoint``. No hook comes before it, and none at all where weights
-    alone are saved."""
-    save = trainer.save_checkpoint
-    if getattr(save, "swaps", False):
-        return
-
-    @functools.wraps(save)
-    def save_averaged(*args: Any, **kwargs: Any) -> None:
-        with _averaged(trainer) if _fitting(trainer) else ExitStack():
-            save(*args, **kwargs)
-
-    save_averaged.swaps = True  # type: ignore[attr-defined]
-    trainer.save_checkpoint = save_averaged
+def _averaging(trainer: Any) -> list[Averaging]:
+    found = [averaging(optimizer, trainer.lightning_module) for optimizer in trainer.optimizers]
+    return [optimizer for optimizer in found if optimizer is not None]

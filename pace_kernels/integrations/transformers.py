@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainerCallback
+
+from ..batchnorm import Batches
+from .callbacks import RunningStatistics, averaging
 
 
 class UseAverage(TrainerCallback):  # type: ignore[misc]
@@ -23,19 +26,48 @@ class UseAverage(TrainerCallback):  # type: ignore[misc]
 
     It costs two swaps an evaluation, save or epoch, and nothing a step. Put it behind callbacks that ask for saves;
     where one came too late it warns. After ``load_best_model_at_end`` the live weights do not belong to the best
-    average: train on with ``resume_from_checkpoint``. Optimizers without ``eval()`` are left as they are.
+    average: train on with ``resume_from_checkpoint``. Optimizers without ``eval()`` are left as they are. DeepSpeed's
+    engine is refused (RuntimeError as training begins): it steps weights of its own.
+
+    Arguments:
+        update_bn: batches, or a function of the model that passes batches through it. Running statistics of batch
+            normalization are recomputed with them for each average that is evaluated or saved, and the live ones come
+            back before training goes on. ``resume_from_checkpoint`` finds those of the average. By default they are the
+            live model's, which is said once; False: not even that.
 
     >>> from transformers import Trainer
     >>> trainer = Trainer(model, args, optimizers=(PACE(...), None), callbacks=[UseAverage()])  # doctest: +SKIP
     """
 
-    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        if control.should_save:
-            _swap_in(optimizer)
+    def __init__(self, update_bn: Batches | Literal[False] | None = None) -> None:
+        super().__init__()
+        self._statistics = RunningStatistics(update_bn)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        if averaging(optimizer, model) is not None:
+            self._statistics.say(model)
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        ours = averaging(optimizer, model)
+        if ours is not None:
+            ours.train(model)
+            self._statistics.put_back(model)
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        if control.should_save or control.should_evaluate:
+            self._swap_in(optimizer, model)
+
+    def on_epoch_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         # Also the last thing before Trainer loads the best model, and no step follows without train().
-        _swap_in(optimizer)
+        self._swap_in(optimizer, model)
 
     def on_save(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if any(group.get("use_ema_eval") and not group.get("swapped", True) for group in optimizer.param_groups):
@@ -45,7 +77,11 @@ class UseAverage(TrainerCallback):  # type: ignore[misc]
                 stacklevel=2,
             )
 
-
-def _swap_in(optimizer: Any) -> None:
-    if hasattr(optimizer, "eval"):
-        optimizer.eval()
+    def _swap_in(self, optimizer: Any, model: Any) -> None:
+        ours = averaging(optimizer, model)
+        if ours is None:
+            if hasattr(optimizer, "eval"):
+                optimizer.eval()
+            return
+        ours.eval(model)
+        self._statistics.recompute(model)

@@ -1,0 +1,74 @@
+"""What the callbacks for trainers share: the optimizer within its wrappers, and batch normalization."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal, cast
+
+from torch import Tensor
+
+from .. import batchnorm
+from ..averaging import Averaging
+from ..memory import share_memory
+
+
+def stepping(optimizer: Any) -> Any:
+    """The optimizer within those that trainers wrapped around it."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def averaging(optimizer: Any, model: Any) -> Averaging | None:
+    """The optimizer that averages the weights of this model, within its wrappers; None for one of others.
+
+    Raises RuntimeError for DeepSpeed's, within which others are stepped than the model's own weights.
+    """
+    inner = stepping(optimizer)
+    if not isinstance(inner, Averaging):
+        return None
+    outer = optimizer
+    while outer is not inner:
+        if type(outer).__module__.startswith("deepspeed.") and not share_memory(model.parameters(), inner._params()):
+            raise RuntimeError(
+                f"UseAverage does not work with DeepSpeed's {type(outer).__name__}: it steps float32 pieces of its own "
+                "and copies them into the model, so the average cannot be put in the model's place. Leave the callback "
+                "out, and export with pace_kernels.integrations.deepspeed.ema_state_dict(engine)"
+            )
+        outer = outer.optimizer
+    return cast(Averaging, inner)
+
+
+class RunningStatistics:
+    """Batch normalization beside an average: says once that its statistics are the live model's, or recomputes them
+    for the average and puts the live ones back.
+
+    ``update_bn``: batches or a function, as of :func:`pace_kernels.averaged`; False: say nothing, None: say it.
+    """
+
+    def __init__(self, update_bn: batchnorm.Batches | Literal[False] | None) -> None:
+        if isinstance(update_bn, bool) and update_bn:
+            raise ValueError("update_bn must be batches, a function of the model, False or None, got True")
+        self.update_bn = update_bn
+        self._said = False
+        self.live: dict[str, Tensor] = {}  # the live ones, while those of the average are in the model
+
+    def say(self, model: Any) -> None:
+        count = 0 if self.update_bn is not None or self._said else len(batchnorm.layers(model))
+        if count:
+            self._said = True
+            warnings.warn(
+                f"UseAverage: the average is evaluated and saved with the running statistics of the live weights, of "
+                f"{count} layers of batch normalization. UseAverage(update_bn=batches) recomputes them for the average "
+                "and puts the live ones back; update_bn=False leaves it at that",
+                stacklevel=3,
+            )
+
+    def recompute(self, model: Any) -> None:
+        """Makes them those of the average, which the model holds; again, until put_back(), is harmless."""
+        if self.update_bn and not self.live:
+            self.live = batchnorm.recompute(model, self.update_bn)
+
+    def put_back(self, model: Any) -> None:
+        batchnorm.put_back(model, self.live)
+        self.live = {}
