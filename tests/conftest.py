@@ -32,6 +32,7 @@ if "OMP_NUM_THREADS" not in os.environ:
 # processes by the dozen. A single test says @pytest.mark.slow.
 SLOW = (
     "test_bench*.py",
+    "test_evaluation_changes_no_bit.py",
     "test_experiments_*.py",
     "test_fuzz.py",
     "test_gpu_command.py",
