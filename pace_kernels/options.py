@@ -73,7 +73,7 @@ def check_given(group: Mapping[str, Any], own: Collection[str], name: str, kind:
     over its groups with its own options in them, such as SAM's rho."""
     ours = [option for option in own if option in group and option not in _COMMON]
     strangers = sorted(str(option) for option in group if option not in (*_FOREIGN, *_COMMON, *own))
-    if ours and strangers and "format_version" not in group:  # that one is in the groups of an optimizer of ours
+    if ours and strangers and "swapped" not in group:  # that one is in the groups of an optimizer of ours
         raise ValueError(
             f"{name} has {', '.join(ours)} beside {', '.join(strangers)}, which {kind} does not know: are these the "
             f"options of a wrapper? {kind} would take {', '.join(ours)} for its own. Give it groups without them, such "
