@@ -62,7 +62,7 @@ DEFINES = [
     ("PACE_CPU_VARIANTS", " ".join(f"X({isa})" for isa in ISA_FLAGS)),
 ]
 KERNELS = "csrc/cpu/kernels.cpp"  # compiled once per instruction set
-OPERATORS = ("mada_ops", "pace_ops", "pullback_ops", "swap_ops")
+OPERATORS = ("mada_ops", "pace_ops", "pullback_ops")
 SOURCES = ["csrc/module.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("isa", *OPERATORS))]
 HERE = os.path.dirname(os.path.abspath(__file__))
 HEADERS = sorted(path for end in ("h", "cuh") for path in glob(f"csrc/**/*.{end}", root_dir=HERE, recursive=True))

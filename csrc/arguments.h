@@ -1,6 +1,6 @@
 // The operators' arguments by name, and the checks of them that all devices share. Declared in pace_kernels/ops.py;
-// each device registers its own function of the struct, through pace_step_, mada_step_, mada_learn_, pullback_
-// and swap_ below.
+// each device registers its own function of the struct, through pace_step_, mada_step_, mada_learn_ and
+// pullback_ below.
 #pragma once
 
 #include <optional>
@@ -260,12 +260,6 @@ void pullback_(TensorList params, TensorList befores, TensorList second_moments,
        found_inf,
        {pace, gain, step_offset},
        capturable});
-}
-
-template <void (*run)(const TensorList&, const TensorList&)>
-void swap_(TensorList a, TensorList b) {
-  check_length("b", b, a);
-  run(a, b);
 }
 
 }  // namespace pace

@@ -99,11 +99,41 @@ inline void check_operand(const char* name, size_t i, const Tensor& t, const Ten
   }
 }
 
+inline bool is_number(const Tensor& t) {
+  return t.numel() == 1 && (t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double);
+}
+
 inline void check_step(const char* name, size_t i, const Tensor& t, const Place& place) {
-  STD_TORCH_CHECK(place.holds(t) && t.numel() == 1 && t.scalar_type() == ScalarType::Float, entry(name, i), " must be ",
-                  place.tensor(), ", float32, with one element");
+  STD_TORCH_CHECK(place.holds(t) && is_number(t), entry(name, i), " must be ", place.tensor(),
+                  ", float32 or float64, with one element");
   const char* const fault = memory_fault(t);
   STD_TORCH_CHECK(fault == nullptr, entry(name, i), fault);
+}
+
+// A number on the CPU.
+inline double read_number(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? *static_cast<const double*>(t.data_ptr())
+                                               : static_cast<double>(*static_cast<const float*>(t.data_ptr()));
+}
+
+// float32 holds every integer up to here, and this plus 1 is this.
+constexpr double kFloat32Counts = 16777216.0;  // 2^24
+
+// The steps taken so far, where the count is on the CPU, and can go on.
+inline double checked_steps_taken(const char* name, size_t i, const Tensor& t) {
+  check_step(name, i, t, kCpu);
+  const double taken = read_number(t);
+  STD_TORCH_CHECK(taken < kFloat32Counts || t.scalar_type() == ScalarType::Double, entry(name, i),
+                  " is float32, which counts to 2^24, and is there: make it float64");
+  return taken;
+}
+
+inline void write_step(const Tensor& step, double t) {
+  if (step.scalar_type() == ScalarType::Double) {
+    *static_cast<double*>(step.data_ptr()) = t;
+  } else {
+    *static_cast<float*>(step.data_ptr()) = static_cast<float>(t);
+  }
 }
 
 inline void check_one(const char* name, const std::optional<Tensor>& t, const Place& place) {
@@ -116,8 +146,7 @@ inline void check_one(const char* name, const std::optional<Tensor>& t, const Pl
 
 inline void check_lr(const std::optional<Tensor>& t, const Place& place) {
   if (!t) return;
-  const bool number = t->scalar_type() == ScalarType::Float || t->scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(place.holds(*t) && t->numel() == 1 && number, "lr_tensor must be ", place.tensor(),
+  STD_TORCH_CHECK(place.holds(*t) && is_number(*t), "lr_tensor must be ", place.tensor(),
                   ", float32 or float64, with one element");
   const char* const fault = memory_fault(*t);
   STD_TORCH_CHECK(fault == nullptr, "lr_tensor", fault);

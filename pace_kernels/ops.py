@@ -22,7 +22,9 @@ _LIBRARY = torch.library.Library("pace_kernels", "DEF")
 # of which is waited for: `lr_tensor` in place of lr; `grad_scale`, which divides the gradients, and `clip_coef`, which
 # multiplies them (float32; both within the pass: the gradients themselves stay as they are); and `found_inf` (float32):
 # where it is not 0, nothing changes. `capturable`: the step counts live on the device of the parameters, otherwise on
-# the CPU. Where `found_inf` is given off the CPU they have to, since only the device knows whether a step counts.
+# the CPU. Where `found_inf` is given off the CPU they have to, since only the device knows whether a step counts. They
+# are float32 or float64. float32 counts to 2^24: a count that is there is refused on the CPU; on a device, where nobody
+# reads it, it stays there.
 #
 # One PACE step (csrc/rules/pace.h). `exp_avgs` may be empty where beta1 is 0, `emas` where lambda_pullback is 0.
 _LIBRARY.define(
@@ -73,8 +75,6 @@ _LIBRARY.define(
     "float? gain, bool clamp_pullback, float beta2, float eps, int step_offset, float beta_ema, float? ema_kappa, "
     "float ema_rho, float ema_gamma, int ema_update_freq, bool capturable) -> ()"
 )
-# Exchanges the contents of a[i] and b[i], both float32, without a copy of either.
-_LIBRARY.define("swap_(Tensor(a!)[] a, Tensor(b!)[] b) -> ()")
 
 # What `stats` holds after a step, float64: sums, minima and maxima over all coordinates of the call. PaceStat in
 # csrc/stats.h has the same order. "raw" is the gain before alpha c, "effective" before the clamp, "lambda"
@@ -146,12 +146,6 @@ def _(params, befores, second_moments, emas, steps, *tensors, **options):  # typ
     _check_lengths(params, {"emas": emas, "steps": steps}, {"befores": befores, "second_moments": second_moments})
 
 
-@torch.library.register_fake("pace_kernels::swap_", lib=_LIBRARY)
-def _(a, b):  # type: ignore[no-untyped-def]
-    _check_devices(a, b)
-    _check_lengths(a, {"b": b}, {})
-
-
 def _resolve_negative(name: str) -> None:
     """Negative views (``x.conj().imag``; their memory holds minus what they are) are copied where they are read, and
     refused where they are written. torch's own fallback raises for some calls only after the kernel has run."""
@@ -175,7 +169,7 @@ def _resolve_negative(name: str) -> None:
     _LIBRARY.impl(name, call, "Negative")
 
 
-for _name in ("pace_step_", "mada_step_", "mada_learn_", "pullback_", "swap_"):
+for _name in ("pace_step_", "mada_step_", "mada_learn_", "pullback_"):
     _resolve_negative(_name)
 
 # The libraries that hold the kernels register them when they are loaded; why one can't be, backends() says.

@@ -103,7 +103,8 @@ def gradient(rng: Rng, param: Tensor) -> Tensor:
 
 
 def step_count(rng: Rng, param: Tensor) -> Tensor:
-    return torch.tensor(rng.choice(STEPS) if rng.random() < 0.2 else float(rng.randint(0, 20)))
+    dtype = torch.float64 if rng.random() < 0.3 else torch.float32
+    return torch.tensor(rng.choice(STEPS) if rng.random() < 0.2 else float(rng.randint(0, 20)), dtype=dtype)
 
 
 def last_scalars(rng: Rng, param: Tensor) -> Tensor:
@@ -261,7 +262,6 @@ OPERATORS: dict[str, Operator] = {
         sums=("stats",),
         fit=without_what_nothing_needs,
     ),
-    "swap_": Operator(lists={"a": like(), "b": like()}, dtypes=(torch.float32,)),
 }  # fmt: skip
 
 

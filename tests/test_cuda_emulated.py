@@ -11,6 +11,7 @@ import mada_cases
 import numpy as np
 import pace_cases
 import pytest
+import step_count_cases
 import torch
 from emulated import build
 from emulated.device import Device
@@ -245,17 +246,13 @@ def test_a_learning_rate_on_the_device(dtype: torch.dtype) -> None:
     assert torch.equal(*results)
 
 
-# ---- the swap -------------------------------------------------------------------------------------------------------
+# ---- step counts ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("misalign", [0, 4])
-def test_swap(misalign: int) -> None:
-    a, b = [[torch.randn(n) for n in (1, 4097, 0, 30_000)] for _ in range(2)]
-    before = [t.clone() for t in a + b]
-    on = device(misalign=misalign)
-    on.swap_(a, b)
-    assert all(torch.equal(now, was) for now, was in zip(b + a, before, strict=True))
-    assert set(on.moved.values()) == {4 * 34_098}
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("name", step_count_cases.OPERATORS)
+def test_steps_beyond_float32(name: str, capturable: bool) -> None:
+    step_count_cases.moves_every_third_step(getattr(device(), name), name, capturable)
 
 
 # ---- bytes ----------------------------------------------------------------------------------------------------------

@@ -53,21 +53,24 @@ def test_every_operator_is_fuzzed() -> None:
     assert set(fuzz_ops.OPERATORS) == registered
 
 
-def writes_and_refuses(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
-    torch.ops.pace_kernels.swap_(a, b)
+EMAS = [a.name for a in torch.ops.pace_kernels.pullback_.default._schema.arguments].index("emas")
+
+
+def writes_and_refuses(*lists: Any, **options: Any) -> None:
+    torch.ops.pace_kernels.pullback_(*lists, **options)
     raise RuntimeError("after all")
 
 
-def writes_beside(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
-    torch.ops.pace_kernels.swap_(a, b)
-    for t in a:
+def writes_beside(*lists: Any, **options: Any) -> None:
+    torch.ops.pace_kernels.pullback_(*lists, **options)
+    for t in lists[EMAS]:
         if t.storage_offset():
             t.as_strided((1,), (1,), 0).fill_(1.25)
 
 
-def minds_the_layout(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
-    torch.ops.pace_kernels.swap_(a, b)
-    for t in a:
+def minds_the_layout(*lists: Any, **options: Any) -> None:
+    torch.ops.pace_kernels.pullback_(*lists, **options)
+    for t in lists[EMAS]:
         if not t.is_contiguous():
             t.add_(1.0)
 
@@ -77,7 +80,7 @@ def minds_the_layout(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
     [(writes_and_refuses, "had written"), (writes_beside, "beside its tensors"), (minds_the_layout, "other bits")],
 )
 def test_the_fuzz_sees(function: Callable[..., None], message: str) -> None:
-    numbers = range(list(fuzz_ops.OPERATORS).index("swap_"), 400, len(fuzz_ops.OPERATORS))
+    numbers = range(list(fuzz_ops.OPERATORS).index("pullback_"), 400, len(fuzz_ops.OPERATORS))
     with pytest.raises(fuzz_ops.Failure, match=message):
         for number in numbers:
             fuzz_ops.run_case(0, number, function=function)

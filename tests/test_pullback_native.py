@@ -179,7 +179,9 @@ REFUSED: dict[str, dict[str, Any]] = {
     r"second_moments\[0\] must be float32, bfloat16 or float16": {"second_moments": [torch.rand(7, 3).double()] * 2},
     r"emas\[1\] must be float32": {"emas": [torch.rand(7, 3), torch.rand(7, 3).half()]},
     r"emas\[0\] overlaps itself": {"emas": [torch.rand(3).expand(7, 3), torch.rand(7, 3)]},
-    r"steps\[0\] must be a CPU tensor, float32, with one element": {"steps": [torch.zeros(2), torch.zeros(())]},
+    r"steps\[0\] must be a CPU tensor, float32 or float64, with one element": {
+        "steps": [torch.zeros(2), torch.zeros(())]
+    },
 }
 
 

@@ -19,6 +19,7 @@ if not os.environ.get("TRITON_INTERPRET"):
 import mada_cases
 import pace_cases
 import pullback_cases
+import step_count_cases
 import test_mada_native
 import test_native
 import test_pullback_native
@@ -368,7 +369,6 @@ def test_nothing_to_do() -> None:
     assert named["steps"][0] == 5
     sums = named["hypergradients"]
     assert sums.tolist() == [0.0] * 6 + [test_mada_native.OPTIONS["lr"]]
-    ops.swap_([], [])
 
 
 LEARNING: dict[str, dict[str, Any]] = {
@@ -405,13 +405,15 @@ def test_learning(case: str) -> None:
     assert torch.equal(moved[0], before) and count == 4
 
 
-def test_the_exchange() -> None:
-    a, b = ([torch.randn(5, 7), torch.randn(40, 30).t(), torch.randn(1000)[3:]] for _ in range(2))
-    b[1] = torch.randn(30, 40)
-    both("swap_", [a, b])
-    before = [t.clone() for t in (*b, *a)]
-    ops.swap_(a, b)
-    assert all(torch.equal(x, y) for x, y in zip([*a, *b], before, strict=True))
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("name", step_count_cases.OPERATORS)
+def test_steps_beyond_float32(name: str, capturable: bool) -> None:
+    step_count_cases.moves_every_third_step(getattr(ops, name), name, capturable)
+
+
+@pytest.mark.parametrize("name", step_count_cases.OPERATORS)
+def test_float32_is_refused_where_it_stops_counting(name: str) -> None:
+    step_count_cases.stops_before_it_loses_count(getattr(ops, name), name)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
@@ -569,6 +571,6 @@ def test_the_backend_is_chosen_by_name_alone_here() -> None:
     assert choose("triton", cpu, F32) is row and choose(None, cpu, F32) is not row
     with pytest.warns(RuntimeWarning, match="computes through torch"):  # addresses on a GPU mean nothing here
         assert choose(None, torch.device("cuda"), BF16).name == "torch"
-    assert choose("triton", cpu, F32).op("swap_") is ops.swap_
+    assert choose("triton", cpu, F32).op("pullback_") is ops.pullback_
     with pytest.raises(RuntimeError, match=r"it covers torch\.float32"):
         choose("triton", cpu, torch.float64)

@@ -5,6 +5,6 @@ A function here with the name of an operator (pace_kernels/ops.py) does what the
 over memory, ``scalars.py`` and ``sums.py`` what goes before and after it; ``ops.py`` puts them together.
 """
 
-from .ops import mada_learn_, mada_step_, pace_step_, pullback_, swap_
+from .ops import mada_learn_, mada_step_, pace_step_, pullback_
 
-__all__ = ["mada_learn_", "mada_step_", "pace_step_", "pullback_", "swap_"]
+__all__ = ["mada_learn_", "mada_step_", "pace_step_", "pullback_"]

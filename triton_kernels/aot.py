@@ -2,8 +2,8 @@
 to fill Triton's cache before a training starts.
 
 >>> from triton.backends.compiler import GPUTarget
->>> compiled = compile_kernels(GPUTarget("cuda", 90, 32), ["swap float32"])
->>> "ld.global.v4.b32" in compiled["swap float32"].asm["ptx"]
+>>> compiled = compile_kernels(GPUTarget("cuda", 90, 32), ["pace float32"])
+>>> "ld.global.v4.b32" in compiled["pace float32"].asm["ptx"]
 True
 """
 
@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import learn_kernel, scalars, sums
-from .launch import MADA, PACE, PULLBACK, SWAP, Sweep, Target, compile_options
+from .launch import MADA, PACE, PULLBACK, Sweep, Target, compile_options
 from .table import Part
 
 # Types of the kernels' arguments that are not numbers in float64 and not compiled in.
@@ -118,8 +118,6 @@ def _sweeps() -> dict[str, Variant]:
             add(f"mada {name}{label}", MADA, part, **flags, **absent, **plain)
             if label == "":
                 add(f"mada {name} pulled capturable", MADA, part, **flags, AVERAGE=True, PULL=True, ROLES_STAY=True)
-        if x == torch.float32:
-            add(f"swap {name}", SWAP, part)
     return found
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 FORMATS = {torch.float32, torch.bfloat16, torch.float16}
+FLOAT32_COUNTS = 2.0**24
 _FLOAT32 = {torch.float32}
+_NUMBERS = {torch.float32, torch.float64}
 
 
 def require(condition: bool, message: str) -> None:
@@ -61,12 +63,21 @@ def check_operands(
 
 
 def check_steps(steps: list[Tensor], device: torch.device) -> None:
-    usual = {t.dtype for t in steps} <= _FLOAT32 and {t.device for t in steps} <= {device}
+    usual = {t.dtype for t in steps} <= _NUMBERS and {t.device for t in steps} <= {device}
     if usual and all(t.numel() == 1 for t in steps):
         return
     for i, t in enumerate(steps):
-        good = t.device == device and t.numel() == 1 and t.dtype == torch.float32
-        require(good, f"steps[{i}] must be {place(device)}, float32, with one element")
+        good = t.device == device and t.numel() == 1 and t.dtype in _NUMBERS
+        require(good, f"steps[{i}] must be {place(device)}, float32 or float64, with one element")
+
+
+def counts_taken(steps: list[Tensor]) -> list[float]:
+    """The steps taken so far, where the counts are on the CPU, and can go on."""
+    taken = [step.item() for step in steps]
+    for i, (count, step) in enumerate(zip(taken, steps, strict=True)):
+        good = count < FLOAT32_COUNTS or step.dtype == torch.float64
+        require(good, f"steps[{i}] is float32, which counts to 2^24, and is there: make it float64")
+    return taken
 
 
 def check_one(name: str, t: Tensor | None, device: torch.device) -> None:
@@ -77,7 +88,7 @@ def check_one(name: str, t: Tensor | None, device: torch.device) -> None:
 
 def check_lr(t: Tensor | None, device: torch.device) -> None:
     if t is not None:
-        good = t.device == device and t.numel() == 1 and t.dtype in (torch.float32, torch.float64)
+        good = t.device == device and t.numel() == 1 and t.dtype in _NUMBERS
         require(good, f"lr_tensor must be {place(device)}, float32 or float64, with one element")
 
 

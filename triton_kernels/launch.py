@@ -12,7 +12,6 @@ import torch
 from .mada_kernel import _mada_kernel
 from .pace_kernel import _pace_kernel
 from .pullback_kernel import _pullback_kernel
-from .swap_kernel import _swap_kernel
 from .table import TRITON_DTYPES, Part
 
 
@@ -69,7 +68,6 @@ class Sweep:
 PACE = Sweep(_pace_kernel, warps=8, narrow=8)
 MADA = Sweep(_mada_kernel, warps=4, narrow=4, registers=168)
 PULLBACK = Sweep(_pullback_kernel, warps=8, narrow=8)
-SWAP = Sweep(_swap_kernel, warps=8, narrow=4)
 
 
 def compile_options(**options: Any) -> dict[str, Any]:

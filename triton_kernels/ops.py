@@ -22,9 +22,10 @@ from .checks import (
     check_operands,
     check_options,
     check_steps,
+    counts_taken,
     require,
 )
-from .launch import MADA, PACE, PULLBACK, SWAP, Sweep, launch, target_of
+from .launch import MADA, PACE, PULLBACK, Sweep, launch, target_of
 from .sweep import CHUNK
 from .table import Plan, Uploads, plan, upload
 
@@ -113,8 +114,6 @@ _COLUMNS = {
     "emas": table.E.value,
     "befores": table.BEFORE.value,
     "second_moments": table.G.value,  # in the place of the gradient, since it may be as narrow
-    "a": table.X.value,
-    "b": table.E.value,
 }
 
 
@@ -149,7 +148,7 @@ def _lay_out(
     device: torch.device,
 ) -> Layout:
     """Where everything lies. Tensors of the same step count come side by side."""
-    taken = [0.0] * len(steps) if on_device or not steps else [step.item() for step in steps]
+    taken = [0.0] * len(steps) if on_device else counts_taken(steps)
     order = None
     if len(list(groupby(taken))) > len(set(taken)):
         order = sorted(range(len(taken)), key=taken.__getitem__)
@@ -552,15 +551,3 @@ def pullback_(
     _finish(layout, steps, on_device)
     if stats is not None and rows is not None:
         _add_up(sums._sum_stats_kernel, rows, stats, found_inf_ptr=found_inf)
-
-
-@torch.no_grad()
-def swap_(a: list[Tensor], b: list[Tensor]) -> None:
-    """What the operator ``swap_`` does."""
-    check_length("b", b, a)
-    device = _device(a)
-    check_operands("a", a, a, device, state=True, written=True)
-    check_operands("b", b, a, device, state=True, written=True)
-    layout = _lay_out({"a": a, "b": b}, [], [], False, device)
-    _sweep(SWAP, layout)
-    layout.staged.write_back()

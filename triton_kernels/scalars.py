@@ -334,9 +334,14 @@ def load_mada_scalars(ptr):
 def advanced(row_ptr, steps_taken, mask, ON_DEVICE: tl.constexpr):
     """The step that is taken now, float64; a count on the device moves on to it."""
     if ON_DEVICE:
-        step_ptr = tl.load(row_ptr + STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
-        t = tl.load(step_ptr, mask=mask, other=0.0).to(tl.float64) + 1.0
-        tl.store(step_ptr, t.to(tl.float32), mask=mask)
+        address = tl.load(row_ptr + STEP, mask=mask, other=0)
+        is_double = (address & 1) != 0
+        single_ptr = address.to(tl.pointer_type(tl.float32))
+        double_ptr = (address - (address & 1)).to(tl.pointer_type(tl.float64))
+        taken = tl.load(single_ptr, mask=mask & ~is_double, other=0.0).to(tl.float64)
+        t = tl.where(is_double, tl.load(double_ptr, mask=mask & is_double, other=0.0), taken) + 1.0
+        tl.store(single_ptr, t.to(tl.float32), mask=mask & ~is_double)
+        tl.store(double_ptr, t, mask=mask & is_double)
     else:
         t = tl.full((LANES,), steps_taken, tl.float64) + 1.0
     return t

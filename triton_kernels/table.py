@@ -22,7 +22,7 @@ from torch import Tensor
 NUMEL = tl.constexpr(0)
 FIRST_BLOCK = tl.constexpr(1)  # the tensor's first program
 FIRST_ROW = tl.constexpr(2)  # and its place by the order of the tensors
-STEP = tl.constexpr(3)
+STEP = tl.constexpr(3)  # its lowest bit says that it is float64, not float32
 LAST_SCALARS = tl.constexpr(4)
 X = tl.constexpr(5)
 G = tl.constexpr(6)
@@ -183,6 +183,9 @@ _reserve = Reserve(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, pin_mem
 def plan(columns: dict[int, list[Tensor]], numels: list[int], device: torch.device, chunk: int) -> Plan:
     """The plan of tensors of `numels` elements; `columns` holds the operands by their column of the table."""
     addresses = {column: list(map(Tensor.data_ptr, tensors)) for column, tensors in columns.items()}
+    if STEP.value in columns:
+        steps = zip(addresses[STEP.value], columns[STEP.value], strict=True)
+        addresses[STEP.value] = [a | (t.dtype == torch.float64) for a, t in steps]
     for values in addresses.values():
         if 0 in values and any(a == 0 and n > 0 for a, n in zip(values, numels, strict=True)):
             raise RuntimeError("a tensor has no memory of its own, as a DTensor has not: pass its local part")

@@ -1,4 +1,4 @@
-// What the CPU's operators read from tensors of one element, and the exchange that MADA borrows from swap_.
+// What the CPU's operators read from tensors of one element.
 #pragma once
 
 #include <optional>
@@ -16,13 +16,6 @@ inline float grad_factor(const GradScaling& s) { return read_one(s.clip_coef, 1.
 
 inline bool skipped(const std::optional<Tensor>& found_inf) { return read_one(found_inf, 0.0f) != 0.0f; }
 
-inline double read_lr(const std::optional<Tensor>& lr, double otherwise) {
-  if (!lr) return otherwise;
-  return lr->scalar_type() == ScalarType::Double ? *static_cast<const double*>(lr->data_ptr())
-                                                 : static_cast<double>(*static_cast<const float*>(lr->data_ptr()));
-}
-
-// Exchanges the contents of a[i] and b[i] (swap_ops.cpp).
-void exchange(const TensorList& a, const TensorList& b);
+inline double read_lr(const std::optional<Tensor>& lr, double otherwise) { return lr ? read_number(*lr) : otherwise; }
 
 }  // namespace pace

@@ -4,8 +4,7 @@
 #include "mada_kernel.h"
 #include "pace_kernel.h"
 #include "pullback_kernel.h"
-#include "swap_kernel.h"
 
 #define NAME_(isa) pace_kernels_##isa
 #define NAME(isa) NAME_(isa)
-extern "C" const pace::Kernels NAME(PACE_ISA) = {&pace::pace, &pace::mada, &pace::pullback, &pace::swap};
+extern "C" const pace::Kernels NAME(PACE_ISA) = {&pace::pace, &pace::mada, &pace::pullback};

@@ -30,6 +30,7 @@ struct MadaWork {
   Stream x, g, m, n, v, w, l, last_g, older_g, e;
   bool lag, diff, second, lion, adam, average;  // flags of mada_tile
   bool first;                                   // no last gradient was kept yet: d = 0, whatever last_g holds
+  bool roles_stay;                              // last_g gets the new gradient and older_g the last one
   MadaScalars last, now;                        // of the step that is redone, where there is one, and of the new one
   PaceScalars pull;
 };
@@ -45,7 +46,6 @@ struct Kernels {
   void (*pace)(const PaceWork& work, int64_t begin, int64_t end, PaceSums* sums);          // sums may be null
   void (*mada)(const MadaWork& work, int64_t begin, int64_t end, double* sums);            // six sums, where it lags
   void (*pullback)(const PullbackWork& work, int64_t begin, int64_t end, PaceSums* sums);  // sums may be null
-  void (*swap)(const Stream& a, const Stream& b, int64_t begin, int64_t end);
 };
 
 }  // namespace pace

@@ -104,6 +104,13 @@ void mada(const MadaWork& w, int64_t begin, int64_t end, double* sums) {
     const MadaTile tile{t[0].data, t[1].data, t[2].data, t[3].data, t[4].data,
                         t[5].data, t[6].data, t[7].data, t[8].data, t[9].data};
     tile_function(w, n, tile, sums);
+    if (w.roles_stay) {  // the new gradient went over the older one
+      for (int64_t i = 0; i < n; ++i) {
+        const float older = tile.older[i];
+        tile.older[i] = tile.last[i];
+        tile.last[i] = older;
+      }
+    }
     for (int k = 0; k < 10; ++k) {
       if (k != 1) close_tile(*streams[k], at, n, t[k]);  // all but the gradient
     }

@@ -45,9 +45,10 @@ void step(const MadaArguments& a) {
       return order.stream(list[i], format_of(name, i, list[i], state), keep);
     };
     MadaWork& w = works[i];
-    check_step("steps", i, a.steps[i], kCpu);
-    const double t = step_counts[i] = *static_cast<const float*>(a.steps[i].data_ptr()) + 1.0;
+    const double t = step_counts[i] = checked_steps_taken("steps", i, a.steps[i]) + 1.0;
     w.lag = lag, w.diff = diff, w.second = second, w.lion = lion, w.adam = adam;
+    // Those who replay a captured graph know tensors, not their roles, so there the roles stay. Here that is for show.
+    w.roles_stay = a.capturable && lag && diff;
     w.average = !a.emas.empty() && (a.pull() || average_moves(options.pace, t));
     w.x = stream("params", a.params, true, false, true);
     w.g = stream("grads", a.grads, true, false, false);
@@ -85,14 +86,12 @@ void step(const MadaArguments& a) {
     kernels.mada(works[i], begin, end, lag ? sums[static_cast<size_t>(block)].data() : nullptr);
   });
   for (size_t i = 0; i < params.size(); ++i) {
-    *static_cast<float*>(a.steps[i].data_ptr()) = static_cast<float>(step_counts[i]);
+    write_step(a.steps[i], step_counts[i]);
     if (!grads_kept) continue;
     last[i][kTaken] = lag ? kRedo : kDone;
     last[i][kLastLr] = lr;
     std::copy(q.begin(), q.end(), last[i] + kLastCoefficients);
   }
-  // Those who replay a captured graph know tensors, not their roles, so there the roles stay. Here that is for show.
-  if (a.capturable && lag && diff) exchange(a.last_grads, a.older_grads);
   if (out == nullptr) return;
   size_t block = 0;
   for (size_t i = 0; i < params.size() && lag; ++i) {

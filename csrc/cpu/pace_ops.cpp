@@ -30,8 +30,7 @@ void step(const PaceArguments& a) {
       return order.stream(t, format_of(name, i, t, state), keep);
     };
     PaceWork& w = works[i];
-    check_step("steps", i, a.steps[i], kCpu);
-    const double t = step_counts[i] = *static_cast<const float*>(a.steps[i].data_ptr()) + 1.0;
+    const double t = step_counts[i] = checked_steps_taken("steps", i, a.steps[i]) + 1.0;
     w.moment = moment;
     w.pull = pull;
     w.average = !a.emas.empty() && average_moves(options, t);
@@ -52,9 +51,7 @@ void step(const PaceArguments& a) {
   blocks.run([&](size_t i, int64_t begin, int64_t end, int64_t block) {
     kernels.pace(works[i], begin, end, sums.empty() ? nullptr : &sums[static_cast<size_t>(block)]);
   });
-  for (size_t i = 0; i < params.size(); ++i) {
-    *static_cast<float*>(a.steps[i].data_ptr()) = static_cast<float>(step_counts[i]);
-  }
+  for (size_t i = 0; i < params.size(); ++i) write_step(a.steps[i], step_counts[i]);
 
   if (stats == nullptr) return;
   size_t block = 0;

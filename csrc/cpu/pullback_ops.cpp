@@ -31,8 +31,7 @@ void pull_back(const PullbackArguments& a) {
       return needed ? order.stream(list[i], format, keep) : Stream{};
     };
     PullbackWork& w = works[i];
-    check_step("steps", i, a.steps[i], kCpu);
-    const double t = step_counts[i] = *static_cast<const float*>(a.steps[i].data_ptr()) + 1.0;
+    const double t = step_counts[i] = checked_steps_taken("steps", i, a.steps[i]) + 1.0;
     w.pull = pull;
     w.average = average_moves(options.pace, t);
     // A step in which nothing pulls and the average rests walks no memory.
@@ -51,9 +50,7 @@ void pull_back(const PullbackArguments& a) {
   blocks.run([&](size_t i, int64_t begin, int64_t end, int64_t block) {
     kernels.pullback(works[i], begin, end, sums.empty() ? nullptr : &sums[static_cast<size_t>(block)]);
   });
-  for (size_t i = 0; i < params.size(); ++i) {
-    *static_cast<float*>(a.steps[i].data_ptr()) = static_cast<float>(step_counts[i]);
-  }
+  for (size_t i = 0; i < params.size(); ++i) write_step(a.steps[i], step_counts[i]);
 
   if (stats == nullptr) return;
   size_t block = 0;

@@ -33,6 +33,14 @@ struct FactorSource {
   const float* clip_coef;
 };
 
+// A step count: on the device, where the lowest bit of the address says that it is float64, not float32; or, with none,
+// the host's, which comes beside it.
+struct StepAddress {
+  uintptr_t tagged;
+
+  bool on_device() const { return tagged != 0; }
+};
+
 // ---- scalars on the device ------------------------------------------------------------------------------------------
 
 struct PaceStepScalars {
@@ -55,20 +63,20 @@ struct PullbackStepScalars {
 // One thread a tensor: advances its step count and computes its scalars.
 struct PaceScalarsLaunch {
   static constexpr int kCapacity = 4000;
-  float* step[kCapacity];  // null: `steps_taken` of the host
-  PaceStepScalars* out;    // of the first of these tensors
+  StepAddress step[kCapacity];
+  PaceStepScalars* out;  // of the first of these tensors
   const float* found_inf;
   FactorSource factor;
   LrSource lr;
   PaceOptions options;
-  double steps_taken;
+  double steps_taken;  // of those on the host
   int32_t tensors;
 };
 static_assert(sizeof(PaceScalarsLaunch) <= kParameterBytes);
 
 struct MadaScalarsLaunch {
   static constexpr int kCapacity = 2000;
-  float* step[kCapacity];
+  StepAddress step[kCapacity];
   double* last[kCapacity];  // last_scalars; null where no gradient is kept
   MadaStepScalars* out;
   const float* found_inf;
@@ -77,7 +85,7 @@ struct MadaScalarsLaunch {
   MadaOptions options;
   double fixed[kCoefficients];
   const double* coefficients;  // those that `learn` names
-  double steps_taken;
+  double steps_taken;          // of those on the host
   int64_t learn;
   int32_t tensors;
 };
@@ -85,12 +93,12 @@ static_assert(sizeof(MadaScalarsLaunch) <= kParameterBytes);
 
 struct PullbackScalarsLaunch {
   static constexpr int kCapacity = 4000;
-  float* step[kCapacity];
+  StepAddress step[kCapacity];
   PullbackStepScalars* out;
   const float* found_inf;
   LrSource lr;
   PullbackOptions options;
-  double steps_taken;
+  double steps_taken;  // of those on the host
   int32_t tensors;
 };
 static_assert(sizeof(PullbackScalarsLaunch) <= kParameterBytes);
@@ -155,13 +163,6 @@ struct PullbackLaunch {
 };
 static_assert(sizeof(PullbackLaunch) <= kParameterBytes);
 
-struct SwapLaunch {
-  static constexpr int kCapacity = 1160;
-  float *a[kCapacity], *b[kCapacity];
-  Table<kCapacity> table;
-};
-static_assert(sizeof(SwapLaunch) <= kParameterBytes);
-
 // ---- sums of blocks -------------------------------------------------------------------------------------------------
 
 constexpr int kSumThreads = 128;
@@ -204,7 +205,6 @@ enum class KernelFamily : int32_t {
   kMada,
   kMadaSum,
   kLearn,
-  kSwap,
   kPullbackScalars,
   kPullback,
 };

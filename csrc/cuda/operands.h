@@ -126,14 +126,16 @@ class Operands {
 };
 
 // The step count of parameter i: on the device its address, otherwise its value.
-inline std::pair<float*, double> step_of(const TensorList& steps, size_t i, bool on_device, const Place& place) {
-  check_step("steps", i, steps[i], on_device ? place : kCpu);
-  float* const data = static_cast<float*>(steps[i].data_ptr());
-  return on_device ? std::make_pair(data, 0.0) : std::make_pair(static_cast<float*>(nullptr), double{*data});
+inline std::pair<StepAddress, double> step_of(const TensorList& steps, size_t i, bool on_device, const Place& place) {
+  if (!on_device) return {StepAddress{0}, checked_steps_taken("steps", i, steps[i])};
+  check_step("steps", i, steps[i], place);
+  const bool is_double = steps[i].scalar_type() == ScalarType::Double;
+  return {StepAddress{reinterpret_cast<uintptr_t>(steps[i].data_ptr()) | uintptr_t{is_double}}, 0.0};
 }
 
-inline void count_steps(const TensorList& steps) {
-  for (const Tensor& step : steps) *static_cast<float*>(step.data_ptr()) += 1.0f;
+template <class T>
+void count_steps(const TensorList& steps, const std::vector<T>& tensors) {
+  for (size_t i = 0; i < steps.size(); ++i) write_step(steps[i], tensors[i].steps_taken + 1.0);
 }
 
 inline float* address(const std::optional<Tensor>& t) { return t ? static_cast<float*>(t->data_ptr()) : nullptr; }

@@ -29,7 +29,7 @@ void pace_step(const PaceArguments& a) {
   DeviceWorkspace workspace(a.params[0]);
   launch(plan_pace(tensors, request, workspace.give()), place);
   operands.copy_back();
-  if (!a.capturable) count_steps(a.steps);
+  if (!a.capturable) count_steps(a.steps, tensors);
 }
 
 void mada_step(const MadaArguments& a) {
@@ -69,7 +69,7 @@ void mada_step(const MadaArguments& a) {
   DeviceWorkspace workspace(a.params[0]);
   launch(plan_mada(tensors, request, workspace.give()), place);
   operands.copy_back();
-  if (!a.capturable) count_steps(a.steps);
+  if (!a.capturable) count_steps(a.steps, tensors);
 }
 
 void mada_learn(const LearnArguments& a) {
@@ -114,22 +114,7 @@ void pull_back(const PullbackArguments& a) {
   DeviceWorkspace workspace(a.params[0]);
   launch(plan_pullback(tensors, request, workspace.give()), place);
   operands.copy_back();
-  if (!a.capturable) count_steps(a.steps);
-}
-
-void swap(const TensorList& a, const TensorList& b) {
-  if (a.empty()) return;
-  const Place place = place_of("a[0]", a[0]);
-  const torch::stable::accelerator::DeviceGuard guard(place.index);
-  Operands operands(place);
-  std::vector<SwapPair> pairs(a.size());
-  for (size_t i = 0; i < a.size(); ++i) {
-    Format format{};
-    format_of("a", i, a[i], true);
-    pairs[i] = {static_cast<float*>(operands.parameter(a, i, &format)), operands.state("b", b, i), a[i].numel()};
-  }
-  launch(plan_swap(pairs), place);
-  operands.copy_back();
+  if (!a.capturable) count_steps(a.steps, tensors);
 }
 
 }  // namespace
@@ -140,5 +125,4 @@ STABLE_TORCH_LIBRARY_IMPL(pace_kernels, CUDA, m) {
   m.impl("mada_step_", TORCH_BOX(&pace::mada_step_<pace::mada_step>));
   m.impl("mada_learn_", TORCH_BOX(&pace::mada_learn_<pace::mada_learn>));
   m.impl("pullback_", TORCH_BOX(&pace::pullback_<pace::pull_back>));
-  m.impl("swap_", TORCH_BOX(&pace::swap_<pace::swap>));
 }

@@ -68,12 +68,12 @@ __global__ void __launch_bounds__(kThreads, kStats ? 4 : 5) pace_kernel(const __
 __global__ void __launch_bounds__(kThreads) pace_scalars_kernel(const __grid_constant__ PaceScalarsLaunch launch) {
   const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (i >= launch.tensors || skipped(launch.found_inf)) return;
-  float* const step = launch.step[i];
-  const double t = (step != nullptr ? static_cast<double>(*step) : launch.steps_taken) + 1.0;
+  const StepAddress step = launch.step[i];
+  const double t = read(step, launch.steps_taken) + 1.0;
   PaceOptions options = launch.options;
   options.lr = read(launch.lr);
   launch.out[i] = {pace_scalars(options, t, read(launch.factor)), pace_stat_scalars(options, t)};
-  if (step != nullptr) *step = static_cast<float>(t);
+  write(step, t);
 }
 
 template <class X, class G>

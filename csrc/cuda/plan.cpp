@@ -97,8 +97,8 @@ void add_scalars(Plan& plan, KernelFamily family, const std::vector<const T*>& o
   KernelId id{};
   id.family = family;
   const auto same = [&](size_t a, size_t b) {
-    return (order[a]->step != nullptr) == (order[b]->step != nullptr) &&
-           (order[a]->step != nullptr || order[a]->steps_taken == order[b]->steps_taken);
+    return order[a]->step.on_device() == order[b]->step.on_device() &&
+           (order[a]->step.on_device() || order[a]->steps_taken == order[b]->steps_taken);
   };
   for_each_run(order.size(), Launch::kCapacity, same, [&](size_t begin, size_t end) {
     Launch launch = common;
@@ -125,7 +125,7 @@ auto same_kernel(const std::vector<const T*>& order, bool on_device) {
 
 template <class T>
 bool any_step_on_device(const std::vector<T>& tensors) {
-  return std::any_of(tensors.begin(), tensors.end(), [](const T& t) { return t.step != nullptr; });
+  return std::any_of(tensors.begin(), tensors.end(), [](const T& t) { return t.step.on_device(); });
 }
 
 }  // namespace
@@ -300,17 +300,6 @@ Plan plan_pullback(const std::vector<PullbackTensor>& tensors, const PullbackReq
         });
   });
   if (stats) add_sums(plan, KernelFamily::kPaceSum, rows, all_blocks, 0, request, workspace);
-  return plan;
-}
-
-Plan plan_swap(const std::vector<SwapPair>& pairs) {
-  Plan plan;
-  KernelId id{};
-  id.family = KernelFamily::kSwap;
-  fill_launches(
-      0, pairs.size(), 0, SwapLaunch{}, [&](size_t i) { return pairs[i].numel; },
-      [&](SwapLaunch& launch, int k, size_t i) { launch.a[k] = pairs[i].a, launch.b[k] = pairs[i].b; },
-      [&](SwapLaunch& launch, size_t, int64_t, int64_t blocks) { plan.push_back(call(id, blocks, kThreads, launch)); });
   return plan;
 }
 

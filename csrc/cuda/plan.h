@@ -28,8 +28,8 @@ struct PaceTensor {
   float *m, *v, *e;
   Format x_format, g_format;
   int64_t numel;
-  float* step;         // on the device; null: `steps_taken`
-  double steps_taken;  // before this step
+  StepAddress step;
+  double steps_taken;  // before this step, where the count is the host's
 };
 
 struct MadaTensor {
@@ -38,7 +38,7 @@ struct MadaTensor {
   float *m, *n, *v, *w, *l, *last_g, *older_g, *e;
   Format x_format, g_format;
   int64_t numel;
-  float* step;
+  StepAddress step;
   double steps_taken;
   double* last;  // last_scalars
 };
@@ -49,7 +49,7 @@ struct PullbackTensor {
   float* e;
   Format x_format, g_format;  // g_format: of v, or x_format without one
   int64_t numel;
-  float* step;
+  StepAddress step;
   double steps_taken;
 };
 
@@ -95,13 +95,6 @@ struct PullbackRequest {
 
 Plan plan_pullback(const std::vector<PullbackTensor>& tensors, const PullbackRequest& request,
                    const Workspace& workspace);
-
-struct SwapPair {
-  float *a, *b;
-  int64_t numel;
-};
-
-Plan plan_swap(const std::vector<SwapPair>& pairs);
 
 struct LearnRequest {
   std::vector<const double*> sums;

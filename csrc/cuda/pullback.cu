@@ -65,15 +65,15 @@ __global__ void __launch_bounds__(kThreads)
     pullback_scalars_kernel(const __grid_constant__ PullbackScalarsLaunch launch) {
   const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (i >= launch.tensors || skipped(launch.found_inf)) return;
-  float* const step = launch.step[i];
-  const double t = (step != nullptr ? static_cast<double>(*step) : launch.steps_taken) + 1.0;
+  const StepAddress step = launch.step[i];
+  const double t = read(step, launch.steps_taken) + 1.0;
   PullbackOptions options = launch.options;
   options.pace.lr = read(launch.lr);
   PullbackStepScalars& out = launch.out[i];
   clear_words(out);
   out.rule = pullback_scalars(options, t);
   out.stat = pullback_stat_scalars(options, t);
-  if (step != nullptr) *step = static_cast<float>(t);
+  write(step, t);
 }
 
 #define STATS(v, b, m, p) \

@@ -1,4 +1,4 @@
-// The small kernels: MADA's scalars, sums over blocks, learning, the exchange of two tensors; and the launch itself.
+// The small kernels: MADA's scalars, sums over blocks, learning; and the launch itself.
 #include <cuda_runtime.h>
 
 #include "kernels.h"
@@ -9,9 +9,9 @@ namespace pace {
 __global__ void __launch_bounds__(kThreads) mada_scalars_kernel(const __grid_constant__ MadaScalarsLaunch launch) {
   const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (i >= launch.tensors || skipped(launch.found_inf)) return;
-  float* const step = launch.step[i];
+  const StepAddress step = launch.step[i];
   double* const last = launch.last[i];
-  const double taken = step != nullptr ? static_cast<double>(*step) : launch.steps_taken, t = taken + 1.0;
+  const double taken = read(step, launch.steps_taken), t = taken + 1.0;
   MadaOptions options = launch.options;
   const double lr = options.pace.lr = read(launch.lr);
   MadaCoefficients q;
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) mada_scalars_kernel(const __grid_con
     out.last = redo.scalars;
     out.factors = redo.factors;
   }
-  if (step != nullptr) *step = static_cast<float>(t);
+  write(step, t);
   if (last == nullptr) return;
   last[kTaken] = launch.learn != 0 ? kRedo : kDone;
   last[kLastLr] = lr;
@@ -96,25 +96,6 @@ __global__ void __launch_bounds__(32) learn_kernel(const __grid_constant__ Learn
   launch.momenta[k] = b;
 }
 
-struct SwapRound {
-  float *a, *b;
-
-  template <int N>
-  __device__ __forceinline__ void run(int64_t at) const {
-    Vector<Float32, N> from_a, from_b;
-    from_a.load(a, at);
-    from_b.load(b, at);
-    from_b.store(a, at);
-    from_a.store(b, at);
-  }
-};
-
-__global__ void __launch_bounds__(kThreads) swap_kernel(const __grid_constant__ SwapLaunch launch) {
-  const Stretch part = find_stretch(launch.table);
-  const SwapRound round{launch.a[part.tensor], launch.b[part.tensor]};
-  sweep<4>(part, all_aligned(round.a, round.b), round);
-}
-
 template <class X, class G>
 const void* mada_function(const KernelId& id);  // mada.cu, one object for each pair of formats
 
@@ -134,8 +115,6 @@ static const void* function_of(const KernelId& id) {
       return (const void*)sum_kernel<MadaRow>;
     case KernelFamily::kLearn:
       return (const void*)learn_kernel;
-    case KernelFamily::kSwap:
-      return (const void*)swap_kernel;
     case KernelFamily::kPullbackScalars:
       return pullback_scalars_function();
     case KernelFamily::kPullback:

@@ -146,6 +146,24 @@ __device__ __forceinline__ double read(const LrSource& lr) {
                            : static_cast<double>(*static_cast<const float*>(lr.address));
 }
 
+// The steps taken so far; `host` where the count is not on the device.
+__device__ __forceinline__ double read(StepAddress step, double host) {
+  if (step.tagged == 0) return host;
+  const uintptr_t address = step.tagged & ~uintptr_t{1};
+  return address != step.tagged ? *reinterpret_cast<const double*>(address)
+                                : static_cast<double>(*reinterpret_cast<const float*>(address));
+}
+
+__device__ __forceinline__ void write(StepAddress step, double t) {
+  const uintptr_t address = step.tagged & ~uintptr_t{1};
+  if (address == 0) return;
+  if (address != step.tagged) {
+    *reinterpret_cast<double*>(address) = t;
+  } else {
+    *reinterpret_cast<float*>(address) = static_cast<float>(t);
+  }
+}
+
 __device__ __forceinline__ float read(const FactorSource& s) {
   return (s.clip_coef != nullptr ? *s.clip_coef : 1.0f) / (s.grad_scale != nullptr ? *s.grad_scale : 1.0f);
 }

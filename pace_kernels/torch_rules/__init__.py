@@ -4,9 +4,8 @@ kernel (TPU, MPS, float64), and a target for ``torch.compile``.
 A function here with the name of an operator (pace_kernels/ops.py) does what the operator does.
 """
 
-from .common import swap_
 from .mada import mada_learn_, mada_step_
 from .pace import pace_step_
 from .pullback import pullback_
 
-__all__ = ["mada_learn_", "mada_step_", "pace_step_", "pullback_", "swap_"]
+__all__ = ["mada_learn_", "mada_step_", "pace_step_", "pullback_"]

@@ -29,6 +29,13 @@ def at_hand(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and has_values(tensor)
 
 
+def check_steps(steps: Sequence[Tensor]) -> None:
+    """Raises where a count that can be read is float32 and has come to 2^24, which plus 1 is itself in float32."""
+    for i, step in enumerate(steps):
+        if step.dtype == torch.float32 and at_hand(step) and step.item() >= 2**24:
+            raise RuntimeError(f"steps[{i}] is float32, which counts to 2^24, and is there: make it float64")
+
+
 def by_graph(device: torch.device) -> bool:
     """Whether the device compiles the operations that it is sent. torch_xla keeps a number of Python's apart where it
     is 0, 1 or equal to another one: each time that this changes from a step to the next, it compiles anew. There all
@@ -156,11 +163,3 @@ def fixed_order_sum(a: Tensor) -> Tensor:
     whole = flat.numel() // _ROW * _ROW
     rows = flat[:whole].view(-1, _ROW).sum(dim=1)
     return rows.sum() + flat[whole:].sum()
-
-
-def swap_(a: list[Tensor], b: list[Tensor]) -> None:
-    """What the operator ``swap_`` does, with one tensor's copy at a time."""
-    for left, right in zip(a, b, strict=True):
-        kept = left.clone()
-        left.copy_(right)
-        right.copy_(kept)

@@ -57,6 +57,7 @@ from .common import (
     at_hand,
     averaged,
     by_graph,
+    check_steps,
     computed_there,
     counted,
     data,
@@ -371,6 +372,7 @@ def mada_step_(
 
     Off the CPU the coefficients stay tensors, so that nothing waits for the device.
     """
+    check_steps(steps)
     o = MadaOptions.of(options | ({} if lr_tensor is None else {"lr": lr_tensor}))
     factor, keep = grad_factor(grad_scale, clip_coef), Keep(found_inf)
     counts = [] if keep.all else counted(steps, keep, o.pace.capturable)

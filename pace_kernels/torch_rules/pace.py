@@ -31,6 +31,7 @@ from .common import (
     Scalar,
     at_least,
     averaged,
+    check_steps,
     computed_there,
     counted,
     grad_factor,
@@ -232,6 +233,7 @@ def pace_step_(
 
     With ``capturable`` the step count stays a tensor, so that nothing waits for the device.
     """
+    check_steps(steps)
     o = PaceOptions(**options | ({} if lr_tensor is None else {"lr": lr_tensor}))
     pull, momentum = o.lambda_pullback != 0.0, o.beta1 != 0.0
     factor, keep = grad_factor(grad_scale, clip_coef), Keep(found_inf)

@@ -24,7 +24,19 @@ import torch
 from torch import Tensor
 
 from ..ops import PACE_STATS
-from .common import Keep, Scalar, averaged, computed_there, counted, handed_over, number, place, rounded, square_root
+from .common import (
+    Keep,
+    Scalar,
+    averaged,
+    check_steps,
+    computed_there,
+    counted,
+    handed_over,
+    number,
+    place,
+    rounded,
+    square_root,
+)
 from .pace import PaceStep, StatsScalars, average_moves, average_weight, gain_weight, merge_stats, summed_stats
 
 
@@ -106,6 +118,7 @@ def pullback_(
     **options: Any,
 ) -> None:
     """What the operator ``pullback_`` does, tensor by tensor; on any device, and in float64 for float64 averages."""
+    check_steps(steps)
     o = PullbackOptions(**options | ({} if lr_tensor is None else {"lr": lr_tensor}))
     keep, pulls = Keep(found_inf), o.pulls
     counts = [] if keep.all else counted(steps, keep, o.capturable)

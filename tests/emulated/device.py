@@ -138,7 +138,10 @@ class Device:
         return request
 
     def _step(self, step: Tensor, on_device: bool) -> dict[str, Any]:
-        return {"step": self._small("step", step) if on_device else None, "steps_taken": step.item()}
+        """Its address, the lowest bit set where it is float64, or its value."""
+        if not on_device:
+            return {"step": None, "steps_taken": step.item()}
+        return {"step": (self._small("step", step) or 0) | (step.dtype == torch.float64), "steps_taken": 0.0}
 
     def _count(self, steps: list[Tensor], on_device: bool) -> None:
         if not on_device:
@@ -275,11 +278,3 @@ class Device:
         request |= {"before": bool(befores), "moment": bool(second_moments)}
         self._run(self.plan.pullback(tensors, options, request, self._workspace))
         self._count(steps, on_device)
-
-    def swap_(self, a: list[Tensor], b: list[Tensor]) -> None:
-        self._begin()
-        pairs = [
-            {"a": self._up("a", left), "b": self._up("b", right), "numel": left.numel()}
-            for left, right in zip(a, b, strict=True)
-        ]
-        self._run(self.plan.swap(pairs))

@@ -20,6 +20,11 @@ T* pointer(const py::handle& source, const char* name) {
   return value.is_none() ? nullptr : reinterpret_cast<T*>(value.cast<uintptr_t>());
 }
 
+pace::StepAddress step(const py::handle& source) {
+  const py::object value = source["step"];
+  return {value.is_none() ? 0 : value.cast<uintptr_t>()};
+}
+
 template <class T>
 T value(const py::handle& source, const char* name) {
   return py::object(source[name]).cast<T>();
@@ -64,8 +69,8 @@ pace::Workspace workspace(const std::function<uintptr_t(size_t)>& take) {
 }
 
 py::list calls(const pace::Plan& plan) {
-  static const char* const families[] = {"pace_scalars", "pace",  "pace_sum", "mada_scalars",     "mada",
-                                         "mada_sum",     "learn", "swap",     "pullback_scalars", "pullback"};
+  static const char* const families[] = {"pace_scalars", "pace",  "pace_sum",         "mada_scalars", "mada",
+                                         "mada_sum",     "learn", "pullback_scalars", "pullback"};
   py::list out;
   for (const pace::KernelCall& c : plan) {
     const pace::KernelId& id = c.id;
@@ -89,7 +94,7 @@ py::list plan_pace(const py::list& tensors, const py::dict& options, const py::d
   for (const py::handle& t : tensors) {
     list.push_back({pointer<void>(t, "x"), pointer<void>(t, "g"), pointer<float>(t, "m"), pointer<float>(t, "v"),
                     pointer<float>(t, "e"), format(value<std::string>(t, "x_format")),
-                    format(value<std::string>(t, "g_format")), value<int64_t>(t, "numel"), pointer<float>(t, "step"),
+                    format(value<std::string>(t, "g_format")), value<int64_t>(t, "numel"), step(t),
                     value<double>(t, "steps_taken")});
   }
   const pace::PaceOptions o = pace_options(options);
@@ -104,7 +109,7 @@ py::list plan_mada(const py::list& tensors, const py::dict& options, const py::d
     list.push_back({pointer<void>(t, "x"), pointer<void>(t, "g"), pointer<float>(t, "m"), pointer<float>(t, "n"),
                     pointer<float>(t, "v"), pointer<float>(t, "w"), pointer<float>(t, "l"), pointer<float>(t, "last_g"),
                     pointer<float>(t, "older_g"), pointer<float>(t, "e"), format(value<std::string>(t, "x_format")),
-                    format(value<std::string>(t, "g_format")), value<int64_t>(t, "numel"), pointer<float>(t, "step"),
+                    format(value<std::string>(t, "g_format")), value<int64_t>(t, "numel"), step(t),
                     value<double>(t, "steps_taken"), pointer<double>(t, "last")});
   }
   const pace::PaceOptions o = pace_options(options);
@@ -128,7 +133,7 @@ py::list plan_pullback(const py::list& tensors, const py::dict& o, const py::dic
   for (const py::handle& t : tensors) {
     list.push_back({pointer<void>(t, "x"), pointer<void>(t, "before"), pointer<void>(t, "v"), pointer<float>(t, "e"),
                     format(value<std::string>(t, "x_format")), format(value<std::string>(t, "g_format")),
-                    value<int64_t>(t, "numel"), pointer<float>(t, "step"), value<double>(t, "steps_taken")});
+                    value<int64_t>(t, "numel"), step(t), value<double>(t, "steps_taken")});
   }
   const auto f = [&](const char* name) { return value<double>(o, name); };
   pace::PaceOptions p{};
@@ -141,14 +146,6 @@ py::list plan_pullback(const py::list& tensors, const py::dict& o, const py::dic
                                 value<bool>(request, "before"),
                                 value<bool>(request, "moment")};
   return calls(pace::plan_pullback(list, r, workspace(take)));
-}
-
-py::list plan_swap(const py::list& pairs) {
-  std::vector<pace::SwapPair> list;
-  for (const py::handle& p : pairs) {
-    list.push_back({pointer<float>(p, "a"), pointer<float>(p, "b"), value<int64_t>(p, "numel")});
-  }
-  return calls(pace::plan_swap(list));
 }
 
 py::list plan_learn(const py::dict& r) {
@@ -175,13 +172,11 @@ PYBIND11_MODULE(cuda_plan, m) {
   m.def("pace", &plan_pace);
   m.def("mada", &plan_mada);
   m.def("pullback", &plan_pullback);
-  m.def("swap", &plan_swap);
   m.def("learn", &plan_learn);
   m.attr("CHUNK") = pace::kChunk;
   m.attr("PARAMETER_BYTES") = pace::kParameterBytes;
   m.attr("CAPACITY") = py::dict(py::arg("pace") = static_cast<int>(pace::PaceLaunch::kCapacity),
                                 py::arg("mada") = static_cast<int>(pace::MadaLaunch::kCapacity),
-                                py::arg("swap") = static_cast<int>(pace::SwapLaunch::kCapacity),
                                 py::arg("pace_scalars") = static_cast<int>(pace::PaceScalarsLaunch::kCapacity));
   m.attr("SIZES") = py::dict(py::arg("pace_scalars") = sizeof(pace::PaceStepScalars),
                              py::arg("mada_scalars") = sizeof(pace::MadaStepScalars),

@@ -70,14 +70,13 @@ def test_opcheck_of_mada(backend: str, capturable: bool) -> None:
 
 
 @both
-def test_opcheck_of_learning_and_of_the_swap(backend: str) -> None:
+def test_opcheck_of_learning(backend: str) -> None:
     def row(n: int) -> Tensor:
         return torch.rand(n, dtype=torch.float64).to(DEVICE)
 
     count = torch.zeros((), dtype=torch.float64, device=DEVICE)
     arguments = (row(6), row(6), row(6), count, [row(len(ops.HYPERGRADIENTS)) for _ in range(2)])
     torch.library.opcheck(operator(backend, "mada_learn_"), arguments, LEARN)
-    torch.library.opcheck(operator(backend, "swap_"), (tensors(), tensors()))
 
 
 @both

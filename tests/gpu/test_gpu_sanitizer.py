@@ -17,7 +17,7 @@ from on_gpu import both, need
 SCRIPT = Path(__file__).with_name("sanitized.py")
 LIMIT_S = 150.0
 # torch's own kernels are not ours to judge: reports count where they name one of these.
-OURS = re.compile(r"pace|mada|swap_", re.IGNORECASE)
+OURS = re.compile(r"pace|mada", re.IGNORECASE)
 
 
 @both
