@@ -7,6 +7,7 @@ not, the weights are live.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -250,7 +251,7 @@ def ema_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer, f
     hold their live weights again afterwards. Every parameter that has an average comes averaged, in its own dtype, also
     where ``use_ema_eval`` is False. One that took no step yet, did not require a gradient at the last step, or is not
     ours, comes as it is. Dense tensors are copies, contiguous, and share no memory, as safetensors wants them: tied
-    weights come under each of their names. Other entries are passed on.
+    weights come under each of their names. Sparse and quantized tensors are copied as they are, lazy ones passed on.
 
     Arguments:
         model: the model whose parameters the optimizers step (a copy of it has its own).
@@ -291,23 +292,26 @@ def ema_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer, f
                 stack.callback(optimizer._swap_out, entries, entries, groups)
                 optimizer._swap_in(entries, groups)
             derived.forget(model, ())
-            exported: dict[str, Any] = model.state_dict()
-            for name, value in list(exported.items()):
-                exported[name] = _exported(value, full)
+            exported: dict[str, Any] = _exported(model.state_dict(), full)
         derived.forget(model, ())
     return exported if not full or on_first_rank() else {}
 
 
 def _exported(value: Any, full: bool) -> Any:
-    """A copy of a dense tensor; everything else, such as sparse, quantized and lazy tensors, as it is."""
-    dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
-    if not dense or torch.nn.parameter.is_lazy(value):
+    """A copy of an entry, also where it lies in dicts and lists: it may be a view of the weights. A dense tensor comes
+    contiguous; one that is sparse or quantized as it is, like a lazy one, which holds nothing yet."""
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # of its class and with its attributes, as the _metadata of state dicts
+        for key, inner in value.items():
+            copied[key] = _exported(inner, full)
+        return copied
+    if type(value) in (list, tuple):
+        return type(value)(_exported(inner, full) for inner in value)
+    if not isinstance(value, Tensor) or torch.nn.parameter.is_lazy(value):
         return value
-    value = value.detach()
-    if full:
-        whole = gathered(value)
-        return whole.clone(memory_format=torch.contiguous_format) if whole is value else whole.contiguous()
-    return value.clone(memory_format=torch.contiguous_format)
+    value = gathered(value.detach()) if full else value.detach()  # a replicated DTensor is gathered without a copy
+    dense = value.layout is torch.strided and not value.is_quantized
+    return value.clone(memory_format=torch.contiguous_format) if dense else value.clone()
 
 
 def _checked(optimizers: Sequence[Any], what: str) -> list[Averaging]:
