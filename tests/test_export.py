@@ -12,11 +12,12 @@ from ranks import run
 from torch import Tensor, nn
 
 import pace_kernels
-from pace_kernels import MADA, PACE
+from pace_kernels import MADA, PACE, Pullback
 
 RULES: dict[str, Callable[[Any], Any]] = {
     "PACE": lambda params: PACE(params, lr=0.1),
     "averaged MADA": lambda params: MADA(params, lr=0.1, use_ema_eval=True),
+    "Pullback": lambda params: Pullback(torch.optim.SGD(params, lr=0.1), gain=0.05),
     "not evaluated": lambda params: PACE(params, lr=0.1, use_ema_eval=False),
 }
 
