@@ -11,7 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .sharding import local
+from .sharding import is_wrapper, local
+from .torch_rules.common import by_graph, has_values
 
 # A tensor's device, and its first byte and the one behind its last.
 Region = tuple[torch.device, int, int]
@@ -27,7 +28,9 @@ def is_whole(tensor: Tensor) -> bool:
     """Whether there is memory for all elements. A storage can be resized behind a tensor's back, as FSDP does with
     parameters that it puts away; reading or writing there ends the process. What has no memory that could be looked at
     (fake and meta tensors, subclasses that wrap others, XLA's) counts as whole: address 0 says nothing there."""
-    if tensor.numel() == 0 or tensor.layout is not torch.strided:
+    if tensor.numel() == 0 or tensor.layout is not torch.strided or not has_values(tensor):
+        return True
+    if is_wrapper(tensor) or by_graph(tensor.device):
         return True
     try:
         return int(tensor.untyped_storage().nbytes()) >= _last_byte(tensor)

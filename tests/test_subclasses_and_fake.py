@@ -145,18 +145,16 @@ def walk_through(kind: Callable[..., Any], device: str, backend: str | None, lr:
 
 SETTINGS = [(None, 1e-3, 1), (None, 0.0, 2), ("torch", 1e-3, 2)]
 each_setting = pytest.mark.parametrize(("backend", "lr", "groups"), SETTINGS)
-OURS = {name: kind for name, kind in KINDS.items() if name != "Pullback"}
-every_kind_but_pullback = pytest.mark.parametrize("kind", OURS.values(), ids=OURS)
 
 
-@every_kind_but_pullback
+@every_kind
 @each_setting
 def test_nothing_is_read_of_fake_tensors(kind: Callable[..., Any], backend: str | None, lr: float, groups: int) -> None:
     with FakeTensorMode():  # it raises where a value is read
         walk_through(kind, "cpu", backend if kind is not KINDS["Pullback"] else None, lr, groups)
 
 
-@every_kind_but_pullback
+@every_kind
 def test_a_learning_rate_in_a_fake_tensor_is_not_read(kind: Callable[..., Any]) -> None:
     with FakeTensorMode():
         walk_through(kind, "cpu", None, torch.tensor(1e-3), 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -53,12 +53,20 @@ def place(states: Sequence[Tensor]) -> tuple[torch.device, torch.dtype]:
     return (states[0].device, states[0].dtype) if states else (torch.device("cpu"), torch.float32)
 
 
-def handed_over(rows: Sequence[Scalars], dtype: torch.dtype, device: torch.device) -> Sequence[Scalars]:
-    """The scalars of each tensor's step as the device takes them: there as data in ``dtype``, rounded on the host."""
-    if not by_graph(device) or not rows:
-        return rows
-    sent = iter(data([a for row in rows for a in row if isinstance(a, float)], dtype, device))
-    return [type(row)(*(next(sent) if isinstance(a, float) else a for a in row)) for row in rows]
+def handed_over(
+    make: Callable[[Scalar], Scalars], counts: Sequence[Scalar], dtype: torch.dtype, device: torch.device
+) -> list[Scalars]:
+    """The scalars of each tensor's step as the device takes them: there as data in ``dtype``, rounded on the host.
+
+    Tensors of one count share them, as a rule all: on XLA's CPU each scalar takes a kernel, and 60 tensors with scalars
+    of their own took 20 s to compile. Which counts are equal changes only where a step leaves some tensors out, and
+    that is another graph anyway.
+    """
+    rows = {t: make(t) for t in dict.fromkeys(counts)}
+    if by_graph(device) and rows:
+        sent = iter(data([a for row in rows.values() for a in row if isinstance(a, float)], dtype, device))
+        rows = {t: type(row)(*(next(sent) if isinstance(a, float) else a for a in row)) for t, row in rows.items()}
+    return [rows[t] for t in counts]
 
 
 def counted(steps: Sequence[Tensor], keep: Keep, capturable: bool) -> list[Scalar]:
@@ -76,9 +84,10 @@ def computed_there(
     counts), a device that compiles what it is sent gets the rest as data too, in double precision."""
     if not by_graph(device) or not counts or not (tensors or isinstance(counts[0], Tensor)):
         return options, counts
-    whole = [float(t) for t in counts if not isinstance(t, Tensor)]
+    whole = list(dict.fromkeys(t for t in counts if not isinstance(t, Tensor)))
     sent = iter(data([*_numbers_of(options), *whole], torch.float64, device))
-    return _refilled(options, sent), [t if isinstance(t, Tensor) else next(sent) for t in counts]
+    options, of_count = _refilled(options, sent), dict(zip(whole, sent, strict=True))
+    return options, [t if isinstance(t, Tensor) else of_count[t] for t in counts]
 
 
 def _numbers_of(options: Any) -> Iterator[float]:

@@ -380,8 +380,8 @@ def mada_step_(
     learned = None if coefficients is None else _numbers(coefficients)
     o, counts = computed_there(o, counts, device, tensors=learned is not None or isinstance(o.pace.lr, Tensor))
     q, lr = o.coefficients(learned), number(o.pace.lr)
-    pulls = handed_over([pace_scalars(o.pace, t, factor) for t in counts], states_dtype, device)
-    scalars = handed_over([mada_scalars(o, t, lr, q) for t in counts], states_dtype, device)
+    pulls = handed_over(lambda t: pace_scalars(o.pace, t, factor), counts, states_dtype, device)
+    scalars = handed_over(lambda t: mada_scalars(o, t, lr, q), counts, states_dtype, device)
     roles_stay = o.pace.capturable or by_graph(device)  # of tensors that change places, a graph of its own is made
     row = _row(last_scalars[0], (REDO if o.learn else DONE, lr, *q)) if last_scalars else None
     sums: list[Scalar] = [0.0] * len(COEFFICIENTS)

@@ -240,8 +240,8 @@ def pace_step_(
     counts = [] if keep.all else counted(steps, keep, o.capturable)
     device, dtype = place(exp_avg_sqs)
     o, counts = computed_there(o, counts, device, tensors=isinstance(o.lr, Tensor))
-    scalars = handed_over([pace_scalars(o, t, factor) for t in counts], dtype, device)
-    of_stats = handed_over([stats_scalars(o, t) for t in counts], torch.float64, device) if stats is not None else ()
+    scalars = handed_over(lambda t: pace_scalars(o, t, factor), counts, dtype, device)
+    of_stats = handed_over(lambda t: stats_scalars(o, t), counts if stats is not None else (), torch.float64, device)
     rows: list[Tensor] = []
     for i, (param, its_scalars) in enumerate(zip(params, scalars, strict=not keep.all)):
         v = exp_avg_sqs[i]

@@ -16,7 +16,6 @@ The operations and their order are those of ``csrc/rules/pullback.h``, one round
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,6 +78,10 @@ def pullback_gain(o: PullbackOptions, t: Scalar) -> Scalar:
     return number(o.lr) * o.lambda_pullback * gain_weight(o, t) if o.gain is None else o.gain
 
 
+def stats_scalars(o: PullbackOptions, t: Scalar) -> StatsScalars:
+    return StatsScalars(gain_weight(o, t), pullback_gain(o, t))
+
+
 def pullback_scalars(o: PullbackOptions, t: Scalar) -> PullbackScalars:
     return PullbackScalars(
         inv_bias2=1.0 / (1.0 - o.beta2 ** (t + o.step_offset)),
@@ -124,11 +127,8 @@ def pullback_(
     counts = [] if keep.all else counted(steps, keep, o.capturable)
     device, dtype = place(emas)
     o, counts = computed_there(o, counts, device, tensors=isinstance(o.lr, Tensor))
-    scalars = handed_over([pullback_scalars(o, t) for t in counts], dtype, device)
-    of_stats: Sequence[StatsScalars] = ()
-    if stats is not None:
-        in_gain = (StatsScalars(gain_weight(o, t), pullback_gain(o, t)) for t in counts)
-        of_stats = handed_over(list(in_gain), torch.float64, device)
+    scalars = handed_over(lambda t: pullback_scalars(o, t), counts, dtype, device)
+    of_stats = handed_over(lambda t: stats_scalars(o, t), counts if stats is not None else (), torch.float64, device)
     rows: list[Tensor] = []
     for i, (param, its_scalars) in enumerate(zip(params, scalars, strict=not keep.all)):
         e = emas[i]
