@@ -187,12 +187,12 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, wrapper: 
     row = next(row for row in _table().values() if row.refusal(device, dtype) is None)
     if row.name == "torch" and device.type in _KERNELS and dtype != torch.float64:
         passed = [_table()[other].refusal(device, dtype) for other in _KERNELS[device.type]]
-        _say_once(f"pace_kernels computes through torch, more slowly: {'; '.join(filter(None, passed))}")
+        say_once(f"pace_kernels computes through torch, more slowly: {'; '.join(filter(None, passed))}")
     return row
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_number, require
+from .memory import check_whole
 from .sharding import Axes, axes, local_as, reduce_
 from .states import moved
 
@@ -40,7 +41,7 @@ def clip_coefficient(
     Returns: ``(coefficient, norm)``, tensors without dimensions, of the norm before clipping and without the scale. Of
     sharded parameters (DTensors) it is the norm of all shards, in plain tensors; all ranks have to make the call.
 
-    Raises: ValueError where an argument is out of its range.
+    Raises: ValueError where an argument is out of its range, RuntimeError where a gradient's storage was emptied.
 
     >>> weight = torch.nn.Parameter(torch.zeros(4))
     >>> weight.grad = torch.full((4,), 3.0)
@@ -59,6 +60,8 @@ def clip_coefficient(
     for p in tensors:
         if p.grad is not None:
             by_axes.setdefault(axes(p), []).append(local_as(p, p.grad))
+    for grads in by_axes.values():
+        check_whole(grads)
     norm = _over_axes({over: _total_norm(grads, float(norm_type)) for over, grads in by_axes.items()}, float(norm_type))
     if isinstance(grad_scale, Tensor):
         norm = norm / moved(grad_scale, norm.device).reshape(())

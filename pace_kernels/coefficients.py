@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .backend import choose
 from .checks import Group
+from .launching import of_c
 from .mada_options import (
     LEARNED,
     LEARNING,
@@ -28,6 +30,10 @@ from .sharding import all_reduce_, is_sharded, local, reduce_
 from .states import Work, moved
 from .torch_rules.common import has_values
 from .torch_rules.mada import MadaMoments, MadaOptions, caught_up
+from .whole import Call, at_once
+
+# Of each set of coefficients that took part in a step: a group that has it, the step's scaling, rows of sums.
+Sets: TypeAlias = dict[int, tuple[Group, dict[str, Tensor], list[Tensor]]]
 
 
 class Coefficients(KernelOptimizer):
@@ -129,7 +135,8 @@ class Coefficients(KernelOptimizer):
         state = self.state[param]
         if "last_scalars" not in state:
             return
-        self._fit(param, state, "last_grad", not is_sharded(param))  # as it is where it was saved and loaded before
+        # As it is where it was saved and loaded before.
+        state.update(self._fitted(param, state, "last_grad", not is_sharded(param)))
         options = self._arguments(group).step  # those of the step to redo, whatever has been changed since
         second = "max_exp_avg_sq" if options["second_max"] else "mean_exp_avg_sq"
         names = ("exp_avg", "exp_avg_diff", "exp_avg_sq", second, "exp_avg_lion")
@@ -174,9 +181,9 @@ class Coefficients(KernelOptimizer):
                 self._catch_up(group, param)
                 if "exp_avg_diff" in new.states and "exp_avg_diff" not in state:
                     state.pop("last_scalars", None)  # no difference of gradients at the first step with β3
-        super()._settle(groups)
         self._share()  # copies of groups may hold copies of what they share
         for group, new in zip(groups, prepared, strict=True):
+            self._drop_unused(group)
             self._record(group).prepared = new
 
     def _prepare(self, group: Group) -> Prepared:
@@ -190,27 +197,40 @@ class Coefficients(KernelOptimizer):
             record.prepared = self._prepare(group)
         return record.prepared  # type: ignore[no-any-return]
 
-    def _learn(self) -> None:
-        """Moves the coefficients, once for each set of them that took part in the step."""
-        reduce_((sums, work.axes) for _, sums, work in self._sums)
-        by_set: dict[int, tuple[Group, dict[str, Tensor], list[Tensor]]] = {}
+    def _learning(self) -> list[Call]:
+        """What moves the coefficients after a step, once for each set of them that took part in it."""
+        if self._ranks() is not None or any(work.axes for *_, work in self._sums):
+            return [self._learn_together]
+        return self._learn(self._by_set())
+
+    def _by_set(self) -> Sets:
+        by_set: Sets = {}
         for group, sums, work in self._sums:
             by_set.setdefault(id(group["coefficient_values"]), (group, work.scaling, []))[2].append(sums)
-        if self._ranks() is not None:
-            by_set = self._over_process_group(by_set)
+        return by_set
+
+    def _learn_together(self) -> None:
+        """The same over ranks: they add up their sums first."""
+        reduce_((sums, work.axes) for _, sums, work in self._sums)
+        by_set = self._by_set()
+        at_once(self._learn(by_set if self._ranks() is None else self._over_process_group(by_set)))
+
+    def _learn(self, by_set: Sets) -> list[Call]:
+        calls: list[Call] = []
         for group, scaling, rows in by_set.values():
             device = group["coefficient_values"].device
-            rows = [moved(row, device) for row in rows]
+            here = [row if row.device == device else torch.empty_like(row, device=device) for row in rows]
+            calls += [partial(to.copy_, row) for to, row in zip(here, rows, strict=True) if to is not row]
             found_inf = moved(scaling["found_inf"], device) if "found_inf" in scaling else None
-            learn = choose(self._backend_name, device, torch.float32).op("mada_learn_")
-            learn(*(group[name] for name in LEARNED), rows, found_inf, **self._arguments(group).learn)
+            learn = of_c(choose(self._backend_name, device, torch.float32).op("mada_learn_"))
+            learned = (group[name] for name in LEARNED)
+            calls.append(partial(learn, *learned, here, found_inf, **self._arguments(group).learn))
+        return calls
 
     def _ranks(self) -> Any:
         return torch.distributed.group.WORLD if self._hyper_process_group == "world" else self._hyper_process_group
 
-    def _over_process_group(
-        self, by_set: dict[int, tuple[Group, dict[str, Tensor], list[Tensor]]]
-    ) -> dict[int, tuple[Group, dict[str, Tensor], list[Tensor]]]:
+    def _over_process_group(self, by_set: Sets) -> Sets:
         """One row for each set of coefficients, summed over the process group. A rank whose parameters took no part has
         to take part here: others wait for it."""
         scaling = next((given for _, given, _ in by_set.values()), {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .checks import Group, check_torchs_options, require
+from .launching import Prepared, of_c
 from .mada_checkpoints import MadaCheckpoints
 from .mada_options import (
     LEARNING,
@@ -21,10 +23,14 @@ from .mada_options import (
     fixed,
     state_tensors,
 )
+from .memory import check_whole
 from .ops import COEFFICIENTS, HYPERGRADIENTS, LAST_SCALARS, NO_GRADIENT
+from .optimizer import NO_STATE
 from .options import make_plain
+from .sharding import local
 from .states import Work, as_state, moved
 from .torch_rules.common import by_graph
+from .whole import Call, each
 
 
 class MADA(MadaCheckpoints):
@@ -279,7 +285,7 @@ class MADA(MadaCheckpoints):
     def _state_tensors(self, group: Group) -> tuple[str, ...]:
         return state_tensors(group)
 
-    def _initial(self, name: str, param: Tensor, group: Group) -> Tensor:
+    def _initial(self, name: str, param: Tensor, group: Group, state: Mapping[str, Tensor] = NO_STATE) -> Tensor:
         if name == "last_scalars":
             dtype = torch.float32 if param.device.type == "mps" else torch.float64
             row = torch.zeros(len(LAST_SCALARS), dtype=dtype, device=param.device)
@@ -287,19 +293,20 @@ class MADA(MadaCheckpoints):
             return row
         if name in ("mean_exp_avg_sq", "max_exp_avg_sq"):
             # v̄ itself, which is 0 but in a checkpoint of Adam: as if it had been that all along.
-            return as_state(param, self.state[param]["exp_avg_sq"])
-        return super()._initial(name, param, group)
+            check_whole((local(state["exp_avg_sq"]),))
+            return as_state(param, state["exp_avg_sq"])
+        return super()._initial(name, param, group, state)
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
-    def _launch_all(self, prepared: list[tuple[Work, dict[str, list[Tensor]]]]) -> None:
+    def _launch_all(self, prepared: Prepared) -> None:
+        self._sums = []
         try:
             super()._launch_all(prepared)
-            self._learn()
         finally:
             self._sums = []
 
-    def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> None:
+    def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> Call:
         group, device = work.group, work.device
         options = {**self._arguments(group).step, "capturable": work.on_device, **work.lr(), **work.scaling}
         values = sums = None
@@ -308,8 +315,8 @@ class MADA(MadaCheckpoints):
             sums = torch.empty(len(HYPERGRADIENTS), dtype=values.dtype, device=device)
             self._sums.append((group, sums, work))
         get = states.get
-        last_grads, older_grads = get("last_grad", []), get("older_grad", [])
-        work.backend.op("mada_step_")(
+        return partial(
+            of_c(work.backend.op("mada_step_")),
             work.params,
             work.grads,
             get("exp_avg", []),
@@ -317,8 +324,8 @@ class MADA(MadaCheckpoints):
             get("exp_avg_diff", []),
             get("mean_exp_avg_sq") or get("max_exp_avg_sq", []),
             get("exp_avg_lion", []),
-            last_grads,
-            older_grads,
+            get("last_grad", []),
+            get("older_grad", []),
             get("last_scalars", []),
             get("ema", []),
             states["step"],
@@ -326,8 +333,13 @@ class MADA(MadaCheckpoints):
             sums,
             **options,
         )
-        if not older_grads or work.on_device or by_graph(device) or work.left_undone():
-            return
-        for param in work.owners:
-            state = self.state[param]
-            state["last_grad"], state["older_grad"] = state["older_grad"], state["last_grad"]
+
+    def _afterwards(self, prepared: Prepared) -> list[Call]:
+        turned: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for work, states in prepared:
+            if not states.get("older_grad") or work.on_device or by_graph(work.device) or work.left_undone():
+                continue
+            for i, record in enumerate(work.records):
+                now = {**record, **work.changes[i]} if i in work.changes else record
+                turned.append((record, {"last_grad": now["older_grad"], "older_grad": now["last_grad"]}))
+        return [*([each(dict.update, *zip(*turned, strict=True))] if turned else []), *self._learning()]

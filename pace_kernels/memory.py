@@ -6,6 +6,7 @@ Two parameters can be two objects over one memory: weights that were tied throug
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -93,3 +94,64 @@ def share_memory(some: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
         any(id(t) in ours for t in group) and any(id(t) in known for t in group)
         for group in overlapping([*some, *others])
     )
+
+
+def overlap_in_part(tensors: list[Tensor]) -> tuple[int, int] | None:
+    """Two of the tensors, by number, that share some of their elements but not all of them, or not as elements of one
+    dtype; None where there are none. Slices that lie in between each other share none."""
+    numbers = {id(tensor): i for i, tensor in enumerate(tensors)}
+    for group in overlapping(tensors):
+        if len(group) > 1 and (pair := _overlap_in_part(list(map(local, group)))) is not None:
+            one, other = sorted(numbers[id(group[k])] for k in pair)
+            return one, other
+    return None
+
+
+def _overlap_in_part(group: list[Tensor]) -> tuple[int, int] | None:
+    firsts: dict[Region, int] = {}
+    for k, tensor in enumerate(group):
+        where = region(tensor)
+        if where is not None and not _same_elements(tensor, group[j := firsts.setdefault(where, k)]):
+            return j, k
+    if len(firsts) < 2:
+        return None
+    # Who has which place, in units that every element begins at: 4 bytes an element of one dtype.
+    base = min(start for _, start, _ in firsts)
+    unit = math.gcd(*(group[k].element_size() for k in firsts.values()), *(start - base for _, start, _ in firsts))
+    owners = torch.full(((max(end for *_, end in firsts) - base) // unit,), -1, dtype=torch.int32)
+    for (_, start, _), k in firsts.items():
+        tensor = group[k]
+        parts = tensor.element_size() // unit
+        strides = (*(stride * parts for stride in tensor.stride()), 1)
+        places = owners.as_strided((*tensor.shape, parts), strides, (start - base) // unit)
+        if (other := int(places.max())) >= 0:
+            return other, k
+        places.fill_(k)
+    return None
+
+
+def _same_elements(a: Tensor, b: Tensor) -> bool:
+    """Of two tensors in one region, whether they have the same elements, be it in another order."""
+    if a.dtype != b.dtype or a.numel() != b.numel():
+        return False
+    dense = _last_byte(a) - a.storage_offset() * a.element_size() == a.numel() * a.element_size()
+    return dense or (a.shape == b.shape and a.stride() == b.stride())
+
+
+def is_askew(tensor: Tensor) -> bool:
+    """Whether the elements lie at addresses that are no multiple of their size, as in files of safetensors without
+    padding. Loops are vectorized on the premise that none do, also those of torch."""
+    where = region(tensor) if tensor.device.type == "cpu" else None
+    return where is not None and where[1] % tensor.element_size() != 0
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of each element, in one more dimension, where they lie."""
+    return tensor.detach().unsqueeze(-1).view(torch.uint8)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or where it lies askew a contiguous copy."""
+    if not is_askew(tensor):
+        return tensor
+    return as_bytes(tensor).clone(memory_format=torch.contiguous_format).view(tensor.dtype).squeeze(-1)

@@ -7,8 +7,10 @@ average is in averaging.py, checkpoints in checkpoints.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import repeat
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -17,9 +19,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
 from .backend import choose, requested
-from .checkpoints import Checkpoints
 from .checks import Group, check_lr, check_number, overlaps_itself, require
-from .memory import check_whole
+from .launching import Launching
+from .memory import aligned, check_whole
 from .options import Record, check_given, make_plain
 from .sharding import (
     Axes,
@@ -36,14 +38,15 @@ from .sharding import (
 )
 from .states import FLOATING, GROUP_STATE, Work, as_state, empty_state, moved, state_dtype
 from .torch_rules.common import by_graph, has_values
-from .uninterrupted import uninterrupted
+from .whole import at_once, each
 
 _NO_AXES: Axes = ()
+NO_STATE: Mapping[str, Tensor] = MappingProxyType({})
 # What torch 2.10 has under the second name, a later torch under the first; there the second warns.
 _HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 
 
-class KernelOptimizer(Checkpoints):
+class KernelOptimizer(Launching):
     """Base class; not for direct use."""
 
     # True with fused=True, as in torch.optim: torch.amp.GradScaler then sets the attributes grad_scale and found_inf
@@ -62,14 +65,9 @@ class KernelOptimizer(Checkpoints):
         self._records, self._changed, self._unchecked = {}, [], set()
         self._versions = {}
         self._unfinished = []
+        self._apart, self._askew, self._counting = set(), False, []
         # Part of the groups, because that is what every kind of checkpoint carries.
         super().__init__(params, {**defaults, **GROUP_STATE})
-
-    # ---- what a subclass brings ------------------------------------------------------------------------------------
-
-    def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> None:
-        """Calls the operator. ``states`` has `step` and each of `_state_tensors`, a list as long as the parameters."""
-        raise NotImplementedError
 
     # ---- groups and state ------------------------------------------------------------------------------------------
 
@@ -90,6 +88,7 @@ class KernelOptimizer(Checkpoints):
                     self._unchecked.add(id(param))
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError("params has the same parameter more than once in one group")
+            self._check_overlaps()
         except Exception:
             self.param_groups.pop()
             raise
@@ -184,6 +183,7 @@ class KernelOptimizer(Checkpoints):
                 check_number(name, value, "finite and >= 0", lambda a: a >= 0)
                 value = torch.tensor(float(value), dtype=torch.float32)
             require(value.numel() == 1, name, "a number or a tensor with one element", value)
+            check_whole((value,))
             scaling[name] = value.detach().to(torch.float32)
         return scaling
 
@@ -245,17 +245,21 @@ class KernelOptimizer(Checkpoints):
         return works
 
     def _states(self, work: Work) -> dict[str, list[Tensor]]:
-        """The states of the work's parameters; what is missing is created."""
         names = ("step", *self._state_tensors(work.group))
         columns: dict[str, list[Tensor]] = {name: [] for name in names}
-        for owner, param in zip(work.owners, work.params, strict=True):
-            state = self.state[owner]
+        for i, (owner, param) in enumerate(zip(work.owners, work.params, strict=True)):
+            state = self.state.get(owner)
+            work.records.append(work.changes.setdefault(i, {}) if state is None else state)
             if state:
-                self._fit(owner, state, names[1], param is owner)
+                for name, fitted in self._fitted(owner, state, names[1], param is owner).items():
+                    work.put(i, name, fitted)
+            now = {**(state or {}), **work.changes[i]} if i in work.changes else state or {}
             for name in names:
-                value = state.get(name)
+                value: Tensor | None = now.get(name)
                 if value is None:
-                    value = state[name] = self._initial(name, owner, work.group)
+                    value = self._initial(name, owner, work.group, now)
+                    now = {**now, name: value}
+                    work.put(i, name, value)
                 columns[name].append(value if type(value) is Tensor else local(value))
         self._place_steps(work, columns["step"])
         return columns
@@ -271,31 +275,37 @@ class KernelOptimizer(Checkpoints):
         work.on_device = work.on_device or "found_inf" in work.scaling or len(away) < len(steps)
         if work.on_device:
             for i in away:
-                steps[i] = self.state[work.owners[i]]["step"] = moved(steps[i], device)
+                steps[i] = moved(steps[i], device)
+                work.put(i, "step", steps[i])
 
-    def _fit(self, param: Tensor, state: dict[str, Tensor], name: str, plain: bool) -> None:
-        """States follow a parameter whose dtype or shards were changed by hand; a change of its shape is refused."""
+    def _fitted(self, param: Tensor, state: dict[str, Tensor], name: str, plain: bool) -> dict[str, Tensor]:
+        """New states where they have to follow a parameter whose dtype or shards were changed by hand; a change of its
+        shape is refused."""
         value = state.get(name)
         if value is None:  # options changed: it will be created
             value = next((state[key] for key in self.STATE_TENSORS if key in state), None)
         if value is None:
-            return
+            return {}
         placed = not is_sharded(value) if plain else is_sharded(value) and placed_alike(value, param)
         if placed and value.dtype is state_dtype(param) and value.shape == param.shape:
-            return
+            return {}
         if value.shape != param.shape:
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} has a state of shape {tuple(value.shape)}: was it resized?"
             )
-        for key in self.STATE_TENSORS:
-            if key in state:
-                state[key] = as_state(param, state[key])
+        kept = {key: state[key] for key in self.STATE_TENSORS if key in state}
+        if "ema" in kept and kept["ema"].shape != param.shape:
+            del kept["ema"]
+        check_whole(map(local, kept.values()))
+        return {key: as_state(param, value) for key, value in kept.items()}
 
-    def _initial(self, name: str, param: Tensor, group: Group) -> Tensor:
+    def _initial(self, name: str, param: Tensor, group: Group, state: Mapping[str, Tensor] = NO_STATE) -> Tensor:
+        """A state at a parameter's first step; ``state`` has those before it."""
         if name == "step":
             return torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
         if name == "ema":
-            return as_state(param, param)
+            check_whole((local(param),))
+            return as_state(param, param if is_sharded(param) else aligned(param))
         zeros = empty_state(param)
         local(zeros).zero_()
         return zeros
@@ -330,32 +340,21 @@ class KernelOptimizer(Checkpoints):
     # One operator call a group is all there is to compile: torch.compile runs it as it is, between its graphs.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step(self, clip_coef: Tensor | float | None = None) -> None:
-        with uninterrupted():
-            works = self._collect(self._scaling(clip_coef))
-            if not self.state and self._is_dry_run(works):
-                for work in works:
-                    self._states(work)
-                self._dry = True
-                return
-            self._forget_dry_run()
-            self._find_nonfinite(works)
-            if len(works) > 1:  # one operator call refuses before it writes, but not for those before it
-                for work in works:
-                    check_whole(chain(work.params, work.grads))
-            prepared = [(work, self._states(work)) for work in works]
-            self._launch_all(prepared)
-
-    def _launch_all(self, prepared: list[tuple[Work, dict[str, list[Tensor]]]]) -> None:
-        for work, states in prepared:
-            self._launch(work, states)
-            torch.autograd.graph.increment_version(work.params)
-            if work.axes:
-                torch.autograd.graph.increment_version(work.owners)
+        works = self._collect(self._scaling(clip_coef))
+        if not self.state and self._is_dry_run(works):
+            for work in works:
+                self._states(work)
+            self._dry = True
+            at_once(self._entering(works)[0])
+            return
+        self._forget_dry_run()
+        self._find_nonfinite(works)
+        self._run(works)
 
     def _find_nonfinite(self, works: list[Work]) -> None:
         """With ``skip_nonfinite``, makes the whole step one that is left undone where a gradient of such a group is not
         finite, on whichever rank: as if a gradient scaler had found it. Counts it. Nothing waits for a device."""
-        self._nonfinite = None
+        self._nonfinite, self._counting = None, []
         watched = [work for work in works if work.group["skip_nonfinite"]]
         ranks = self._ranks() if any(group["skip_nonfinite"] for group in self.param_groups) else None
         if not watched and ranks is None:
@@ -373,10 +372,9 @@ class KernelOptimizer(Checkpoints):
         count = next((g["skipped_steps"] for g in self.param_groups if g["skipped_steps"] is not None), None)
         count = torch.zeros((), dtype=torch.int64) if count is None else count
         count = moved(count, home)
-        count += bad.to(torch.int64)
-        for group in self.param_groups:
-            if group["skipped_steps"] is not count:
-                group["skipped_steps"] = count
+        others = [group for group in self.param_groups if group["skipped_steps"] is not count]
+        self._counting = [partial(count.add_, bad.to(torch.int64))]  # once the step is taken
+        self._counting.append(each(dict.__setitem__, others, repeat("skipped_steps"), repeat(count)))
         for work in works:
             work.scaling["found_inf"] = moved(bad, work.device)
 
@@ -387,6 +385,7 @@ class KernelOptimizer(Checkpoints):
     @staticmethod
     def _largest(work: Work) -> Tensor:
         """1 where a gradient of the work is not finite, otherwise 0; float32. It reads each gradient once."""
+        check_whole(work.grads)
         grads = [grad for grad in work.grads if grad.numel() > 0]
         if not grads:
             return torch.zeros((), dtype=torch.float32, device=work.device)
@@ -407,6 +406,7 @@ class KernelOptimizer(Checkpoints):
             return False
         if not all(has_values(grad) for work in works for grad in work.grads):
             return False  # there is nothing to tell it by
+        check_whole(grad for work in works for grad in work.grads)
         moves = [float(_any_nonzero(work)) for work in works]
         # All ranks have to take the step for the same: on some of them a shard may have no gradient but zeros.
         sharded = [(torch.tensor(a, device=work.device), work.axes) for a, work in zip(moves, works, strict=True)]
@@ -422,7 +422,9 @@ class KernelOptimizer(Checkpoints):
     def _forget_dry_run(self) -> None:
         """Drops the states of a dry run, so that averages start at the weights as they are now."""
         if self._dry:
-            for param in [p for p, state in self.state.items() if "step" in state and state["step"].item() == 0]:
+            empty = [p for p, state in self.state.items() if "step" in state and state["step"].item() == 0]
+            at_once([each(dict.clear, [self.state[param] for param in empty])])
+            for param in empty:
                 del self.state[param]
             self._dry = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .checks import Group, check_average_options, check_common_options, check_torchs_options, require
+from .launching import Prepared, of_c
 from .mada_options import MADA_ONLY
 from .ops import PACE_STATS
 from .optimizer import KernelOptimizer
@@ -17,6 +19,7 @@ from .options import make_plain
 from .sharding import Axes, gathered_rows
 from .states import Work
 from .torch_rules.pace import PaceOptions, average_weight, merge_stats
+from .whole import Call
 
 
 class PACE(KernelOptimizer):
@@ -91,7 +94,8 @@ class PACE(KernelOptimizer):
     STATE_TENSORS = ("exp_avg", "exp_avg_sq", "ema")
     OWN_OPTION = "log_stats"
 
-    _step_stats: list[tuple[Tensor, Axes]]
+    _step_stats: list[tuple[Tensor, Axes]]  # of the last step
+    _new_stats: list[tuple[Tensor, Axes]]  # of the step that is being taken
 
     def __init__(
         self,
@@ -171,11 +175,12 @@ class PACE(KernelOptimizer):
             "pullback_from_step": group["pullback_from"] == "step",
         }
 
-    def _launch_all(self, prepared: list[tuple[Work, dict[str, list[Tensor]]]]) -> None:
-        self._step_stats = []
+    def _launch_all(self, prepared: Prepared) -> None:
+        self._new_stats = []
         super()._launch_all(prepared)
+        self._step_stats = self._new_stats
 
-    def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> None:
+    def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> Call:
         group, device = work.group, work.device
         record = self._record(group)
         if record.prepared is None:
@@ -185,8 +190,9 @@ class PACE(KernelOptimizer):
         if group["log_stats"]:
             dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
             stats = torch.empty(len(PACE_STATS), dtype=dtype, device=device)
-            self._step_stats.append((stats, work.axes))
-        work.backend.op("pace_step_")(
+            self._new_stats.append((stats, work.axes))
+        return partial(
+            of_c(work.backend.op("pace_step_")),
             work.params,
             work.grads,
             states.get("exp_avg", []),

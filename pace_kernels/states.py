@@ -47,6 +47,19 @@ class Work:
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     on_device: bool = False
+    # The state of each owner, as it will be in the optimizer; by number, what the step enters into it: for one that has
+    # no state yet, the whole of it. And bytes of parameters, with those of the copies that are stepped in their place.
+    records: list[dict[str, Any]] = field(default_factory=list, init=False)
+    changes: dict[int, dict[str, Any]] = field(default_factory=dict, init=False)
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
+
+    def put(self, i: int, name: str, value: Tensor) -> None:
+        """Enters a state of the parameter of this number when the step is taken."""
+        self.changes.setdefault(i, {})[name] = value
+
+    def part(self) -> Work:
+        """A work of the same kind, without parameters."""
+        return Work(self.group, self.backend, self.scaling, self.axes)
 
     @property
     def device(self) -> torch.device:
@@ -57,6 +70,8 @@ class Work:
         lr = self.group["lr"]
         if not isinstance(lr, Tensor):
             return {"lr": plain_number(lr)}
+        if lr.is_meta and self.device.type != "meta":
+            raise ValueError(f"lr must be a number, or a tensor that has a value, got one on meta for {self.device}")
         if at_hand(lr):
             return {"lr": lr.item()}
         return {"lr": 0.0, "lr_tensor": moved(lr, self.device)}

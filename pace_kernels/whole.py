@@ -24,6 +24,11 @@ def at_once(calls: Iterable[Call]) -> None:
     deque(map(_call, calls), maxlen=0)
 
 
+def each(function: Callable[..., object], *columns: Iterable[object]) -> Call:
+    """The call of ``function`` for each row of the columns, in one call of C if it is one."""
+    return partial(deque, map(function, *columns), 0)
+
+
 class UnderWay:
     """A context in which ``marks`` has an entry. It goes at the end, or where an exception comes before any of
     ``written`` was written, as the versions of these tensors tell; otherwise it stays."""

@@ -363,18 +363,13 @@ def test_a_step_left_undone_leaves_no_trace(case: str, backend: str, dtype: torc
 
 @every_case
 @every_backend
-def test_a_first_step_left_undone_creates_states_of_step_0(case: str, backend: str) -> None:
+def test_a_first_step_left_undone_leaves_no_states(case: str, backend: str) -> None:
+    """So that the average starts at the weights before the first step that counts, should they be loaded until then."""
     training, fresh = start(case, backend), start(case, backend)
     (grads,) = gradients(1, torch.float32)
     take(training, spoiled(grads, 1), found_inf=torch.tensor(1.0))
     for param, untouched in zip(training[0], fresh[0], strict=True):
-        state = training[1].state[param]
-        assert torch.equal(param, untouched) and state.pop("step").item() == 0
-        if "ema" in state:
-            assert torch.equal(state.pop("ema"), param)
-        if "last_scalars" in state:
-            assert state.pop("last_scalars").tolist() == [-1.0] + [0.0] * 7
-        assert state and not any(value.any() for value in state.values())
+        assert torch.equal(param, untouched) and not training[1].state.get(param)
     if isinstance(training[1], PACE):
         assert training[1].get_step_stats() == {}
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import sys
+from collections import Counter
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 
-from pace_kernels import PACE
+from pace_kernels import MADA, PACE
 from pace_kernels.whole import at_once
 
 
@@ -79,3 +82,156 @@ def test_at_once_makes_all_calls_in_order() -> None:
     done: list[int] = []
     at_once([lambda i=i: done.append(i) for i in range(5)])  # type: ignore[misc]
     assert done == [0, 1, 2, 3, 4]
+
+
+# ---- at every line of a step ----------------------------------------------------------------------------------------
+
+KINDS: dict[str, Any] = {
+    "PACE": lambda groups, **k: PACE(groups, lr=0.1, log_stats=True, **k),
+    "PACE that skips": lambda groups, **k: PACE(groups, lr=0.1, skip_nonfinite=True, **k),
+    "MADA": lambda groups, **k: MADA(groups, lr=0.1, hyper_warmup=0, use_ema_eval=True, **k),
+    "a set for each group": lambda groups, **k: MADA(groups, lr=0.1, hyper_warmup=0, coefficients="group", **k),
+    "lion": lambda groups, **k: MADA.preset("lion", groups, **k),
+    "adan": lambda groups, **k: MADA.preset("adan", groups, **k),
+}
+DTYPES = {"one group": [[torch.float32]], "two groups, mixed": [[torch.float32, torch.bfloat16], [torch.float64]]}
+
+
+def built(kind: str, layout: str, backend: str | None) -> tuple[torch.nn.Module, Any]:
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    groups = []
+    for g, dtypes in enumerate(DTYPES[layout]):
+        params = [torch.nn.Parameter(torch.randn(3, 2).to(dtype)) for dtype in dtypes]
+        groups.append({"params": params})
+        for i, param in enumerate(params):
+            model.register_parameter(f"p{g}{i}", param)
+    return model, KINDS[kind](groups, backend=backend)
+
+
+def set_grads(model: torch.nn.Module, t: int) -> None:
+    generator = torch.Generator().manual_seed(t)
+    for param in model.parameters():
+        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+
+
+def kept(model: torch.nn.Module, optimizer: Any) -> tuple[Any, Any]:
+    return copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+class Stop(BaseException):
+    pass
+
+
+def traced(call: Any, at_line: Any) -> None:
+    """``call()``, with ``at_line(n)`` before lines n of the package's code, as a signal handler could run there: each
+    line of it at the first two times that it is run."""
+    count = 0
+    seen: Counter[tuple[str, int]] = Counter()
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal count
+        if "pace_kernels" not in frame.f_code.co_filename:
+            return None
+        place = (frame.f_code.co_filename, frame.f_lineno)
+        seen[place] += event == "line"
+        if event == "line" and seen[place] <= 2:
+            sys.settrace(None)
+            count += 1
+            at_line(count)
+            sys.settrace(trace)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("t", [0, 2], ids=["first step", "third step"])
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("layout", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_saves_at_any_line_of_a_step_has_a_whole_state(kind: str, layout: str, backend: str | None, t: int) -> None:
+    model, optimizer = built(kind, layout, backend)
+    for earlier in range(t):
+        set_grads(model, earlier)
+        optimizer.step()
+    set_grads(model, t)
+    before, found, refused = kept(model, optimizer), [], 0
+
+    def save(_: int) -> None:
+        nonlocal refused
+        try:
+            found.append(kept(model, optimizer))
+        except RuntimeError as error:
+            assert "in the middle of a step" in str(error)
+            refused += 1
+
+    traced(optimizer.step, save)
+    after = kept(model, optimizer)
+    assert not same(before, after) and len(found) > 20
+    for n, state in enumerate(found):
+        assert same(state, before) or same(state, after), f"at line {n}"
+    # Native kernels of one device take the step at once, with nothing to refuse.
+    if backend is None and layout == "one group":
+        assert refused == 0
+    elif backend == "torch":
+        assert refused > 0
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("kind", ["PACE", "MADA"])
+def test_an_exception_at_any_line_of_a_step_leaves_a_whole_state_or_says_so(kind: str, backend: str | None) -> None:
+    layout = "two groups, mixed" if backend is None else "one group"
+    model, optimizer = built(kind, layout, backend)
+    set_grads(model, 0)
+    optimizer.step()
+    set_grads(model, 1)
+    before = kept(model, optimizer)
+    reference, other = built(kind, layout, backend)
+    reference.load_state_dict(before[0])
+    other.load_state_dict(before[1])
+    set_grads(reference, 1)
+    other.step()
+    after = kept(reference, other)
+    ends = {"before": 0, "after": 0, "refused": 0}
+    line = 0
+    while True:
+        line += 1
+        model.load_state_dict(before[0])
+        optimizer.load_state_dict(copy.deepcopy(before[1]))
+
+        def stop(n: int, line: int = line) -> None:
+            if n == line:
+                raise Stop
+
+        try:
+            traced(optimizer.step, stop)
+            break  # there are no more lines
+        except Stop:
+            pass
+        try:
+            state = kept(model, optimizer)
+        except RuntimeError:
+            with pytest.raises(RuntimeError, match="in the middle of a step"):
+                optimizer.step()
+            ends["refused"] += 1
+            continue
+        assert same(state, before) or same(state, after), f"line {line}"
+        ends["before" if same(state, before) else "after"] += 1
+    assert ends["before"] > 20, ends
+    if backend == "torch":
+        assert ends["refused"] > 0, ends

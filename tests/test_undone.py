@@ -1,11 +1,8 @@
-"""Promise: with ``skip_nonfinite`` a bad gradient leaves the whole step undone; no Ctrl-C falls into a step."""
+"""Promise: with ``skip_nonfinite`` a bad gradient leaves the whole step undone; so does memory that is gone."""
 
 from __future__ import annotations
 
 import copy
-import signal
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +10,6 @@ import torch
 from pace_cases import assert_same_bits
 
 from pace_kernels import MADA, PACE
-from pace_kernels.backend import Backend
 
 RULES = {"PACE": PACE, "MADA": MADA}
 SHAPES = [(5, 3), (), (7,)]
@@ -80,70 +76,6 @@ def test_the_count_is_in_checkpoints(rule: str) -> None:
 def test_the_option_is_checked() -> None:
     with pytest.raises(ValueError, match="skip_nonfinite must be True or False, got 1"):
         PACE([torch.nn.Parameter(torch.ones(2))], skip_nonfinite=1)  # type: ignore[arg-type]
-
-
-# ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def pythons_handler() -> Iterator[None]:
-    """In a shell's background job SIGINT is ignored from the start, and Python leaves it so."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture
-def ctrl_c_in_each_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Backend.op
-
-    def op(self: Backend, name: str) -> Any:
-        function = original(self, name)
-
-        def pressed(*args: Any, **kwargs: Any) -> None:
-            function(*args, **kwargs)
-            signal.raise_signal(signal.SIGINT)
-
-        return pressed
-
-    monkeypatch.setattr(Backend, "op", op)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_ctrl_c_in_a_step_comes_after_it(rule: str, request: pytest.FixtureRequest) -> None:
-    """Between the kernels of two groups, and before the two gradients that MADA keeps change roles."""
-    one, other = build(rule), build(rule)
-    for t in range(3):
-        step(*other, t)
-    request.getfixturevalue("ctrl_c_in_each_kernel")
-    for t in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            step(*one, t)
-    assert_same_bits(one, other)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_handler_of_the_user_is_called_once_and_stays(ctrl_c_in_each_kernel: None) -> None:
-    calls = []
-
-    def handler(number: int, frame: Any) -> None:
-        calls.append(number)
-
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        params, optimizer = build("PACE")
-        step(params, optimizer, 0)
-        assert calls == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_other_threads_step_without_handlers() -> None:
-    params, optimizer = build("PACE")
-    thread = threading.Thread(target=step, args=(params, optimizer, 0))
-    thread.start()
-    thread.join()
-    assert optimizer.state[params[0]]["step"] == 1
 
 
 # ---- memory that is gone ---------------------------------------------------------------------------------------------

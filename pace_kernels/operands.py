@@ -1,0 +1,59 @@
+"""Checks of what a step hands to a rule, for backends that do not look at all of it before they write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .memory import is_askew, is_whole
+from .sharding import local
+from .states import Work, state_dtype
+
+
+def check_operands(work: Work, states: dict[str, list[Tensor]], rows: Mapping[str, int]) -> None:
+    """Raises RuntimeError where a parameter, a gradient or a state can't be stepped; in the words of csrc/checks.h.
+    ``rows`` are the names of small states, with their numbers of elements."""
+    for i, param in enumerate(work.params):
+        _check_dense(f"params[{i}]", param, param, written=True)
+        if work.grads:
+            _check_dense(f"grads[{i}]", work.grads[i], param, written=False)
+        for name, column in states.items():
+            value, entry = column[i], f"{name}[{i}]"
+            if name == "step":
+                good = value.numel() == 1 and value.dtype in (torch.float32, torch.float64)
+                _require(good, entry, "must be float32 or float64, with one element")
+                _require(value.device.type == "cpu" or value.device == work.device, entry, f"must be on {work.device}")
+            elif name in rows:
+                _require(
+                    value.numel() == rows[name] and value.is_floating_point(), entry, f"must have {rows[name]} numbers"
+                )
+                _require(value.device == work.device, entry, f"must be on {work.device}")
+            else:
+                _check_dense(entry, value, param, written=True)
+                _require(value.dtype == state_dtype(param), entry, f"must be {state_dtype(param)}, is {value.dtype}")
+                continue
+            _check_memory(entry, value)
+
+
+def _require(good: bool, entry: str, sentence: str) -> None:
+    if not good:
+        raise RuntimeError(f"{entry} {sentence}")
+
+
+def _check_memory(entry: str, tensor: Tensor) -> None:
+    here = local(tensor)
+    _require(is_whole(here), entry, "has more elements than memory: was its storage resized?")
+    _require(not is_askew(here), entry, "must lie at a multiple of its element size: clone it")
+
+
+def _check_dense(entry: str, tensor: Tensor, param: Tensor, *, written: bool) -> None:
+    _require(tensor.device == param.device, entry, f"must be on {param.device}, is on {tensor.device}")
+    _require(tensor.layout is torch.strided, entry, f"must be a dense (strided) tensor, is {tensor.layout}")
+    shapes = tuple(tensor.shape), tuple(param.shape)
+    _require(shapes[0] == shapes[1], entry, f"has shape {shapes[0]}, its parameter has {shapes[1]}")
+    _check_memory(entry, tensor)
+    if written and not tensor.is_contiguous():
+        once = all(size <= 1 or stride != 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        _require(once, entry, "overlaps itself: it has stride 0")
