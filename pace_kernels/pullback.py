@@ -208,13 +208,12 @@ class Pullback(PullbackCheckpoints):
         dry = not self.base.state and self._is_dry_run()
         self._forget_dry_run()
         pulls, rest = self._collect(found_inf)
-        for pull in pulls:
-            self._check_memory(pull)
-            if not dry:
-                self._copy_weights(pull)
-        states = self.base.state
-        written = [p for group in self.base.param_groups for p in group["params"]]
-        written += chain.from_iterable(states[p].values() for p in written if p in states)
+        for pull in pulls if not dry else ():
+            self._copy_weights(pull)
+        written: list[Any] = [p for group in self.base.param_groups for p in group["params"]]
+        # And of each state the first, which is what torch's optimizers write first.
+        entries = filter(None, map(self.base.state.get, written))
+        written += (next(iter(entry.values())) for entry in entries)
         before = versions(written)
         try:
             with self._under_way():
@@ -266,13 +265,12 @@ class Pullback(PullbackCheckpoints):
         parts = [part for pull in pulls for part in pull.parts()]
         for part in sorted(parts, key=lambda part: part.rounds[0]) if len(parts) > 1 else parts:
             self._pull_back(part)
-        for pull in pulls:
-            self._note_counts(pull)
         for p in rest:
             state = self.base.state.get(p)
             if state and AVERAGE in state:
                 del state[AVERAGE]
                 state[AT_REST] = True
+        self._plan(pulls)
 
     def _is_dry_run(self) -> bool:
         """torch.distributed.checkpoint creates empty states by a first step with zero gradients and lr = 0. No average
@@ -378,7 +376,7 @@ class Averager(Mapping[Tensor, dict[str, Any]]):
     @property
     def _buffers(self) -> list[Tensor]:
         """The copies of the weights of before a step."""
-        return [r.before for r in self._optimizer._scratch.records.values() if r.before is not None]
+        return [copy for _, copy in self._optimizer._scratch.befores.values()]
 
     def __getitem__(self, param: Tensor) -> dict[str, Any]:
         state = self._optimizer.state.get(param) or {}

@@ -177,6 +177,7 @@ class PullbackCheckpoints(Pulling):
                 if STEP in state and not state[STEP].is_meta and state[STEP].device.type == "cpu":
                     self._scratch.unsure |= float(state[STEP]) == 0.0
         self._defaults.update(shared)
+        self._scratch.plans.clear()
         self._mark_groups()
         self._versions.clear()
         self._unfinished.clear()

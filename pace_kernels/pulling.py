@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-import weakref
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -17,10 +16,12 @@ from .backend import backends, choose
 from .checks import Group, check_average_options, check_lr, check_number, plain_number, require
 from .memory import check_whole, overlapping
 from .ops import PACE_STATS
+from .plans import Plan
 from .pulls import (
     AT_REST,
     AVERAGE,
     FORMAT_VERSION,
+    LAST_FLOAT32_STEP,
     OURS,
     PLAIN,
     STEP,
@@ -101,48 +102,51 @@ class Pulling(Averaging):
                 check_lr(group["lr"])
             if not own.keeps:
                 continue
-            buckets: dict[Any, Pull] = {}
-            device, dtype, plain = None, None, True
-            over = _NO_AXES
-            pull: Pull | None = None
-            for i, owner in enumerate(group["params"]):
-                if owner.grad is None:
-                    if not owner.requires_grad:
-                        rest.append(owner)
-                    continue
-                param, its_axes, its_plain = owner, _NO_AXES, True
-                if type(owner) not in PLAIN:
-                    param, its_axes = local(owner), axes(owner)
-                    its_plain = not is_traceable_wrapper_subclass(param) or is_sharded(owner)
-                if (
-                    pull is None
-                    or param.dtype is not dtype
-                    or param.device != device
-                    or (its_plain, its_axes)
-                    != (
-                        plain,
-                        over,
-                    )
-                ):
-                    device, dtype, plain, over = param.device, param.dtype, its_plain, its_axes
-                    pull = buckets.get((device, dtype, plain, over))
-                    if pull is None:
-                        pull = buckets[device, dtype, plain, over] = self._pull(group, own, param, over, not plain)
-                        pull.found_inf = None if found_inf is None else moved(found_inf, param.device)
-                self._take(pull, i, owner, param)
-            for pull in buckets.values():
+            plan, again = self._scratch.plans.get(id(group)), None
+            if plan is not None:
+                moment = self._moment(group, own, plan.template.dtype)
+                again = plan.again(group, own, moment, self.base.state)
+            some = [again] if again is not None else self._bucketed(group, own)
+            for pull in some:
+                pull.found_inf = None if found_inf is None else moved(found_inf, pull.device)
                 self._place_steps(pull)
-            pulls += buckets.values()
-        self._take_turns(pulls)
+            pulls += some
+            if sum(len(pull.owners) for pull in some) < len(group["params"]):
+                rest += [p for p in group["params"] if p.grad is None and not p.requires_grad]
+        if not all(pull.planned for pull in pulls):
+            self._take_turns(pulls)
+        for pull in pulls:
+            if not pull.planned:
+                self._check_memory(pull)
         return pulls, rest
 
-    def _pull(self, group: Group, own: Own, param: Tensor, over: Axes, alone: bool) -> Pull:
-        real = param.dtype.to_real()
-        backend = backends()["torch"] if alone else choose(self._backend_name, param.device, real)
-        moment = None
-        if own.by_moment:
-            moment = second_moment_of(self.base, group, own.values["second_moment"], real)
-        return Pull(group, own, backend, param.device, param.dtype, over, moment, alone=alone)
+    def _bucketed(self, group: Group, own: Own) -> list[Pull]:
+        """The parameters of a group that have a gradient, by where and how they lie."""
+        buckets: dict[Any, Pull] = {}
+        for i, owner in enumerate(group["params"]):
+            if owner.grad is None:
+                continue
+            param, over, alone = owner, _NO_AXES, False
+            sharded = type(owner) not in PLAIN and is_sharded(owner)
+            if type(owner) not in PLAIN:
+                param, over = local(owner), axes(owner)
+                alone = is_traceable_wrapper_subclass(param) and not is_fake(param)
+            key = (param.device, param.dtype, over, sharded, alone)
+            pull = buckets.get(key)
+            if pull is None:
+                device, real = param.device, param.dtype.to_real()
+                backend = backends()["torch"] if alone else choose(self._backend_name, device, real)
+                moment = self._moment(group, own, param.dtype)
+                pull = Pull(group, own, backend, device, param.dtype, over, moment, alone=alone, sharded=sharded)
+                buckets[key] = pull
+            self._take(pull, i, owner, param)
+        return list(buckets.values())
+
+    def _moment(self, group: Group, own: Own, dtype: torch.dtype) -> SecondMoment | None:
+        """None where the gain is a constant, or nothing pulls."""
+        if not own.by_moment:
+            return None
+        return second_moment_of(self.base, group, own.values["second_moment"], dtype.to_real())
 
     def _take(self, pull: Pull, i: int, owner: Tensor, param: Tensor) -> None:
         state = self.base.state.get(owner) or {}
@@ -157,13 +161,15 @@ class Pulling(Averaging):
         ):
             ema, step = self._started(pull.group, i, owner, ema, step)
             pull.new.append(len(pull.owners))
-        offset, theirs = 0, len(state) > 3 or any(name not in OURS for name in state)
+        offset, theirs = 0, any(name not in OURS for name in state)
         if state and not theirs:
             pull.hidden.append(owner)
         if pull.moment is not None:
             pull.seconds.append(self._second(pull.moment, state, pull.group, i, param) if theirs else None)
             if pull.moment.beta2 != 0.0:  # without a state of its own the base starts with this step
-                offset = self._offset(owner, state.get("step", 0) if theirs else 0, step)
+                offset = count_of(state.get("step", 0) if theirs else 0) - count_of(step)
+        if step.is_cpu and step.dtype is torch.float32 and count_of(step) >= LAST_FLOAT32_STEP:
+            step = step.to(torch.float64)
         pull.places.append(i)
         pull.owners.append(owner)
         pull.params.append(param)
@@ -210,28 +216,6 @@ class Pulling(Averaging):
             v = torch.view_as_real(v) if v.is_complex() else torch.stack([v, v], -1)
         real = param.dtype.to_real()
         return v if v.dtype is real or v.dtype is torch.float32 else v.to(state_dtype(param).to_real())
-
-    def _offset(self, owner: Tensor, base_step: Any, step: Tensor) -> int:
-        """The base's steps before the first of the average, from both counts as they are now."""
-        if not isinstance(base_step, Tensor) or (base_step.is_cpu and step.is_cpu):
-            return count_of(base_step) - count_of(step)
-        record = self._scratch.record(owner)
-        seen = record.counts
-        same = seen is not None and seen[0]() is base_step and seen[1]() is step
-        if not same or seen is None or seen[2:] != (base_step._version, step._version):
-            record.offset = count_of(base_step) - count_of(step)
-        return record.offset
-
-    def _note_counts(self, pull: Pull) -> None:
-        """Where step counts lie on a device: their versions, by which the next step knows that nobody changed them."""
-        if pull.moment is None or pull.moment.beta2 == 0.0:
-            return
-        for owner, step, offset in zip(pull.owners, pull.steps, pull.offsets, strict=True):
-            base_step = self.base.state[owner].get("step")
-            if isinstance(base_step, Tensor) and not (base_step.is_cpu and step.is_cpu):
-                record = self._scratch.record(owner)
-                counts = (weakref.ref(base_step), weakref.ref(step), base_step._version, step._version)
-                record.counts, record.offset = counts, offset
 
     def _place_steps(self, pull: Pull) -> None:
         """Step counts follow the parameters to their device, and stay there, where only it knows whether a step counts:
@@ -298,20 +282,11 @@ class Pulling(Averaging):
     def _copy_weights(self, pull: Pull) -> None:
         if not (pull.own.pulls and pull.own.values["pullback_from"] == "weights"):
             return
-        for owner, param in zip(pull.owners, pull.params, strict=True):
+        for owner, param in zip(pull.owners, pull.params, strict=True) if not pull.befores else ():
             if param.device.type != "cpu":
                 pull.befores.append(torch.empty_like(param, requires_grad=False))
-                continue
-            record = self._scratch.record(owner)
-            kept = record.before
-            if (
-                kept is None
-                or kept.dtype is not param.dtype
-                or kept.shape != param.shape
-                or kept.device != param.device
-            ):
-                kept = record.before = torch.empty_like(param, requires_grad=False)
-            pull.befores.append(kept)
+            else:
+                pull.befores.append(self._scratch.before(owner, param))
         if pull.alone:
             for before, param in zip(pull.befores, pull.params, strict=True):
                 before.copy_(param)
@@ -322,39 +297,56 @@ class Pulling(Averaging):
 
     def _missing(self, pulls: list[Pull]) -> RuntimeError | None:
         """What only a first step of the base tells: that it keeps no such second moment, or a state named as ours."""
+        states = self.base.state
         for pull in pulls:
             for i in pull.new:
-                state = self.base.state.get(pull.owners[i], {})
+                state = states.get(pull.owners[i], {})
                 if AVERAGE in state and STEP not in state:
                     kind = type(self.base).__name__
                     return RuntimeError(f"{kind} has a state {AVERAGE!r} of its own, as the average has")
+            if pull.moment is None:
+                continue
+            entries, name, seconds = [states.get(p) or {} for p in pull.owners], pull.moment.name, pull.seconds
+            if all(map(operator.is_, map(dict.get, entries, repeat(name)), seconds)):
+                continue
             try:
-                self._find_seconds(pull)
+                for k, state in enumerate(entries):
+                    seconds[k] = self._second(pull.moment, state, pull.group, pull.places[k], pull.params[k])
             except RuntimeError as error:
                 return error
         return None
 
-    def _find_seconds(self, pull: Pull) -> None:
-        """The second moments as the base's step left them; as a rule the same tensors as before."""
-        if pull.moment is None:
-            return
-        states, name, seconds = self.base.state, pull.moment.name, pull.seconds
-        for k, owner in enumerate(pull.owners):
-            state = states.get(owner) or {}
-            if seconds[k] is None or state.get(name) is not seconds[k]:
-                seconds[k] = self._second(pull.moment, state, pull.group, pull.places[k], pull.params[k])
-
     def _enter(self, pull: Pull) -> None:
         """Puts average and step count into the base's states, which may be others since its step."""
         states = self.base.state
+        entries: list[Any] = list(map(states.get, pull.owners))
+        if all(entries) and not pull.new:
+            emas, steps = (map(dict.get, entries, repeat(name)) for name in (AVERAGE, STEP))
+            if all(map(operator.is_, emas, pull.emas)) and all(map(operator.is_, steps, pull.steps)):
+                return
         for owner, ema, step in zip(pull.owners, pull.emas, pull.steps, strict=True):
             state = states.get(owner)
             if state is None:
                 state = states[owner] = {}
             state[AVERAGE] = ema
             state[STEP] = step
-        for i in pull.new:
-            states[pull.owners[i]].pop(AT_REST, None)
+            state.pop(AT_REST, None)
+
+    def _plan(self, pulls: list[Pull]) -> None:
+        """What the next step may take up again."""
+        plans = self._scratch.plans
+        last, plans_before = None, dict(plans)
+        plans.clear()
+        for pull in pulls:
+            key = id(pull.group)
+            if pull.planned and not any(pull.rounds):
+                plans[key] = plans_before[key]
+                plans[key].note()
+            elif pull.group is last:  # in several calls
+                plans.pop(key, None)
+            elif (plan := Plan.of(pull, self.base.state)) is not None:
+                plans[key] = plan
+            last = pull.group
 
     def _pull_back(self, pull: Pull) -> None:
         stats = None

@@ -31,6 +31,7 @@ OURS = (AVERAGE, STEP, LIVE, AT_REST)
 # The keys of a base's group that say whether its averages are swapped in, and in which format they are: 0 before the
 # first. Under these names all kinds of checkpoints carry them.
 SWAPPED, FORMAT_VERSION = "pullback_swapped", "pullback_format_version"
+LAST_FLOAT32_STEP = 2**24  # float32 counts no further
 _SHARED = frozenset(f.name for f in fields(PullbackOptions)) & frozenset(OPTIONS)
 PLAIN = {Tensor, torch.nn.Parameter}
 _version = operator.attrgetter("_version")
@@ -89,6 +90,8 @@ class Pull:
     on_device: bool = False
     found_inf: Tensor | None = None
     alone: bool = False  # wrappers of other tensors: no operator takes them in a list
+    sharded: bool = False  # DTensors
+    planned: bool = False  # by a Plan, which has checked it
 
     def parts(self) -> Iterator[Pull]:
         """As a rule itself; offsets and rounds get calls of their own."""
@@ -108,44 +111,40 @@ class Pull:
             yield part
 
 
-class Record:
-    """Of a parameter: the copy of its weights, on the CPU, where new memory costs page faults; and the offset with the
-    step counts that it was read from, where these lie on a device that would have to be waited for."""
-
-    __slots__ = ("before", "counts", "offset", "ref")
-
-    def __init__(self, ref: weakref.ref[Tensor]) -> None:
-        self.ref, self.before, self.counts, self.offset = ref, None, None, 0
-
-    before: Tensor | None
-    counts: tuple[Any, ...] | None
-
-
 class Scratch:
     """What a Pullback keeps beside the base's state: nothing that a checkpoint needs. One object, because wrappers that
     pass for an optimizer copy its attributes."""
 
     def __init__(self) -> None:
-        self.records: dict[int, Record] = {}  # by id of the parameter, which they die with
+        # Copies of weights, on the CPU, where new memory costs page faults; by id of the parameter, and gone with it.
+        self.befores: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self.plans: dict[int, Any] = {}  # of class Plan, by id of the group
         self.rows: list[Row] = []
         self.own: dict[int, tuple[list[Any], Own]] = {}  # by id of the group
         self.unsure = False  # averages may have taken no step: after a dry run, or one that a gradient scaler skipped
         self.loading = False  # our load_state_dict calls the base's
         self.said: set[str] = set()
 
-    def record(self, param: Tensor) -> Record:
+    def before(self, param: Tensor, like: Tensor) -> Tensor:
+        """Memory for a copy of ``like``, the local part of the parameter."""
         key = id(param)
-        found = self.records.get(key)
-        if found is None or found.ref() is not param:
-            ref = weakref.ref(param, partial(_forget, weakref.ref(self), key))
-            found = self.records[key] = Record(ref)
-        return found
+        ref, kept = self.befores.get(key, (None, None))
+        if (
+            ref is None
+            or kept is None
+            or ref() is not param
+            or kept.dtype is not like.dtype
+            or kept.shape != like.shape
+        ):
+            kept = torch.empty_like(like, requires_grad=False)
+            self.befores[key] = weakref.ref(param, partial(_forget, weakref.ref(self), key)), kept
+        return kept
 
 
 def _forget(scratch: weakref.ref[Scratch], key: int, ref: weakref.ref[Tensor]) -> None:
     found = scratch()
-    if found is not None and key in found.records and found.records[key].ref is ref:
-        del found.records[key]
+    if found is not None and key in found.befores and found.befores[key][0] is ref:
+        del found.befores[key]
 
 
 def is_fake(tensor: Tensor) -> bool:
