@@ -335,6 +335,24 @@ def enter(context: AbstractContextManager[Any]) -> None:
         raise AssertionError("it was entered")
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_swap_changes_contents_and_no_address(rule: str) -> None:
+    """Which captured CUDA graphs read."""
+    training = Training("plain", rule)
+    training.train("never")
+    optimizer = training.optimizer
+
+    def addresses() -> list[int]:
+        params = list(training.model.parameters())
+        return [t.data_ptr() for p in params for t in (p, optimizer.state[p]["ema"])]
+
+    before = addresses()
+    with optimizer.averaged(training.model):
+        assert addresses() == before
+    optimizer.ema_state_dict(training.model)
+    assert addresses() == before
+
+
 def test_frozen_graphs_of_inductor_are_refused() -> None:
     import torch._inductor.config as inductor
 

@@ -73,3 +73,24 @@ def test_what_is_told_of_schedulefree() -> None:
     assert f"`AdamWScheduleFree({', '.join(names)})`" in section and theirs["weight_lr_power"] == 2
     row = " | ".join(f"`lr={x['lr']}`, `weight_decay={x['weight_decay']}` by default" for x in (theirs, ours))
     assert f"| {row} |" in section
+
+
+# ---- With other software ---------------------------------------------------------------------------------------------
+
+OTHER_SOFTWARE = (PAGES.parent / "docs" / "with-other-software.md").read_text()
+
+
+def tests_named() -> list[tuple[str, str]]:
+    return re.findall(r"`([\w/]+\.py)::(\w+)`", OTHER_SOFTWARE)
+
+
+def test_each_test_that_the_page_names_is_there() -> None:
+    assert len(tests_named()) > 30
+    for file, name in tests_named():
+        assert re.search(rf"^def {name}\(", (Path(__file__).parent / file).read_text(), re.M), (file, name)
+
+
+def test_each_row_names_its_test() -> None:
+    rows = [line for line in OTHER_SOFTWARE.split("\n## ")[1].splitlines() if line.startswith("| ")]
+    for row in rows[2:]:
+        assert re.fullmatch(r"(`[\w/]+\.py::\w+`(, )?)+", row.rstrip(" |").rpartition(" | ")[2]), row

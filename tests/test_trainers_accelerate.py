@@ -11,6 +11,8 @@ import pytest
 import torch
 from trainer_cases import AVERAGING, OPTIMIZERS, averages_of, same, state_of, weights_of
 
+import pace_kernels
+
 accelerate = pytest.importorskip("accelerate")
 
 pytestmark = pytest.mark.usefixtures("many_small_steps", "one_accelerator")
@@ -105,6 +107,10 @@ def test_three_ways_to_the_average(name: str) -> None:
         with owner.averaged():
             assert same(weights_of(accelerator.unwrap_model(wrapped)), average)
         assert same(weights_of(model), live)
+    with pace_kernels.averaged(wrapped, optimizer):
+        assert same(weights_of(accelerator.unwrap_model(wrapped)), average)
+    assert same(weights_of(model), live)
+    assert same(dict(pace_kernels.ema_state_dict(model, optimizer)), average)
     assert not hasattr(optimizer, "averaged")
     assert not hasattr(optimizer, "ema_state_dict")
 
