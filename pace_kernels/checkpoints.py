@@ -12,15 +12,22 @@ from torch import Tensor
 from .averaging import Averaging
 from .checks import Group, checked_count, require
 from .options import Record, check_given, make_plain
-from .states import FLOATING, FORMAT, GROUP_STATE, as_state, holds
+from .states import FLOATING, FORMAT, GROUP_STATE, LAST_STEP, as_state, holds, step_dtype
+from .torch_rules.common import has_values
 
 # Options that torch.optim.Adam and AdamW keep in their groups and that mean nothing here.
 _FOREIGN_OPTIONS = ("amsgrad", "foreach", "fused", "differentiable", "decoupled_weight_decay")
 # State of the published pace-optimizer: the same tensors under other names. `theta` is its copy of the live weights.
 _FOREIGN_NAMES = {"m": "exp_avg", "v": "exp_avg_sq"}
 _FOREIGN_STATE = {"theta", "last_ema_step", "max_exp_avg_sq"}
-# Step counts are float32, which counts no further.
-_LAST_STEP = 2**24
+
+
+def _with_short_step(state: Any) -> Any:
+    """A state as it is saved: a count in torch's float32, as far as that counts."""
+    step = state.get("step") if isinstance(state, dict) else None
+    if not isinstance(step, Tensor) or step.dtype != torch.float64 or not has_values(step):
+        return state
+    return {**state, "step": step.to(step_dtype(step.item()))}
 
 
 class Checkpoints(Averaging):
@@ -66,6 +73,7 @@ class Checkpoints(Averaging):
         def complete(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
             for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
                 packed.update(self._to_save(group))
+            saved["state"] = {key: _with_short_step(state) for key, state in saved["state"].items()}
 
         handle = self.register_state_dict_post_hook(complete, prepend=True)
         try:
@@ -256,7 +264,8 @@ class Checkpoints(Averaging):
                 state["live"] = theta
             elif not same:
                 notes.append(f"{name}: the model holds neither its weights nor its average; load the model first")
-        step = checked_count(f"{name}: step", state.pop("step"), _LAST_STEP).to(torch.float32)
+        step = checked_count(f"{name}: step", state.pop("step"), LAST_STEP)
+        step = step.to(step_dtype(step.item()))
         for key, value in state.items():
             shape = (self.STATE_ROWS[key],) if key in self.STATE_ROWS else tuple(param.shape)
             if not isinstance(value, Tensor) or value.shape != shape:

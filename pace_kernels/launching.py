@@ -21,7 +21,7 @@ from .checkpoints import Checkpoints
 from .memory import aligned, as_bytes, is_askew, overlap_in_part, region
 from .operands import check_operands
 from .sharding import local
-from .states import Work
+from .states import Work, counts_no_further
 from .whole import Call, each
 
 States = dict[str, list[Tensor]]
@@ -130,6 +130,9 @@ class Launching(Checkpoints):
                 if not self._askew and any(map(is_askew, here)):
                     self._askew = mended = True
                     say_once(_ASKEW)
+                if "step" in state and counts_no_further(state["step"]):
+                    state["step"] = state["step"].double()
+                    mended = True
                 if "ema" in state and state["ema"].shape != owner.shape:
                     del state["ema"]  # as that of a parameter at rest; the step makes a new one
                     mended = True

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .memory import is_askew, is_whole
 from .sharding import local
-from .states import Work, state_dtype
+from .states import Work, counts_no_further, state_dtype
 
 
 def check_operands(work: Work, states: dict[str, list[Tensor]], rows: Mapping[str, int]) -> None:
@@ -24,6 +24,7 @@ def check_operands(work: Work, states: dict[str, list[Tensor]], rows: Mapping[st
             if name == "step":
                 good = value.numel() == 1 and value.dtype in (torch.float32, torch.float64)
                 _require(good, entry, "must be float32 or float64, with one element")
+                _require(not counts_no_further(value), entry, "is float32, which counts to 2^24, and is there")
                 _require(value.device.type == "cpu" or value.device == work.device, entry, f"must be on {work.device}")
             elif name in rows:
                 _require(

@@ -36,7 +36,7 @@ from .sharding import (
     reduce_,
     unwrapped,
 )
-from .states import FLOATING, GROUP_STATE, Work, as_state, empty_state, moved, state_dtype
+from .states import FLOATING, GROUP_STATE, Work, as_state, empty_state, exact_on, moved, state_dtype
 from .torch_rules.common import by_graph, has_values
 from .whole import at_once, each
 
@@ -277,6 +277,11 @@ class KernelOptimizer(Launching):
             for i in away:
                 steps[i] = moved(steps[i], device)
                 work.put(i, "step", steps[i])
+            if exact_on(device, work.group["ema_update_freq"]):
+                for i, step in enumerate(steps):
+                    if step.dtype != torch.float64:
+                        steps[i] = step.double()
+                        work.put(i, "step", steps[i])
 
     def _fitted(self, param: Tensor, state: dict[str, Tensor], name: str, plain: bool) -> dict[str, Tensor]:
         """New states where they have to follow a parameter whose dtype or shards were changed by hand; a change of its

@@ -14,10 +14,9 @@ from .checkpoints import Checkpoints
 from .checks import Group, checked_count, require
 from .pulling import Pulling
 from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, LIVE, OPTIONS, OURS, STEP, SWAPPED
-from .states import FORMAT, as_state
+from .states import FORMAT, LAST_STEP, as_state, step_dtype
 
 _PREFIX = "pullback_"  # of the options in the groups of a checkpoint
-_LAST_STEP = 2**24  # float32 counts no further
 
 
 class _Kept:
@@ -281,7 +280,7 @@ def _checked_ours(name: str, key: Any, ours: Group, param: Tensor) -> Group:
         raise ValueError(f"state[{key!r}] has an average without pullback_step: is it of another optimizer?")
     if AVERAGE not in ours and not ours.get(AT_REST):
         raise ValueError(f"{name} lacks ema: is it incomplete?")
-    checked_count(f"{name}: pullback_step", ours[STEP], _LAST_STEP)
+    checked_count(f"{name}: pullback_step", ours[STEP], LAST_STEP)
     for k in (AVERAGE, LIVE):
         value = ours.get(k)
         if k not in ours:
@@ -301,7 +300,8 @@ def _checked_ours(name: str, key: Any, ours: Group, param: Tensor) -> Group:
 def _as_ours(name: str, value: Any, param: Tensor, on_device: bool) -> Any:
     """A copy of a saved value as a state of the parameter."""
     if name == STEP:
-        count = checked_count(STEP, value, _LAST_STEP).to(torch.float32)
+        count = checked_count(STEP, value, LAST_STEP)
+        count = count.to(step_dtype(count.item()))
         return count.reshape(()).to(param.device if on_device else "cpu", copy=True)
     if name == AT_REST:
         return bool(value)

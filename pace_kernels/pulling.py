@@ -35,7 +35,7 @@ from .pulls import (
 )
 from .second_moments import SecondMoment, lacks, require_second_moment, second_moment_of
 from .sharding import Axes, axes, is_sharded, local, placed_alike
-from .states import as_state, moved, state_dtype
+from .states import as_state, counts_no_further, exact_on, moved, state_dtype
 
 _NO_AXES: Axes = ()
 _SMALLEST_EPS = 2.0**-126  # below, 1 / D could be infinite
@@ -228,6 +228,8 @@ class Pulling(Averaging):
         if pull.on_device:
             for i in away:
                 pull.steps[i] = moved(pull.steps[i], pull.device)
+            if exact_on(pull.device, pull.own.operator["ema_update_freq"]):
+                pull.steps[:] = [step.double() for step in pull.steps]
 
     @staticmethod
     def _take_turns(pulls: list[Pull]) -> None:
@@ -243,6 +245,8 @@ class Pulling(Averaging):
 
     def _check_memory(self, pull: Pull) -> None:
         """Raises where an operator would, or worse: before the base has stepped. Nothing is written."""
+        if pull.backend.name != "cpu":
+            self._lengthen(pull)
         if pull.backend.name == "cpu" and not is_fake(pull.params[0]):
             stand_in = [torch.view_as_real(p) if p.is_complex() else p for p in pull.params]
             try:  # the operator checks all and then finds that the step is to be left undone
@@ -251,6 +255,9 @@ class Pulling(Averaging):
                 )
                 return
             except RuntimeError as error:
+                if self._lengthen(pull):
+                    self._check_memory(pull)
+                    return
                 if not self._misaligned(pull):
                     raise RuntimeError(f"{self._named(pull, str(error))}") from error
         elif not self._misaligned(pull):
@@ -266,6 +273,14 @@ class Pulling(Averaging):
             "parameters lie at addresses that are no multiple of their element size: torch pulls them, more slowly"
         )
         pull.backend = backends()["torch"]
+
+    @staticmethod
+    def _lengthen(pull: Pull) -> bool:
+        """Step counts that go on in float64: whether there are any."""
+        full = [i for i, step in enumerate(pull.steps) if counts_no_further(step)]
+        for i in full:
+            pull.steps[i] = pull.steps[i].double()
+        return bool(full)
 
     def _named(self, pull: Pull, message: str) -> str:
         """An operator's message with the name of the parameter that it is about."""

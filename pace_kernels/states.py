@@ -20,6 +20,8 @@ FORMAT = 1
 # skip_nonfinite left undone (a tensor that the groups share, once there is something to count), and, in checkpoints
 # alone, the names that all states of the group have: what a checkpoint lost on its way can be told by them.
 GROUP_STATE: Group = {"swapped": False, "format_version": FORMAT, "skipped_steps": None, "state_names": None}
+FLOAT32_LAST = 2**24  # float32 counts to here: with one more it is the same number
+LAST_STEP = 2**53  # and float64 to here
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -80,6 +82,23 @@ class Work:
         """Whether ``found_inf`` says so, as far as that can be told without waiting for a device."""
         found_inf = self.scaling.get("found_inf")
         return found_inf is not None and at_hand(found_inf) and bool(found_inf)
+
+
+def counts_no_further(step: Tensor) -> bool:
+    """Whether a count on the CPU is float32 and at 2^24. Operators refuse it before they write, so that nobody has to
+    look for it in each step; it is float64 then."""
+    return step.dtype == torch.float32 and at_hand(step) and step.item() >= FLOAT32_LAST
+
+
+def step_dtype(count: float) -> torch.dtype:
+    """Of a step count in a checkpoint, and on the CPU: torch's float32, as far as that counts."""
+    return torch.float32 if count <= FLOAT32_LAST else torch.float64
+
+
+def exact_on(device: torch.device, update_freq: int) -> bool:
+    """Whether counts on this device, which nobody reads there, are float64 from the start: where they decide in which
+    steps an average moves. MPS has no float64."""
+    return update_freq > 1 and device.type not in ("cpu", "mps")
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
