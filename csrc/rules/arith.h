@@ -34,7 +34,8 @@ PACE_RULE float larger(float a, float b) { return a > b ? a : b; }
 PACE_RULE float sign(float a) { return a > 0.0f ? 1.0f : (a < 0.0f ? -1.0f : 0.0f); }
 
 // e₊ = e + w (x − e): rounded thrice, it leaves an average of weights at rest where it is, which (1 − w) e + w x, both
-// weights rounded, does not. Where w is 1 it is x itself, so that a burn-in copies: e + (x − e) may miss x by a rounding.
+// weights rounded, does not. Where w is 1 it is x itself, so that a burn-in copies: e + (x − e) may miss x by a
+// rounding.
 PACE_RULE float averaged(float e, float x, float w) { return w == 1.0f ? x : e + w * (x - e); }
 
 }  // namespace pace
