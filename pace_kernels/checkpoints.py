@@ -30,6 +30,10 @@ def _with_short_step(state: Any) -> Any:
     return {**state, "step": step.to(step_dtype(step.item()))}
 
 
+# Among the names of states: some parameters of the group are at rest, without an average.
+_AT_REST = "at_rest"
+
+
 class Checkpoints(Averaging):
     """An optimizer whose checkpoints are checked before they change anything. Not for direct use."""
 
@@ -83,8 +87,12 @@ class Checkpoints(Averaging):
 
     def _to_save(self, group: Group) -> Group:
         """What a checkpoint has of the group beside its options."""
-        names = [self.state[param].keys() for param in group["params"] if self.state.get(param)]
-        saved: Group = {"state_names": tuple(sorted(set.intersection(*map(set, names)))) if names else None}
+        states = [self.state[param] for param in group["params"] if self.state.get(param)]
+        averaged = [state for state in states if "ema" in state]
+        names = set.intersection(*map(set, averaged or states)) if states else set()
+        if 0 < len(averaged) < len(states):
+            names.add(_AT_REST)
+        saved: Group = {"state_names": tuple(sorted(names)) if states else None}
         if group["skipped_steps"] is None:  # distributed checkpoints load no tensor into what is None
             saved["skipped_steps"] = torch.zeros((), dtype=torch.int64)
         return saved
@@ -143,6 +151,8 @@ class Checkpoints(Averaging):
             groups.append(options | {"state_names": None})
             if names is None or self.OWN_OPTION not in saved:
                 names = (*(names or ()), *self._required_states(options))
+            rests = _AT_REST in names and any("ema" in loaded["state"].get(key, ()) for key in saved["params"])
+            names = [name for name in names if name != _AT_REST]
             ordered, present = saved.get("param_names"), group.get("param_names")
             if ordered and present and ordered != present and sorted(ordered) == sorted(present):
                 notes.append(
@@ -153,8 +163,9 @@ class Checkpoints(Averaging):
                 if key not in loaded["state"] or not loaded["state"][key]:
                     continue
                 name = f"the state of {self._name(group, i)}"
+                needed = [other for other in names if other != "ema"] if rests else names
                 states[key] = incoming[param] = self._translated_state(
-                    loaded["state"][key], param, options, names, name, notes
+                    loaded["state"][key], param, options, needed, name, notes
                 )
             loaded_here = [incoming[param] for param in group["params"] if param in incoming]
             lost = any("ema" in state and "live" not in state for state in loaded_here)

@@ -6,7 +6,7 @@ arguments. On native backends all of them are made at once (whole.py). Otherwise
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from functools import partial
 from itertools import chain, repeat
 from types import BuiltinFunctionType
@@ -50,6 +50,8 @@ class Launching(Checkpoints):
 
     # Addresses of parameters that were found not to overlap others in part.
     _apart: set[int]
+    # Those of one address that are one memory: region, dtype, shape, strides.
+    _twins: set[Any]
     # Whether some tensor lay at an address that is no multiple of its element size: then all of them are looked at.
     _askew: bool
     # What a step changes beside its works: the count of steps that were left undone.
@@ -69,7 +71,7 @@ class Launching(Checkpoints):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name, value in {"_apart": set(), "_askew": False, "_counting": []}.items():
+        for name, value in {"_apart": set(), "_twins": set(), "_askew": False, "_counting": []}.items():
             self.__dict__.setdefault(name, value)
 
     # ---- memory ----------------------------------------------------------------------------------------------------
@@ -101,7 +103,19 @@ class Launching(Checkpoints):
         if not distinct <= self._apart:
             self._check_overlaps()
             self._apart |= distinct
-        return works if len(distinct) == len(found) else [part for work in works for part in _split(work)]
+        if len(distinct) == len(found):
+            return works
+        params = [param for work in works for param in work.params]
+        starts = Counter(where[1] for param in params if (where := region(param)) is not None)
+        twins = frozenset(
+            (where, param.dtype, param.shape, param.stride())
+            for param in params
+            if (where := region(param)) is not None and starts[where[1]] > 1
+        )
+        if twins - self._twins:
+            self._check_overlaps()
+            self._twins |= twins
+        return [part for work in works for part in _split(work)]
 
     # ---- the step --------------------------------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ class KernelOptimizer(Launching):
         self._records, self._changed, self._unchecked = {}, [], set()
         self._versions = {}
         self._unfinished = []
-        self._apart, self._askew, self._counting = set(), False, []
+        self._apart, self._twins, self._askew, self._counting = set(), set(), False, []
         # Part of the groups, because that is what every kind of checkpoint carries.
         super().__init__(params, {**defaults, **GROUP_STATE})
 
