@@ -17,13 +17,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import derived
 from .batchnorm import Batches, recomputed
 from .checks import Group, require
-from .memory import check_whole, region, share_memory
+from .memory import check_whole, overlapping, region, share_memory
 from .sharding import gathered, is_sharded, local, on_first_rank
 from .whole import Whole
+
+# The versions of a parameter, wrapper and local part.
+Version = tuple[int, int]
+# Of each parameter that train() put back: its version since, and the one before eval(), which has the same contents. By
+# it an optimizer that swapped before another one did knows its average again.
+_restored: Any = WeakTensorKeyDictionary()
 
 
 @dataclass
@@ -39,9 +46,9 @@ class _Entry:
 class Averaging(Whole, torch.optim.Optimizer):
     """An optimizer that keeps an average of its weights as their state `ema`. Not for direct use."""
 
-    # The versions of swapped weights, wrapper and local part, as the swap left them: a later one was written by others.
+    # The versions of swapped weights before the swap, and as it left them: a later one was written by others.
     # One object for wrappers that copy attributes, such as Lightning's, and never part of a checkpoint.
-    _versions: dict[Tensor, tuple[int, int]]
+    _versions: dict[Tensor, tuple[Version, Version]]
     # The key of a group that says whether its average is swapped in. Groups are shared with wrappers that pass for this
     # optimizer, such as Lightning's; an attribute set through one of them would stay there.
     _MARK = "swapped"
@@ -104,9 +111,10 @@ class Averaging(Whole, torch.optim.Optimizer):
         derived.check_no_flat_parameters(self._params(), "eval()")
         self._check_swap("eval()", model, entries)
         self._versions.clear()
+        before = [_version(entry.param) for entry in entries]
         self._swap_in(entries, groups)
         self._forget_derived(model)
-        self._versions.update({entry.param: _version(entry.param) for entry in entries})
+        self._versions.update({e.param: (was, _version(e.param)) for e, was in zip(entries, before, strict=True)})
 
     @torch.no_grad()
     def train(self, model: torch.nn.Module | None = None, *, keep: str | None = None) -> None:
@@ -124,7 +132,7 @@ class Averaging(Whole, torch.optim.Optimizer):
         if not self._swapped:
             return
         entries = self._entries(self.param_groups, "live")
-        changed = [e for e in entries if self._versions.get(e.param, _version(e.param)) != _version(e.param)]
+        changed = [e for e in entries if self._is_changed(e.param)]
         if changed and keep is None:
             raise RuntimeError(
                 f"{self._name(changed[0].group, changed[0].place)} was changed between eval() and train(), as by "
@@ -132,10 +140,12 @@ class Averaging(Whole, torch.optim.Optimizer):
                 'optimizer.train(keep="live") puts the weights of before eval() back. The average stays as it was'
             )
         self._check_swap("train()", model, entries)
-        loaded = [e.param for e in changed] if keep == "loaded" else []
-        back = [e for e in entries if not (loaded and share_memory([e.param], loaded))]
+        loaded = _with_others([e.param for e in entries], [e.param for e in changed] if keep == "loaded" else [])
+        back = [e for e in entries if id(e.param) not in loaded]
+        before = {param: was for param, (was, _) in self._versions.items()}
         self._versions.clear()
         self._swap_out(back, entries, [group for group in self.param_groups if self._MARK in group])
+        _restored.update({e.param: (_version(e.param), before[e.param]) for e in back if e.param in before})
         self._forget_derived(model)
 
     @contextmanager
@@ -161,6 +171,14 @@ class Averaging(Whole, torch.optim.Optimizer):
             for i, param in enumerate(group["params"])
             if name in self.state.get(param, ())
         ]
+
+    def _is_changed(self, param: Tensor) -> bool:
+        """Whether a swapped parameter was written since ``eval()``, but for swaps of others in and out again."""
+        if param not in self._versions:
+            return False
+        _, left = self._versions[param]
+        now = _version(param)
+        return now != left and _restored.get(param) != (now, left)
 
     def _check_swap(self, what: str, model: torch.nn.Module | None, entries: list[_Entry]) -> None:
         """Refuses what can't be swapped, before anything has changed."""
@@ -353,5 +371,12 @@ def _write(param: Tensor, value: Tensor) -> None:
         torch.autograd.graph.increment_version(param)
 
 
-def _version(param: Tensor) -> tuple[int, int]:
+def _with_others(params: list[Tensor], some: list[Tensor]) -> set[int]:
+    """The ids of ``some`` of the parameters, and of those that share memory with them."""
+    known = set(map(id, some))
+    groups = overlapping(params) if some else []
+    return {id(param) for group in groups if not known.isdisjoint(map(id, group)) for param in group}
+
+
+def _version(param: Tensor) -> Version:
     return param._version, local(param)._version

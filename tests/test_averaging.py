@@ -369,3 +369,20 @@ def test_several_optimizers_of_one_model() -> None:
         pace_kernels.ema_state_dict(model, optimizers[0], other)
     with pytest.raises(TypeError, match="at least one optimizer"), pace_kernels.averaged(model):
         pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_optimizers_that_step_the_same_parameters(kind: str) -> None:
+    model = Mixed()
+    optimizers = [trained(kind, model, model.groups()), trained("PACE", model), trained(kind, model)]
+    live, last = contents(model), optimizers[-1].ema_state_dict(model)
+    for _ in range(2):
+        with pace_kernels.averaged(model, *optimizers):
+            assert_same(contents(model), last)
+        assert_same(contents(model), live)
+    assert_same(pace_kernels.ema_state_dict(model, *optimizers), last)
+    with pytest.raises(RuntimeError, match="was changed between"), pace_kernels.averaged(model, *optimizers):
+        model.single.detach().zero_()
+    for optimizer in reversed(optimizers):
+        optimizer.train(keep="live")
+    assert_same(contents(model), live)
