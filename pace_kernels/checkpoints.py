@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .averaging import Averaging
-from .checks import Group, checked_count, require
+from .checks import Group, checked_count, require, shortened
+from .memory import is_whole
 from .options import Record, check_given, make_plain
+from .sharding import local
 from .states import FLOATING, FORMAT, GROUP_STATE, LAST_STEP, as_state, holds, step_dtype
 from .torch_rules.common import has_values
 
@@ -114,7 +116,10 @@ class Checkpoints(Averaging):
 
         # Last of the pre-hooks, so that those of the user see the checkpoint as it was saved.
         def translate(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            return self._translated(loaded, notes)
+            try:
+                return self._translated(loaded, notes)
+            except (ArithmeticError, AttributeError, LookupError, NotImplementedError) as error:
+                raise ValueError(f"state_dict is none that state_dict() made: {error!r}") from error
 
         notes: list[str] = []
         handle = self.register_load_state_dict_pre_hook(translate)
@@ -128,8 +133,8 @@ class Checkpoints(Averaging):
             warnings.warn(note, stacklevel=3)  # beyond no_grad
 
     def _translated(self, loaded: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-        """``loaded`` in our names and checked. The tensors are kept aside: torch would cast them to the parameter's
-        dtype."""
+        """``loaded`` in our names and checked. The states are kept aside: torch would cast them to the parameter's
+        dtype, and looks each of them up in the lists of parameters, which takes 5 s for 10,000 of them."""
         saved_groups = self._checked_structure(loaded)
         if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
             return loaded  # torch says what is wrong
@@ -139,15 +144,17 @@ class Checkpoints(Averaging):
                 f"state_dict has states of parameters that are in none of its groups: {', '.join(strangers)}"
             )
         self._check_names(loaded["state"], saved_groups)  # before options: they tell best what it is
-        groups, states, incoming = [], {}, {}
+        without = False
+        groups: list[Group] = []
+        incoming: dict[Tensor, dict[str, Tensor]] = {}
         for number, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
-            if saved.get("weight_decay") and saved.get("decoupled_weight_decay") is False:
+            options = self._loaded_options(saved, group, number)
+            if options["weight_decay"] and saved.get("decoupled_weight_decay") is False:
                 notes.append(
                     f"param_groups[{number}]: weight_decay {saved['weight_decay']} was Adam's, added to the gradient; "
                     "here it is decoupled, as in AdamW"
                 )
-            options = self._loaded_options(saved, group, number)
-            names = options.pop("state_names")
+            names = names_of_states = options.pop("state_names")
             groups.append(options | {"state_names": None})
             if names is None or self.OWN_OPTION not in saved:
                 names = (*(names or ()), *self._required_states(options))
@@ -164,19 +171,31 @@ class Checkpoints(Averaging):
                     continue
                 name = f"the state of {self._name(group, i)}"
                 needed = [other for other in names if other != "ema"] if rests else names
-                states[key] = incoming[param] = self._translated_state(
-                    loaded["state"][key], param, options, needed, name, notes
-                )
+                incoming[param] = self._translated_state(loaded["state"][key], param, options, needed, name, notes)
             loaded_here = [incoming[param] for param in group["params"] if param in incoming]
+            if names_of_states and not loaded_here:
+                # torch's helper has looked them up, and takes what is left of that, {}, for states to fill.
+                for param in [param for param, state in self.state.items() if not state]:
+                    del self.state[param]
+                raise ValueError(
+                    f"param_groups[{number}] was saved with states ({', '.join(names_of_states)}), and none of them "
+                    "came along. Flattened distributed checkpoints bring those that the optimizer has at the load, and "
+                    "torch makes none where parameters have gradients: load before the first backward(), or after "
+                    "optimizer.zero_grad()"
+                )
+            if "ema" in self._state_tensors(options) and _AT_REST not in (names_of_states or ()):
+                without |= any("ema" not in state for state in loaded_here)
             lost = any("ema" in state and "live" not in state for state in loaded_here)
             if saved.get("swapped") and lost:
                 raise ValueError(
                     f"param_groups[{number}] was saved between eval() and train(), and its live weights did not come "
-                    "along (flattened distributed checkpoints drop them): call train() before saving"
+                    "along (flattened distributed checkpoints drop them): call optimizer.train() before saving"
                 )
             groups[-1]["swapped"] = bool(saved.get("swapped")) or any("live" in state for state in loaded_here)
+        if without:
+            notes.append("the checkpoint has no averages: they begin at the weights that the next step finds")
         self._incoming = incoming
-        return {**loaded, "state": states, "param_groups": groups}
+        return {**loaded, "state": {}, "param_groups": groups}
 
     def _checked_structure(self, loaded: dict[str, Any]) -> list[Group]:
         """The groups of what is to be loaded, if it is a state dict at all."""
@@ -223,6 +242,11 @@ class Checkpoints(Averaging):
                 options["skipped_steps"] = count if count > 0 else None
             listed = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
             require(names is None or listed, "state_names", "None or a tuple of names", names)
+            ordered = saved.get("param_names")
+            if ordered is not None:
+                named = isinstance(ordered, (tuple, list)) and all(isinstance(name, str) for name in ordered)
+                named = named and len(ordered) == len(saved["params"])
+                require(named, "param_names", "a name for each parameter", ordered)
         except TypeError as error:
             raise TypeError(f"param_groups[{number}] of the checkpoint: {error}") from error
         except (ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
@@ -233,11 +257,13 @@ class Checkpoints(Averaging):
     def _check_format(self, saved: Group, number: int) -> None:
         version = saved.get("format_version", 0)
         if isinstance(version, bool) or not isinstance(version, int) or version < 0:
-            raise ValueError(f"param_groups[{number}]: format_version must be an integer >= 0, got {version!r}")
+            raise ValueError(
+                f"param_groups[{number}]: format_version must be an integer >= 0, got {shortened(version)}"
+            )
         if version > FORMAT:
             raise ValueError(
-                f"param_groups[{number}] was saved in format {version} by a later pace_kernels; this one reads formats "
-                f"up to {FORMAT}"
+                f"param_groups[{number}] was saved in format {shortened(version)} by a later pace_kernels; this one "
+                f"reads formats up to {FORMAT}"
             )
 
     def _merged(self, saved: Group, group: Group) -> Group:
@@ -270,8 +296,8 @@ class Checkpoints(Averaging):
         state.pop("last_ema_step", None)
         if (theta := state.pop("theta", None)) is not None and "ema" in state:
             # The published code holds the live weights twice. They are needed only where it was saved in eval mode.
-            same = theta.shape == param.shape and holds(param, theta)
-            if not same and state["ema"].shape == param.shape and holds(param, state["ema"]):
+            same = self._held(param, theta)
+            if not same and self._held(param, state["ema"]):
                 state["live"] = theta
             elif not same:
                 notes.append(f"{name}: the model holds neither its weights nor its average; load the model first")
@@ -285,6 +311,8 @@ class Checkpoints(Averaging):
             if value.dtype not in FLOATING or value.layout is not torch.strided:
                 kind = value.dtype if value.layout is torch.strided else value.layout
                 raise ValueError(f"{name}: {key} must be dense, of {', '.join(map(str, FLOATING))}, got {kind}")
+            if not is_whole(local(value)):
+                raise ValueError(f"{name}: {key} has more elements than memory: was its storage resized?")
             if value.is_meta and not param.is_meta:
                 raise ValueError(f"{name}: {key} is on the meta device, where there are no values")
         ours = {"step": step.reshape(()).to(param.device if group["capturable"] else "cpu", copy=True)}
@@ -294,6 +322,10 @@ class Checkpoints(Averaging):
             else:
                 ours[key] = as_state(param, value, value.dtype if key == "live" else None)
         return ours
+
+    @staticmethod
+    def _held(param: Tensor, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.shape == param.shape and holds(param, value)
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_whole("copying or pickling")

@@ -67,6 +67,10 @@ def check_count(argument: str, value: object, first: int) -> None:
     require(number < 2**63, argument, f"an integer >= {first} and < 2**63", value)
 
 
+def check_word(argument: str, value: object, words: tuple[str, ...]) -> None:
+    require(isinstance(value, str) and value in words, argument, " or ".join(f'"{word}"' for word in words), value)
+
+
 def check_pair(argument: str, value: object) -> None:
     """Two numbers in [0, 1), in a plain sequence."""
     two = isinstance(value, (tuple, list)) and len(value) == 2
@@ -98,10 +102,12 @@ def plain_number(value: Any) -> Any:
         value = value.item()  # an array without a dimension
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
     try:
-        return int(value) if isinstance(value, numbers.Integral) else float(value)
+        return float(value)
     except OverflowError:  # of a fraction
-        return math.copysign(math.inf, value)
+        return math.inf
 
 
 def check_lr(lr: object) -> None:
@@ -146,5 +152,4 @@ def check_average_options(group: Group) -> None:
     check_count("ema_update_freq", group["ema_update_freq"], 1)
     for name in ("clamp_pullback", "use_ema_eval"):
         require(isinstance(group[name], bool), name, "True or False", group[name])
-    form = group["pullback_from"]
-    require(form in ("weights", "step"), "pullback_from", '"weights" or "step"', form)
+    check_word("pullback_from", group["pullback_from"], ("weights", "step"))

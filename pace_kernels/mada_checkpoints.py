@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import Group, check_number, checked_count, require
+from .checks import Group, check_number, checked_count, plain_number, require
 from .coefficients import Coefficients
 from .mada_options import LEARNING, REDONE_BY, check_sharing, check_start, expanded
 from .ops import COEFFICIENTS, DONE, LAST_SCALARS, NO_GRADIENT, REDO
+
+_SWITCHES = ("second_max", "pullback_from_step", "clamp_pullback")  # of REDONE_BY
 
 
 class MadaCheckpoints(Coefficients):
@@ -35,6 +37,7 @@ class MadaCheckpoints(Coefficients):
         # What a dict of hyper options leaves out is as it is here; those that state_dict() saved are whole.
         kept = {k: v for k, v in self._arguments(group).learning.items() if isinstance(options[k], Mapping)}
         options = expanded(options, {**options, **kept})
+        self._check_options(options)
         if options["learn"] and self.OWN_OPTION in saved:
             for name, fresh in self._fresh({**options, "params": group["params"]}).items():
                 value = saved.get(name)
@@ -46,22 +49,37 @@ class MadaCheckpoints(Coefficients):
             # Another optimizer's checkpoint: learning starts at its options.
             check_start(options)
             options.update(self._fresh({**options, "params": group["params"]}))
-        frozen = options["frozen"]
-        if frozen is not None:
-            six = isinstance(frozen, (tuple, list)) and len(frozen) == len(COEFFICIENTS)
-            require(six, "frozen", f"None, or values of {', '.join(COEFFICIENTS)}", frozen)
-            for name, value in zip(COEFFICIENTS, frozen, strict=True):
-                if value is not None:
-                    check_number(f"frozen: {name}", value, "in [0, 1]", lambda a: 0 <= a <= 1)
-        last = options["last_options"]
-        if last is not None:
-            whole = isinstance(last, (tuple, list)) and [isinstance(part, (tuple, list)) for part in last] == [
-                True,
-                True,
-            ]
-            whole = whole and len(last[0]) == len(REDONE_BY)
-            require(whole, "last_options", f"None, or ({', '.join(REDONE_BY)}) and the names of states", last)
+        options["frozen"] = self._checked_frozen(options["frozen"])
+        options["last_options"] = self._checked_last(options["last_options"])
         return options
+
+    @staticmethod
+    def _checked_frozen(frozen: Any) -> tuple[float | None, ...] | None:
+        if frozen is None:
+            return None
+        six = isinstance(frozen, (tuple, list)) and len(frozen) == len(COEFFICIENTS)
+        require(six, "frozen", f"None, or values of {', '.join(COEFFICIENTS)}", frozen)
+        for name, value in zip(COEFFICIENTS, frozen, strict=True):
+            if value is not None:
+                check_number(f"frozen: {name}", value, "in [0, 1]", lambda a: 0 <= a <= 1)
+        return tuple(map(plain_number, frozen))
+
+    def _checked_last(self, last: Any) -> tuple[tuple[Any, ...], tuple[str, ...]] | None:
+        """What the step to redo was taken with, and the names of its states."""
+        if last is None:
+            return None
+        two = isinstance(last, (tuple, list)) and [isinstance(part, (tuple, list)) for part in last] == [True, True]
+        allowed = f"None, or ({', '.join(REDONE_BY)}) and the names of states"
+        require(two and len(last[0]) == len(REDONE_BY), "last_options", allowed, last)
+        known = {*self.STATE_TENSORS, *self.STATE_ROWS}
+        stranger = next((name for name in last[1] if not isinstance(name, str) or name not in known), None)
+        require(stranger is None, "last_options", f"names of states, of {', '.join(sorted(known))}", stranger)
+        for name, value in zip(REDONE_BY, last[0], strict=True):
+            if name in _SWITCHES:
+                require(isinstance(value, bool), f"last_options: {name}", "True or False", value)
+            elif value is not None or name != "ema_kappa":
+                check_number(f"last_options: {name}", value, "finite and >= 0", lambda a: a >= 0)
+        return tuple(map(plain_number, last[0])), tuple(last[1])
 
     @staticmethod
     def _checked_learned(name: str, value: Tensor) -> Tensor:

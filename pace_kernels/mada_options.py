@@ -13,6 +13,7 @@ from .checks import (
     check_count,
     check_number,
     check_pair,
+    check_word,
     plain_number,
     require,
     shortened,
@@ -158,9 +159,8 @@ def check_mada_options(group: Group) -> None:
     for name in ("rho", "c", "gamma"):
         check_number(name, group[name], "in [0, 1]", lambda a: 0 <= a <= 1)
     check_pair("lion_betas", group["lion_betas"])
-    require(group["second_moment"] in ("mean", "max"), "second_moment", '"mean" or "max"', group["second_moment"])
-    mode = group["coefficients"]
-    require(mode in ("global", "group"), "coefficients", '"global" or "group"', mode)
+    check_word("second_moment", group["second_moment"], ("mean", "max"))
+    check_word("coefficients", group["coefficients"], ("global", "group"))
     if group["learn"]:
         allowed = "at least 2**-51 where coefficients are learned: below, hypergradients take a small sqrt(V) for 0"
         require(group["eps"] >= 2.0**-51, "eps", allowed, group["eps"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from functools import partial
 from typing import Any
 
@@ -96,6 +97,7 @@ class PACE(KernelOptimizer):
 
     _step_stats: list[tuple[Tensor, Axes]]  # of the last step
     _new_stats: list[tuple[Tensor, Axes]]  # of the step that is being taken
+    _said = False  # whether get_step_stats() said that it has nothing to tell
 
     def __init__(
         self,
@@ -204,7 +206,8 @@ class PACE(KernelOptimizer):
         )
 
     def get_step_stats(self) -> dict[str, float]:
-        """Statistics of the last step, over all groups with ``log_stats``; empty where there are none.
+        """Statistics of the last step, over all groups with ``log_stats``; empty where there are none, which is warned
+        of once where no group has it.
 
         ``raw_lambda_{mean,max,min}``: the gain before α c, w_t / D. ``effective_lambda_*``: α c w_t / D.
         ``lambda_*``: Λ, after the clamp. ``lambda_clipped_frac``: the share of coordinates where α c w_t / D ≥ 1.
@@ -213,6 +216,9 @@ class PACE(KernelOptimizer):
         parameters they are of all shards: all ranks have to make the call.
         """
         if not self._step_stats:
+            if not self._said and not any(group["log_stats"] for group in self.param_groups):
+                self._said = True
+                warnings.warn("get_step_stats() is empty: no group has log_stats=True", stacklevel=2)
             return {}
         rows = [row for stats, over in self._step_stats for row in gathered_rows(stats, over)]
         values = merge_stats([row.to("cpu", torch.float64) for row in rows]).tolist()
