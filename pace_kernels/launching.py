@@ -28,7 +28,7 @@ States = dict[str, list[Tensor]]
 Prepared = list[tuple[Work, States]]
 
 _PLAIN = {Tensor, torch.nn.Parameter}
-_ASKEW = (
+ASKEW = (
     "pace_kernels steps parameters at addresses that are no multiple of their element size through copies, more "
     "slowly: clone them once"
 )
@@ -143,7 +143,7 @@ class Launching(Checkpoints):
                 here = [work.params[i], *work.grads[i : i + 1], *map(local, state.values())]
                 if not self._askew and any(map(is_askew, here)):
                     self._askew = mended = True
-                    say_once(_ASKEW)
+                    say_once(ASKEW)
                 if "step" in state and counts_no_further(state["step"]):
                     state["step"] = state["step"].double()
                     mended = True

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pulls import AVERAGE, LAST_FLOAT32_STEP, STEP, Own, Pull, count_of, is_fake, versions
+from .pulls import AVERAGE, OURS, STEP, Own, Pull, count_of, is_fake, versions
 from .second_moments import SecondMoment
+from .states import FLOAT32_LAST
 
 _call = operator.methodcaller("__call__")
 _local = operator.attrgetter("_local_tensor")
@@ -31,34 +32,52 @@ class Plan:
         self.owners, self.emas, self.steps, self.seconds, self.befores = map(_refs, columns)
         self.base_steps = _refs(entry["step"] for entry in entries) if corrected else []
         self.template = replace(
-            pull, owners=[], params=[], emas=[], steps=[], seconds=[], befores=[], new=[], hidden=[], found_inf=None
+            pull,
+            group={},
+            owners=[],
+            params=[],
+            emas=[],
+            steps=[],
+            seconds=[],
+            befores=[],
+            new=[],
+            hidden=[],
+            found_inf=None,
         )
         self.template.planned = True
-        self.hidden = bool(pull.hidden)
+        self.hidden = _is_bare(entries[0])
         self.capturable = pull.group.get("capturable")
         self.lengths = list(map(len, entries))
         self.memory = _memory(pull.params), _memory(_locals(pull.emas, pull.sharded))
         # A float32 count has to become float64 before it stops. On a device nobody reads it.
-        here = pull.steps[0].is_cpu
-        self.left = LAST_FLOAT32_STEP - int(max(map(count_of, pull.steps))) if here else LAST_FLOAT32_STEP
+        short = [step for step in pull.steps if step.is_cpu and step.dtype is torch.float32]
+        self.left = FLOAT32_LAST - max(map(count_of, short), default=0)
         self.note()
 
     @classmethod
     def of(cls, pull: Pull, states: Any) -> Plan | None:
         """None where a step has to look closer."""
         first = pull.params[0]
-        if pull.alone or pull.dtype.is_complex or pull.device.type not in ("cpu", "cuda") or is_fake(first):
+        if (
+            pull.alone
+            or pull.askew
+            or pull.dtype.is_complex
+            or pull.device.type not in ("cpu", "cuda")
+            or is_fake(first)
+        ):
             return None
-        if 0 < len(pull.hidden) < len(pull.owners) or any(pull.rounds):
+        if is_fake(pull.params[0]) or any(pull.rounds):
             return None
         entries = list(map(states.get, pull.owners))
+        if not all(type(entry) is dict for entry in entries) or len(set(map(_is_bare, entries))) > 1:
+            return None
         moment = pull.moment
         if moment is not None:
             if any(entry.get(moment.name) is not second for entry, second in zip(entries, pull.seconds, strict=True)):
                 return None
             if moment.beta2 != 0.0 and not all(isinstance(entry.get("step"), Tensor) for entry in entries):
                 return None
-        return cls(pull, entries) if all(type(entry) is dict for entry in entries) else None
+        return cls(pull, entries)
 
     def note(self) -> None:
         """Remembers the versions of the step counts: as long as nobody else moves them, the offsets stay."""
@@ -103,6 +122,11 @@ class Plan:
             befores=befores if all(before is not None for before in befores) else [],
             hidden=owners if self.hidden else [],
         )
+
+
+def _is_bare(entry: dict[str, Any]) -> bool:
+    """Whether a state holds nothing of the base."""
+    return all(name in OURS for name in entry)
 
 
 def _refs(tensors: Iterable[Any]) -> list[weakref.ref[Any]]:

@@ -53,6 +53,13 @@ class PullbackCheckpoints(Pulling):
         base.register_load_state_dict_pre_hook(_Hook(self, "_before_loading"))
         base.register_load_state_dict_post_hook(_Hook(self, "_after_loading"), prepend=True)
 
+    @property
+    def _loads_as_torch(self) -> bool:
+        """Whether the base loads by torch's code: hooks run then, and what is no tensor goes through. Others, as those
+        of bitsandbytes, may save their states in a form of their own, and see nothing of ours."""
+        names = ("state_dict", "load_state_dict", "__setstate__")
+        return all(getattr(type(self.base), name).__module__.startswith("torch.") for name in names)
+
     # ---- saving ----------------------------------------------------------------------------------------------------
 
     def _before_saving(self) -> None:
@@ -103,10 +110,7 @@ class PullbackCheckpoints(Pulling):
             result = pre_hook(self, loaded)
             loaded = loaded if result is None else result
         loaded, entries = self._translated(loaded)
-        hooked = all(
-            str(getattr(getattr(type(self.base), name), "__module__", "")).startswith("torch.")
-            for name in ("load_state_dict", "__setstate__")
-        )
+        hooked = self._loads_as_torch
         if hooked:
             states = {k: {**v, **_kept(entries.get(k, {}))} for k, v in loaded["state"].items()}
             loaded["state"] = states | {k: _kept(v) for k, v in entries.items() if k not in states}
@@ -203,7 +207,8 @@ class PullbackCheckpoints(Pulling):
                 # {}: what DCP makes of a state that a flattened checkpoint does not have.
                 ours = {k: v for k, v in states[key].items() if k in OURS and not (isinstance(v, dict) and not v)}
                 theirs = {k: v for k, v in states[key].items() if k not in OURS}
-                self._check_base_state(key, theirs, param)
+                if self._loads_as_torch:
+                    self._check_base_state(key, theirs, param)
                 if ours:
                     entries[key] = _checked_ours(name, key, ours, param)
                 if theirs or not ours:

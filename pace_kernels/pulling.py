@@ -9,19 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .averaging import Averaging
-from .backend import backends, choose
+from .backend import backends, choose, say_once
 from .checks import Group, check_average_options, check_lr, check_number, plain_number, require
-from .memory import check_whole, overlapping
+from .launching import ASKEW
+from .memory import aligned, as_bytes, check_whole, is_askew, overlapping
 from .ops import PACE_STATS
 from .plans import Plan
 from .pulls import (
     AT_REST,
     AVERAGE,
     FORMAT_VERSION,
-    LAST_FLOAT32_STEP,
     OURS,
     PLAIN,
     STEP,
@@ -34,11 +33,15 @@ from .pulls import (
     is_fake,
 )
 from .second_moments import SecondMoment, lacks, require_second_moment, second_moment_of
-from .sharding import Axes, axes, is_sharded, local, placed_alike
+from .sharding import Axes, axes, is_sharded, is_wrapper, local, placed_alike
 from .states import as_state, counts_no_further, exact_on, moved, state_dtype
 
 _NO_AXES: Axes = ()
 _SMALLEST_EPS = 2.0**-126  # below, 1 / D could be infinite
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 class Pulling(Averaging):
@@ -111,8 +114,7 @@ class Pulling(Averaging):
                 pull.found_inf = None if found_inf is None else moved(found_inf, pull.device)
                 self._place_steps(pull)
             pulls += some
-            if sum(len(pull.owners) for pull in some) < len(group["params"]):
-                rest += [p for p in group["params"] if p.grad is None and not p.requires_grad]
+            rest += [p for p in group["params"] if not p.requires_grad]
         if not all(pull.planned for pull in pulls):
             self._take_turns(pulls)
         for pull in pulls:
@@ -130,7 +132,7 @@ class Pulling(Averaging):
             sharded = type(owner) not in PLAIN and is_sharded(owner)
             if type(owner) not in PLAIN:
                 param, over = local(owner), axes(owner)
-                alone = is_traceable_wrapper_subclass(param) and not is_fake(param)
+                alone = is_wrapper(param)
             key = (param.device, param.dtype, over, sharded, alone)
             pull = buckets.get(key)
             if pull is None:
@@ -168,8 +170,6 @@ class Pulling(Averaging):
             pull.seconds.append(self._second(pull.moment, state, pull.group, i, param) if theirs else None)
             if pull.moment.beta2 != 0.0:  # without a state of its own the base starts with this step
                 offset = count_of(state.get("step", 0) if theirs else 0) - count_of(step)
-        if step.is_cpu and step.dtype is torch.float32 and count_of(step) >= LAST_FLOAT32_STEP:
-            step = step.to(torch.float64)
         pull.places.append(i)
         pull.owners.append(owner)
         pull.params.append(param)
@@ -188,10 +188,19 @@ class Pulling(Averaging):
                 "parameters that were replaced by others of another shape start anew"
             )
             ema = step = None
+        elif ema is not None and ema.dtype is not state_dtype(owner) and ema.dtype is owner.dtype:
+            self._say(
+                f"{self._name(group, i)} has an average in {ema.dtype}: the base's own load_state_dict rounded it; "
+                "load by that of the Pullback"
+            )
+            step = step.to(torch.float32)
         if step is None:
             on_device = bool(group.get("capturable", False))
             step = torch.zeros((), dtype=torch.float32, device=owner.device if on_device else "cpu")
-        return as_state(owner, owner if ema is None else ema), step
+        if ema is None:
+            check_whole((local(owner),))
+            ema = owner if is_sharded(owner) else aligned(owner)
+        return as_state(owner, ema), step
 
     def _say(self, message: str) -> None:
         kind = message.partition(": ")[2]
@@ -247,32 +256,23 @@ class Pulling(Averaging):
         """Raises where an operator would, or worse: before the base has stepped. Nothing is written."""
         if pull.backend.name != "cpu":
             self._lengthen(pull)
+        refused: RuntimeError | None = None
         if pull.backend.name == "cpu" and not is_fake(pull.params[0]):
-            stand_in = [torch.view_as_real(p) if p.is_complex() else p for p in pull.params]
+            stand_in = list(map(_real, pull.params)) if pull.moment is not None else []
             try:  # the operator checks all and then finds that the step is to be left undone
-                self._call(
-                    pull, stand_in if pull.moment is not None else [], None, torch.ones(()), max(0, pull.offsets[0])
-                )
+                self._call(pull, stand_in, None, torch.ones(()), max(0, pull.offsets[0]))
                 return
             except RuntimeError as error:
                 if self._lengthen(pull):
                     self._check_memory(pull)
                     return
-                if not self._misaligned(pull):
-                    raise RuntimeError(f"{self._named(pull, str(error))}") from error
-        elif not self._misaligned(pull):
-            check_whole(chain(pull.params, map(local, pull.emas), pull.befores))
-            return
-        check_whole(chain(pull.params, map(local, pull.emas), pull.befores))
-        if self._backend_name is not None:
-            raise RuntimeError(
-                f"{self._name(pull.group, pull.places[0])} or another one of its group lies at an address that is no "
-                f"multiple of its element size, which backend={self._backend_name!r} needs"
-            )
-        self._say(
-            "parameters lie at addresses that are no multiple of their element size: torch pulls them, more slowly"
-        )
-        pull.backend = backends()["torch"]
+                refused = error
+        check_whole(chain(pull.params, map(local, pull.emas)))
+        if any(map(is_askew, chain(pull.params, map(local, pull.emas)))):
+            say_once(ASKEW)
+            pull.askew, pull.emas = True, list(map(aligned, pull.emas))
+        elif refused is not None:
+            raise RuntimeError(self._named(pull, str(refused))) from refused
 
     @staticmethod
     def _lengthen(pull: Pull) -> bool:
@@ -288,12 +288,6 @@ class Pulling(Averaging):
         known = entry.isdigit() and int(entry) < len(pull.places)
         return f"{self._name(pull.group, pull.places[int(entry)])}: {message}" if known else message
 
-    @staticmethod
-    def _misaligned(pull: Pull) -> bool:
-        if pull.alone or pull.backend.name == "torch" or is_fake(pull.params[0]):
-            return False
-        return any(t.data_ptr() % t.element_size() for t in chain(pull.params, map(local, pull.emas)))
-
     def _copy_weights(self, pull: Pull) -> None:
         if not (pull.own.pulls and pull.own.values["pullback_from"] == "weights"):
             return
@@ -302,9 +296,9 @@ class Pulling(Averaging):
                 pull.befores.append(torch.empty_like(param, requires_grad=False))
             else:
                 pull.befores.append(self._scratch.before(owner, param))
-        if pull.alone:
+        if pull.alone or pull.askew:
             for before, param in zip(pull.befores, pull.params, strict=True):
-                before.copy_(param)
+                before.copy_(aligned(param))
         else:
             torch._foreach_copy_(pull.befores, pull.params)
 
@@ -368,10 +362,16 @@ class Pulling(Averaging):
         if pull.own.values["log_stats"]:
             dtype = torch.float32 if pull.device.type == "mps" else torch.float64  # MPS has no float64
             stats = torch.empty(len(PACE_STATS), dtype=dtype, device=pull.device)
+        originals = pull.params
+        if pull.askew:
+            pull.params = list(map(aligned, originals))
         self._call(pull, pull.seconds, stats, pull.found_inf, pull.offsets[0])
+        for original, copy in zip(originals, pull.params, strict=True) if pull.askew else ():
+            if copy is not original:
+                as_bytes(original).copy_(as_bytes(copy))
         if stats is not None:
             self._scratch.rows.append(Row(stats, pull.axes, pull.moment is not None, bool(pull.befores)))
-        torch.autograd.graph.increment_version(pull.params)
+        torch.autograd.graph.increment_version(originals)
         if pull.axes:
             torch.autograd.graph.increment_version(pull.owners)
 
@@ -393,7 +393,7 @@ class Pulling(Averaging):
         emas = [local(e) for e in pull.emas] if pull.axes or type(pull.owners[0]) not in PLAIN else pull.emas
         params, befores = pull.params, pull.befores
         if pull.dtype.is_complex:
-            params, befores, emas = (list(map(torch.view_as_real, some)) for some in (params, befores, emas))
+            params, befores, emas = (list(map(_real, some)) for some in (params, befores, emas))
         if found_inf is not None:
             options["found_inf"] = found_inf
         pull.backend.op("pullback_")(params, befores, seconds, emas, pull.steps, stats, lr=plain_number(lr), **options)

@@ -31,7 +31,6 @@ OURS = (AVERAGE, STEP, LIVE, AT_REST)
 # The keys of a base's group that say whether its averages are swapped in, and in which format they are: 0 before the
 # first. Under these names all kinds of checkpoints carry them.
 SWAPPED, FORMAT_VERSION = "pullback_swapped", "pullback_format_version"
-LAST_FLOAT32_STEP = 2**24  # float32 counts no further
 _SHARED = frozenset(f.name for f in fields(PullbackOptions)) & frozenset(OPTIONS)
 PLAIN = {Tensor, torch.nn.Parameter}
 _version = operator.attrgetter("_version")
@@ -91,6 +90,7 @@ class Pull:
     found_inf: Tensor | None = None
     alone: bool = False  # wrappers of other tensors: no operator takes them in a list
     sharded: bool = False  # DTensors
+    askew: bool = False  # some lie at addresses that are no multiple of their element size
     planned: bool = False  # by a Plan, which has checked it
 
     def parts(self) -> Iterator[Pull]:

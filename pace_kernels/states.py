@@ -102,7 +102,9 @@ def exact_on(device: torch.device, update_freq: int) -> bool:
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
-    """The dtype of a parameter's states: float32, or float64 where the parameter is float64."""
+    """The dtype of a parameter's states: float32, or float64 where the parameter is float64; complex where it is."""
+    if param.dtype.is_complex:
+        return torch.complex128 if param.dtype == torch.complex128 else torch.complex64
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
