@@ -18,6 +18,7 @@ from emulated.device import Device
 from pace_cases import assert_same_bits, gradients, weights
 
 from pace_kernels import MADA, PACE
+from pace_kernels.mada_options import step_options
 from pace_kernels.ops import COEFFICIENTS, PACE_STATS
 from pace_kernels.torch_rules.mada import MadaMoments, MadaOptions, hypergradient_terms, last_step, mada_rule
 
@@ -130,7 +131,7 @@ def test_statistics(case: str) -> None:
 def magnitudes(optimizer: MADA, grads: list[torch.Tensor]) -> dict[str, float]:
     """The sums of the magnitudes of the coming step's hypergradient terms, by the plain rule in float64."""
     group = optimizer.param_groups[0]
-    o = MadaOptions.of(optimizer._options(group) | {"lr": group["lr"]})
+    o = MadaOptions.of(step_options(group) | {"lr": group["lr"]})
     total = dict.fromkeys(COEFFICIENTS, 0.0)
     for param, grad in zip(group["params"], grads, strict=True):
         state = {k: v.double() for k, v in optimizer.state[param].items()}

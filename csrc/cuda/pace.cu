@@ -72,7 +72,10 @@ __global__ void __launch_bounds__(kThreads) pace_scalars_kernel(const __grid_con
   const double t = read(step, launch.steps_taken) + 1.0;
   PaceOptions options = launch.options;
   options.lr = read(launch.lr);
-  launch.out[i] = {pace_scalars(options, t, read(launch.factor)), pace_stat_scalars(options, t)};
+  PaceStepScalars& out = launch.out[i];
+  clear_words(out);
+  out.rule = pace_scalars(options, t, read(launch.factor));
+  out.stat = pace_stat_scalars(options, t);
   write(step, t);
 }
 
