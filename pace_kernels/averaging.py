@@ -329,6 +329,7 @@ def _exported(value: Any, full: bool) -> Any:
         return value
     value = gathered(value.detach()) if full else value.detach()  # a replicated DTensor is gathered without a copy
     dense = value.layout is torch.strided and not value.is_quantized
+    check_whole((local(value),))
     return value.clone(memory_format=torch.contiguous_format) if dense else value.clone()
 
 

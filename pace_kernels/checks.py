@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .memory import is_whole
 from .torch_rules.common import at_hand
 
 Group: TypeAlias = dict[str, Any]
@@ -40,6 +41,8 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def shortened(value: object) -> str:
     """What came, for a sentence."""
+    if isinstance(value, Tensor) and not is_whole(value):
+        return f"a tensor of shape {tuple(value.shape)} with less memory than elements"
     try:
         text = repr(value)
     except Exception:  # of an integer with more than 4300 digits, or by an object of somebody else

@@ -24,6 +24,7 @@ from .mada_options import (
     state_tensors,
     step_options,
 )
+from .memory import check_whole
 from .ops import COEFFICIENTS, DONE, HYPERGRADIENTS, REDO
 from .optimizer import KernelOptimizer
 from .sharding import all_reduce_, is_sharded, local, reduce_
@@ -148,6 +149,7 @@ class Coefficients(KernelOptimizer):
         if last[0] != REDO:
             return
         older = local(state["older_grad"]) if "older_grad" in state else None
+        check_whole(t for t in (local(state["last_grad"]), older, *kept) if t is not None)
         after = caught_up(o, state["step"].item(), last, local(state["last_grad"]), older, kept)
         for tensor, value in zip(kept, after, strict=True):
             if tensor is not None and value is not None:

@@ -376,6 +376,7 @@ class KernelOptimizer(Launching):
                 bad = torch.maximum(bad, (moved(scaling["found_inf"], home) != 0).to(bad.dtype).reshape(()))
         count = next((g["skipped_steps"] for g in self.param_groups if g["skipped_steps"] is not None), None)
         count = torch.zeros((), dtype=torch.int64) if count is None else count
+        check_whole((count,))
         count = moved(count, home)
         others = [group for group in self.param_groups if group["skipped_steps"] is not count]
         self._counting = [partial(count.add_, bad.to(torch.int64))]  # once the step is taken

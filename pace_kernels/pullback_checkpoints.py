@@ -12,8 +12,10 @@ from torch import Tensor
 
 from .checkpoints import Checkpoints
 from .checks import Group, checked_count, require
+from .memory import is_whole
 from .pulling import Pulling
 from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, LIVE, OPTIONS, OURS, STEP, SWAPPED
+from .sharding import local
 from .states import FORMAT, LAST_STEP, as_state, step_dtype
 
 _PREFIX = "pullback_"  # of the options in the groups of a checkpoint
@@ -262,6 +264,8 @@ class PullbackCheckpoints(Pulling):
                 f"state[{key!r}] lacks {', '.join(missing)}, which {kind} keeps: is it of another optimizer?"
             )
         for name, value in state.items():
+            if isinstance(value, Tensor) and not is_whole(local(value)):
+                raise ValueError(f"state[{key!r}]: {name} has more elements than memory: was its storage resized?")
             like = have.get(name)
             shape = like.shape if isinstance(like, Tensor) else param.shape
             checked = isinstance(like, Tensor) or name in ("exp_avg", "exp_avg_sq", "square_avg", "momentum_buffer")
@@ -297,6 +301,8 @@ def _checked_ours(name: str, key: Any, ours: Group, param: Tensor) -> Group:
         if not same_kind or value.layout is not torch.strided:
             kind = value.dtype if value.layout is torch.strided else value.layout
             raise ValueError(f"{name}: {k} must be dense, of a dtype like {param.dtype}, got {kind}")
+        if not is_whole(local(value)):
+            raise ValueError(f"{name}: {k} has more elements than memory: was its storage resized?")
         if value.is_meta and not param.is_meta:
             raise ValueError(f"{name}: {k} is on the meta device, where there are no values")
     return ours

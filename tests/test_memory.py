@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pace_kernels import MADA, PACE, backend, clip_coefficient
+from pace_kernels import MADA, PACE, Pullback, backend, clip_coefficient
 from pace_kernels.memory import aligned, as_bytes, is_askew, overlap_in_part
 
 Optimizer = Callable[..., Any]
@@ -253,6 +253,71 @@ def test_memory_that_is_gone_ends_in_a_sentence(
     how(param.grad)
     with pytest.raises(RuntimeError, match="more elements than memory"):
         PATHS[path](param)
+
+
+def gone(key: str) -> Callable[[Any, Any], None]:
+    """Loads a checkpoint in which a state of the last parameter lost its memory."""
+
+    def load(optimizer: Any, _: torch.nn.Module) -> None:
+        saved = copy.deepcopy(optimizer.state_dict())
+        empty(saved["state"][1][key])
+        optimizer.load_state_dict(saved)
+
+    return load
+
+
+def export_a_buffer(optimizer: Any, model: torch.nn.Module) -> None:
+    model.register_buffer("buffer", torch.ones(300_000))
+    empty(model.buffer)
+    optimizer.ema_state_dict(model)
+
+
+def freeze(optimizer: Any, _: torch.nn.Module) -> None:
+    empty(optimizer.state[optimizer.param_groups[0]["params"][1]]["last_grad"])
+    optimizer.freeze()
+
+
+def change_eps(optimizer: Any, _: torch.nn.Module) -> None:
+    empty(optimizer.state[optimizer.param_groups[0]["params"][1]]["last_grad"])
+    optimizer.param_groups[0]["eps"] = 1e-3
+    optimizer.step()
+
+
+def count_a_skipped_step(optimizer: Any, _: torch.nn.Module) -> None:
+    optimizer.param_groups[0]["skipped_steps"] = torch.zeros((), dtype=torch.int64)
+    empty(optimizer.param_groups[0]["skipped_steps"])
+    optimizer.step()
+
+
+AFTERWARDS: dict[str, tuple[Optimizer, Callable[[Any, torch.nn.Module], None]]] = {
+    "export": (lambda p: PACE(p), export_a_buffer),
+    "freeze": (lambda p: MADA(p), freeze),
+    "changed options": (lambda p: MADA(p), change_eps),
+    "count of skipped steps": (lambda p: PACE(p, skip_nonfinite=True), count_a_skipped_step),
+    "average loaded": (lambda p: Pullback(torch.optim.SGD(p, lr=0.1), gain=0.1), gone("ema")),
+    "moment loaded": (lambda p: Pullback(torch.optim.AdamW(p, lr=0.1)), gone("exp_avg_sq")),
+}
+
+
+@pytest.mark.parametrize("path", AFTERWARDS)
+def test_memory_that_is_gone_after_a_step(path: str) -> None:
+    make, call = AFTERWARDS[path]
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(300_000)) for _ in range(2)])
+    optimizer = make(list(model))
+    for param in model:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    live = [param.detach().clone() for param in model]
+    with pytest.raises((RuntimeError, ValueError), match="more elements than memory"):
+        call(optimizer, model)
+    assert all(map(torch.equal, live, model))
+
+
+def test_an_option_without_memory_is_named() -> None:
+    lr = torch.ones(300_000)
+    empty(lr)
+    with pytest.raises(ValueError, match=r"lr must be .*, got a tensor of shape \(300000,\) with less memory"):
+        PACE([torch.nn.Parameter(torch.ones(1))], lr=lr)
 
 
 # ---- other shapes ----------------------------------------------------------------------------------------------------
