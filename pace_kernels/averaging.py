@@ -100,6 +100,7 @@ class Averaging(Whole, torch.optim.Optimizer):
         Raises:
             RuntimeError: in the middle of a step; for parameters of FSDP1; under Inductor's freezing.
             ValueError: ``model`` has trainable parameters, and this optimizer steps none of them.
+            TypeError: ``model`` is no module.
         """
         self._require_whole("eval()")
         if self._swapped:
@@ -152,6 +153,8 @@ class Averaging(Whole, torch.optim.Optimizer):
     def averaged(self, model: torch.nn.Module | None = None) -> Iterator[None]:
         """Within this context the parameters hold their averages, whatever is raised inside. See :meth:`eval`.
 
+        Where weights are loaded inside, its end raises RuntimeError; then call ``train(keep=...)``.
+
         >>> with optimizer.averaged(model):  # doctest: +SKIP
         ...     validate(model)
         """
@@ -183,6 +186,8 @@ class Averaging(Whole, torch.optim.Optimizer):
     def _check_swap(self, what: str, model: torch.nn.Module | None, entries: list[_Entry]) -> None:
         """Refuses what can't be swapped, before anything has changed."""
         if model is not None:
+            if not isinstance(model, torch.nn.Module):
+                raise TypeError(f"{what}: model must be a torch.nn.Module, got {type(model).__name__}")
             derived.forget(model, ())  # so that its parameters are the sharded ones again
             _check_trains(model, self._params(), what)
         for entry in entries:
@@ -288,7 +293,9 @@ def ema_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer, f
     """
     chosen = _checked(optimizers, "ema_state_dict()")
     if not any(optimizer._keeps_average(group) for optimizer in chosen for group in optimizer.param_groups):
-        raise RuntimeError("ema_state_dict(): no group of this optimizer keeps an average")
+        raise RuntimeError(
+            "ema_state_dict(): no group of this optimizer keeps an average, as one with use_ema_eval=True does"
+        )
     swaps = []
     for optimizer in chosen:
         optimizer._require_whole("ema_state_dict()")
@@ -335,7 +342,7 @@ def _exported(value: Any, full: bool) -> Any:
 
 def _checked(optimizers: Sequence[Any], what: str) -> list[Averaging]:
     if not optimizers:
-        raise TypeError(f"{what} needs at least one optimizer")
+        raise TypeError(f"{what} needs the model and at least one optimizer")
     chosen = []
     for i, optimizer in enumerate(optimizers):
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper

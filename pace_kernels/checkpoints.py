@@ -189,7 +189,7 @@ class Checkpoints(Averaging):
             if saved.get("swapped") and lost:
                 raise ValueError(
                     f"param_groups[{number}] was saved between eval() and train(), and its live weights did not come "
-                    "along (flattened distributed checkpoints drop them): call optimizer.train() before saving"
+                    "along (distributed checkpoints drop them): call optimizer.train() before saving"
                 )
             groups[-1]["swapped"] = bool(saved.get("swapped")) or any("live" in state for state in loaded_here)
         if without:

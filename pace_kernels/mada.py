@@ -107,7 +107,7 @@ class MADA(MadaCheckpoints):
 
     Raises:
         ValueError, TypeError: an argument is out of its range, hyper options come with nothing to learn, or a parameter
-            is sparse, complex, an integer, overlaps itself, or is in two groups.
+            is sparse, complex, an integer, overlaps itself or a part of another, or is in two groups.
         RuntimeError: the backend asked for is not there; a gradient does not fit its parameter; ``step()`` while the
             average is swapped in. Nothing has changed then.
 

@@ -76,7 +76,7 @@ class PACE(KernelOptimizer):
 
     Raises:
         ValueError, TypeError: an argument is out of its range, or a parameter is sparse, complex, an integer, overlaps
-            itself, or is in two groups.
+            itself or a part of another, or is in two groups.
         RuntimeError: the backend asked for is not there; a gradient does not fit its parameter; ``step()`` while the
             average is swapped in. Nothing has changed then.
 

@@ -249,7 +249,7 @@ class PullbackCheckpoints(Pulling):
         if swapped and any(AVERAGE in state and LIVE not in state for state in loaded):
             raise ValueError(
                 f"param_groups[{number}] was saved between eval() and train(), and its live weights did not come along "
-                "(flattened distributed checkpoints drop them): call optimizer.train() before saving"
+                "(distributed checkpoints drop them): call optimizer.train() before saving"
             )
         merged[SWAPPED] = swapped or any(LIVE in state for state in loaded)
         merged[FORMAT_VERSION] = FORMAT if loaded else 0

@@ -369,6 +369,10 @@ def test_several_optimizers_of_one_model() -> None:
         pace_kernels.ema_state_dict(model, optimizers[0], other)
     with pytest.raises(TypeError, match="at least one optimizer"), pace_kernels.averaged(model):
         pass
+    for call in (optimizers[0].eval, optimizers[0].ema_state_dict, lambda it: optimizers[1].averaged(it).__enter__()):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got AdamW"):
+            call(other)
+    assert_same(contents(model), live)
 
 
 @pytest.mark.parametrize("kind", KINDS)
