@@ -26,7 +26,7 @@ LARGEST = (
 )
 OTHERS = (
     *("pace bfloat16", "pace float32 AdamW", "pace float32 unaligned stats", "pace bfloat16/float32", "pace float16"),
-    *("mada float32 fixed", "mada bfloat16 AdamW", "mada float32 unaligned", "swap float32", "mada float32 hyperadam"),
+    *("mada float32 fixed", "mada bfloat16 AdamW", "mada float32 unaligned", "mada float32 hyperadam"),
     *("pullback bfloat16", "pullback float32 average", "pullback float32 constant", "pullback bfloat16/float32"),
     *("pullback float32 unaligned", "pullback scalars", "pullback scalars on device"),
     *("pace scalars", "mada scalars on device", "stats", "hypergradients rows", "learn"),
@@ -38,7 +38,6 @@ OPERANDS = {
     "mada float32": (9, 8),  # one of them in a first step alone
     "mada float32 fixed": (8, 7),
     "mada float32 hyperadam": (5, 4),
-    "swap float32": (2, 2),
     "pullback float32": (4, 2),
     "pullback float32 constant": (3, 2),
     "pullback float32 average": (2, 1),
@@ -52,11 +51,12 @@ NARROW = {
     "pace float16": (2 + 6, 1 + 6),
     "pace bfloat16/float32": (1 + 8, 1 + 6),
 }
-# Registers a thread: with as many, 4 programs of PACE (2 with statistics of bfloat16) and 3 of MADA fit on an SM. They
-# are those of the compiler and the assembler in Triton 3.9; with 3.7 a few kernels take more, and two spill, 8 and 56
-# bytes.
+# Registers a thread: with as many, 4 programs of PACE (of 16-bit weights 3, with statistics 2) and 3 of MADA fit on an
+# SM. They are those of the compiler and the assembler in Triton 3.9; with 3.7 a few kernels take more, and two spill,
+# 8 and 56 bytes.
 EXACT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
-REGISTERS = {"pace": 64, "pace bfloat16": 80, "pace float16": 80, "pace bfloat16 stats": 128, "mada": 168}
+REGISTERS = {"pace": 64, "pace bfloat16": 80, "pace float16": 80, "pace bfloat16/float32": 80}
+REGISTERS |= {"pace bfloat16 stats": 128, "mada": 168}
 REGISTERS |= {"pullback": 64, "pullback bfloat16": 80, "pullback bfloat16/float32": 80, "pullback bfloat16 stats": 128}
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 

@@ -61,7 +61,7 @@ class Sweep:
         }
 
 
-# PACE takes 46 to 55 registers, with eight elements of bfloat16 a thread (16 bytes) 76 to 80: four (three) programs of
+# PACE takes 46 to 55 registers, with eight elements of bfloat16 a thread (16 bytes) 68 to 80: four (three) programs of
 # 8 warps fit on an SM. MADA with everything learned takes 184: with 168, and nothing spilled, three programs of 4 warps
 # fit instead of two. With eight elements it would take 255 and spill, so weights and gradients in bfloat16, 6 of its 58
 # bytes an element, are moved 8 bytes at a time. ptxas 12.8 and 13, sm_80 to sm_120.
