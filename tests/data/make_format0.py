@@ -74,9 +74,10 @@ def write_ends_anew(file: Path) -> None:
     made = torch.load(file, weights_only=True)
     for dtype in DTYPES:
         entry = made[str(dtype)]
-        entry.setdefault("ends_of_old", entry["ends"])
+        if "ends_of_old" not in entry:
+            entry["ends_of_old"] = entry["ends"]
         model = model_of(dtype)
-        optimizer = optimizer_of(pace_kernels, file.stem.removeprefix("format0-"), model)
+        optimizer = optimizer_of(pace_kernels, file.stem.split("-", 1)[1], model)
         model.load_state_dict(entry["saved"]["model"])
         optimizer.load_state_dict(copy.deepcopy(entry["saved"]["optimizer"]))
         optimizer.train()
