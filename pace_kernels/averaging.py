@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import derived
+from .backend import say_once
 from .batchnorm import Batches, recomputed
 from .checks import Group, require
 from .memory import check_whole, overlapping, region, share_memory
@@ -149,6 +150,21 @@ class Averaging(Whole, torch.optim.Optimizer):
         _restored.update({e.param: (_version(e.param), before[e.param]) for e in back if e.param in before})
         self._forget_derived(model)
 
+    def _unwritten(self) -> list[tuple[Tensor, Tensor]]:
+        """Weights that hold their averages, as the swap wrote them, and the live ones."""
+        entries = self._entries(self.param_groups, "live") if self._swapped else []
+        return [
+            (e.param, e.state["live"]) for e in entries if e.param in self._versions and not self._is_changed(e.param)
+        ]
+
+    def _live_again(self, unwritten: list[tuple[Tensor, Tensor]]) -> None:
+        """After a checkpoint was loaded: where it was not saved swapped, what still holds averages would be taken for
+        live weights."""
+        if unwritten and not self._swapped:
+            for param, live in unwritten:
+                _write(param, live)
+            self._forget_derived(None)
+
     @contextmanager
     def averaged(self, model: torch.nn.Module | None = None) -> Iterator[None]:
         """Within this context the parameters hold their averages, whatever is raised inside. See :meth:`eval`.
@@ -159,6 +175,8 @@ class Averaging(Whole, torch.optim.Optimizer):
         ...     validate(model)
         """
         was_swapped = self._swapped
+        if not any(self._option(group, "use_ema_eval") for group in self.param_groups):
+            say_once(f"averaged() of {type(self).__name__}: no group has use_ema_eval=True, so the weights stay live")
         try:
             self.eval(model)
             yield

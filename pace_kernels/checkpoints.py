@@ -108,7 +108,8 @@ class Checkpoints(Averaging):
         come from the checkpoint, ``capturable`` too; one that it does not have keeps its present value. What does not
         fit raises ValueError or TypeError and changes nothing. States go to the parameters by their position, as in
         ``torch.optim``. A state saved between ``eval()`` and ``train()`` comes back swapped. The weights themselves are
-        the model's, and are not touched: load the model too, and, for a checkpoint of ``pace-optimizer`` saved in eval
+        the model's, and are not touched (but for live ones that ``eval()`` took out, which come back): load the model
+        too, and, for a checkpoint of ``pace-optimizer`` saved in eval
         mode, load it first.
         """
         if not isinstance(state_dict, Mapping):
@@ -122,6 +123,7 @@ class Checkpoints(Averaging):
                 raise ValueError(f"state_dict is none that state_dict() made: {error!r}") from error
 
         notes: list[str] = []
+        unwritten = self._unwritten()
         handle = self.register_load_state_dict_pre_hook(translate)
         try:
             super().load_state_dict(state_dict)
@@ -129,6 +131,7 @@ class Checkpoints(Averaging):
             handle.remove()
             self._incoming = None
         self._unfinished.clear()
+        self._live_again(unwritten)
         for note in notes:
             warnings.warn(note, stacklevel=3)  # beyond no_grad
 

@@ -184,6 +184,8 @@ class Launching(Checkpoints):
         works = [work for work, _ in prepared]
         calls, fresh = self._entering([work for work in works if not work.left_undone()])
         calls += self._afterwards(prepared)
+        if any(work.left_undone() for work in works):
+            return [*calls, *self._counting]
         frozen = [p for group in self.param_groups for p in group["params"] if not p.requires_grad]
         at_rest = [s for p in frozen if (s := self.state.get(p, fresh.get(p))) is not None]
         stepped = any(p.grad is not None for p in frozen)

@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from .checks import (
     Group,
     check_average_options,
@@ -18,6 +21,7 @@ from .checks import (
     require,
     shortened,
 )
+from .memory import is_whole
 from .ops import COEFFICIENTS
 from .options import listed, plain_float, plain_sequence
 
@@ -149,6 +153,16 @@ def expanded(given: dict[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
             if idle and not unsaid and given[name] is not base.get(name) and options[name] != base.get(name):
                 raise ValueError(f"{name} was given, but learn is empty: name the coefficients to learn")
     return options
+
+
+def check_learned(group: Group) -> None:
+    """What a group keeps of its learned coefficients, where it was replaced by hand: a step takes it last."""
+    for name in LEARNED if group["learn"] else ():
+        value, shape = group.get(name), () if name == "hyper_step" else (len(COEFFICIENTS),)
+        if value is not None:
+            good = isinstance(value, Tensor) and value.shape == shape and value.is_contiguous() and is_whole(value)
+            dtypes = (torch.float32, torch.float64) if good and value.device.type == "mps" else (torch.float64,)
+            require(good and value.dtype in dtypes, name, f"a contiguous float64 tensor of shape {shape}", value)
 
 
 def check_mada_options(group: Group) -> None:

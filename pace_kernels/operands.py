@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .memory import is_askew, is_whole
 from .sharding import local
-from .states import Work, counts_no_further, state_dtype
+from .states import Work, state_dtype
 
 
 def check_operands(work: Work, states: dict[str, list[Tensor]], rows: Mapping[str, int]) -> None:
@@ -22,10 +22,7 @@ def check_operands(work: Work, states: dict[str, list[Tensor]], rows: Mapping[st
         for name, column in states.items():
             value, entry = column[i], f"{name}[{i}]"
             if name == "step":
-                good = value.numel() == 1 and value.dtype in (torch.float32, torch.float64)
-                _require(good, entry, "must be float32 or float64, with one element")
-                _require(not counts_no_further(value), entry, "is float32, which counts to 2^24, and is there")
-                _require(value.device.type == "cpu" or value.device == work.device, entry, f"must be on {work.device}")
+                check_step(entry, value, work.device)
             elif name in rows:
                 _require(
                     value.numel() == rows[name] and value.is_floating_point(), entry, f"must have {rows[name]} numbers"
@@ -49,12 +46,25 @@ def _check_memory(entry: str, tensor: Tensor) -> None:
     _require(not is_askew(here), entry, "must lie at a multiple of its element size: clone it")
 
 
-def _check_dense(entry: str, tensor: Tensor, param: Tensor, *, written: bool) -> None:
+def check_step(entry: str, step: Tensor, device: torch.device) -> None:
+    """Raises RuntimeError where a step count can't be counted on, or is neither on the host nor on this device."""
+    good = step.numel() == 1 and step.dtype in (torch.float32, torch.float64)
+    _require(good, entry, "must be float32 or float64, with one element")
+    _require(step.device.type == "cpu" or step.device == device, entry, f"must be on {device}")
+
+
+def check_placed(entry: str, tensor: Tensor, param: Tensor, *, written: bool = True) -> None:
+    """Raises RuntimeError where a tensor is not dense, of the parameter's shape and on its device; or, where it is
+    written, has one element at several places."""
     _require(tensor.device == param.device, entry, f"must be on {param.device}, is on {tensor.device}")
     _require(tensor.layout is torch.strided, entry, f"must be a dense (strided) tensor, is {tensor.layout}")
     shapes = tuple(tensor.shape), tuple(param.shape)
     _require(shapes[0] == shapes[1], entry, f"has shape {shapes[0]}, its parameter has {shapes[1]}")
-    _check_memory(entry, tensor)
     if written and not tensor.is_contiguous():
         once = all(size <= 1 or stride != 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         _require(once, entry, "overlaps itself: it has stride 0")
+
+
+def _check_dense(entry: str, tensor: Tensor, param: Tensor, *, written: bool) -> None:
+    check_placed(entry, tensor, param, written=written)
+    _check_memory(entry, tensor)

@@ -112,7 +112,7 @@ class PullbackCheckpoints(Pulling):
             result = pre_hook(self, loaded)
             loaded = loaded if result is None else result
         loaded, entries = self._translated(loaded)
-        hooked = self._loads_as_torch
+        hooked, unwritten = self._loads_as_torch, self._unwritten()
         if hooked:
             states = {k: {**v, **_kept(entries.get(k, {}))} for k, v in loaded["state"].items()}
             loaded["state"] = states | {k: _kept(v) for k, v in entries.items() if k not in states}
@@ -120,6 +120,7 @@ class PullbackCheckpoints(Pulling):
         if not hooked:
             self._put_back(loaded, entries)
         self._after_loading()
+        self._live_again(unwritten)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -15,6 +15,7 @@ from .backend import backends, choose, say_once
 from .checks import Group, check_average_options, check_lr, check_number, plain_number, require
 from .launching import ASKEW
 from .memory import aligned, as_bytes, check_whole, is_askew, overlapping
+from .operands import check_placed, check_step
 from .ops import PACE_STATS
 from .plans import Plan
 from .pulls import (
@@ -113,6 +114,9 @@ class Pulling(Averaging):
             for pull in some:
                 pull.found_inf = None if found_inf is None else moved(found_inf, pull.device)
                 self._place_steps(pull)
+            lr = group.get("lr")
+            if isinstance(lr, Tensor) and lr.is_meta and any(pull.device.type != "meta" for pull in some):
+                raise RuntimeError("lr is a tensor on meta, where there are no values; the parameters are not there")
             pulls += some
             rest += [p for p in group["params"] if not p.requires_grad]
         if not all(pull.planned for pull in pulls):
@@ -268,6 +272,10 @@ class Pulling(Averaging):
                     return
                 refused = error
         check_whole(chain(pull.params, map(local, pull.emas)))
+        if pull.backend.name != "cpu" and not is_fake(pull.params[0]):
+            for i, (param, ema, step) in enumerate(zip(pull.params, map(local, pull.emas), pull.steps, strict=True)):
+                check_placed(f"emas[{i}]", ema, param)
+                check_step(f"steps[{i}]", step, pull.device)
         if any(map(is_askew, chain(pull.params, map(local, pull.emas)))):
             say_once(ASKEW)
             pull.askew, pull.emas = True, list(map(aligned, pull.emas))

@@ -171,3 +171,23 @@ def test_a_frozen_parameter_with_a_gradient_left_steps_as_in_torch_and_is_live(k
     step(model, optimizer, 1, ("backbone", "head"))
     assert not torch.equal(before, model["backbone"])
     assert torch.equal(optimizer.ema_state_dict(model)["backbone"], model["backbone"])
+
+
+@pytest.mark.parametrize("options", [{"skip_nonfinite": True}, {"fused": True}], ids=["skip_nonfinite", "found_inf"])
+def test_a_step_that_is_left_undone_puts_nothing_at_rest(options: dict[str, bool]) -> None:
+    frozen, other = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = PACE([frozen, other], **options)
+    for p in (frozen, other):
+        p.grad = torch.ones(3)
+    optimizer.step()
+    frozen.requires_grad_(False)
+    frozen.grad, other.grad = None, torch.full((3,), float("nan"))
+    if "fused" in options:
+        optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert "ema" in optimizer.state[frozen]
+    if "fused" in options:
+        del optimizer.found_inf
+    other.grad = torch.ones(3)
+    optimizer.step()
+    assert "ema" not in optimizer.state[frozen]

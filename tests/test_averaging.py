@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import pace_kernels
-from pace_kernels import MADA, PACE, Pullback, averaging
+from pace_kernels import MADA, PACE, Pullback, averaging, backend
 
 PACKAGE = str(Path(pace_kernels.__file__).parent)
 KINDS: dict[str, Callable[[Any], Any]] = {
@@ -287,6 +287,37 @@ def test_only_some_weights_are_loaded() -> None:
 def test_keep_is_one_of_three() -> None:
     with pytest.raises(ValueError, match='keep must be "loaded", "live" or None, got \'both\''):
         trained("PACE", Mixed()).train(keep="both")
+
+
+@pytest.mark.parametrize("saved", ["live", "swapped"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_the_optimizer_loaded_while_swapped(kind: str, saved: str) -> None:
+    """Without the model's: weights that hold averages are not taken for live ones, but those that others wrote stay."""
+    model = Mixed()
+    optimizer = trained(kind, model, model.groups())
+    live, average = contents(model), optimizer.ema_state_dict(model)
+    states = copy.deepcopy(optimizer.state_dict())
+    optimizer.eval()
+    if saved == "swapped":
+        states = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(states)
+    assert_same(contents(model), average if saved == "swapped" else live)
+    optimizer.train()
+    assert_same(contents(model), live)
+    assert_same(optimizer.ema_state_dict(model), average)
+    optimizer.eval()
+    best = {name: torch.randn_like(value) for name, value in live.items()}
+    model.load_state_dict(best)
+    optimizer.load_state_dict(states)
+    assert_same(contents(model), best)
+
+
+def test_averaged_where_no_group_evaluates_its_average_says_so() -> None:
+    model = Mixed()
+    optimizer = PACE(model.parameters(), use_ema_eval=False)
+    backend.say_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="no group has use_ema_eval=True"), optimizer.averaged(model):
+        pass
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------

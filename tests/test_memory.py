@@ -380,3 +380,56 @@ def test_a_step_that_raises_is_not_counted_as_skipped() -> None:
     with pytest.raises(RuntimeError):
         optimizer.step()
     assert optimizer.skipped_steps == 1
+
+
+LEARNED = ("coefficient_values", "coefficient_momenta", "hypergradients")
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:2], lambda t: t.float(), lambda t: t.expand(2, 6)], ids=str)
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_tensors_that_do_not_fit_are_refused_before_a_step(name: str, change: Any) -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = MADA([p])
+    for _ in range(2):
+        p.grad = torch.ones(4)
+        optimizer.step()
+    group = optimizer.param_groups[0]
+    kept, before = group[name], p.detach().clone()
+    group[name] = change(kept)
+    with pytest.raises(ValueError, match=f"{name} must be a contiguous float64 tensor"):
+        optimizer.step()
+    assert torch.equal(p, before)
+    group[name] = kept
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("ema", lambda t: t.to("meta")), ("ema", lambda t: t[:1].expand(4)), ("pullback_step", lambda t: t.to("meta"))],
+    ids=["ema on meta", "ema expanded", "step on meta"],
+)
+def test_a_pull_on_torch_is_refused_before_the_base_steps(name: str, change: Any) -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = Pullback(torch.optim.AdamW([p], lr=0.1), backend="torch")
+    for _ in range(2):
+        p.grad = torch.ones(4)
+        optimizer.step()
+    kept, before = optimizer.state[p][name], p.detach().clone()
+    optimizer.state[p][name] = change(kept)
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert torch.equal(p, before)
+    optimizer.state[p][name] = kept
+    optimizer.step()
+
+
+def test_a_rate_on_meta_is_refused_before_the_base_steps() -> None:
+    one, other = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer = Pullback(torch.optim.SGD([{"params": [one]}, {"params": [other]}], lr=0.1), gain=0.1)
+    one.grad, other.grad = torch.ones(4), torch.ones(4)
+    optimizer.step()
+    before = one.detach().clone()
+    optimizer.param_groups[1]["lr"] = torch.tensor(0.1, device="meta")
+    with pytest.raises(RuntimeError, match="lr is a tensor on meta"):
+        optimizer.step()
+    assert torch.equal(one, before)
