@@ -126,7 +126,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "sanity check": {"num_sanity_val_steps": 2},
     "clipped and accumulated": {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2},
-    "bfloat16": {"precision": "bf16-mixed"},
+    "bfloat16, clipped": {"precision": "bf16-mixed", "gradient_clip_val": 0.1},
 }
 
 
