@@ -385,7 +385,9 @@ def test_a_step_that_raises_is_not_counted_as_skipped() -> None:
 LEARNED = ("coefficient_values", "coefficient_momenta", "hypergradients")
 
 
-@pytest.mark.parametrize("change", [lambda t: t[:2], lambda t: t.float(), lambda t: t.expand(2, 6)], ids=str)
+@pytest.mark.parametrize(
+    "change", [lambda t: t[:2], lambda t: t.float(), lambda t: t.expand(2, 6)], ids=["short", "float32", "two rows"]
+)
 @pytest.mark.parametrize("name", LEARNED)
 def test_learned_tensors_that_do_not_fit_are_refused_before_a_step(name: str, change: Any) -> None:
     p = torch.nn.Parameter(torch.ones(4))
