@@ -214,12 +214,15 @@ class Pullback(PullbackCheckpoints):
         entries = filter(None, map(self.base.state.get, written))
         written += (next(iter(entry.values())) for entry in entries)
         before = versions(written)
+        # Bases take a state that is not empty for one of theirs, so one with nothing but ours is kept aside.
+        aside = [(p, self.base.state[p]) for pull in pulls for p in pull.hidden]
         try:
             with self._under_way():
-                error = self._base_step(scaling, pulls)
+                error = self._base_step(scaling, pulls, aside)
                 if error is None:
                     self._finish(pulls, rest, found_inf, dry)
         except BaseException:
+            self._put_back_states(aside)  # the exception may have come while it was done
             if versions(written) == before and self._weights_are_as_copied(pulls):  # nothing was written
                 self._unfinished.clear()
             raise
@@ -235,21 +238,26 @@ class Pullback(PullbackCheckpoints):
             torch.equal(a, b) for pull in pulls for a, b in zip(pull.befores, pull.params, strict=True)
         )
 
-    def _base_step(self, scaling: dict[str, Any], pulls: list[Pull]) -> RuntimeError | None:
-        """Bases take a state that is not empty for one of theirs, so one with nothing but ours is kept aside."""
-        states = self.base.state
-        aside = [(p, states.pop(p)) for pull in pulls for p in pull.hidden]
-        for name, value in scaling.items():
-            setattr(self.base, name, value)
+    def _base_step(
+        self, scaling: dict[str, Any], pulls: list[Pull], aside: list[tuple[Tensor, Group]]
+    ) -> RuntimeError | None:
         try:
+            for p, _ in aside:
+                self.base.state.pop(p)
+            for name, value in scaling.items():
+                setattr(self.base, name, value)
             self.base.step()
             return self._missing(pulls)
         finally:
             for name in scaling:
-                delattr(self.base, name)
-            for p, ours in aside:
-                states = self.base.state
-                states[p] = {**states.get(p, {}), **ours}
+                self.base.__dict__.pop(name, None)
+            self._put_back_states(aside)
+
+    def _put_back_states(self, aside: list[tuple[Tensor, Group]]) -> None:
+        for p, ours in aside:
+            state = self.base.state.setdefault(p, ours)
+            if state is not ours:
+                state.update({name: value for name, value in ours.items() if name not in state})
 
     def _finish(self, pulls: list[Pull], rest: list[Tensor], found_inf: Tensor | None, dry: bool) -> None:
         self._scratch.rows = []
@@ -310,6 +318,8 @@ class Pullback(PullbackCheckpoints):
         rows, stats = self._scratch.rows, {}
         s, raw = _merged(rows), _merged([r for r in rows if r.moment])
         if not s:
+            if not any(self._option(group, "log_stats") for group in self.param_groups):
+                self._say("get_step_stats() is empty: no group has log_stats=True")
             return {}
         for key, name, of in (
             ("raw", "raw_lambda", raw),

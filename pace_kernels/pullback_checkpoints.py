@@ -128,13 +128,14 @@ class PullbackCheckpoints(Pulling):
         """torch puts new groups and states in place before a base finds out that they are not its own."""
         kind = type(self.base).__name__
         before = (self.base.state, self.base.param_groups)
+        options = [self.base.defaults.keys() & group.keys() for group in self.base.param_groups]
         self._scratch.loading = True
         try:
             # Copies: torch takes tensors as they are, and would train those of the checkpoint.
             states = {k: _copied(state) for k, state in state_dict["state"].items()}
             self.base.load_state_dict({**state_dict, "state": states})
             for number, group in enumerate(self.base.param_groups):
-                if missing := sorted(self.base.defaults.keys() - group.keys()):
+                if missing := sorted(options[number] - group.keys()):
                     raise ValueError(f"param_groups[{number}] lacks {', '.join(missing)}, which {kind} has")
         except (KeyError, AttributeError, ValueError) as error:
             self.base.state, self.base.param_groups = before

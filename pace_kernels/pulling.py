@@ -157,6 +157,9 @@ class Pulling(Averaging):
     def _take(self, pull: Pull, i: int, owner: Tensor, param: Tensor) -> None:
         state = self.base.state.get(owner) or {}
         ema, step = state.get(AVERAGE), state.get(STEP)
+        if step is not None and (not isinstance(step, Tensor) or step.numel() != 1):
+            name = self._name(pull.group, i)
+            raise RuntimeError(f"the state {STEP!r} of {name} must be a tensor with one element, got {step!r}")
         if (
             ema is None
             or step is None
@@ -210,7 +213,7 @@ class Pulling(Averaging):
         kind = message.partition(": ")[2]
         if kind not in self._scratch.said:
             self._scratch.said.add(kind)
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, stacklevel=3)
 
     def _second(self, moment: SecondMoment, state: Group, group: Group, i: int, param: Tensor) -> Tensor:
         """The base's second moment of a parameter, as the operator takes it."""
