@@ -112,7 +112,8 @@ class PullbackCheckpoints(Pulling):
             result = pre_hook(self, loaded)
             loaded = loaded if result is None else result
         loaded, entries = self._translated(loaded)
-        hooked, unwritten = self._loads_as_torch, self._unwritten()
+        hooked = self._loads_as_torch
+        self._scratch.unwritten = self._unwritten()
         if hooked:
             states = {k: {**v, **_kept(entries.get(k, {}))} for k, v in loaded["state"].items()}
             loaded["state"] = states | {k: _kept(v) for k, v in entries.items() if k not in states}
@@ -120,7 +121,6 @@ class PullbackCheckpoints(Pulling):
         if not hooked:
             self._put_back(loaded, entries)
         self._after_loading()
-        self._live_again(unwritten)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -162,6 +162,7 @@ class PullbackCheckpoints(Pulling):
         if self._scratch.loading:
             return None
         loaded, entries = self._translated(state_dict)
+        self._scratch.unwritten = self._unwritten()
         states = {k: {**v, **_kept(entries.get(k, {}))} for k, v in loaded["state"].items()}
         loaded["state"] = states | {k: _kept(v) for k, v in entries.items() if k not in states}
         return loaded
@@ -186,7 +187,9 @@ class PullbackCheckpoints(Pulling):
         self._defaults.update(shared)
         self._scratch.plans.clear()
         self._mark_groups()
+        unwritten, self._scratch.unwritten = self._scratch.unwritten, []
         self._versions.clear()
+        self._live_again(unwritten)
         self._unfinished.clear()
 
     # ---- what is loaded, checked -----------------------------------------------------------------------------------

@@ -123,6 +123,7 @@ class Scratch:
         self.own: dict[int, tuple[list[Any], Own]] = {}  # by id of the group
         self.unsure = False  # averages may have taken no step: after a dry run, or one that a gradient scaler skipped
         self.loading = False  # our load_state_dict calls the base's
+        self.unwritten: list[tuple[Tensor, Tensor]] = []  # while a checkpoint is loaded, see Averaging._unwritten
         self.said: set[str] = set()
 
     def before(self, param: Tensor, like: Tensor) -> Tensor:

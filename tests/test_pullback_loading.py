@@ -181,6 +181,19 @@ def test_swapped_it_comes_back_swapped(base: str, way: Callable[..., None]) -> N
     assert_same(values(other_model, other), live)
 
 
+@pytest.mark.parametrize("way", [by_itself, by_the_base, from_base_to_base])
+def test_loaded_while_swapped_the_weights_are_live_again(way: Callable[..., None]) -> None:
+    model, optimizer = made("AdamW")
+    run(model, optimizer, range(3))
+    other_model, other = made("AdamW")
+    run(other_model, other, range(10, 14))
+    live = [p.detach().clone() for p in other_model.parameters()]
+    other.eval()
+    way(model, optimizer, other_model, other)
+    assert all(torch.equal(p, x) for p, x in zip(other_model.parameters(), live, strict=True))
+    run(other_model, other, range(4, 5))
+
+
 def test_hooks_of_the_base_may_give_states_other_keys() -> None:
     """As in torch's recipe for parameters that are in another order."""
     model, optimizer = made("AdamW")
