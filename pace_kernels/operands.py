@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .memory import is_askew, is_whole
 from .sharding import local
-from .states import Work, state_dtype
+from .states import Work, counts_no_further, state_dtype
 
 
 def check_operands(work: Work, states: dict[str, list[Tensor]], rows: Mapping[str, int]) -> None:
@@ -23,6 +23,7 @@ def check_operands(work: Work, states: dict[str, list[Tensor]], rows: Mapping[st
             value, entry = column[i], f"{name}[{i}]"
             if name == "step":
                 check_step(entry, value, work.device)
+                _require(not counts_no_further(value), entry, "is float32, which counts to 2^24, and is there")
             elif name in rows:
                 _require(
                     value.numel() == rows[name] and value.is_floating_point(), entry, f"must have {rows[name]} numbers"
