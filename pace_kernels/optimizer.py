@@ -7,6 +7,7 @@ average is in averaging.py, checkpoints in checkpoints.py.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import repeat
@@ -246,6 +247,9 @@ class KernelOptimizer(Launching):
 
     def _states(self, work: Work) -> dict[str, list[Tensor]]:
         names = ("step", *self._state_tensors(work.group))
+        usual = self._usual_states(work, names)
+        if usual is not None:
+            return usual
         columns: dict[str, list[Tensor]] = {name: [] for name in names}
         for i, (owner, param) in enumerate(zip(work.owners, work.params, strict=True)):
             state = self.state.get(owner)
@@ -261,6 +265,25 @@ class KernelOptimizer(Launching):
                     now = {**now, name: value}
                     work.put(i, name, value)
                 columns[name].append(value if type(value) is Tensor else local(value))
+        self._place_steps(work, columns["step"])
+        return columns
+
+    def _usual_states(self, work: Work, names: tuple[str, ...]) -> dict[str, list[Tensor]] | None:
+        """The states where all of them are there, plain, and fit: told for the whole list at once, in half the time."""
+        records: list[Any] = list(map(self.state.get, work.owners))
+        try:
+            columns = {name: [record[name] for record in records] for name in names}
+        except (KeyError, TypeError):  # some are missing
+            return None
+        first = columns[names[1]] if len(names) > 1 else []
+        if (
+            {kind for column in columns.values() for kind in map(type, column)} != {Tensor}
+            or {value.dtype for value in first} != {state_dtype(work.params[0])}
+            or [value.shape for value in first] != [param.shape for param in work.params]
+            or not all(map(operator.is_, work.owners, work.params))  # local parts of DTensors
+        ):
+            return None
+        work.records = records
         self._place_steps(work, columns["step"])
         return columns
 
