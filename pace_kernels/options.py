@@ -23,6 +23,7 @@ _FOREIGN = {
     *("params", "param_names", "amsgrad", "foreach", "fused", "differentiable", "decoupled_weight_decay", "momentum"),
     *("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"),
     *("name", "group_name", "lr_scale", "lr_mult", "wd_scale", "wd_mult"),
+    *("backend", "hyper_process_group"),  # of the constructor: ZeroRedundancyOptimizer puts all arguments into groups
 }
 
 

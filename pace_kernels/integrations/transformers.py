@@ -70,7 +70,10 @@ class UseAverage(TrainerCallback):  # type: ignore[misc]
         self._swap_in(optimizer, model)
 
     def on_save(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        if any(group.get("use_ema_eval") and not group.get("swapped", True) for group in optimizer.param_groups):
+        ours = averaging(optimizer, kwargs.get("model"))
+        if ours is None or ours._swapped:
+            return
+        if any(ours._option(group, "use_ema_eval") for group in ours.param_groups):
             warnings.warn(
                 f"checkpoint-{state.global_step} holds the live weights: a callback behind UseAverage asked for it. "
                 "Put UseAverage last in callbacks",
