@@ -489,7 +489,7 @@ def check_refusals() -> list[str]:
     said = []
     partial = DTensor.from_local(torch.ones(4), mesh, [Partial()])
     try:
-        PACE([partial])
+        PACE([nn.Parameter(partial)])
     except ValueError as error:
         said.append(str(error))
     # A gradient that is placed otherwise, as where a parameter is used outside of its module, is redistributed.
