@@ -271,6 +271,7 @@ def averaged(
             statistics of batch normalization, which are the live model's, are recomputed with them for the averages;
             all buffers come back bit for bit. Of a list or a tuple the first entry is passed, a mapping by keyword.
 
+    >>> import pace_kernels
     >>> model = torch.nn.Linear(4, 1)
     >>> one, other = (pace_kernels.PACE([p]) for p in model.parameters())
     >>> with pace_kernels.averaged(model, one, other):
@@ -304,6 +305,7 @@ def ema_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer, f
         RuntimeError: no group of the optimizers keeps an average; in the middle of a step; for parameters of FSDP1.
         ValueError: an optimizer steps no parameter of the model.
 
+    >>> import pace_kernels
     >>> model = torch.nn.Linear(4, 1)
     >>> optimizer = pace_kernels.PACE(model.parameters())
     >>> sorted(pace_kernels.ema_state_dict(model, optimizer))

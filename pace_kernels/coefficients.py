@@ -17,6 +17,7 @@ from .mada_options import (
     LEARNING,
     REDONE_BY,
     Prepared,
+    check_learned,
     check_sharing,
     expanded,
     fixed,
@@ -172,6 +173,8 @@ class Coefficients(KernelOptimizer):
         """Moments that are one step behind are brought up to date where the step to redo would come out otherwise by
         the new options; the next step learns nothing then."""
         check_sharing(self.param_groups, start=False)
+        for group in groups:
+            check_learned(group)
         prepared = [self._prepare(group) for group in groups]
         for group, new in zip(groups, prepared, strict=True):
             old = self._arguments(group)

@@ -16,7 +16,6 @@ from .mada_checkpoints import MadaCheckpoints
 from .mada_options import (
     LEARNING,
     PRESETS,
-    check_learned,
     check_mada_options,
     check_sharing,
     check_start,
@@ -250,7 +249,6 @@ class MADA(MadaCheckpoints):
 
     def _check_options(self, group: Group) -> None:
         check_mada_options(group)
-        check_learned(group)
 
     def _completed(self, param_group: Group) -> Group:
         first = self.param_groups[0] if self.param_groups else self.defaults

@@ -350,15 +350,15 @@ def test_a_part_of_the_model_will_do() -> None:
         pass
 
 
-def test_freezing_of_inductor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freezing_of_inductor_is_refused() -> None:
     import torch._inductor.config
 
-    monkeypatch.setattr(torch._inductor.config, "freezing", True)
     model = Mixed()
     optimizer = trained("PACE", model)
-    with pytest.raises(RuntimeError, match="freezing"), optimizer.averaged(model):
-        pass
-    optimizer.ema_state_dict(model)
+    with torch._inductor.config.patch(freezing=True):
+        with pytest.raises(RuntimeError, match="freezing"), optimizer.averaged(model):
+            pass
+        optimizer.ema_state_dict(model)
 
 
 def test_a_graph_of_before_an_export_runs_backward() -> None:
