@@ -99,6 +99,7 @@ def plain_number(value: Any) -> Any:
     if type(value) in (bool, int, float):  # NumPy's float64 is a float too
         return value
     if isinstance(value, Tensor):
+        require(is_whole(value), "an option", "a number, or a tensor that has memory", value)
         real = value.numel() == 1 and not value.is_complex() and not value.is_meta and value.dtype != torch.bool
         return value.item() if real else value
     if not isinstance(value, numbers.Real) and getattr(value, "shape", None) == () and hasattr(value, "item"):

@@ -435,3 +435,18 @@ def test_a_rate_on_meta_is_refused_before_the_base_steps() -> None:
     with pytest.raises(RuntimeError, match="lr is a tensor on meta"):
         optimizer.step()
     assert torch.equal(one, before)
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (3, 3)], ids=str)
+@pytest.mark.parametrize("name", ["hyper_clip", "hyper_warmup", "hyper_lr", "betas", "eps", "beta3", "ema_rho"])
+def test_options_of_a_checkpoint_that_are_tensors_without_memory_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = MADA([p])
+    p.grad = torch.ones(3)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0][name] = torch.ones(shape)
+    saved["param_groups"][0][name].untyped_storage().resize_(0)
+    with pytest.raises((ValueError, TypeError)):
+        optimizer.load_state_dict(saved)
+    optimizer.step()
