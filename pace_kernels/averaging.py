@@ -8,11 +8,10 @@ not, the weights are live.
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from .batchnorm import Batches, recomputed
 from .checks import Group, require
 from .memory import check_whole, overlapping, region, share_memory
 from .sharding import gathered, is_sharded, local, on_first_rank
-from .whole import Whole
+from .whole import Whole, at_once, each
 
 # The versions of a parameter, wrapper and local part.
 Version = tuple[int, int]
@@ -239,11 +238,11 @@ class Averaging(Whole, torch.optim.Optimizer):
         """Sets the states `live` and the groups' marks, or removes them, in one call of C code: Python runs handlers of
         signals between its own instructions, so none sees a part of it."""
         states = [entry.state for entry in entries]
-        marks = map(dict.__setitem__, groups, repeat(self._MARK), repeat(copies is not None))
         if copies is None:
-            deque(chain(map(dict.pop, states, repeat("live"), repeat(None)), marks), maxlen=0)
+            lives = each(dict.pop, states, repeat("live"), repeat(None))
         else:
-            deque(chain(map(dict.__setitem__, states, repeat("live"), copies), marks), maxlen=0)
+            lives = each(dict.__setitem__, states, repeat("live"), copies)
+        at_once([lives, each(dict.__setitem__, groups, repeat(self._MARK), repeat(copies is not None))])
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
