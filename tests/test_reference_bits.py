@@ -18,8 +18,9 @@ import mada_cases
 import pace_cases
 import pytest
 import torch
-from pace_kernels import MADA, PACE, Pullback, backends
 from torch import Tensor
+
+from pace_kernels import MADA, PACE, Pullback, backends
 
 FILE = Path(__file__).parent / "data" / "reference_bits.json"
 SHAPES = ((67, 33), (19,), (), (3, 1, 5))
