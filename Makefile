@@ -93,13 +93,13 @@ clean:
 # torch first, since the extension is built against it; then the package, in place.
 $(VENV)/.torch-$(TORCH): Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja
+	$(BIN)/pip install --quiet "setuptools>=77"
 	$(BIN)/pip install --quiet "torch==$(TORCH)"
 	rm -f $(VENV)/.torch-* && touch $@
 
 $(CUDA_VENV)/.torch-$(CUDA_TORCH): Makefile
 	$(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/pip install --quiet --no-compile "setuptools>=77" wheel ninja numpy
+	$(CUDA_VENV)/bin/pip install --quiet --no-compile "setuptools>=77" numpy
 	$(CUDA_VENV)/bin/pip install --quiet --no-compile "torch==$(CUDA_TORCH)" $(NVCC)
 	rm -f $(CUDA_VENV)/.torch-* && touch $@
 
@@ -107,7 +107,7 @@ $(CUDA_VENV)/.torch-$(CUDA_TORCH): Makefile
 # but these: those of the extras would bring another torch.
 $(XLA_VENV)/.ready: Makefile pyproject.toml setup.py
 	$(PYTHON) -m venv $(XLA_VENV)
-	$(XLA_VENV)/bin/pip install --quiet --no-compile "setuptools>=77" wheel numpy "pytest>=8" "hypothesis>=6.100"
+	$(XLA_VENV)/bin/pip install --quiet --no-compile "setuptools>=77" numpy "pytest>=8" "hypothesis>=6.100"
 	$(XLA_VENV)/bin/pip install --quiet --no-compile "torch==$(XLA_TORCH).*" "torch_xla==$(XLA_TORCH).*"
 	PACE_NO_EXT=1 $(XLA_VENV)/bin/pip install --quiet --no-compile --no-deps --no-build-isolation --editable .
 	$(XLA_VENV)/bin/pip check
@@ -115,7 +115,7 @@ $(XLA_VENV)/.ready: Makefile pyproject.toml setup.py
 
 $(PEERS_VENV)/.torch-$(TORCH): Makefile
 	$(PYTHON) -m venv $(PEERS_VENV)
-	$(PEERS_VENV)/bin/pip install --quiet "setuptools>=77" wheel ninja
+	$(PEERS_VENV)/bin/pip install --quiet "setuptools>=77"
 	$(PEERS_VENV)/bin/pip install --quiet "torch==$(TORCH)"
 	rm -f $(PEERS_VENV)/.torch-* && touch $@
 

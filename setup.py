@@ -1,6 +1,7 @@
 """Builds the native kernels against PyTorch's stable ABI, one wheel (cp310-abi3) for every CPython >= 3.10 and torch >=
 2.10: pace_kernels._C, the CPU kernels, and beside it, where torch is a CUDA build and there is an nvcc,
-pace_kernels._cuda. Under torch 2.9 the package is built without them. Environment variables:
+pace_kernels._cuda. Where they can't be built (no torch, torch 2.9, no compiler, Windows) the package is built without
+them, and the reason goes into it: pace_kernels.backends() tells it. Environment variables:
 
     PACE_NO_EXT=1        build without extensions; the package then computes through Triton or torch
     PACE_CUDA            auto (default): the CUDA kernels where they can be built; 0: not; 1: or fail with the reason
@@ -14,19 +15,33 @@ pace_kernels._cuda. Under torch 2.9 the package is built without them. Environme
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, LinkError
+
+# An older one, such as the 65.5 that Python 3.11 brings into its environments, rejects `license = "MIT"` in 90 lines.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"pace_kernels is built by setuptools >= 77, and this is {setuptools.__version__}: run "
+        '`pip install "setuptools>=77"` first'
+    )
 
 NO_EXT = os.environ.get("PACE_NO_EXT", "0") not in ("", "0")
 PACE_CUDA = os.environ.get("PACE_CUDA") or "auto"
@@ -65,6 +80,8 @@ KERNELS = "csrc/cpu/kernels.cpp"  # compiled once per instruction set
 OPERATORS = ("mada_ops", "pace_ops", "pullback_ops")
 SOURCES = ["csrc/module.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("isa", *OPERATORS))]
 HERE = os.path.dirname(os.path.abspath(__file__))
+# Library: why it is not built. Written into the package as _not_built.json, which pace_kernels/backend.py reads.
+not_built: dict[str, str] = {}
 HEADERS = sorted(path for end in ("h", "cuh") for path in glob(f"csrc/**/*.{end}", root_dir=HERE, recursive=True))
 
 # Ampere (A100; RTX 30), Hopper, Blackwell (B200; RTX 50), and PTX for what lies between (8.7, 11.0) and comes after.
@@ -81,6 +98,40 @@ CUDA_KERNELS = [
     *((name, f"csrc/cuda/{name}.cu", []) for name in ("pace", "pullback", "small")),
     *((f"mada_{x}_{g}", "csrc/cuda/mada.cu", [f"-DPACE_X={x}", f"-DPACE_G={g}"]) for x, g in FORMATS),
 ]
+
+
+@dataclass(frozen=True)
+class Torch:
+    """What a build needs of torch, which is not imported: that takes seconds, and fails under build isolation."""
+
+    root: Path
+    version: str
+    cuda: str | None
+
+    @property
+    def includes(self) -> list[str]:
+        return [str(self.root / "include"), str(self.root / "include/torch/csrc/api/include")]
+
+    @property
+    def libraries(self) -> str:
+        return str(self.root / "lib")
+
+    @property
+    def too_old(self) -> bool:
+        return tuple(int(part) for part in self.version.split(".")[:2]) < (2, 10)
+
+
+def find_torch() -> Torch | None:
+    """The torch that can be imported, else that of the environment that pip installs into: its build isolation takes
+    that environment's packages from sys.path, but not from sysconfig. (uv's builds in an environment of its own.)"""
+    spec = importlib.util.find_spec("torch")
+    roots = [Path(spec.origin).parent] if spec is not None and spec.origin else []
+    roots.append(Path(sysconfig.get_path("platlib")) / "torch")
+    for root in roots:
+        if (root / "version.py").exists():
+            said = runpy.run_path(str(root / "version.py"))
+            return Torch(root, said["__version__"], said.get("cuda"))
+    return None
 
 
 class Nvcc:
@@ -113,9 +164,11 @@ class Nvcc:
         return f"sm_{arch.removesuffix('+PTX').replace('.', '')}" in self._say("--list-gpu-code").split()
 
 
-def find_nvcc(cuda_major: int | None = None) -> Nvcc | str:
-    """The first nvcc of that major version of CUDA, or of any; or why there is none."""
+def find_nvcc(torch: Torch | None = None) -> Nvcc | str:
+    """The first nvcc of the major version of CUDA of that torch, or of any; or why there is none."""
     packages = [Path(path) / "nvidia" for path in sys.path if path]
+    if torch is not None:
+        packages.append(torch.root.parent / "nvidia")
     places = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     if not places:
         places += [bin_ for p in packages for bin_ in sorted(p.glob("cu*/bin"), reverse=True)]
@@ -131,7 +184,16 @@ def find_nvcc(cuda_major: int | None = None) -> Nvcc | str:
         return (
             f"{found[0].path} (CUDA {'.'.join(map(str, found[0].version))}) is older than 12.1 or has no static cudart"
         )
-    return next((nvcc for nvcc in usable if nvcc.version[0] == cuda_major), usable[0])
+    if torch is None or torch.cuda is None:
+        return usable[0]
+    same = [nvcc for nvcc in usable if nvcc.version[0] == int(torch.cuda.split(".")[0])]
+    if not same:
+        print(
+            f"pace_kernels: {usable[0].path} is of CUDA {usable[0].version[0]}, torch of CUDA {torch.cuda}: the CUDA "
+            f"kernels will need a driver of CUDA {usable[0].version[0]}, and Triton's serve on an older one",
+            file=sys.stderr,
+        )
+    return [*same, *usable][0]
 
 
 def cuda_archs(nvcc: Nvcc) -> list[str]:
@@ -178,6 +240,26 @@ def compile_cuda_kernels(nvcc: Nvcc, archs: list[str], out: str) -> list[str]:
         return list(pool.map(lambda kernel: build(*kernel), reversed(CUDA_KERNELS)))
 
 
+def write_reasons(package: Path) -> None:
+    """Beside the package's modules. Libraries that an earlier build left there are no part of this one."""
+    package.mkdir(parents=True, exist_ok=True)
+    note = package / "_not_built.json"
+    note.unlink(missing_ok=True)
+    if not_built:
+        note.write_text(json.dumps(not_built, indent=2) + "\n")
+    if package != Path(HERE, "pace_kernels"):
+        for path in (path for library in not_built for path in package.glob(f"{library}.*so")):
+            path.unlink()
+
+
+class BuildModules(build_py):
+    """With the reasons for what is not built, also where there is nothing for build_ext to do."""
+
+    def run(self) -> None:
+        super().run()
+        write_reasons(Path(HERE if self.editable_mode else self.build_lib, "pace_kernels"))
+
+
 class BuildKernels(build_ext):
     """Compiles each source with the flags of its instruction set or device; setuptools knows one set of flags."""
 
@@ -185,47 +267,51 @@ class BuildKernels(build_ext):
         if SANITIZE and self.inplace:
             sys.exit("PACE_SANITIZE builds a library that an ordinary Python can't load: not in place")
         super().run()
+        write_reasons(Path(HERE if self.inplace else self.build_lib, "pace_kernels"))
 
     def build_extension(self, ext: Extension) -> None:
-        try:
-            import torch.utils.cpp_extension  # noqa: F401
-        except ImportError:
-            sys.exit(
-                "pace_kernels builds against the torch you use: install torch >= 2.10 first, then "
-                "`pip install --no-build-isolation pace_kernels` (PACE_NO_EXT=1 builds without native kernels)."
-            )
         if ext.name != "pace_kernels._cuda":
-            return self._build_cpu(ext)
+            try:
+                return self._build_cpu(ext)
+            except (CompileError, LinkError) as error:
+                sys.exit(
+                    f"pace_kernels: {error}. The kernels need GCC >= 11 or Clang >= 14, which CXX names; "
+                    "PACE_NO_EXT=1 builds the package without them"
+                )
         try:
             self._build_cuda(ext)
         except (RuntimeError, subprocess.CalledProcessError, CompileError, LinkError) as error:
+            # Not the whole command, which is in the output above.
+            failed = isinstance(error, subprocess.CalledProcessError)
+            why = f"nvcc failed with exit status {error.returncode}" if failed else str(error)
             if PACE_CUDA == "1":
-                sys.exit(f"PACE_CUDA=1, but the CUDA kernels can't be built: {error}")
+                sys.exit(f"PACE_CUDA=1, but the CUDA kernels can't be built: {why}")
             # The CPU kernels are built by now, and serve without it. setuptools leaves out what is optional and failed.
-            print(f"pace_kernels: going on without CUDA kernels: {error}", file=sys.stderr)
-            raise CompileError(str(error)) from error
+            print(f"pace_kernels: going on without CUDA kernels: {why}", file=sys.stderr)
+            not_built["_cuda"] = why
+            raise CompileError(why) from error
 
     def _compile(self, source: str, out: str, flags: list[str], defines: list[tuple[str, str | None]]) -> str:
-        from torch.utils.cpp_extension import include_paths
-
+        torch = find_torch()
+        assert torch is not None
         sanitized = sanitizer_flags(SANITIZE)
         (built,) = self.compiler.compile(
             [source],
             output_dir=os.path.join(self.build_temp, out),
             macros=DEFINES + defines,
             include_dirs=self.include_dirs,
-            extra_postargs=[*COMMON_FLAGS, *flags, *sanitized, *(f"-isystem{path}" for path in include_paths())],
+            extra_postargs=[*COMMON_FLAGS, *flags, *sanitized, *(f"-isystem{path}" for path in torch.includes)],
         )
         return str(built)
 
     def _link(self, ext: Extension, objects: list[str], libraries: list[str], directories: list[str]) -> None:
-        from torch.utils.cpp_extension import library_paths
-
+        torch = find_torch()
+        assert torch is not None
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
             libraries=["torch", "torch_cpu", "c10", *libraries],
-            library_dirs=[*library_paths(), *directories],
+            library_dirs=[torch.libraries, *directories],
             extra_postargs=sanitizer_flags(SANITIZE),
             target_lang="c++",
         )
@@ -257,47 +343,46 @@ class BuildKernels(build_ext):
 
 def cuda_compiler() -> Nvcc | str:
     """The nvcc for the torch that is here, or why the CUDA kernels can't be built."""
-    try:
-        import torch
-    except ImportError:
+    torch = find_torch()
+    if torch is None:
         return "torch is not installed"
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is not a CUDA build"
-    return find_nvcc(int(torch.version.cuda.split(".")[0]))
+    if torch.cuda is None:
+        return f"torch {torch.version} is not a CUDA build"
+    return find_nvcc(torch)
 
 
-def torch_too_old() -> str | None:
-    """Why the native kernels can't be built against the torch that is here; None where they can."""
-    try:
-        import torch
-    except ImportError:
-        return None  # which BuildKernels tells, where there is something to build
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10):
-        return None
-    return f"they need torch >= 2.10, and this is torch {torch.__version__}"
+def why_nothing_native() -> str | None:
+    """Why no native kernels can be built here; None where those of the CPU can."""
+    if NO_EXT:
+        return "PACE_NO_EXT is set"
+    if platform.system() == "Windows":
+        return "they are not built on Windows"
+    torch = find_torch()
+    if torch is None:
+        return "the build saw no torch, as it is where pip or uv build in an environment of their own"
+    if torch.too_old:
+        return f"they need torch >= 2.10, and this is torch {torch.version}"
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None and shutil.which("g++") is None:
+        return f"there is no C++ compiler ({compiler})"
+    return None
 
 
 def native_extensions() -> list[Extension]:
-    if NO_EXT:
-        print("pace_kernels: PACE_NO_EXT is set, building without native kernels", file=sys.stderr)
-        return []
+    """What is to be built; the reasons for the rest are in not_built."""
     if PACE_CUDA not in ("auto", "0", "1"):
         sys.exit(f"PACE_CUDA must be auto, 0 or 1, got {PACE_CUDA!r}")
-    if (why := torch_too_old()) is not None:
+    if (why := why_nothing_native()) is not None:
         if PACE_CUDA == "1":
             sys.exit(f"PACE_CUDA=1, but the native kernels can't be built: {why}")
         print(f"pace_kernels: building without native kernels: {why}", file=sys.stderr)
-        return []
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler) is None and shutil.which("g++") is None:
-        if PACE_CUDA == "1":
-            sys.exit(f"PACE_CUDA=1, but there is no C++ compiler ({compiler})")
-        print(f"pace_kernels: no C++ compiler ({compiler}), building without native kernels", file=sys.stderr)
+        not_built.update(_C=why, _cuda=why)
         return []
     extensions = [
         Extension("pace_kernels._C", [KERNELS, *SOURCES], depends=HEADERS, language="c++", py_limited_api=True)
     ]
     if PACE_CUDA == "0":
+        not_built["_cuda"] = "PACE_CUDA=0 was set"
         return extensions
     nvcc = cuda_compiler()
     if isinstance(nvcc, Nvcc):
@@ -315,6 +400,7 @@ def native_extensions() -> list[Extension]:
         sys.exit(f"PACE_CUDA=1, but the CUDA kernels can't be built: {nvcc}")
     else:
         print(f"pace_kernels: building without CUDA kernels: {nvcc}", file=sys.stderr)
+        not_built["_cuda"] = nvcc
     return extensions
 
 
@@ -322,6 +408,6 @@ if __name__ == "__main__":
     extensions = native_extensions()
     setup(
         ext_modules=extensions,
-        cmdclass={"build_ext": BuildKernels},
+        cmdclass={"build_ext": BuildKernels, "build_py": BuildModules},
         options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
     )

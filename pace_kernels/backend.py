@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +83,24 @@ def _torch_too_old() -> str | None:
     return f"the native kernels need torch >= 2.10, and this is torch {torch.__version__}"
 
 
+# For pip and for uv pip. Without these options the package that is installed, or one in the cache, would be kept.
+_HOW_TO_BUILD = (
+    '`pip install "setuptools>=77"`, then `pip install --no-build-isolation --force-reinstall --no-deps '
+    "--no-cache-dir SOURCE`, where SOURCE is a clone or the address that the package came from"
+)
+
+
+def _why_missing(library: str, error: ImportError) -> str:
+    """What the build wrote into the package on the library that it left out, or why the library does not load."""
+    if importlib.util.find_spec(f"{__package__}.{library}") is not None:
+        return f"does not load ({error})"
+    try:
+        why = json.loads(Path(__file__).with_name("_not_built.json").read_text())[library]
+    except (OSError, ValueError, KeyError):
+        why = str(error)
+    return f"is not built: {why}"
+
+
 def _native_cuda() -> Backend:
     if torch.version.cuda is None:
         return Backend("cuda", False, f"torch {torch.__version__} is not a CUDA build")
@@ -90,8 +110,8 @@ def _native_cuda() -> Backend:
     try:
         from . import _cuda
     except ImportError as error:
-        reason = f"the CUDA extension is not built or does not load ({error}); PACE_CUDA=1 builds it or says why not"
-        return Backend("cuda", False, reason)
+        reason = f"the CUDA extension {_why_missing('_cuda', error)}. With PACE_CUDA=1, which builds it or fails: "
+        return Backend("cuda", False, reason + _HOW_TO_BUILD)
     reason = _cuda.driver_refusal()
     if reason is not None:
         return Backend("cuda", False, reason)
@@ -105,8 +125,8 @@ def _native_cpu() -> Backend:
     try:
         from . import _C
     except ImportError as error:
-        reason = f"the native extension is not built or does not load ({error}); reinstall with a C++ compiler"
-        return Backend("cpu", False, reason)
+        reason = f"the native extension {_why_missing('_C', error)}. With torch >= 2.10 and a C++ compiler: "
+        return Backend("cpu", False, reason + _HOW_TO_BUILD)
     try:
         _C.cpu_isa()
     except RuntimeError as error:
@@ -132,8 +152,8 @@ def _triton() -> Backend:
     return Backend("triton", True, None, ("cuda",), dtypes, architectures=architectures)
 
 
-# By device: the backends that one would expect there.
-_KERNELS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+# By device: the backends that one would expect there, the fastest first. An AMD GPU has Triton's kernels alone.
+_KERNELS = {"cuda": ("triton",) if torch.version.hip else ("cuda", "triton"), "cpu": ("cpu",)}
 
 
 @functools.cache
@@ -185,9 +205,11 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, wrapper: 
             raise RuntimeError(f"backend={name!r} can't step this parameter: {why}")
         return row
     row = next(row for row in _table().values() if row.refusal(device, dtype) is None)
-    if row.name == "torch" and device.type in _KERNELS and dtype != torch.float64:
-        passed = [_table()[other].refusal(device, dtype) for other in _KERNELS[device.type]]
-        say_once(f"pace_kernels computes through torch, more slowly: {'; '.join(filter(None, passed))}")
+    expected = _KERNELS.get(device.type, ()) if dtype != torch.float64 else ()
+    if expected and row.name != expected[0]:
+        passed = {other: _table()[other].refusal(device, dtype) for other in expected}
+        why = " ".join(f"Backend {other}: {reason}." for other, reason in passed.items() if reason)
+        say_once(f"pace_kernels computes through {row.name}, more slowly. {why}")
     return row
 
 
