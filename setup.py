@@ -273,10 +273,10 @@ class BuildKernels(build_ext):
         if ext.name != "pace_kernels._cuda":
             try:
                 return self._build_cpu(ext)
-            except (CompileError, LinkError) as error:
+            except (CompileError, LinkError):
                 sys.exit(
-                    f"pace_kernels: {error}. The kernels need GCC >= 11 or Clang >= 14, which CXX names; "
-                    "PACE_NO_EXT=1 builds the package without them"
+                    "pace_kernels: the C++ compiler or linker failed, as above. The kernels need GCC >= 11 "
+                    "or Clang >= 14, which CXX names; PACE_NO_EXT=1 builds the package without them"
                 )
         try:
             self._build_cuda(ext)
@@ -359,7 +359,7 @@ def why_nothing_native() -> str | None:
         return "they are not built on Windows"
     torch = find_torch()
     if torch is None:
-        return "the build saw no torch, as it is where pip or uv build in an environment of their own"
+        return "the build saw no torch (uv builds in an environment of its own, and pip before it installs torch)"
     if torch.too_old:
         return f"they need torch >= 2.10, and this is torch {torch.version}"
     compiler = os.environ.get("CXX", "c++").split()[0]

@@ -152,8 +152,8 @@ def _triton() -> Backend:
     return Backend("triton", True, None, ("cuda",), dtypes, architectures=architectures)
 
 
-# By device: the backends that one would expect there, the fastest first. An AMD GPU has Triton's kernels alone.
-_KERNELS = {"cuda": ("triton",) if torch.version.hip else ("cuda", "triton"), "cpu": ("cpu",)}
+# By device: the backends that one would expect there, the fastest first.
+_KERNELS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
 
 @functools.cache
@@ -206,6 +206,8 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, wrapper: 
         return row
     row = next(row for row in _table().values() if row.refusal(device, dtype) is None)
     expected = _KERNELS.get(device.type, ()) if dtype != torch.float64 else ()
+    if torch.version.hip is not None:  # AMD GPUs have Triton's kernels alone
+        expected = tuple(name for name in expected if name != "cuda")
     if expected and row.name != expected[0]:
         passed = {other: _table()[other].refusal(device, dtype) for other in expected}
         why = " ".join(f"Backend {other}: {reason}." for other, reason in passed.items() if reason)

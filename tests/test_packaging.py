@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from pace_kernels import backend
 
 ROOT = Path(__file__).parent.parent
 SOURCES = (
@@ -52,8 +58,9 @@ def use(target: Path, code: str, **env: str) -> subprocess.CompletedProcess[str]
 
 STEP = """
 import sys, warnings; warnings.simplefilter("always")
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 if {target!r}:  # not the editable install of this environment: it would lend its extension
-    sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f)]
+    sys.meta_path = [BuiltinImporter, FrozenImporter, PathFinder]
 import torch, pace_kernels
 assert pace_kernels.__file__.startswith({target!r}), pace_kernels.__file__
 registered = torch._C._dispatch_has_kernel_for_dispatch_key("pace_kernels::pace_step_", "CPU")
@@ -95,54 +102,176 @@ def test_one_wheel_for_every_python_and_torch(tree: Path, tmp_path: Path) -> Non
 def test_without_a_compiler_it_works_through_torch_and_says_so_once(tree: Path, tmp_path: Path) -> None:
     done = build_wheel(tree, PACE_NO_EXT="1")
     assert done.returncode == 0, done.stderr
-    assert "PACE_NO_EXT is set, building without native kernels" in done.stderr
+    assert "building without native kernels: PACE_NO_EXT is set" in done.stderr
     (wheel,) = (tree / "dist").iterdir()
     assert wheel.name.endswith("-py3-none-any.whl")
     target = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(target)
     out = use(target, STEP.format(target=str(target)))
-    assert out.stdout.startswith("False the native extension is not built")
+    why = "the native extension is not built: PACE_NO_EXT is set. With torch >= 2.10 and a C++ compiler: `pip install "
+    assert out.stdout.startswith(f"False {why}")
     assert out.stderr.count("RuntimeWarning") == 1
-    assert "pace_kernels computes through torch, more slowly: the native extension is not built" in out.stderr
+    assert f"pace_kernels computes through torch, more slowly. Backend cpu: {why}" in out.stderr
     native = subprocess.run(
         [sys.executable, "-c", STEP.format(target="")], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert native.stdout.splitlines()[1] == out.stdout.splitlines()[1]
 
 
+# What setup.py would build, and its reasons, where `path` may hold a torch in place of the one that is here.
+DECIDE = """
+import json, platform, runpy, sys, sysconfig
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+class Finder(PathFinder):  # finds neither the real torch nor what another finder knows
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return super().find_spec(name, [{path!r}] if name == "torch" else path, target)
+sys.meta_path = [BuiltinImporter, FrozenImporter, Finder]
+sysconfig.get_path = lambda name: {platlib!r}
+platform.system = lambda: {system!r}
+settings = runpy.run_path("setup.py")
+names = [e.name for e in settings["native_extensions"]()]
+print(json.dumps([names, settings["not_built"]]))
+"""
+NONE = "/nonexistent"
+
+
+def decide(
+    tree: Path, path: Path | str = NONE, platlib: Path | str = NONE, system: str = "Linux", **env: str
+) -> tuple[Any, str]:
+    """The names and reasons, or None where the build stops, and what it said."""
+    code = DECIDE.format(path=str(path), platlib=str(platlib), system=system)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PACE_")} | env
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    return json.loads(done.stdout) if done.returncode == 0 else None, done.stderr
+
+
+def torch_of(folder: Path, version: str, cuda: str | None = None) -> Path:
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").write_text("raise ImportError('a build does not import it')")
+    (folder / "torch" / "version.py").write_text(f"__version__ = {version!r}\ncuda = {cuda!r}\n")
+    return folder
+
+
 @pytest.mark.parametrize(("version", "too_old"), [("2.9.1+cpu", True), ("2.10.0a0+git1", False), ("3.0.0", False)])
 def test_a_torch_too_old_for_the_native_kernels_is_no_obstacle(tree: Path, tmp_path: Path, version: str, too_old: bool):
-    """What setup.py would build under a torch of that version, of which it asks no more."""
-    (tmp_path / "torch.py").write_text(f"__version__ = {version!r}; version = type('', (), {{'cuda': None}})")
-    code = "import runpy; print([e.name for e in runpy.run_path('setup.py')['native_extensions']()])"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tree, env=environment, capture_output=True, text=True)
-    assert done.stdout == ("[]\n" if too_old else "['pace_kernels._C']\n"), done.stderr
-    said = f"building without native kernels: they need torch >= 2.10, and this is torch {version}\n"
-    assert (said in done.stderr) == too_old
-    forced = {**environment, "PACE_CUDA": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tree, env=forced, capture_output=True, text=True)
-    assert done.returncode == 1 and "PACE_CUDA=1, but the " in done.stderr
-    assert ("they need torch >= 2.10" in done.stderr) == too_old
+    (names, reasons), said = decide(tree, torch_of(tmp_path, version))
+    why = f"they need torch >= 2.10, and this is torch {version}"
+    assert names == ([] if too_old else ["pace_kernels._C"])
+    assert (reasons.get("_C") == why) == too_old and "_cuda" in reasons
+    assert (f"building without native kernels: {why}\n" in said) == too_old
+    stopped, said = decide(tree, tmp_path, PACE_CUDA="1")
+    assert stopped is None and said.startswith("PACE_CUDA=1, but the ") and said.count("\n") == 1
+    assert (why in said) == too_old
+
+
+def test_the_torch_that_build_isolation_hides_is_found(tree: Path, tmp_path: Path) -> None:
+    """pip takes the packages of the environment from sys.path, and leaves sysconfig."""
+    (names, reasons), _ = decide(tree, platlib=torch_of(tmp_path, "2.13.0+cpu"))
+    assert names == ["pace_kernels._C"]
+    assert reasons == {"_cuda": "torch 2.13.0+cpu is not a CUDA build"}
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({}, "the build saw no torch ("),
+        ({"system": "Windows"}, "they are not built on Windows"),
+        ({"PACE_NO_EXT": "1"}, "PACE_NO_EXT is set"),
+    ],
+    ids=["no-torch", "windows", "asked"],
+)
+def test_what_can_not_be_built_is_one_sentence(tree: Path, options: dict[str, str], why: str) -> None:
+    (names, reasons), said = decide(tree, **options)
+    assert names == [] and reasons["_C"] == reasons["_cuda"] and reasons["_C"].startswith(why)
+    assert said.startswith(f"pace_kernels: building without native kernels: {why}") and said.count("\n") == 1
+    stopped, said = decide(tree, PACE_CUDA="1", **options)
+    assert stopped is None and said.startswith(f"PACE_CUDA=1, but the native kernels can't be built: {why}")
+
+
+def test_an_nvcc_of_another_major_is_told(tree: Path, tmp_path: Path) -> None:
+    """A library with CUDA 13's runtime does not run on the drivers of CUDA 12, on which such a torch does."""
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    (tmp_path / "cuda" / "lib64").mkdir()
+    (tmp_path / "cuda" / "lib64" / "libcudart_static.a").touch()
+    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path / 'cuda'}'\necho 'Cuda compilation tools, release 13.0, V13'\n")
+    nvcc.chmod(0o755)
+    torch_of(tmp_path, "2.10.0+cu128", "12.8")
+    (names, reasons), said = decide(tree, tmp_path, CUDA_HOME=str(tmp_path / "cuda"))
+    assert names == ["pace_kernels._C", "pace_kernels._cuda"] and reasons == {}
+    assert f"{nvcc} is of CUDA 13, torch of CUDA 12.8: the CUDA kernels will need a driver of CUDA 13" in said
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.13.0'\ncuda = '13.0'\n")
+    assert decide(tree, tmp_path, CUDA_HOME=str(tmp_path / "cuda")) == ([names, {}], "")
 
 
 def test_a_missing_compiler_is_no_obstacle(tree: Path) -> None:
     done = build_wheel(tree, CXX="no-such-compiler", PATH="/nonexistent")
     assert done.returncode == 0, done.stderr
-    assert "no C++ compiler (no-such-compiler), building without native kernels" in done.stderr
+    assert "building without native kernels: there is no C++ compiler (no-such-compiler)" in done.stderr
 
 
-def test_without_torch_the_build_stops_with_one_sentence(tree: Path, tmp_path: Path) -> None:
-    """As under pip's build isolation, where torch is not to be seen."""
-    hidden = tmp_path / "hidden"
-    hidden.mkdir()
-    (hidden / "torch.py").write_text("raise ImportError('hidden')")
-    done = build_wheel(tree, PYTHONPATH=str(hidden))
-    assert done.returncode != 0
+def test_a_failing_compiler_ends_in_one_sentence_with_a_way_out(tree: Path, tmp_path: Path) -> None:
+    compiler = tmp_path / "cxx"
+    compiler.write_text("#!/bin/sh\necho 'internal compiler error' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    done = build_wheel(tree, CXX=str(compiler), PACE_CUDA="0")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("pace_kernels builds against the torch you use: install torch >= 2.10 first")
-    assert "--no-build-isolation" in last
-    assert "Traceback" not in done.stderr
+    assert last == (
+        "pace_kernels: the C++ compiler or linker failed, as above. The kernels need GCC >= 11 or Clang >= "
+        "14, which CXX names; PACE_NO_EXT=1 builds the package without them"
+    )
+
+
+def test_an_old_setuptools_gets_a_sentence(tree: Path) -> None:
+    code = "import setuptools; setuptools.__version__ = '65.5.0'; import runpy; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr == (
+        'pace_kernels is built by setuptools >= 77, and this is 65.5.0: run `pip install "setuptools>=77"` first\n'
+    )
+
+
+def test_libraries_of_an_earlier_build_stay_out(tree: Path) -> None:
+    """setuptools packs all that lies in build/lib, and a build with the kernels may have been there before."""
+    where = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "lib"]
+    left = tree / "lib" / "pace_kernels" / "_cuda.abi3.so"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    subprocess.run(where, cwd=tree, env={**os.environ, "PACE_NO_EXT": "1"}, capture_output=True, check=True)
+    assert not left.exists() and (left.parent / "_cuda.pyi").exists() and (left.parent / "_not_built.json").exists()
+
+
+def test_why_a_library_is_missing_is_read_from_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "__file__", str(tmp_path / "backend.py"))
+    error = ImportError("cannot import name '_cuda'")
+    assert backend._why_missing("_absent", error) == "is not built: cannot import name '_cuda'"
+    (tmp_path / "_not_built.json").write_text('{"_absent": "nvcc failed with exit status 1"}')
+    assert backend._why_missing("_absent", error) == "is not built: nvcc failed with exit status 1"
+    assert backend._why_missing("backend", error) == "does not load (cannot import name '_cuda')"
+
+
+@pytest.mark.parametrize("hip", [None, "7.1"])
+def test_a_fall_from_cuda_to_triton_is_told_once(hip: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        backend.Backend("cuda", False, "the CUDA extension is not built: no nvcc"),
+        backend.Backend("triton", True, None, ("cuda",)),
+        backend.Backend("torch", True, None),
+    ]
+    monkeypatch.setattr(backend, "_table", lambda: {row.name: row for row in rows})
+    monkeypatch.setattr(torch.version, "hip", hip)
+    backend.say_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            row = backend.choose.__wrapped__(None, torch.device("cuda"), torch.float32)
+            assert row.name == "triton"
+    # Triton's kernels are all that an AMD GPU has: that is no fall.
+    why = "Backend cuda: the CUDA extension is not built: no nvcc."
+    expected = [] if hip else [f"pace_kernels computes through triton, more slowly. {why}"]
+    assert [str(w.message) for w in caught] == expected
 
 
 def test_the_source_archive_has_every_source(tree: Path) -> None:
@@ -161,8 +290,7 @@ def test_torch_is_not_among_the_build_requirements() -> None:
     requires = next(
         line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("requires =")
     )
-    assert "torch" not in requires
-    assert all(name in requires for name in ("setuptools", "wheel", "ninja"))
+    assert "torch" not in requires and "setuptools>=77" in requires
 
 
 def test_the_version_is_written_once_more_only() -> None:
