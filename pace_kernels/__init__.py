@@ -12,6 +12,17 @@ from .clipping import clip_coefficient
 from .mada import MADA
 from .pace import PACE
 from .pullback import Pullback
+from .schedule_free import ScheduleFreeAdamW
 
-__all__ = ["MADA", "PACE", "Pullback", "averaged", "backends", "clip_coefficient", "ema_state_dict", "ops"]
+__all__ = [
+    "MADA",
+    "PACE",
+    "Pullback",
+    "ScheduleFreeAdamW",
+    "averaged",
+    "backends",
+    "clip_coefficient",
+    "ema_state_dict",
+    "ops",
+]
 __version__ = "0.1.0"

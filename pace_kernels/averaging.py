@@ -1,8 +1,9 @@
 """The average of the weights: put in their place for an evaluation, taken out again, exported.
 
-The live weights are copied into the state `live` before the average is copied over them, and copied back before `live`
-is removed. So at each moment, also for a signal handler that saves, `live` is right where it is there, and where it is
-not, the weights are live.
+It is a state, `ema`, or computed from another state and the live weights (``_average_of``). The live weights are copied
+into the state `live` before the average is copied over them, and copied back before `live` is removed. So at each
+moment, also for a signal handler that saves, `live` is right where it is there, and where it is not, the weights are
+live.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class _Entry:
 
 
 class Averaging(Whole, torch.optim.Optimizer):
-    """An optimizer that keeps an average of its weights as their state `ema`. Not for direct use."""
+    """An optimizer whose weights have an average. Not for direct use."""
+
+    # The state that a parameter has an average by: it is that, or is computed from it.
+    _AVERAGE = "ema"
 
     # The versions of swapped weights before the swap, and as it left them: a later one was written by others.
     # One object for wrappers that copy attributes, such as Lightning's, and never part of a checkpoint.
@@ -58,6 +62,21 @@ class Averaging(Whole, torch.optim.Optimizer):
     def _keeps_average(self, group: Group) -> bool:
         """Whether parameters of this group have an average."""
         raise NotImplementedError
+
+    def _average_of(self, entry: _Entry) -> Tensor:
+        """The average of a parameter whose live weights are in its state `live`; of a sharded one, the local part will
+        do."""
+        average: Tensor = entry.state[self._AVERAGE]
+        return average
+
+    def _holds_average(self, entry: _Entry) -> bool:
+        """Whether the parameter holds its average."""
+        return "live" in entry.state
+
+    def _to_put_back(self, entries: list[_Entry], loaded: set[int]) -> list[_Entry]:
+        """Which of the swapped parameters get their states `live` back. ``loaded`` are the ids of those that were
+        written in the meantime and are to stay so."""
+        return [entry for entry in entries if id(entry.param) not in loaded]
 
     def _option(self, group: Group, name: str) -> Any:
         """An option of a group."""
@@ -142,10 +161,10 @@ class Averaging(Whole, torch.optim.Optimizer):
             )
         self._check_swap("train()", model, entries)
         loaded = _with_others([e.param for e in entries], [e.param for e in changed] if keep == "loaded" else [])
-        back = [e for e in entries if id(e.param) not in loaded]
+        back = self._to_put_back(entries, loaded)
         before = {param: was for param, (was, _) in self._versions.items()}
         self._versions.clear()
-        self._swap_out(back, entries, [group for group in self.param_groups if self._MARK in group])
+        self._swap_out(back, [*entries, *back], [group for group in self.param_groups if self._MARK in group])
         _restored.update({e.param: (_version(e.param), before[e.param]) for e in back if e.param in before})
         self._forget_derived(model)
 
@@ -183,8 +202,9 @@ class Averaging(Whole, torch.optim.Optimizer):
             if not was_swapped:
                 self.train(model)
 
-    def _entries(self, groups: Sequence[Group], name: str = "ema") -> list[_Entry]:
-        """Of the groups' parameters those that have this state."""
+    def _entries(self, groups: Sequence[Group], name: str | None = None) -> list[_Entry]:
+        """Of the groups' parameters those that have this state; without a name, an average."""
+        name = name or self._AVERAGE
         return [
             _Entry(group, i, param, self.state[param])
             for group in groups
@@ -208,14 +228,14 @@ class Averaging(Whole, torch.optim.Optimizer):
             derived.forget(model, ())  # so that its parameters are the sharded ones again
             _check_trains(model, self._params(), what)
         for entry in entries:
-            for name in ("ema", "live"):
+            for name in (self._AVERAGE, "live"):
                 value = entry.state.get(name)
                 if value is not None and local(value).shape != local(entry.param).shape:
                     raise RuntimeError(
                         f"{what}: {self._name(entry.group, entry.place)} has shape {tuple(entry.param.shape)}, its "
                         f"state {name!r} has {tuple(value.shape)}: was it resized?"
                     )
-        values = (t for e in entries for t in (e.param, e.state.get("ema"), e.state.get("live")))
+        values = (t for e in entries for t in (e.param, e.state.get(self._AVERAGE), e.state.get("live")))
         check_whole(local(value) for value in values if value is not None)
 
     def _swap_in(self, entries: list[_Entry], groups: Sequence[Group]) -> None:
@@ -223,7 +243,7 @@ class Averaging(Whole, torch.optim.Optimizer):
         self._set_marks(entries, copies, groups)
         try:
             for entry in entries:  # in step order: of parameters over one memory the last has seen the steps of all
-                _write(entry.param, entry.state["ema"])
+                _write(entry.param, self._average_of(entry))
         except Exception:
             self._swap_out(entries, entries, groups)
             raise
@@ -265,7 +285,8 @@ def averaged(
 
     Arguments:
         model: the model, as it is called; its parameters may be wrapped, sharded, compiled.
-        optimizers: :class:`PACE`, :class:`MADA`, :class:`Pullback`, each of which steps some of its parameters.
+        optimizers: :class:`PACE`, :class:`MADA`, :class:`Pullback`, :class:`ScheduleFreeAdamW`, each of which steps
+            some of its parameters.
         update_bn: batches, or a function of the model that passes batches through it in its training mode. Running
             statistics of batch normalization, which are the live model's, are recomputed with them for the averages;
             all buffers come back bit for bit. Of a list or a tuple the first entry is passed, a mapping by keyword.
@@ -296,7 +317,7 @@ def ema_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer, f
 
     Arguments:
         model: the model whose parameters the optimizers step (a copy of it has its own).
-        optimizers: :class:`PACE`, :class:`MADA`, :class:`Pullback`.
+        optimizers: :class:`PACE`, :class:`MADA`, :class:`Pullback`, :class:`ScheduleFreeAdamW`.
         full: sharded weights (DTensors) are gathered, on the CPU of rank 0, one at a time; the other ranks get an empty
             dict. All ranks have to call it then. By default they come sharded.
 
@@ -319,7 +340,7 @@ def ema_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer, f
     for optimizer in chosen:
         optimizer._require_whole("ema_state_dict()")
         optimizer._forget_dry_run()
-        entries = [e for e in optimizer._entries(optimizer.param_groups) if "live" not in e.state]
+        entries = [e for e in optimizer._entries(optimizer.param_groups) if not optimizer._holds_average(e)]
         derived.check_no_flat_parameters(optimizer._params(), "ema_state_dict()")
         optimizer._check_swap("ema_state_dict()", model, entries)
         if not share_memory(model.parameters(), optimizer._params()):
@@ -366,7 +387,8 @@ def _checked(optimizers: Sequence[Any], what: str) -> list[Averaging]:
     for i, optimizer in enumerate(optimizers):
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
         if not isinstance(optimizer, Averaging):
-            raise TypeError(f"{what}: optimizers[{i}] must be PACE, MADA or Pullback, got {type(optimizer).__name__}")
+            kinds = "PACE, MADA, Pullback or ScheduleFreeAdamW"
+            raise TypeError(f"{what}: optimizers[{i}] must be {kinds}, got {type(optimizer).__name__}")
         chosen.append(optimizer)
     return chosen
 

@@ -58,6 +58,8 @@ class KernelOptimizer(Launching):
 
     # Whether gradients are operands of the step. Where they are not, having one is what puts a parameter into a step.
     READS_GRADIENTS: ClassVar[bool] = True
+    # What may change from step to step without further checks.
+    MOVING: ClassVar[frozenset[str]] = frozenset({"lr"})
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
         self._backend_name = requested(backend)
@@ -150,7 +152,7 @@ class KernelOptimizer(Launching):
         record = self._record(group)
         if changed := record.changed(group):
             make_plain(group, self.defaults)
-            if changed != ["lr"]:
+            if not self.MOVING.issuperset(changed):
                 self._check_options(group)
                 self._changed.append(group)
             record.keep(group)

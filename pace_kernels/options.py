@@ -13,8 +13,9 @@ from .checks import Group, plain_number
 _NUMBERS = (
     *("eps", "weight_decay", "lambda_pullback", "beta_ema", "ema_kappa", "ema_rho", "ema_gamma"),
     *("beta3", "rho", "c", "gamma", "hyper_clip"),
+    *("r", "weight_lr_power"),
 )
-_COUNTS = ("ema_update_freq", "hyper_warmup")
+_COUNTS = ("ema_update_freq", "hyper_warmup", "warmup_steps")
 _PAIRS = ("betas", "lion_betas")
 # Those that mean the same wherever they are, in torch.optim or here.
 _COMMON = {"lr", "betas", "eps", "weight_decay", "maximize", "capturable", "skip_nonfinite"}

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from test_schedule_free import average_of
 from torch import Tensor
 
 import pace_kernels
-from pace_kernels import MADA, PACE, Pullback, averaging, backend
+from pace_kernels import MADA, PACE, Pullback, ScheduleFreeAdamW, averaging, backend
 
 PACKAGE = str(Path(pace_kernels.__file__).parent)
 KINDS: dict[str, Callable[[Any], Any]] = {
@@ -22,6 +23,7 @@ KINDS: dict[str, Callable[[Any], Any]] = {
     "PACE on torch": lambda p: PACE(p, lr=0.1, backend="torch"),
     "MADA": lambda p: MADA(p, lr=0.1, use_ema_eval=True),
     "Pullback": lambda p: Pullback(torch.optim.AdamW(p, lr=0.1)),
+    "schedule-free": lambda p: ScheduleFreeAdamW(p, lr=0.1),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -212,7 +214,7 @@ def test_one_memory_is_swapped_once_with_the_last_average(kind: str, how: str, d
     model.last = TIED[how](model.first)
     optimizer = trained(kind, model)
     live = contents(model)
-    average = optimizer.state[model.last]["ema"].to(DTYPES[dtype])
+    average = average_of(optimizer, model.last).to(DTYPES[dtype])
     with optimizer.averaged(model):
         assert torch.equal(model.last, average)
         assert model.first.data_ptr() == model.last.data_ptr()
@@ -266,8 +268,13 @@ def test_weights_written_while_swapped_are_not_lost(kind: str, keep: str, write:
     optimizer.state_dict()
     assert_same(contents(model), best)
     optimizer.train(keep=keep)
-    assert_same(contents(model), best if keep == "loaded" else live)
-    assert_same(optimizer.ema_state_dict(model), average)
+    if kind == "schedule-free" and keep == "loaded":  # taken for the average, as the package does
+        for name, value in optimizer.ema_state_dict(model).items():
+            unit = torch.finfo(value.dtype).eps
+            torch.testing.assert_close(value, best[name], rtol=2 * unit, atol=4 * unit)
+    else:
+        assert_same(contents(model), best if keep == "loaded" else live)
+        assert_same(optimizer.ema_state_dict(model), average)
     optimizer.step()
 
 
@@ -396,7 +403,9 @@ def test_several_optimizers_of_one_model() -> None:
     with pace_kernels.averaged(model, *optimizers):
         assert_same(contents(model), wanted)
     assert_same(contents(model), live)
-    with pytest.raises(TypeError, match=r"optimizers\[1\] must be PACE, MADA or Pullback, got AdamW"):
+    with pytest.raises(
+        TypeError, match=r"optimizers\[1\] must be PACE, MADA, Pullback or ScheduleFreeAdamW, got AdamW"
+    ):
         pace_kernels.ema_state_dict(model, optimizers[0], other)
     with pytest.raises(TypeError, match="at least one optimizer"), pace_kernels.averaged(model):
         pass
@@ -406,7 +415,7 @@ def test_several_optimizers_of_one_model() -> None:
     assert_same(contents(model), live)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "schedule-free"])
 def test_optimizers_that_step_the_same_parameters(kind: str) -> None:
     model = Mixed()
     optimizers = [trained(kind, model, model.groups()), trained("PACE", model), trained(kind, model)]

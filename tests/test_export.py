@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 from ranks import run
+from test_schedule_free import average_of
 from torch import Tensor, nn
 
 import pace_kernels
-from pace_kernels import MADA, PACE, Pullback
+from pace_kernels import MADA, PACE, Pullback, ScheduleFreeAdamW
 
 RULES: dict[str, Callable[[Any], Any]] = {
     "PACE": lambda params: PACE(params, lr=0.1),
     "averaged MADA": lambda params: MADA(params, lr=0.1, use_ema_eval=True),
     "Pullback": lambda params: Pullback(torch.optim.SGD(params, lr=0.1), gain=0.05),
+    "schedule-free": lambda params: ScheduleFreeAdamW(params, lr=0.1),
     "not evaluated": lambda params: PACE(params, lr=0.1, use_ema_eval=False),
 }
 
@@ -169,7 +171,7 @@ def test_it_is_the_state_dict_of_a_model_that_holds_the_averages(kind: str, rule
     live = [p.detach().clone() for p in trainable(model)]
     with torch.no_grad():
         for p in trainable(model):
-            p.copy_(optimizer.state[p]["ema"])
+            p.copy_(average_of(optimizer, p))
     wanted = copied(dict(model.state_dict()))
     with torch.no_grad():
         for p, value in zip(trainable(model), live, strict=True):

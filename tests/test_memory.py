@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pace_kernels import MADA, PACE, Pullback, backend, clip_coefficient
+from pace_kernels import MADA, PACE, Pullback, ScheduleFreeAdamW, backend, clip_coefficient
 from pace_kernels.memory import aligned, as_bytes, is_askew, overlap_in_part
 
 Optimizer = Callable[..., Any]
@@ -19,6 +19,7 @@ KINDS: dict[str, Optimizer] = {
     "PACE": lambda params, **k: PACE(params, lr=0.1, **k),
     "MADA": lambda params, **k: MADA(params, lr=0.1, hyper_warmup=0, use_ema_eval=True, **k),
     "lion": lambda params, **k: MADA.preset("lion", params, lr=0.1, **k),
+    "schedule-free": lambda params, **k: ScheduleFreeAdamW(params, lr=0.1, **k),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_backend = pytest.mark.parametrize("name", [None, "torch"])
@@ -55,7 +56,10 @@ def test_parameters_over_one_memory_step_one_after_the_other(kind: str, name: st
     alone = torch.nn.Parameter(weight.clone())
     first, second = (make([alone], backend=name) for _ in range(2))
     if kind != "lion":
-        second.state[alone]["ema"] = weight.clone()  # averages start at the weights before the step, of all parameters
+        name_of = "z" if kind == "schedule-free" else "ema"
+        second.state[alone][name_of] = (
+            weight.clone()
+        )  # averages start at the weights before the step, of all parameters
     for t in range(3):
         grads = grads_for(twins, t)
         for param, grad in zip(twins, grads, strict=True):
@@ -146,7 +150,7 @@ def test_odd_addresses_step_to_the_same_bits(kind: str, name: str | None, dtype:
                     param.grad = askew(grad) if what == "grads" and some is moved else grad
                 if what == "state" and some is moved and t == 1:
                     state = other.state[moved[0]]
-                    key = "exp_avg_lion" if kind == "lion" else "exp_avg"
+                    key = {"lion": "exp_avg_lion", "schedule-free": "z"}.get(kind, "exp_avg")
                     state[key] = askew(state[key])
                 versions = [p._version for p in some]
                 optimizer.step()

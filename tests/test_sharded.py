@@ -17,12 +17,14 @@ from ranks import run
 from torch import Tensor, nn
 
 import pace_kernels.torch_rules.mada as mada_rule
-from pace_kernels import MADA, PACE, Pullback, clip_coefficient
+from pace_kernels import MADA, PACE, Pullback, ScheduleFreeAdamW, clip_coefficient
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
 WORLDS = [2, 4]
+KINDS: dict[str, Any] = {"PACE": PACE, "MADA": MADA, "schedule-free": ScheduleFreeAdamW}
+CASES = {"PACE": PACE_CASES, "MADA": MADA_CASES, "schedule-free": {"": {"warmup_steps": 3, "weight_decay": 0.1}}}
 MESHES = {"hsdp": ("replicate", "shard"), "tensor parallel": ("data", "tensor")}
 LAYOUTS = ["fsdp", *MESHES]
 
@@ -103,7 +105,7 @@ def differences(model: nn.Module, optimizer: Any, reference: nn.Module, wanted: 
 
 
 def make(rule: str, params: Any, **options: Any) -> Any:
-    return {"PACE": PACE, "MADA": MADA}[rule](params, lr=1e-2, **options)
+    return KINDS[rule](params, lr=1e-2, **options)
 
 
 # ---- the same weights and states ------------------------------------------------------------------------------------
@@ -111,7 +113,7 @@ def make(rule: str, params: Any, **options: Any) -> Any:
 
 def check_cases(rule: str, layout: str, dtype: torch.dtype) -> dict[str, list[str]]:
     found = {}
-    for case, options in (PACE_CASES if rule == "PACE" else MADA_CASES).items():
+    for case, options in CASES[rule].items():
         if rule == "MADA" and options.get("learn") != ():
             options = {**options, "hyper_lr": 0.0}  # the coefficients stay, so that all else is equal to the last bit
         reference = net(dtype)
@@ -122,7 +124,7 @@ def check_cases(rule: str, layout: str, dtype: torch.dtype) -> dict[str, list[st
             steps(reference, wanted, range(4))
             if case_found := differences(model, optimizer, reference, wanted):
                 found[case] = case_found
-            if "ema" not in optimizer._state_tensors(optimizer.param_groups[0]):
+            if not optimizer._keeps_average(optimizer.param_groups[0]):
                 continue
             with optimizer.averaged(), wanted.averaged():
                 for p, q in zip(model.parameters(), reference.parameters(), strict=True):
@@ -131,7 +133,7 @@ def check_cases(rule: str, layout: str, dtype: torch.dtype) -> dict[str, list[st
     return found
 
 
-@pytest.mark.parametrize("rule", ["PACE", "MADA"])
+@pytest.mark.parametrize("rule", KINDS)
 @pytest.mark.parametrize(
     ("world", "layout", "dtype"),
     [
@@ -185,7 +187,7 @@ def train_really(kind: str, rule: str) -> list[Tensor]:
     elif kind in ("ddp", "zero"):
         model = DistributedDataParallel(model)
     if kind == "zero":
-        optimizer = ZeroRedundancyOptimizer(model.parameters(), {"PACE": PACE, "MADA": MADA}[rule], lr=1e-2, **options)
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), KINDS[rule], lr=1e-2, **options)
     else:
         optimizer = make(rule, model.parameters(), **options)
     dtype = torch.bfloat16 if kind in ("bfloat16", "mixed") else torch.float32
@@ -197,7 +199,7 @@ def train_really(kind: str, rule: str) -> list[Tensor]:
     return [whole(p).detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("rule", ["PACE", "MADA"])
+@pytest.mark.parametrize("rule", KINDS)
 @pytest.mark.parametrize("kind", ["fsdp", "bfloat16", "mixed", "ddp", "zero"])
 def test_training_through_the_engine_is_that_of_one_rank(kind: str, rule: str) -> None:
     [wanted] = run(1, train_really, kind if kind == "mixed" else kind.replace("fsdp", "plain"), rule)

@@ -304,7 +304,7 @@ def test_tied_weights_are_one_parameter(name: str) -> None:
             assert torch.equal(exported["embedding.weight"], alone)
 
 
-@every_optimizer
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "schedule-free"])  # whose groups count on
 def test_layers_that_are_unfrozen_later_begin_at_their_own_step_one(name: str) -> None:
     """The head alone at first; then the body too, by ``add_param_group``, at a learning rate of its own. As if the
     group had been there all the time, without gradients."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pace_kernels import MADA, PACE
+from pace_kernels import MADA, PACE, ScheduleFreeAdamW
 
 # So small that steps are short, so large that the coefficients and the average move in a few of them.
 SOON: dict[str, Any] = {"hyper_warmup": 2, "hyper_lr": 0.01}
@@ -17,8 +17,9 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "PACE": (PACE, {"lr": 0.01, "weight_decay": 0.1, "lambda_pullback": 1.0}),
     "MADA": (MADA, {"lr": 0.01, **SOON}),
     "averaged MADA": (MADA, {"lr": 0.01, "use_ema_eval": True, "lambda_pullback": 0.5, **SOON}),
+    "schedule-free": (ScheduleFreeAdamW, {"lr": 0.01, "weight_decay": 0.1, "warmup_steps": 3}),
 }
-AVERAGING = ("PACE", "averaged MADA")
+AVERAGING = ("PACE", "averaged MADA", "schedule-free")
 
 
 def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -7,5 +7,6 @@ A function here with the name of an operator (pace_kernels/ops.py) does what the
 from .mada import mada_learn_, mada_step_
 from .pace import pace_step_
 from .pullback import pullback_
+from .schedule_free import schedule_free_step_
 
-__all__ = ["mada_learn_", "mada_step_", "pace_step_", "pullback_"]
+__all__ = ["mada_learn_", "mada_step_", "pace_step_", "pullback_", "schedule_free_step_"]

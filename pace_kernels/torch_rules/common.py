@@ -124,7 +124,7 @@ def rounded(scalars: Scalars, dtype: torch.dtype) -> Scalars:
     return type(scalars)(*fields)
 
 
-def at_least(value: Scalar, low: float) -> Scalar:
+def at_least(value: Scalar, low: Scalar) -> Scalar:
     return value.clamp(min=low) if isinstance(value, Tensor) else max(value, low)
 
 

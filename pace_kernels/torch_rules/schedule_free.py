@@ -1,0 +1,176 @@
+"""Schedule-free AdamW in plain torch: gradients at y, between the steps z and their weighted mean x.
+Source: Defazio et al., "The Road Less Scheduled", arXiv 2405.15682, Algorithm 1; ω as the authors' package has it.
+
+[formula: ScheduleFreeAdamW]
+  α_t = α min(t / warmup, 1)                       learning rate, warmed up
+  ω_t = t^r (max α_1 … α_t)^p                      weight of this step in the average
+  c   = ω_t / (ω_1 + … + ω_t)                      its share
+  v   ← β2 v + (1 − β2) g²                         second moment; g at y, the weights that are trained
+  u   = g / (sqrt(v / (1 − β2^t)) + ε) + λ_wd y    direction
+  y₊  = y + c (z − y) − α_t (1 − β1 (1 − c)) u
+  z₊  = z − α_t u                                  where the steps alone lead to
+  x   = y + (1 − 1 / β1) (z − y)                   the average, computed to evaluate
+[end]
+
+The operations and their order are those of ``csrc/rules/schedule_free.h``, one rounding each: in float32 both give the
+same bits (on MPS, which has no float64, but for torch's own square root).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .common import (
+    Keep,
+    Scalar,
+    at_hand,
+    at_least,
+    averaged,
+    check_steps,
+    computed_there,
+    counted,
+    grad_factor,
+    handed_over,
+    in_double,
+    number,
+    place,
+    rounded,
+    square_root,
+)
+
+
+class Schedule(NamedTuple):
+    """What the schedule of a group remembers; the names are those that the group has for it."""
+
+    k: Scalar  # steps taken
+    weight_sum: Scalar  # ω_1 + … + ω_k
+    lr_max: Scalar  # max α_1 … α_k
+    scheduled_lr: Scalar  # α_k
+
+
+def advanced(s: Schedule, lr: Scalar, warmup_steps: float, r: float, power: float) -> tuple[Schedule, Scalar]:
+    """The schedule after one more step, and the share c of that step: in numbers, or all in tensors."""
+    t = s.k + 1
+    alpha = number(lr) * (-at_least(-t / warmup_steps, -1.0) if warmup_steps > 0 else 1.0)
+    highest = at_least(s.lr_max, alpha)
+    total = s.weight_sum + (weight := _power(t, r) * _power(highest, power))
+    if isinstance(total, Tensor):
+        return Schedule(t, total, highest, alpha), torch.where(total > 0.0, weight / total, 0.0)
+    return Schedule(t, total, highest, alpha), weight / total if total > 0.0 else 0.0
+
+
+def _power(base: Scalar, exponent: float) -> Scalar:
+    try:
+        return base**exponent
+    except OverflowError:
+        return math.inf
+
+
+@dataclass(frozen=True)
+class ScheduleFreeOptions:
+    """A group's options at one step, by the names of the operator ``schedule_free_step_``."""
+
+    lr: Scalar  # α_t
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    count: Scalar  # t
+    share: Scalar  # c
+    maximize: bool
+    capturable: bool
+
+
+class ScheduleFreeScalars(NamedTuple):
+    """What one step of one tensor needs; the fields of ``ScheduleFreeScalars`` in csrc/rules/schedule_free.h."""
+
+    grad_factor: Scalar
+    beta2: float
+    one_minus_beta2: float
+    inv_bias2: Scalar
+    eps: float
+    weight_decay: float
+    share: Scalar
+    y_size: Scalar
+    z_size: Scalar
+
+
+class ScheduleFreeStep(NamedTuple):
+    """The state after the step; the fields of ``ScheduleFreeStep`` in csrc/rules/schedule_free.h."""
+
+    y: Tensor
+    v: Tensor
+    z: Tensor
+
+
+def schedule_free_scalars(o: ScheduleFreeOptions, t: Scalar, factor: Scalar = 1.0) -> ScheduleFreeScalars:
+    """``factor`` multiplies the gradient: clip coefficient / gradient scale."""
+    lr = number(o.lr)
+    return ScheduleFreeScalars(
+        grad_factor=-factor if o.maximize else factor,
+        beta2=o.beta2,
+        one_minus_beta2=1.0 - o.beta2,
+        inv_bias2=1.0 / (1.0 - o.beta2**t),
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        share=o.share,
+        y_size=lr * (1.0 - o.beta1 * (1.0 - o.share)),
+        z_size=lr,
+    )
+
+
+def schedule_free_rule(s: ScheduleFreeScalars, g: Tensor, y: Tensor, v: Tensor, z: Tensor) -> ScheduleFreeStep:
+    g = s.grad_factor * g
+    v = s.beta2 * v + s.one_minus_beta2 * (g * g)
+    u = g / (square_root(v * s.inv_bias2) + s.eps) + s.weight_decay * y
+    return ScheduleFreeStep(averaged(y, z, s.share) - s.y_size * u, v, z - s.z_size * u)
+
+
+def schedule_free_average(y: Tensor, z: Tensor, beta1: float) -> Tensor:
+    """x, in the dtype of z."""
+    return torch.lerp(y.to(z.dtype), z.to(y.device), 1.0 - 1.0 / beta1)
+
+
+def schedule_free_weights(x: Tensor, z: Tensor, beta1: float) -> Tensor:
+    """y from x, in the dtype of z; not to the last bit."""
+    return torch.lerp(x.to(z.dtype), z.to(x.device), 1.0 - beta1)
+
+
+def schedule_free_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    zs: list[Tensor],
+    steps: list[Tensor],
+    schedule: Tensor | None = None,
+    lr_tensor: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    **options: Any,
+) -> None:
+    """What the operator ``schedule_free_step_`` does, tensor by tensor; on any device, and in float64 for float64
+    parameters."""
+    check_steps(steps)
+    given: dict[str, Any] = {} if lr_tensor is None else {"lr": lr_tensor}
+    if schedule is not None:
+        held = schedule.tolist() if at_hand(schedule) else in_double(schedule).unbind()
+        given |= dict(zip(("count", "share"), held, strict=True))
+    o = ScheduleFreeOptions(**options | given)
+    factor, keep = grad_factor(grad_scale, clip_coef), Keep(found_inf)
+    counts: list[Scalar] = [] if keep.all else [o.count for _ in counted(steps, keep, o.capturable)]
+    device, dtype = place(exp_avg_sqs)
+    tensors = any(isinstance(value, Tensor) for value in given.values())
+    o, counts = computed_there(o, counts, device, tensors)
+    scalars = handed_over(lambda t: schedule_free_scalars(o, t, factor), counts, dtype, device)
+    for i, (param, its_scalars) in enumerate(zip(params, scalars, strict=not keep.all)):
+        v, z = exp_avg_sqs[i], zs[i]
+        new = schedule_free_rule(rounded(its_scalars, v.dtype), grads[i].to(v.dtype), param.to(v.dtype), v, z)
+        keep.copy_(param, new.y)
+        keep.copy_(v, new.v)
+        keep.copy_(z, new.z)
