@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from .backend import requested
 from .checks import Group
@@ -198,7 +199,7 @@ class Pullback(PullbackCheckpoints):
         self._step()
         return loss
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def _step(self) -> None:
         scaling = {name: getattr(self, name) for name in ("grad_scale", "found_inf") if hasattr(self, name)}
         found_inf = scaling.get("found_inf")
