@@ -77,11 +77,12 @@ DEFINES = [
     ("PACE_CPU_VARIANTS", " ".join(f"X({isa})" for isa in ISA_FLAGS)),
 ]
 KERNELS = "csrc/cpu/kernels.cpp"  # compiled once per instruction set
-OPERATORS = ("mada_ops", "pace_ops", "pullback_ops")
-SOURCES = ["csrc/module.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("isa", *OPERATORS))]
+SOURCES = ["csrc/module.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("isa", "ops", "plans"))]
 HERE = os.path.dirname(os.path.abspath(__file__))
 # Library: why it is not built. Written into the package as _not_built.json, which pace_kernels/backend.py reads.
 not_built: dict[str, str] = {}
+# csrc/definitions.h, which says what the definitions in pace_kernels/definitions say.
+runpy.run_path(os.path.join(HERE, "csrc", "definitions.py"))["write"]()
 HEADERS = sorted(path for end in ("h", "cuh") for path in glob(f"csrc/**/*.{end}", root_dir=HERE, recursive=True))
 
 # Ampere (A100; RTX 30), Hopper, Blackwell (B200; RTX 50), and PTX for what lies between (8.7, 11.0) and comes after.

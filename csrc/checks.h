@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "scalars.h"
@@ -164,24 +165,49 @@ inline void check_doubles(const char* name, const Tensor& t, size_t count, const
                   count, " elements");
 }
 
-inline void check_options(const PaceOptions& o) {
-  const auto nonnegative = [](const char* name, double value) {
-    STD_TORCH_CHECK(std::isfinite(value) && value >= 0.0, name, " must be finite and >= 0, got ", value);
-  };
-  const auto below_one = [](const char* name, double value) {
-    STD_TORCH_CHECK(value >= 0.0 && value < 1.0, name, " must lie in [0, 1), got ", value);
-  };
-  nonnegative("lr", o.lr);
-  nonnegative("weight_decay", o.weight_decay);
-  nonnegative("lambda_pullback", o.lambda_pullback);
-  below_one("beta1", o.beta1);
-  below_one("beta2", o.beta2);
-  STD_TORCH_CHECK(std::isfinite(o.eps) && o.eps > 0.0, "eps must be finite and > 0, got ", o.eps);
-  STD_TORCH_CHECK(o.beta_ema >= 0.0 && o.beta_ema <= 1.0, "beta_ema must lie in [0, 1], got ", o.beta_ema);
-  if (o.ema_kappa) nonnegative("ema_kappa", *o.ema_kappa);
-  nonnegative("ema_rho", o.ema_rho);
-  nonnegative("ema_gamma", o.ema_gamma);
-  STD_TORCH_CHECK(o.ema_update_freq >= 1, "ema_update_freq must be >= 1, got ", o.ema_update_freq);
+// Whether the value is in the range, and the sentence that says what is.
+inline bool within(Range range, double value) {
+  switch (range) {
+    case Range::nonnegative:
+      return std::isfinite(value) && value >= 0.0;
+    case Range::positive:
+      return std::isfinite(value) && value > 0.0;
+    case Range::below_one:
+      return value >= 0.0 && value < 1.0;
+    case Range::unit:
+      return value >= 0.0 && value <= 1.0;
+    case Range::at_least_one:
+      return value >= 1.0;
+    case Range::not_negative:
+      return value >= 0.0;
+    case Range::any:
+      break;
+  }
+  return true;
 }
+
+inline const char* allowed(Range range) {
+  constexpr const char* kSentences[] = {
+      "",
+      " must be finite and >= 0",
+      " must be finite and > 0",
+      " must lie in [0, 1)",
+      " must lie in [0, 1]",
+      " must be >= 1",
+      " must be >= 0",
+  };
+  return kSentences[static_cast<int>(range)];
+}
+
+struct RangeCheck {
+  template <class T>
+  void operator()(const char* name, const T& value, Range range) const {
+    if constexpr (std::is_same_v<T, std::optional<double>>) {
+      if (value) (*this)(name, *value, range);
+    } else {
+      STD_TORCH_CHECK(within(range, static_cast<double>(value)), name, allowed(range), ", got ", value);
+    }
+  }
+};
 
 }  // namespace pace

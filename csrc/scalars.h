@@ -9,40 +9,34 @@
 #include <limits>
 #include <optional>
 
+#include "definitions.h"
 #include "rules/mada.h"
 #include "rules/pace.h"
 #include "rules/pullback.h"
 
 namespace pace {
 
-// A parameter group's options, named as in pace_kernels.PACE.
-struct PaceOptions {
-  double lr, beta1, beta2, eps, weight_decay;
-  double lambda_pullback;
-  bool clamp_pullback;
-  double beta_ema;
-  std::optional<double> ema_kappa;
-  double ema_rho, ema_gamma;
-  int64_t ema_update_freq;
-  bool pullback_from_step;
-  bool maximize;
-};
-
 // w_t in the gain; 1 without a decay exponent.
-PACE_RULE double gain_weight(const PaceOptions& o, double t) {
+template <class Options>
+PACE_RULE double gain_weight(const Options& o, double t) {
   if (!o.ema_kappa) return 1.0;
   return std::max(std::pow(1.0 + o.ema_gamma * std::max(0.0, t - o.ema_rho), -*o.ema_kappa), 1e-4);
 }
 
 // w_t in the average; beta_ema without a decay exponent.
-PACE_RULE double average_weight(const PaceOptions& o, double t) { return o.ema_kappa ? gain_weight(o, t) : o.beta_ema; }
+template <class Options>
+PACE_RULE double average_weight(const Options& o, double t) {
+  return o.ema_kappa ? gain_weight(o, t) : o.beta_ema;
+}
 
-PACE_RULE bool average_moves(const PaceOptions& o, double t) {
+template <class Options>
+PACE_RULE bool average_moves(const Options& o, double t) {
   return std::fmod(t, static_cast<double>(o.ema_update_freq)) == 0.0;
 }
 
-// `factor` multiplies the gradient: clip coefficient / gradient scale.
-PACE_RULE PaceScalars pace_scalars(const PaceOptions& o, double t, float factor) {
+// `factor` multiplies the gradient: clip coefficient / gradient scale. MADA has these options too.
+template <class Options>
+PACE_RULE PaceScalars pace_scalars(const Options& o, double t, float factor) {
   PaceScalars s;
   s.grad_factor = o.maximize ? -factor : factor;
   s.beta1 = static_cast<float>(o.beta1);
@@ -62,40 +56,33 @@ PACE_RULE PaceScalars pace_scalars(const PaceOptions& o, double t, float factor)
   return s;
 }
 
-// Options of the pullback behind another optimizer's step; those that PACE has too in `pace`, where beta2 is 0 if the
-// second moment has no bias correction, and what belongs to AdamW's own step means nothing.
-struct PullbackOptions {
-  PaceOptions pace;
-  std::optional<double> gain;  // Π, in place of the second moment's gain
-  int64_t step_offset;         // the base's steps before the first of the average
-
-  bool pulls() const { return gain ? *gain != 0.0 : pace.lambda_pullback != 0.0; }
-};
+// Whether the pullback behind another optimizer's step moves the weights.
+PACE_RULE bool pulls(const PullbackOptions& o) { return o.gain ? *o.gain != 0.0 : o.lambda_pullback != 0.0; }
 
 // The gain, but for 1 / D where there is a second moment.
 PACE_RULE double pullback_gain(const PullbackOptions& o, double t) {
-  return o.gain ? *o.gain : o.pace.lr * o.pace.lambda_pullback * gain_weight(o.pace, t);
+  return o.gain ? *o.gain : o.lr * o.lambda_pullback * gain_weight(o, t);
 }
 
 PACE_RULE PullbackScalars pullback_scalars(const PullbackOptions& o, double t) {
   PullbackScalars s;
-  s.inv_bias2 = static_cast<float>(1.0 / (1.0 - std::pow(o.pace.beta2, t + static_cast<double>(o.step_offset))));
-  s.eps = static_cast<float>(o.pace.eps);
+  s.inv_bias2 = static_cast<float>(1.0 / (1.0 - std::pow(o.beta2, t + static_cast<double>(o.step_offset))));
+  s.eps = static_cast<float>(o.eps);
   s.gain = static_cast<float>(pullback_gain(o, t));
-  s.gain_cap = o.pace.clamp_pullback ? 1.0f : std::numeric_limits<float>::infinity();
-  s.weight = static_cast<float>(average_weight(o.pace, t));
-  s.moves = average_moves(o.pace, t);
+  s.gain_cap = o.clamp_pullback ? 1.0f : std::numeric_limits<float>::infinity();
+  s.weight = static_cast<float>(average_weight(o, t));
+  s.moves = average_moves(o, t);
   return s;
 }
 
-// MADA's options, named as in pace_kernels.MADA; those that PACE has too in `pace`. The coefficients come beside them.
-struct MadaOptions {
-  PaceOptions pace;
-  double lion_beta1, lion_beta2;
-  bool second_max;
-};
-
 using MadaCoefficients = std::array<double, kCoefficients>;
+
+PACE_RULE bool learned(const MadaOptions& o, int k) { return (o.learn >> k & 1) != 0; }
+
+// Those that are not learned, and where the others started.
+PACE_RULE MadaCoefficients fixed_coefficients(const MadaOptions& o) {
+  return {o.beta1, o.beta2, o.beta3, o.rho, o.c, o.gamma};
+}
 
 PACE_RULE MadaScalars mada_scalars(const MadaOptions& o, double t, double lr, const MadaCoefficients& q) {
   const auto [beta1, beta2, beta3, rho, c, gamma] = q;
@@ -110,14 +97,14 @@ PACE_RULE MadaScalars mada_scalars(const MadaOptions& o, double t, double lr, co
   s.rho = f(rho), s.one_minus_rho = f(1.0 - rho);
   s.c = f(c), s.one_minus_c = f(1.0 - c);
   s.mean_new = f(1.0 / t), s.mean_old = f((t - 1.0) / t);
-  s.eps = f(o.pace.eps), s.inv_eps = f(1.0 / o.pace.eps);
+  s.eps = f(o.eps), s.inv_eps = f(1.0 / o.eps);
   s.inv_bias1 = f(1.0 / bias1), s.inv_bias2 = f(1.0 / bias2);
   s.adam_size = f(lr * gamma), s.lion_size = f(lr * (1.0 - gamma));
   s.bias1_slope = f(t * std::pow(beta1, t - 1.0) / bias1);
   s.bias2_slope = f(t * std::pow(beta2, t - 1.0));
   s.square_slope = f(2.0 * rho * (1.0 - beta2) / bias2);
-  s.pull_gain = f(o.pace.pullback_from_step ? lr * o.pace.lambda_pullback * gain_weight(o.pace, t) : 0.0);
-  s.gain_cap = o.pace.clamp_pullback ? 1.0f : std::numeric_limits<float>::infinity();
+  s.pull_gain = f(o.pullback_from_step ? lr * o.lambda_pullback * gain_weight(o, t) : 0.0);
+  s.gain_cap = o.clamp_pullback ? 1.0f : std::numeric_limits<float>::infinity();
   s.second_max = o.second_max;
   return s;
 }

@@ -48,7 +48,7 @@ PACE_RULE PaceStatScalars pace_stat_scalars(const PaceOptions& o, double t) {
 // The same of a pullback behind another optimizer's step. With a constant gain 1/D counts as 1, and the gain before α c
 // says nothing.
 PACE_RULE PaceStatScalars pullback_stat_scalars(const PullbackOptions& o, double t) {
-  return {gain_weight(o.pace, t), pullback_gain(o, t), pace_stat_scalars(o.pace, t).cap};
+  return {gain_weight(o, t), pullback_gain(o, t), o.clamp_pullback ? 1.0 : std::numeric_limits<double>::infinity()};
 }
 
 PACE_RULE void clear_stats(double* stats) {

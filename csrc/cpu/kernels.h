@@ -1,4 +1,4 @@
-// The door between the operators (*_ops.cpp, compiled once) and the kernels (kernels.cpp, compiled once per instruction
+// The door between the operators (step.h, compiled once) and the kernels (kernels.cpp, compiled once per instruction
 // set). Plain structs and function pointers only: nothing here may leave a symbol that two instruction sets could
 // share.
 #pragma once
@@ -20,32 +20,29 @@ struct Stream {
   const int64_t* strides;
 };
 
-struct PaceWork {
-  Stream x, g, m, v, e;
-  bool moment, pull, average;  // flags of pace_rule
-  PaceScalars scalars;
-};
-
-struct MadaWork {
-  Stream x, g, m, n, v, w, l, last_g, older_g, e;
-  bool lag, diff, second, lion, adam, average;  // flags of mada_tile
-  bool first;                                   // no last gradient was kept yet: d = 0, whatever last_g holds
-  bool roles_stay;                              // last_g gets the new gradient and older_g the last one
-  MadaScalars last, now;                        // of the step that is redone, where there is one, and of the new one
+// The scalars of MADA's step of one tensor.
+struct MadaTileScalars {
+  MadaScalars now, last;  // of the new step, and of the one that is redone, where there is one
   PaceScalars pull;
+  int32_t first;  // 1: no last gradient was kept yet: d = 0, whatever last_g holds
 };
 
-struct PullbackWork {
-  Stream x, before, v, e;  // null where it is not in play
-  bool pull, average;      // flags of pullback_rule
-  PullbackScalars scalars;
+// What a rule sums over the elements of a block, with the least and the largest of a term that is never negative, as
+// the bits of the float. Which terms they are is the rule's (elements.h).
+struct BlockSums {
+  double sum[6];
+  uint32_t low, high;
 };
 
-// Each function does elements [begin, end) of one tensor.
+constexpr BlockSums kEmptySums{{}, 0x7fffffffu, 0};
+
+// Does elements [begin, end) of one tensor. `streams` are the operands by their number in the definition, `scalars`
+// those of the rule, `flags` the definition's; `sums` may be null where they ask for no sums.
+using Sweep = void (*)(const Stream* streams, const void* scalars, unsigned flags, int64_t begin, int64_t end,
+                       BlockSums* sums);
+
 struct Kernels {
-  void (*pace)(const PaceWork& work, int64_t begin, int64_t end, PaceSums* sums);          // sums may be null
-  void (*mada)(const MadaWork& work, int64_t begin, int64_t end, double* sums);            // six sums, where it lags
-  void (*pullback)(const PullbackWork& work, int64_t begin, int64_t end, PaceSums* sums);  // sums may be null
+  Sweep pace, mada, pullback;
 };
 
 }  // namespace pace

@@ -1,24 +1,18 @@
 // The CPU sweep: walk the operands of one tensor tile by tile, once. Operands that already are consecutive floats are
-// used where they lie; others pass through a tile of scratch in the L1 cache. Included by kernels.cpp alone.
+// used where they lie; others pass through a tile of scratch in the L1 cache. The loop around a rule's element is
+// vectorized by the compiler. Included by kernels.cpp alone.
 #pragma once
 
-#include "kernels.h"
+#include <utility>
+
+#include "elements.h"
 
 namespace pace {
 namespace {
 
-// A tile is 64 elements, and memory is asked for 256 elements (1 KiB of float32) ahead of it. The hardware prefetcher
-// stops at each 4 KiB page, of each of five operands; this goes on. PACE, 32 M float32 parameters, 2 cores, medians:
-// 24.4 ms; with tiles of 1,024 and no prefetch 27.2 ms; with tiles of 128 to 1,024 and one tile's lines at once 25
-// to 32.
-constexpr int64_t kTile = 64;
-constexpr int64_t kAhead = 256;
-
-// With telemetry a tile is 256 elements: what a reduction costs after its loop (gcc adds the lanes of each of eight
-// sums one by one) comes once a tile. PACE with telemetry, 32 M parameters, 2 cores with AVX-512, in times of PACE
-// without: tiles of 64 1.75 (float32) and 1.74 (bfloat16), of 256 1.49 and 1.25, of 512 1.57 and 1.35 (medians of three
-// runs).
-constexpr int64_t kStatsTile = 256;
+constexpr int64_t kLine = 64;    // elements that are asked for at once
+constexpr int64_t kAhead = 256;  // and how far ahead
+constexpr int64_t kLargestTile = 256;
 
 template <class F>
 void load_run(const Stream& s, int64_t at, int64_t stride, int64_t n, float* out) {
@@ -74,12 +68,12 @@ void store_tile(const Stream& s, int64_t begin, int64_t n, const float* in) {
   });
 }
 
-// Asks for the tile that starts at element `at`. It may lie beyond the tensor: a prefetch never faults.
+// Asks for the elements from `at` on. They may lie beyond the tensor: a prefetch never faults.
 void prefetch_tile(const Stream& s, int64_t at) {
   if (s.data == nullptr || s.ndim != 0) return;
   const int64_t size = s.format == Format::kFloat32 ? 4 : 2;
   const uintptr_t first = reinterpret_cast<uintptr_t>(s.data) + static_cast<uintptr_t>(at * size);
-  for (int64_t byte = 0; byte < kTile * size; byte += 64) {
+  for (int64_t byte = 0; byte < kLine * size; byte += 64) {
     __builtin_prefetch(reinterpret_cast<const void*>(first + static_cast<uintptr_t>(byte)), 1);
   }
 }
@@ -119,6 +113,113 @@ void close_tile(const Stream& s, int64_t begin, int64_t n, const Tile& tile) {
     case Format::kFloat16:
       store_tile<Float16>(s, begin, n, tile.data);
       break;
+  }
+}
+
+// ---- the loop around an element -------------------------------------------------------------------------------------
+
+template <class Rule, int k>
+inline __attribute__((always_inline)) float read(const float* p, int64_t i) {
+  if constexpr (Rule::kUses[k].read) return p[i];
+  return 0.0f;
+}
+
+template <class Rule, int k>
+inline __attribute__((always_inline)) void write(float* p, int64_t i, float value) {
+  if constexpr (Rule::kUses[k].written) p[i] = value;
+}
+
+template <class Rule, class Operands>
+struct TileOf;
+
+template <class Rule, int... k>
+struct TileOf<Rule, std::integer_sequence<int, k...>> {
+  // `data` has an address for each operand, null where it is not in play. Sums are named scalars, so that the loop
+  // stays vectorized.
+  static void run(const typename Rule::Scalars& scalars, int64_t n, float* const* data, BlockSums* sums) {
+    const typename Rule::Scalars s = scalars;  // a local copy: stores can't change it
+    float* const p[] = {data[k]...};
+    if constexpr (!Rule::kSums) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        float a[] = {read<Rule, k>(p[k], i)...};
+        Rule::element(s, a);
+        (write<Rule, k>(p[k], i, a[k]), ...);
+      }
+    } else {
+      float a_ = 0, b_ = 0, c_ = 0, d_ = 0, e_ = 0, f_ = 0;
+      int32_t low = 0x7fffffff, high = 0;
+#pragma omp simd reduction(+ : a_, b_, c_, d_, e_, f_) reduction(min : low) reduction(max : high)
+      for (int64_t i = 0; i < n; ++i) {
+        float a[] = {read<Rule, k>(p[k], i)...};
+        const Terms t = Rule::element(s, a);
+        (write<Rule, k>(p[k], i, a[k]), ...);
+        a_ += t.a, b_ += t.b, c_ += t.c, d_ += t.d, e_ += t.e, f_ += t.f;
+        if constexpr (Rule::kExtremes) {
+          low = t.bits < low ? t.bits : low;
+          high = t.bits > high ? t.bits : high;
+        }
+      }
+      const float of_tile[] = {a_, b_, c_, d_, e_, f_};
+      for (int j = 0; j < 6; ++j) sums->sum[j] += of_tile[j];
+      sums->low = static_cast<uint32_t>(low) < sums->low ? static_cast<uint32_t>(low) : sums->low;
+      sums->high = static_cast<uint32_t>(high) > sums->high ? static_cast<uint32_t>(high) : sums->high;
+    }
+  }
+};
+
+// A rule's instance for one value of its flags.
+template <class Scalars>
+struct Instance {
+  void (*tile)(const Scalars&, int64_t, float* const*, BlockSums*);
+  Walk walk;
+  uint32_t read, written;  // a bit for each operand
+};
+
+template <class Rule>
+constexpr Instance<typename Rule::Scalars> instance_of() {
+  Instance<typename Rule::Scalars> instance{nullptr, Rule::kWalk, 0, 0};
+  if constexpr (Rule::kThere) {
+    instance.tile = TileOf<Rule, std::make_integer_sequence<int, Rule::kOperands>>::run;
+    for (int k = 0; k < Rule::kOperands; ++k) {
+      instance.read |= (Rule::kUses[k].read ? 1u : 0u) << k;
+      instance.written |= (Rule::kUses[k].written ? 1u : 0u) << k;
+    }
+  }
+  return instance;
+}
+
+template <template <unsigned> class Rule, unsigned... kFlags>
+const Instance<typename Rule<0>::Scalars>& instance(unsigned flags, std::integer_sequence<unsigned, kFlags...>) {
+  static constexpr Instance<typename Rule<0>::Scalars> kInstances[] = {instance_of<Rule<kFlags>>()...};
+  return kInstances[flags];
+}
+
+// Elements [begin, end) of one tensor: `Sweep` in kernels.h, for every rule.
+template <template <unsigned> class Rule>
+void sweep(const Stream* streams, const void* scalars, unsigned flags, int64_t begin, int64_t end, BlockSums* sums) {
+  constexpr int kOperands = Rule<0>::kOperands;
+  using Scalars = typename Rule<0>::Scalars;
+  const Instance<Scalars>& its = instance<Rule>(flags, std::make_integer_sequence<unsigned, Rule<0>::Flag::values>{});
+  alignas(64) float scratch[kOperands][kLargestTile];
+  const int64_t step = its.walk.tile;
+  for (int64_t at = begin; at < end; at += step) {
+    const int64_t n = end - at < step ? end - at : step;
+    for (int64_t ahead = kAhead; its.walk.ahead && ahead < kAhead + step; ahead += kLine) {
+      for (int k = 0; k < kOperands; ++k) {
+        if ((its.read >> k & 1) != 0) prefetch_tile(streams[k], at + ahead);
+      }
+    }
+    Tile open[kOperands];
+    float* data[kOperands];
+    for (int k = 0; k < kOperands; ++k) {
+      open[k] = (its.read >> k & 1) != 0 ? open_tile(streams[k], at, n, scratch[k]) : Tile{true, nullptr};
+      data[k] = open[k].data;
+    }
+    its.tile(*static_cast<const Scalars*>(scalars), n, data, sums);
+    for (int k = 0; k < kOperands; ++k) {
+      if ((its.written >> k & 1) != 0) close_tile(streams[k], at, n, open[k]);
+    }
   }
 }
 

@@ -83,10 +83,8 @@ struct MadaScalarsLaunch {
   FactorSource factor;
   LrSource lr;
   MadaOptions options;
-  double fixed[kCoefficients];
   const double* coefficients;  // those that `learn` names
   double steps_taken;          // of those on the host
-  int64_t learn;
   int32_t tensors;
 };
 static_assert(sizeof(MadaScalarsLaunch) <= kParameterBytes);

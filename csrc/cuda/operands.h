@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "../arguments.h"
+#include "../call.h"
 #include "kernels.h"
 #include "plan.h"
 

@@ -7,74 +7,107 @@
 namespace pace {
 namespace {
 
-void pace_step(const PaceArguments& a) {
-  if (a.params.empty()) return;
-  const Place place = place_of("params[0]", a.params[0]);
-  check_arguments(a, place);
+// What the operators share: checks, the device and its memory, and what follows the launches. `plan` gives the launches
+// of the call from its operands.
+template <class D, class T, class PlanOf>
+void run(StableIValue* stack, const PlanOf& plan) {
+  Call<D> call = read_call<D>(stack);
+  if (call.params().empty()) return;
+  const Place place = place_of("params[0]", call.params()[0]);
+  check_call(call, place);
   const torch::stable::accelerator::DeviceGuard guard(place.index);
-  const PaceRequest request{step_request(a.lr, a.options.lr, a.scaling, a.capturable, a.stats), a.options,
-                            !a.emas.empty()};
   Operands operands(place);
-  std::vector<PaceTensor> tensors(a.params.size());
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    PaceTensor& t = tensors[i];
-    t.x = operands.parameter(a.params, i, &t.x_format);
-    t.g = operands.gradient(a.grads, i, t.x_format, &t.g_format);
-    t.m = operands.state("exp_avgs", a.exp_avgs, i, a.options.beta1 != 0.0);
-    t.v = operands.state("exp_avg_sqs", a.exp_avg_sqs, i);
-    t.e = operands.state("emas", a.emas, i, !a.emas.empty());
-    t.numel = a.params[i].numel();
-    std::tie(t.step, t.steps_taken) = step_of(a.steps, i, a.capturable, place);
-  }
-  DeviceWorkspace workspace(a.params[0]);
-  launch(plan_pace(tensors, request, workspace.give()), place);
+  std::vector<T> tensors(call.params().size());
+  DeviceWorkspace workspace(call.params()[0]);
+  launch(plan(call, operands, tensors, place, workspace.give()), place);
   operands.copy_back();
-  if (!a.capturable) count_steps(a.steps, tensors);
+  if (!call.options.capturable) count_steps(call.steps, tensors);
 }
 
-void mada_step(const MadaArguments& a) {
-  if (a.params.empty()) return;
-  const Place place = place_of("params[0]", a.params[0]);
-  check_arguments(a, place);
-  const torch::stable::accelerator::DeviceGuard guard(place.index);
-  MadaRequest request{step_request(a.lr, a.options.pace.lr, a.scaling, a.capturable, a.hypergradients),
-                      a.options,
-                      a.fixed,
-                      doubles(a.coefficients),
-                      a.learn,
-                      a.diff(),
-                      a.second(),
-                      a.lion(),
-                      a.adam(),
-                      a.capturable};
-  Operands operands(place);
-  std::vector<MadaTensor> tensors(a.params.size());
-  const bool grads_kept = a.lag() || a.diff();
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    MadaTensor& t = tensors[i];
-    t.x = operands.parameter(a.params, i, &t.x_format);
-    t.g = operands.gradient(a.grads, i, t.x_format, &t.g_format);
-    t.m = operands.state("exp_avgs", a.exp_avgs, i, a.adam());
-    t.n = operands.state("exp_avg_diffs", a.exp_avg_diffs, i, a.diff());
-    t.v = operands.state("exp_avg_sqs", a.exp_avg_sqs, i, a.adam());
-    t.w = operands.state("second_exp_avg_sqs", a.second_exp_avg_sqs, i, a.second());
-    t.l = operands.state("exp_avg_lions", a.exp_avg_lions, i, a.lion());
-    t.last_g = operands.state("last_grads", a.last_grads, i, grads_kept);
-    t.older_g = operands.state("older_grads", a.older_grads, i, a.lag() && a.diff());
-    t.e = operands.state("emas", a.emas, i, !a.emas.empty());
-    t.last = grads_kept ? static_cast<double*>(a.last_scalars[i].data_ptr()) : nullptr;
-    t.numel = a.params[i].numel();
-    std::tie(t.step, t.steps_taken) = step_of(a.steps, i, a.capturable, place);
-  }
-  DeviceWorkspace workspace(a.params[0]);
-  launch(plan_mada(tensors, request, workspace.give()), place);
-  operands.copy_back();
-  if (!a.capturable) count_steps(a.steps, tensors);
+template <class D>
+StepRequest request_of(const Call<D>& call, typename D::Extra result) {
+  return step_request(call.lr, call.options.lr, call.scaling, call.options.capturable, call.extras[result]);
+}
+
+void pace_step(StableIValue* stack, uint64_t, uint64_t) {
+  using D = PaceDefinition;
+  run<D, PaceTensor>(stack, [](const Call<D>& call, Operands& operands, std::vector<PaceTensor>& tensors,
+                               const Place& place, const Workspace& workspace) {
+    const PaceRequest request{request_of(call, D::kStats), call.options, call.has(D::kE)};
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      PaceTensor& t = tensors[i];
+      t.x = operands.parameter(call.params(), i, &t.x_format);
+      t.g = operands.gradient(call[D::kG], i, t.x_format, &t.g_format);
+      t.m = operands.state("exp_avgs", call[D::kM], i, call.options.beta1 != 0.0);
+      t.v = operands.state("exp_avg_sqs", call[D::kV], i);
+      t.e = operands.state("emas", call[D::kE], i, call.has(D::kE));
+      t.numel = call.params()[i].numel();
+      std::tie(t.step, t.steps_taken) = step_of(call.steps, i, call.options.capturable, place);
+    }
+    return plan_pace(tensors, request, workspace);
+  });
+}
+
+void mada_step(StableIValue* stack, uint64_t, uint64_t) {
+  using D = MadaDefinition;
+  run<D, MadaTensor>(stack, [](const Call<D>& call, Operands& operands, std::vector<MadaTensor>& tensors,
+                               const Place& place, const Workspace& workspace) {
+    const MadaParts parts(call);
+    const MadaRequest request{request_of(call, D::kHypergradients),
+                              call.options,
+                              call.numbers(D::kCoefficients),
+                              parts.diff,
+                              parts.second,
+                              parts.lion,
+                              parts.adam,
+                              call.options.capturable};
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      MadaTensor& t = tensors[i];
+      t.x = operands.parameter(call.params(), i, &t.x_format);
+      t.g = operands.gradient(call[D::kG], i, t.x_format, &t.g_format);
+      const auto state = [&](D::Operand k, bool needed) {
+        return operands.state(D::kLists[k].name, call[k], i, needed);
+      };
+      t.m = state(D::kM, parts.adam);
+      t.n = state(D::kN, parts.diff);
+      t.v = state(D::kV, parts.adam);
+      t.w = state(D::kW, parts.second);
+      t.l = state(D::kL, parts.lion);
+      t.last_g = state(D::kLastG, parts.keeps_gradients());
+      t.older_g = state(D::kOlderG, parts.lag && parts.diff);
+      t.e = state(D::kE, call.has(D::kE));
+      t.last = parts.keeps_gradients() ? static_cast<double*>(call.rows[i].data_ptr()) : nullptr;
+      t.numel = call.params()[i].numel();
+      std::tie(t.step, t.steps_taken) = step_of(call.steps, i, call.options.capturable, place);
+    }
+    return plan_mada(tensors, request, workspace);
+  });
+}
+
+void pull_back(StableIValue* stack, uint64_t, uint64_t) {
+  using D = PullbackDefinition;
+  run<D, PullbackTensor>(stack, [](const Call<D>& call, Operands& operands, std::vector<PullbackTensor>& tensors,
+                                   const Place& place, const Workspace& workspace) {
+    const PullbackRequest request{request_of(call, D::kStats), call.options, call.has(D::kBefore), call.has(D::kV)};
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      PullbackTensor& t = tensors[i];
+      t.x = operands.parameter(call.params(), i, &t.x_format, pulls(call.options));
+      t.g_format = t.x_format;
+      Format before = t.x_format;
+      t.before = operands.operand("befores", call[D::kBefore], i, request.before, false, false, &before);
+      STD_TORCH_CHECK(before == t.x_format, entry("befores", i), " must be of its parameter's dtype");
+      t.v = operands.narrow_or_float32("second_moments", call[D::kV], i, request.moment, t.x_format, &t.g_format);
+      t.e = operands.state("emas", call[D::kE], i);
+      t.numel = call.params()[i].numel();
+      std::tie(t.step, t.steps_taken) = step_of(call.steps, i, call.options.capturable, place);
+    }
+    return plan_pullback(tensors, request, workspace);
+  });
 }
 
 void mada_learn(const LearnArguments& a) {
   const Place place = place_of("coefficients", a.coefficients);
-  check_arguments(a, place);
+  check_call(a, place);
   STD_TORCH_CHECK(a.sums.size() <= LearnLaunch::kCapacity, "sums must have at most ", LearnLaunch::kCapacity,
                   " entries, got ", a.sums.size());
   const torch::stable::accelerator::DeviceGuard guard(place.index);
@@ -83,46 +116,18 @@ void mada_learn(const LearnArguments& a) {
   request.coefficients = doubles(a.coefficients), request.momenta = doubles(a.momenta);
   request.hypergradients = doubles(a.hypergradients), request.hyper_step = doubles(a.hyper_step);
   request.found_inf = address(a.found_inf);
-  for (size_t k = 0; k < kCoefficients; ++k) request.options[k] = hyper_options(a, k);
+  for (size_t k = 0; k < kCoefficients; ++k) request.options[k] = a.options(k);
   request.warmup = static_cast<double>(a.warmup);
   request.learn = a.learn;
   launch(plan_learn(request), place);
-}
-
-void pull_back(const PullbackArguments& a) {
-  if (a.params.empty()) return;
-  const Place place = place_of("params[0]", a.params[0]);
-  check_arguments(a, place);
-  const torch::stable::accelerator::DeviceGuard guard(place.index);
-  const GradScaling scaling{std::nullopt, std::nullopt, a.found_inf};
-  const PullbackRequest request{step_request(a.lr, a.options.pace.lr, scaling, a.capturable, a.stats), a.options,
-                                a.before(), a.moment()};
-  Operands operands(place);
-  std::vector<PullbackTensor> tensors(a.params.size());
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    PullbackTensor& t = tensors[i];
-    t.x = operands.parameter(a.params, i, &t.x_format, a.pull());
-    t.g_format = t.x_format;
-    Format before = t.x_format;
-    t.before = operands.operand("befores", a.befores, i, request.before, false, false, &before);
-    STD_TORCH_CHECK(before == t.x_format, entry("befores", i), " must be of its parameter's dtype");
-    t.v = operands.narrow_or_float32("second_moments", a.second_moments, i, request.moment, t.x_format, &t.g_format);
-    t.e = operands.state("emas", a.emas, i);
-    t.numel = a.params[i].numel();
-    std::tie(t.step, t.steps_taken) = step_of(a.steps, i, a.capturable, place);
-  }
-  DeviceWorkspace workspace(a.params[0]);
-  launch(plan_pullback(tensors, request, workspace.give()), place);
-  operands.copy_back();
-  if (!a.capturable) count_steps(a.steps, tensors);
 }
 
 }  // namespace
 }  // namespace pace
 
 STABLE_TORCH_LIBRARY_IMPL(pace_kernels, CUDA, m) {
-  m.impl("pace_step_", TORCH_BOX(&pace::pace_step_<pace::pace_step>));
-  m.impl("mada_step_", TORCH_BOX(&pace::mada_step_<pace::mada_step>));
+  m.impl(pace::PaceDefinition::kOp, &pace::pace_step);
+  m.impl(pace::MadaDefinition::kOp, &pace::mada_step);
+  m.impl(pace::PullbackDefinition::kOp, &pace::pull_back);
   m.impl("mada_learn_", TORCH_BOX(&pace::mada_learn_<pace::mada_learn>));
-  m.impl("pullback_", TORCH_BOX(&pace::pullback_<pace::pull_back>));
 }

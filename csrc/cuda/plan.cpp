@@ -187,7 +187,7 @@ Plan plan_pace(const std::vector<PaceTensor>& tensors, const PaceRequest& r, con
 Plan plan_mada(const std::vector<MadaTensor>& tensors, const MadaRequest& r, const Workspace& workspace) {
   Plan plan;
   const auto order = in_order(tensors);
-  const bool lag = r.learn != 0;
+  const bool lag = r.options.learn != 0;
   const bool remembers =
       std::any_of(tensors.begin(), tensors.end(), [](const MadaTensor& t) { return t.last != nullptr; });
   const bool on_device = r.step.on_device() || lag || remembers || any_step_on_device(tensors);
@@ -203,9 +203,7 @@ Plan plan_mada(const std::vector<MadaTensor>& tensors, const MadaRequest& r, con
     common.factor = r.step.factor;
     common.lr = r.step.lr;
     common.options = r.options;
-    std::copy(r.fixed.begin(), r.fixed.end(), common.fixed);
     common.coefficients = r.coefficients;
-    common.learn = r.learn;
     add_scalars(plan, KernelFamily::kMadaScalars, order, common,
                 [](MadaScalarsLaunch& launch, size_t k, const MadaTensor& t) { launch.last[k] = t.last; });
   }
@@ -219,14 +217,14 @@ Plan plan_mada(const std::vector<MadaTensor>& tensors, const MadaRequest& r, con
     id.diff = r.diff, id.second = r.second, id.lion = r.lion, id.adam = r.adam;
     MadaLaunch common{};
     common.found_inf = r.step.found_inf;
-    common.pull = r.options.pace.lambda_pullback != 0.0;
+    common.pull = r.options.lambda_pullback != 0.0;
     common.roles_stay = r.roles_stay;
     if (!on_device) {
       MadaOptions o = r.options;
-      o.pace.lr = r.step.lr.value;
+      o.lr = r.step.lr.value;
       const double t = first.steps_taken + 1.0;
-      common.scalars.now = mada_scalars(o, t, o.pace.lr, r.fixed);
-      common.scalars.pull = pace_scalars(o.pace, t, 1.0f);
+      common.scalars.now = mada_scalars(o, t, o.lr, fixed_coefficients(o));
+      common.scalars.pull = pace_scalars(o, t, 1.0f);
     }
     block = fill_launches(
         begin, end, block, common, [&](size_t i) { return order[i]->numel; },
@@ -243,7 +241,7 @@ Plan plan_mada(const std::vector<MadaTensor>& tensors, const MadaRequest& r, con
         });
   });
   if (r.step.result != nullptr) {
-    add_sums(plan, KernelFamily::kMadaSum, rows, lag ? all_blocks : 0, r.learn, r.step, workspace);
+    add_sums(plan, KernelFamily::kMadaSum, rows, lag ? all_blocks : 0, r.options.learn, r.step, workspace);
   }
   return plan;
 }
@@ -275,16 +273,16 @@ Plan plan_pullback(const std::vector<PullbackTensor>& tensors, const PullbackReq
     id.x = first.x_format, id.g = first.g_format;
     id.before = r.before;
     id.moment = r.moment;
-    id.pull = r.options.pulls();
+    id.pull = pulls(r.options);
     id.stats = stats;
     PullbackLaunch common{};
     common.found_inf = request.found_inf;
     if (!on_device) {
       PullbackOptions o = r.options;
-      o.pace.lr = request.lr.value;
+      o.lr = request.lr.value;
       const double t = first.steps_taken + 1.0;
       // A step in which nothing pulls and the average rests walks no memory.
-      if (!id.pull && !stats && !average_moves(o.pace, t)) return;
+      if (!id.pull && !stats && !average_moves(o, t)) return;
       common.scalars = {pullback_scalars(o, t), pullback_stat_scalars(o, t)};
     }
     block = fill_launches(

@@ -78,9 +78,7 @@ Plan plan_pace(const std::vector<PaceTensor>& tensors, const PaceRequest& reques
 struct MadaRequest {
   StepRequest step;
   MadaOptions options;
-  MadaCoefficients fixed;
-  const double* coefficients;  // on the device: those that `learn` names
-  int64_t learn;
+  const double* coefficients;     // on the device: those that `learn` names
   bool diff, second, lion, adam;  // what is in play
   bool roles_stay;                // see MadaLaunch
 };

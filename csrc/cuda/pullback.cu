@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
   const StepAddress step = launch.step[i];
   const double t = read(step, launch.steps_taken) + 1.0;
   PullbackOptions options = launch.options;
-  options.pace.lr = read(launch.lr);
+  options.lr = read(launch.lr);
   PullbackStepScalars& out = launch.out[i];
   clear_words(out);
   out.rule = pullback_scalars(options, t);

@@ -13,23 +13,22 @@ __global__ void __launch_bounds__(kThreads) mada_scalars_kernel(const __grid_con
   double* const last = launch.last[i];
   const double taken = read(step, launch.steps_taken), t = taken + 1.0;
   MadaOptions options = launch.options;
-  const double lr = options.pace.lr = read(launch.lr);
-  MadaCoefficients q;
-  for (int k = 0; k < kCoefficients; ++k)
-    q[k] = (launch.learn >> k & 1) != 0 ? launch.coefficients[k] : launch.fixed[k];
+  const double lr = options.lr = read(launch.lr);
+  MadaCoefficients q = fixed_coefficients(options);
+  for (int k = 0; k < kCoefficients; ++k) q[k] = learned(options, k) ? launch.coefficients[k] : q[k];
   MadaStepScalars& out = launch.out[i];
   clear_words(out);
   out.now = mada_scalars(options, t, lr, q);
-  out.pull = pace_scalars(options.pace, t, read(launch.factor));
+  out.pull = pace_scalars(options, t, read(launch.factor));
   out.first = last != nullptr && last[kTaken] == kNoGradient;
-  if (launch.learn != 0) {
+  if (options.learn != 0) {
     const LastStep redo = last_step(options, taken, last);
     out.last = redo.scalars;
     out.factors = redo.factors;
   }
   write(step, t);
   if (last == nullptr) return;
-  last[kTaken] = launch.learn != 0 ? kRedo : kDone;
+  last[kTaken] = options.learn != 0 ? kRedo : kDone;
   last[kLastLr] = lr;
   for (int k = 0; k < kCoefficients; ++k) last[kLastCoefficients + k] = q[k];
 }

@@ -39,22 +39,21 @@ const char* format_name(Format f) {
   return f == Format::kFloat32 ? "Float32" : (f == Format::kBFloat16 ? "BFloat16" : "Float16");
 }
 
-pace::PaceOptions pace_options(const py::dict& o) {
-  const auto f = [&](const char* name) { return value<double>(o, name); };
-  return {f("lr"),
-          f("beta1"),
-          f("beta2"),
-          f("eps"),
-          f("weight_decay"),
-          f("lambda_pullback"),
-          value<bool>(o, "clamp_pullback"),
-          f("beta_ema"),
-          value<std::optional<double>>(o, "ema_kappa"),
-          f("ema_rho"),
-          f("ema_gamma"),
-          value<int64_t>(o, "ema_update_freq"),
-          value<bool>(o, "pullback_from_step"),
-          value<bool>(o, "maximize")};
+// Options by their names.
+struct Reader {
+  const py::dict& from;
+
+  template <class T>
+  void operator()(const char* name, T& option, pace::Range) const {
+    option = from.contains(name) ? value<T>(from, name) : T{};
+  }
+};
+
+template <class Options>
+Options options_of(const py::dict& from) {
+  Options options{};
+  options.visit(Reader{from});
+  return options;
 }
 
 pace::StepRequest step_request(const py::dict& r, double lr) {
@@ -97,7 +96,7 @@ py::list plan_pace(const py::list& tensors, const py::dict& options, const py::d
                     format(value<std::string>(t, "g_format")), value<int64_t>(t, "numel"), step(t),
                     value<double>(t, "steps_taken")});
   }
-  const pace::PaceOptions o = pace_options(options);
+  const auto o = options_of<pace::PaceOptions>(options);
   const pace::PaceRequest r{step_request(request, o.lr), o, value<bool>(request, "average")};
   return calls(pace::plan_pace(list, r, workspace(take)));
 }
@@ -112,18 +111,15 @@ py::list plan_mada(const py::list& tensors, const py::dict& options, const py::d
                     format(value<std::string>(t, "g_format")), value<int64_t>(t, "numel"), step(t),
                     value<double>(t, "steps_taken"), pointer<double>(t, "last")});
   }
-  const pace::PaceOptions o = pace_options(options);
-  const auto f = [&](const char* name) { return value<double>(options, name); };
+  const auto o = options_of<pace::MadaOptions>(options);
   const pace::MadaRequest r{step_request(request, o.lr),
-                            {o, f("lion_beta1"), f("lion_beta2"), value<bool>(options, "second_max")},
-                            {o.beta1, o.beta2, f("beta3"), f("rho"), f("c"), f("gamma")},
+                            o,
                             pointer<double>(request, "coefficients"),
-                            value<int64_t>(options, "learn"),
                             value<bool>(request, "diff"),
                             value<bool>(request, "second"),
                             value<bool>(request, "lion"),
                             value<bool>(request, "adam"),
-                            value<bool>(options, "capturable")};
+                            o.capturable};
   return calls(pace::plan_mada(list, r, workspace(take)));
 }
 
@@ -135,15 +131,8 @@ py::list plan_pullback(const py::list& tensors, const py::dict& o, const py::dic
                     format(value<std::string>(t, "x_format")), format(value<std::string>(t, "g_format")),
                     value<int64_t>(t, "numel"), step(t), value<double>(t, "steps_taken")});
   }
-  const auto f = [&](const char* name) { return value<double>(o, name); };
-  pace::PaceOptions p{};
-  p.lr = f("lr"), p.beta2 = f("beta2"), p.eps = f("eps");
-  p.lambda_pullback = f("lambda_pullback"), p.clamp_pullback = value<bool>(o, "clamp_pullback");
-  p.beta_ema = f("beta_ema"), p.ema_kappa = value<std::optional<double>>(o, "ema_kappa");
-  p.ema_rho = f("ema_rho"), p.ema_gamma = f("ema_gamma"), p.ema_update_freq = value<int64_t>(o, "ema_update_freq");
-  const pace::PullbackRequest r{step_request(request, p.lr),
-                                {p, value<std::optional<double>>(o, "gain"), value<int64_t>(o, "step_offset")},
-                                value<bool>(request, "before"),
+  const auto options = options_of<pace::PullbackOptions>(o);
+  const pace::PullbackRequest r{step_request(request, options.lr), options, value<bool>(request, "before"),
                                 value<bool>(request, "moment")};
   return calls(pace::plan_pullback(list, r, workspace(take)));
 }

@@ -1,0 +1,8 @@
+"""One definition per optimizer, in data: what all backends have to know alike (kit.py says what that is)."""
+
+from .kit import Definition
+from .mada import MADA
+from .pace import PACE
+from .pullback import PULLBACK
+
+DEFINITIONS: dict[str, Definition] = {definition.op: definition for definition in (PACE, MADA, PULLBACK)}

@@ -1,0 +1,132 @@
+"""What a definition of an optimizer is made of, and the operator's schema, which follows from it.
+
+A definition says what every backend has to know alike: which tensors a step takes and which of them it changes, what
+its options are called and may be, what is decided at compile time. What is computed is written by hand in each
+language: csrc/rules, triton_kernels, torch_rules. Nothing here needs torch: setup.py reads it to write the C++ header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that an option may have; ``cpp`` is the name of the same check in csrc/checks.h."""
+
+    cpp: str
+    text: str
+    allows: Callable[[float], bool]
+
+
+_INFINITY = float("inf")
+NONNEGATIVE = Range("nonnegative", "finite and >= 0", lambda a: 0.0 <= a < _INFINITY)
+POSITIVE = Range("positive", "finite and > 0", lambda a: 0.0 < a < _INFINITY)
+BELOW_ONE = Range("below_one", "in [0, 1)", lambda a: 0.0 <= a < 1.0)
+UNIT = Range("unit", "in [0, 1]", lambda a: 0.0 <= a <= 1.0)
+AT_LEAST_ONE = Range("at_least_one", ">= 1", lambda a: a >= 1)
+NOT_NEGATIVE_COUNT = Range("not_negative", ">= 0", lambda a: a >= 0)
+
+
+@dataclass(frozen=True)
+class Option:
+    name: str
+    type: str = "float"  # of the schema: float, float?, int, bool
+    allowed: Range | None = None
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of the parameter's shape. ``reads`` and ``writes`` say when a step does, in terms of the definition's
+    flags, as C++ has it. ``empty`` is the sentence that ends the refusal of a list of another length where the list may
+    be missing; None: it has to be there. ``role`` says how it lies: a "weight"; a "gradient" or a "moment", in the
+    weight's format or float32; a "copy", in the weight's format; a "state", in float32."""
+
+    symbol: str  # in rules and kernels
+    list: str  # of the operator
+    role: str = (
+        "state"  # "weight"; "gradient" and "moment": the weight's format or float32; "copy": the weight's format
+    )
+    reads: str = "true"
+    writes: str = "true"
+    mutable: bool = True  # by the schema
+    empty: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A few float64 numbers that each parameter keeps from step to step."""
+
+    list: str
+    numbers: int
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A tensor of float64 numbers that a call may have."""
+
+    name: str
+    numbers: int
+    written: bool
+
+
+STEPS = "steps"
+SCALING = ("grad_scale", "clip_coef", "found_inf")
+
+
+@dataclass(frozen=True)
+class Definition:
+    op: str  # the operator
+    name: str  # in C++: NameOptions, NameDefinition
+    lists: tuple[Operand | Row, ...]  # in the order of the schema; steps follow
+    options: tuple[Option, ...]
+    flags: tuple[str, ...]  # compile-time switches of the rule
+    extras: tuple[Extra, ...] = ()
+    scaling: tuple[str, ...] = SCALING
+    sums: int = field(default=0)  # of the terms that a step can sum over coordinates
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        return tuple(entry for entry in self.lists if isinstance(entry, Operand))
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return tuple(entry for entry in self.lists if isinstance(entry, Row))
+
+    def lists_of(self, *roles: str) -> tuple[str, ...]:
+        return tuple(operand.list for operand in self.operands if operand.role in roles)
+
+    @property
+    def optional_tensors(self) -> tuple[str, ...]:
+        return (*(extra.name for extra in self.extras), "lr_tensor", *self.scaling)
+
+    def schema(self) -> str:
+        letters: Iterator[str] = iter("abcdefghijklmnopqrstuvwxyz")
+
+        def marked(kind: str, mutable: bool) -> str:
+            return kind.replace("Tensor", f"Tensor({next(letters)}!)") if mutable else kind
+
+        parts = [f"{marked('Tensor[]', not isinstance(e, Operand) or e.mutable)} {e.list}" for e in self.lists]
+        parts.append(f"{marked('Tensor[]', True)} {STEPS}")
+        parts += [f"{marked('Tensor?', extra.written)} {extra.name}=None" for extra in self.extras]
+        parts += [f"Tensor? {name}=None" for name in ("lr_tensor", *self.scaling)]
+        options = [f"{option.type} {option.name}" for option in self.options]
+        return f"{self.op}({', '.join(parts)}, *, {', '.join(options)}, bool capturable) -> ()"
+
+
+# The options of the averaging weight and of the pull, which every rule with an average has.
+PULLING = (Option("lambda_pullback", "float", NONNEGATIVE),)
+AVERAGING = (
+    Option("beta_ema", "float", UNIT),
+    Option("ema_kappa", "float?", NONNEGATIVE),
+    Option("ema_rho", "float", NONNEGATIVE),
+    Option("ema_gamma", "float", NONNEGATIVE),
+    Option("ema_update_freq", "int", AT_LEAST_ONE),
+)
+# What `stats` holds after a step, float64: sums, minima and maxima over all coordinates of the call. PaceStat in
+# csrc/stats.h has the same order. "raw" is the gain before alpha c, "effective" before the clamp, "lambda" after it.
+PACE_STATS = (
+    *("count", "raw_sum", "raw_min", "raw_max", "effective_sum", "effective_min", "effective_max"),
+    *("lambda_sum", "lambda_min", "lambda_max", "clipped", "adam_sq", "pullback_sq", "update_sq"),
+)
