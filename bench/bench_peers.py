@@ -61,6 +61,7 @@ import pace_kernels
 from pace_kernels.backend import describe
 
 LION, ADAN, YOGI = "mada-lion", "mada-adan", "mada-yogi"
+SCHEDULE_FREE = "schedule-free"
 # What install_peers.py left beside the packages.
 REASONS = Path(sys.prefix, "peers.json")
 BUILT = Path(sys.prefix, "torch_extensions")
@@ -257,6 +258,13 @@ ROWS = [
     known("pullback-adamw-0", note="the average alone, in a pass of its own"),
     known(MADA, note="all six coefficients learned; no average"),
     known(PRESET),
+    Peer(
+        SCHEDULE_FREE,
+        "ScheduleFreeAdamW",
+        optimizer(pace_kernels.ScheduleFreeAdamW, lr=1e-3, weight_decay=DECAY),
+        **moves(2, float32=True),
+        note="z and the second moment in float32; the average is worked out of weights and z by eval()",
+    ),
     preset("lion", 1, "Lion by MADA's kernel, states in float32"),
     preset("adan", 4, "Adan by MADA's kernel, states in float32"),
     preset("yogi", 2, "Yogi by MADA's kernel, states in float32"),
@@ -380,7 +388,7 @@ ROWS = [
         note="keeps z and trains at an interpolation y of z and the average x, which it works out from y and z when "
         "asked (eval()): no first moment, and no array for the average, which is uniform at a constant learning rate; "
         "no clipped pullback; foreach, states in the parameters' format; a step overwrites the gradients",
-        ours=OURS,
+        ours=SCHEDULE_FREE,
         package="schedulefree",
         module="schedulefree",
     ),

@@ -183,6 +183,7 @@ README_PEERS = {
     "pullback-adamw-0": "the same without a pull: an average alone",
     "pace-eager": "PACE in eager torch",
     "schedulefree": "schedulefree",
+    "schedule-free": "**ScheduleFreeAdamW**",
     "deepspeed": "DeepSpeed CPUAdam",
     "heavyball": "heavyball AdamW",
     "optimi": "optimi AdamW",

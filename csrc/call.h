@@ -166,6 +166,10 @@ inline void check_rule(const Call<PullbackDefinition>& a) {
   STD_TORCH_CHECK(!a.options.gain || !a.has(D::kV), "second_moments must be empty where gain is given");
 }
 
+inline bool may_be_empty(const Call<ScheduleFreeDefinition>&, int) { return false; }
+
+inline void check_rule(const Call<ScheduleFreeDefinition>&) {}
+
 // ---- the checks of every call ---------------------------------------------------------------------------------------
 
 // `fresh`: the operand that comes later, with each step of a plan; −1: none.

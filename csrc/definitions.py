@@ -29,7 +29,7 @@ def lines_of(d: Definition) -> list[str]:
     symbols = [f"k{camel(o.symbol)}" for o in d.operands]
     order = [f"{symbols[d.operands.index(e)]}" if isinstance(e, Operand) else "kRow" for e in d.lists]
     row = d.rows[0] if d.rows else Row("", 0)
-    bits = ", ".join(f"{flag} = {1 << k}" for k, flag in enumerate(d.flags))
+    bits = "".join(f"{flag} = {1 << k}, " for k, flag in enumerate(d.flags))
     out = [f"struct {d.name}Options {{"]
     out += [f"  {TYPES[o.type]} {o.name};" for o in d.options]
     out += ["  bool capturable;", "", "  // Each option by its name, in the order of the schema, and what it may be."]
@@ -50,7 +50,7 @@ def lines_of(d: Definition) -> list[str]:
     infos = ", ".join(f'{{"{e.name}", {e.numbers}}}' for e in d.extras)
     out += [f"  static constexpr RowInfo kExtraInfo[] = {{{infos}}};"]
     out += [f"  static constexpr bool kScales = {'true' if 'grad_scale' in d.scaling else 'false'};"]
-    out += [f"  struct Flag {{ enum : unsigned {{ {bits}, values = {1 << len(d.flags)} }}; }};"]
+    out += [f"  struct Flag {{ enum : unsigned {{ {bits}values = {1 << len(d.flags)} }}; }};"]
     out += ["", "  template <unsigned kFlags>", "  struct Uses {"]
     out += [f"    static constexpr bool {flag} = (kFlags & Flag::{flag}) != 0;" for flag in d.flags]
     out += ["    static constexpr Use kUses[] = {"]

@@ -13,6 +13,7 @@
 #include "rules/mada.h"
 #include "rules/pace.h"
 #include "rules/pullback.h"
+#include "rules/schedule_free.h"
 
 namespace pace {
 
@@ -72,6 +73,21 @@ PACE_RULE PullbackScalars pullback_scalars(const PullbackOptions& o, double t) {
   s.gain_cap = o.clamp_pullback ? 1.0f : std::numeric_limits<float>::infinity();
   s.weight = static_cast<float>(average_weight(o, t));
   s.moves = average_moves(o, t);
+  return s;
+}
+
+// α_t, t and c are the options lr, count and share.
+PACE_RULE ScheduleFreeScalars schedule_free_scalars(const ScheduleFreeOptions& o, float factor) {
+  ScheduleFreeScalars s;
+  s.grad_factor = o.maximize ? -factor : factor;
+  s.beta2 = static_cast<float>(o.beta2);
+  s.one_minus_beta2 = static_cast<float>(1.0 - o.beta2);
+  s.inv_bias2 = static_cast<float>(1.0 / (1.0 - std::pow(o.beta2, o.count)));
+  s.eps = static_cast<float>(o.eps);
+  s.weight_decay = static_cast<float>(o.weight_decay);
+  s.share = static_cast<float>(o.share);
+  s.y_size = static_cast<float>(o.lr * (1.0 - o.beta1 * (1.0 - o.share)));
+  s.z_size = static_cast<float>(o.lr);
   return s;
 }
 

@@ -9,7 +9,7 @@ live.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import repeat
@@ -63,11 +63,10 @@ class Averaging(Whole, torch.optim.Optimizer):
         """Whether parameters of this group have an average."""
         raise NotImplementedError
 
-    def _average_of(self, entry: _Entry) -> Tensor:
-        """The average of a parameter whose live weights are in its state `live`; of a sharded one, the local part will
-        do."""
-        average: Tensor = entry.state[self._AVERAGE]
-        return average
+    def _average_of(self, entry: _Entry) -> Any:
+        """The average of a parameter whose live weights are in its state `live`, or what writes it into a tensor; of a
+        sharded one, the local part will do."""
+        return entry.state[self._AVERAGE]
 
     def _holds_average(self, entry: _Entry) -> bool:
         """Whether the parameter holds its average."""
@@ -413,9 +412,12 @@ def _live_copies(entries: list[_Entry]) -> list[Tensor]:
     return [copies[key] for key in keys]
 
 
-def _write(param: Tensor, value: Tensor) -> None:
-    """Copies contents; the versions of the parameter and of its local part move."""
-    local(param).copy_(local(value))
+def _write(param: Tensor, value: Tensor | Callable[[Tensor], object]) -> None:
+    """Writes contents; the versions of the parameter and of its local part move."""
+    if isinstance(value, Tensor):
+        local(param).copy_(local(value))
+    else:
+        value(local(param))
     if is_sharded(param):
         torch.autograd.graph.increment_version(param)
 

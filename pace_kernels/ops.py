@@ -53,6 +53,10 @@ _LIBRARY = torch.library.Library("pace_kernels", "DEF")
 # distance is measured from `befores`, the weights before the base's step, in the parameter's dtype; where the list is
 # empty, from `params`. Where nothing pulls (gain or, without it, lambda_pullback 0) both are empty and `params` is only
 # read.
+#
+# schedule_free_step_ is one step of schedule-free AdamW (csrc/rules/schedule_free.h). lr, `count` and `share` are those
+# of the whole group at this step, which the front end computes; `schedule` has the last two where only the device knows
+# them. `steps` are counted, and nothing else.
 for _definition in DEFINITIONS.values():
     _LIBRARY.define(_definition.schema())
 # Moves the learned coefficients after all mada_step_ calls of a step: adds up their sums, in order, into

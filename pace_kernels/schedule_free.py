@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .averaging import _Entry
-from .backend import requested
+from .backend import backends, requested
 from .checks import Group, check_common_options, check_number, check_torchs_options, checked_count, require
 from .launching import Prepared, of_c
 from .optimizer import NO_STATE, KernelOptimizer
 from .options import make_plain
-from .sharding import local
+from .sharding import axes, is_wrapper, local, reduce_
 from .states import LAST_STEP, Work, empty_state, moved
 from .torch_rules.common import at_hand
 from .torch_rules.schedule_free import Schedule, advanced, schedule_free_average, schedule_free_weights
@@ -25,6 +25,7 @@ from .whole import Call, at_once, each
 
 # What a group counts from step to step, by the names and with the first values of the package `schedulefree`.
 _COUNTED: Group = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0, "scheduled_lr": 0.0}
+_LACKING, _HAVING = ("cuda", "triton"), ("cpu", "torch")  # backends
 
 
 class ScheduleFreeAdamW(KernelOptimizer):
@@ -127,9 +128,8 @@ class ScheduleFreeAdamW(KernelOptimizer):
         self._check_options(defaults)
         check_torchs_options({"fused": fused, "differentiable": differentiable})
         self._step_supports_amp_scaling = bool(fused)
-        backend = requested(backend) or "torch"
-        if backend != "torch":
-            raise RuntimeError(f"backend={backend!r} does not have ScheduleFreeAdamW yet: it computes through torch")
+        if (name := requested(backend)) in _LACKING:
+            raise RuntimeError(f"backend={name!r} does not have ScheduleFreeAdamW yet: it has {', '.join(_HAVING)}")
         super().__init__(params, defaults, backend)
 
     def _check_options(self, group: Group) -> None:
@@ -157,6 +157,9 @@ class ScheduleFreeAdamW(KernelOptimizer):
 
     def _launch_all(self, prepared: Prepared) -> None:
         works = [work for work, _ in prepared]
+        for work in works:
+            if work.backend.name in _LACKING:
+                work.backend = backends()["torch"]
         found = next((work.scaling["found_inf"] for work in works if "found_inf" in work.scaling), None)
         self._turns = {id(group): self._turn(group, works, found) for group in self.param_groups}
         super()._launch_all(prepared)
@@ -230,6 +233,26 @@ class ScheduleFreeAdamW(KernelOptimizer):
             calls.append(partial(dict.update, group, fresh))
         return calls
 
+    @torch.no_grad()
+    def get_step_stats(self) -> dict[str, float]:
+        """``scheduled_lr`` (α_t) and ``share`` (c) of the first group at its last step, and ``average_distance_norm``,
+        ‖x − y‖ over all parameters; empty before the first step. It reads weights and z and waits for the device; of
+        sharded parameters all ranks have to make the call. Steps do nothing for it."""
+        entries, group = self._entries(self.param_groups), self.param_groups[0]
+        if not entries:
+            return {}
+        rows = []
+        for e in entries:
+            y, z = local(e.state.get("live", e.param)), local(e.state["z"])
+            rows.append((((1.0 / e.group["betas"][0] - 1.0) * (z - y.to(z.dtype))).square().sum(), axes(e.param)))
+        reduce_(rows)
+        weight = group["k"] ** group["r"] * group["lr_max"] ** group["weight_lr_power"]
+        return {
+            "scheduled_lr": float(group["scheduled_lr"]),
+            "share": float(weight / group["weight_sum"]) if group["weight_sum"] > 0 else 0.0,
+            "average_distance_norm": math.sqrt(sum(float(row) for row, _ in rows)),
+        }
+
     # ---- the average, which is computed from y and z -----------------------------------------------------------------
 
     def _keeps_average(self, group: Group) -> bool:
@@ -238,9 +261,12 @@ class ScheduleFreeAdamW(KernelOptimizer):
     def _option(self, group: Group, name: str) -> Any:
         return True if name == "use_ema_eval" else super()._option(group, name)
 
-    def _average_of(self, entry: _Entry) -> Tensor:
+    def _average_of(self, entry: _Entry) -> Any:
         y, z = local(entry.state["live"]), local(entry.state["z"])
-        return schedule_free_average(y, z, entry.group["betas"][0])
+        beta1 = entry.group["betas"][0]
+        if y.dtype == z.dtype and y.device == z.device and not is_wrapper(y):
+            return lambda out: schedule_free_average(y, z, beta1, out=out)  # without a third array of its size
+        return schedule_free_average(y, z, beta1)
 
     def _holds_average(self, entry: _Entry) -> bool:
         return bool(entry.group["swapped"])

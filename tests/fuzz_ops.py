@@ -262,6 +262,16 @@ OPERATORS: dict[str, Operator] = {
         sums=("stats",),
         fit=without_what_nothing_needs,
     ),
+    "schedule_free_step_": Operator(
+        lists={
+            "params": like(), "grads": gradient, "exp_avg_sqs": squares, "zs": like(), "steps": step_count,
+        },
+        optional={"schedule": lambda rng: torch.tensor([3.0, rng.random()], dtype=torch.float64), **SCALING},
+        options={
+            **{k: AVERAGING[k] for k in ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize", "capturable")},
+            "count": numbers(1.0, 5.0, 2.0**53), "share": numbers(0.1, 0.0, 1.0),
+        },
+    ),
 }  # fmt: skip
 
 

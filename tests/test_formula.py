@@ -18,6 +18,11 @@ PLACES = {
     "PACE": {"README.md", "pace_kernels/pace.py", *(place.format("pace") for place in CODE)},
     "MADA": {"README.md", "pace_kernels/mada.py", *(place.format("mada") for place in CODE)},
     "Pullback": {"README.md", "pace_kernels/pullback.py", *(place.format("pullback") for place in CODE)},
+    "ScheduleFreeAdamW": {
+        "README.md",
+        "pace_kernels/schedule_free.py",
+        *(place.format("schedule_free") for place in CODE),
+    },
     "MADA hypergradients": {place.format("mada") for place in CODE},
 }
 
@@ -46,7 +51,9 @@ def test_no_formula_is_written_in_one_place_only() -> None:
 
 
 def test_the_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training, pulling, scaling, saving = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    training, pulling, free, scaling, saving = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S
+    )
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(compile(training, "README.md", "exec"), names)
@@ -54,7 +61,8 @@ def test_the_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     model, optimizer = names["model"], names["optimizer"]
     optimizer.zero_grad()
     names |= {"scaler": torch.amp.GradScaler("cpu"), "loss": model(torch.ones(64, 32)).square().mean()}
-    exec(compile(pulling, "README.md", "exec"), {"torch": names["torch"], "model": model})
+    for short in (pulling, free):
+        exec(compile(short, "README.md", "exec"), {"torch": names["torch"], "model": model})
     before = model.weight.detach().clone()
     exec(compile(scaling, "README.md", "exec"), names)
     assert names["norm"] > 0 and not torch.equal(model.weight, before)

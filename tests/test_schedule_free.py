@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import schedulefree
 import torch
 from torch import Tensor
 
-from pace_kernels import PACE, ScheduleFreeAdamW, schedule_free
+from pace_kernels import PACE, ScheduleFreeAdamW, backends, schedule_free
 from pace_kernels.torch_rules.schedule_free import Schedule, advanced, schedule_free_average
 
 CASES: dict[str, dict[str, Any]] = {
@@ -26,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 SHAPES = [(7, 5), (3,), (), (0, 4)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+NATIVE = [name for name, row in backends().items() if row.available and name != "torch"]
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -99,6 +101,16 @@ def test_as_the_package(case: str, dtype: torch.dtype) -> None:
     assert_near(trained(ScheduleFreeAdamW, dtype=dtype, **CASES[case]), theirs, 64)
 
 
+@every_case
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("backend", NATIVE)
+def test_kernels_give_the_bits_of_the_torch_rule(case: str, dtype: torch.dtype, backend: str) -> None:
+    one, other = (trained(ScheduleFreeAdamW, 40, dtype, backend=name, **CASES[case]) for name in (backend, "torch"))
+    for p, q, x, y in zip(one[0], other[0], averages(*one), averages(*other), strict=True):
+        assert torch.equal(p, q) and torch.equal(x, y)
+        assert all(torch.equal(value, other[1].state[q][name]) for name, value in one[1].state[p].items())
+
+
 class Paper:
     """Algorithm 1 for one parameter: x, y and z, each as it is written there."""
 
@@ -162,6 +174,8 @@ def test_use_as_of_the_package() -> None:
     assert theirs.defaults.keys() <= optimizer.defaults.keys()
     ours = {name: optimizer.defaults[name] for name in theirs.defaults}
     assert ours | {"train_mode": False} == theirs.defaults
+    names = [*inspect.signature(schedulefree.AdamWScheduleFree).parameters]
+    assert [*inspect.signature(ScheduleFreeAdamW).parameters][: len(names)] == names
 
 
 @every_case
@@ -345,6 +359,17 @@ def test_a_frozen_parameter_keeps_its_average_as_in_the_package() -> None:
         for grads in gradients(5):
             step(params, optimizer, [None, *grads[1:]])
     assert_near(*pairs, 8)
+
+
+def test_statistics() -> None:
+    assert ScheduleFreeAdamW(weights()).get_step_stats() == {}
+    params, optimizer = trained(ScheduleFreeAdamW, 8, warmup_steps=16, weight_lr_power=1.0)
+    x, y = averages(params, optimizer), [p.detach() for p in params]
+    distance = sum(float((a - b).square().sum()) for a, b in zip(x, y, strict=True)) ** 0.5
+    wanted = {"scheduled_lr": 0.0025 / 2, "share": 8 / 36, "average_distance_norm": distance}
+    assert optimizer.get_step_stats() == pytest.approx(wanted)
+    with optimizer.averaged():
+        assert optimizer.get_step_stats() == pytest.approx(wanted)
 
 
 def test_a_warm_up_from_lr_0_starts_the_average_at_its_first_step() -> None:

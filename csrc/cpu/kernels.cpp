@@ -7,4 +7,4 @@
 #define NAME_(isa) pace_kernels_##isa
 #define NAME(isa) NAME_(isa)
 extern "C" const pace::Kernels NAME(PACE_ISA) = {&pace::sweep<pace::Pace>, &pace::sweep<pace::Mada>,
-                                                 &pace::sweep<pace::Pullback>};
+                                                 &pace::sweep<pace::Pullback>, &pace::sweep<pace::ScheduleFree>};

@@ -42,7 +42,7 @@ using Sweep = void (*)(const Stream* streams, const void* scalars, unsigned flag
                        BlockSums* sums);
 
 struct Kernels {
-  Sweep pace, mada, pullback;
+  Sweep pace, mada, pullback, schedule_free;
 };
 
 }  // namespace pace

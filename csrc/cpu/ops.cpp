@@ -22,5 +22,6 @@ STABLE_TORCH_LIBRARY_IMPL(pace_kernels, CPU, m) {
   m.impl(pace::PaceDefinition::kOp, &pace::step<pace::PaceHost>);
   m.impl(pace::MadaDefinition::kOp, &pace::step<pace::MadaHost>);
   m.impl(pace::PullbackDefinition::kOp, &pace::step<pace::PullbackHost>);
+  m.impl(pace::ScheduleFreeDefinition::kOp, &pace::step<pace::ScheduleFreeHost>);
   m.impl("mada_learn_", TORCH_BOX(&pace::mada_learn_<pace::learn>));
 }

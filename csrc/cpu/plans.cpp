@@ -69,10 +69,11 @@ std::unique_ptr<Part> make_part(TensorList tensors, const std::vector<int64_t>& 
 
 void plan_add(int64_t handle, std::string rule, TensorList tensors, std::vector<int64_t> lengths,
               std::vector<std::optional<Tensor>> extras, std::vector<double> options) {
-  const auto make = rule == PaceDefinition::kOp       ? &make_part<PaceHost>
-                    : rule == MadaDefinition::kOp     ? &make_part<MadaHost>
-                    : rule == PullbackDefinition::kOp ? &make_part<PullbackHost>
-                                                      : nullptr;
+  const auto make = rule == PaceDefinition::kOp           ? &make_part<PaceHost>
+                    : rule == MadaDefinition::kOp         ? &make_part<MadaHost>
+                    : rule == PullbackDefinition::kOp     ? &make_part<PullbackHost>
+                    : rule == ScheduleFreeDefinition::kOp ? &make_part<ScheduleFreeHost>
+                                                          : nullptr;
   STD_TORCH_CHECK(make != nullptr, "there is no rule ", rule);
   const auto plan = plan_of(handle);
   plan->parts.push_back(make(std::move(tensors), lengths, extras, options));

@@ -111,6 +111,29 @@ struct PullbackHost {
   }
 };
 
+struct ScheduleFreeHost {
+  using D = ScheduleFreeDefinition;
+  using Scalars = ScheduleFreeScalars;
+  static constexpr D::Operand kFresh = D::kG;
+  static constexpr Sweep Kernels::* kSweep = &Kernels::schedule_free;
+
+  ScheduleFreeOptions o;
+  const float factor;
+
+  ScheduleFreeHost(const Call<D>& a, const GradScaling& scaling) : o(options_now(a)), factor(grad_factor(scaling)) {
+    if (const double* const now = a.numbers(D::kSchedule)) o.count = now[0], o.share = now[1];
+  }
+
+  static unsigned flags(double) { return 0; }
+  static bool walks(unsigned) { return true; }
+  static bool sums(unsigned) { return false; }
+  static bool same_memory(size_t) { return true; }
+  void fill(Scalars& to, double, size_t) const { to = schedule_free_scalars(o, factor); }
+  static void clear() {}
+  static void remember(size_t) {}
+  static void finish(const std::vector<double>&, const std::vector<BlockSums>&) {}
+};
+
 struct MadaHost {
   using D = MadaDefinition;
   using Scalars = MadaTileScalars;

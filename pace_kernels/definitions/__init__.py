@@ -4,5 +4,6 @@ from .kit import Definition
 from .mada import MADA
 from .pace import PACE
 from .pullback import PULLBACK
+from .schedule_free import SCHEDULE_FREE
 
-DEFINITIONS: dict[str, Definition] = {definition.op: definition for definition in (PACE, MADA, PULLBACK)}
+DEFINITIONS: dict[str, Definition] = {definition.op: definition for definition in (PACE, MADA, PULLBACK, SCHEDULE_FREE)}

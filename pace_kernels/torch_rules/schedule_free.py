@@ -131,9 +131,9 @@ def schedule_free_rule(s: ScheduleFreeScalars, g: Tensor, y: Tensor, v: Tensor, 
     return ScheduleFreeStep(averaged(y, z, s.share) - s.y_size * u, v, z - s.z_size * u)
 
 
-def schedule_free_average(y: Tensor, z: Tensor, beta1: float) -> Tensor:
+def schedule_free_average(y: Tensor, z: Tensor, beta1: float, out: Tensor | None = None) -> Tensor:
     """x, in the dtype of z."""
-    return torch.lerp(y.to(z.dtype), z.to(y.device), 1.0 - 1.0 / beta1)
+    return torch.lerp(y.to(z.dtype), z.to(y.device), 1.0 - 1.0 / beta1, out=out)
 
 
 def schedule_free_weights(x: Tensor, z: Tensor, beta1: float) -> Tensor:

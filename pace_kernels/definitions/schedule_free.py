@@ -1,0 +1,30 @@
+"""Schedule-free AdamW: gradients at y, between the steps z and their weighted mean. The rule:
+csrc/rules/schedule_free.h."""
+
+from .kit import AT_LEAST_ONE, BELOW_ONE, NONNEGATIVE, POSITIVE, UNIT, Definition, Extra, Operand, Option
+
+# The numbers of the tensor `schedule`, in place of the options of these names where only the device knows them.
+SCHEDULE = ("count", "share")
+
+SCHEDULE_FREE = Definition(
+    op="schedule_free_step_",
+    name="ScheduleFree",
+    lists=(
+        Operand("y", "params", "weight"),
+        Operand("g", "grads", "gradient", writes="false", mutable=False),
+        Operand("v", "exp_avg_sqs"),
+        Operand("z", "zs"),
+    ),
+    options=(
+        Option("lr", "float", NONNEGATIVE),
+        Option("beta1", "float", BELOW_ONE),
+        Option("beta2", "float", BELOW_ONE),
+        Option("eps", "float", POSITIVE),
+        Option("weight_decay", "float", NONNEGATIVE),
+        Option("count", "float", AT_LEAST_ONE),
+        Option("share", "float", UNIT),
+        Option("maximize", "bool"),
+    ),
+    flags=(),
+    extras=(Extra("schedule", len(SCHEDULE), written=False),),
+)
