@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import host
 import torch
 from baselines import TENSORS_PER_GRAPH, AutogradMADA, CompiledPACE, EagerPACE
 from harness import (
@@ -442,6 +443,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of step.json and step.png")
+    parser.add_argument("--host", action="store_true", help="what a step costs on the host instead (host.py)")
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes, 3 rounds, no torch.compile: a test, no numbers"
     )
@@ -453,6 +455,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
+    if arguments.host:
+        host.main(arguments.out, quick=arguments.quick)
+        return
     device = arguments.device
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
