@@ -29,7 +29,7 @@ CPP := $(CSRC) $(shell find tests -name '*.cpp')
 .PHONY: demo quick test test-full lint format bench bench-peers convex theory pace mada results roofline occupancy gpu wheel clean
 
 demo: $(VENV)/.bench
-	$(BIN)/python bench/train_lm.py
+	$(BIN)/python examples/train_lm.py
 
 test: lint $(HEADERS)/.ready $(if $(filter 1,$(CUDA)),$(CUDA_VENV)/.torch-$(CUDA_TORCH)) $(if $(filter 1,$(XLA)),$(XLA_VENV)/.ready)
 	$(PYTEST)
@@ -61,18 +61,18 @@ bench-peers: $(PEERS_VENV)/.peers
 	$(PEERS_VENV)/bin/python bench/bench_peers.py $(PEERS)
 
 convex: $(VENV)/.bench
-	$(BIN)/python bench/convex.py
+	$(BIN)/python research/convex.py
 
 theory: $(VENV)/.bench
-	$(BIN)/python bench/theory.py
+	$(BIN)/python research/theory.py
 
 # PACE beside AdamW + EMA and schedule-free AdamW, into out/experiments: 40 minutes on 2 cores; what is done is kept.
 pace: $(VENV)/.bench
-	$(BIN)/python bench/experiments/pace.py
+	$(BIN)/python research/pace.py
 
 # MADA beside the optimizers that it contains, into out/experiments: 25 minutes on 2 cores; what is done is kept.
 mada: $(VENV)/.bench
-	$(BIN)/python bench/experiments/mada.py
+	$(BIN)/python research/mada.py
 
 # bench/results/README.md, its figures and the tables in README.md that come from there, from the JSON files alone.
 results: $(VENV)/.bench
@@ -88,7 +88,7 @@ occupancy: $(VENV)/.test $(CUDA_VENV)/.torch-$(CUDA_TORCH)
 # On a machine with a GPU, with its own PYTHON and nothing downloaded: build, tests, benchmark, in BUDGET seconds.
 BUDGET ?= 540
 gpu:
-	$(PYTHON) bench/gpu.py --budget $(BUDGET)
+	$(PYTHON) tools/gpu.py --budget $(BUDGET)
 
 # What is published, into dist/: the source archive and the wheel, with the CUDA kernels (CUDA=0: without).
 WHEEL_VENV := $(if $(filter 1,$(CUDA)),$(CUDA_VENV),$(VENV))

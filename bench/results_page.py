@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 BENCH = Path(__file__).resolve().parent
-sys.path[:0] = [str(BENCH), str(BENCH / "experiments")]
+sys.path[:0] = [str(BENCH.parent / folder) for folder in ("bench", "examples", "research", "tools")]
 
 
 @dataclass(frozen=True)
@@ -260,11 +260,11 @@ SECTIONS = (
     Section("Steps on a CPU", "step.json", "python bench/bench_step.py --out bench/results", step),
     Section("Steps on a GPU", "gpu-*.json", "make gpu", gpu),
     Section("Whole training steps", "throughput-*.json", "python bench/throughput.py --out bench/results", throughput),
-    Section("PACE at small scale", "pace.json", "python bench/experiments/pace.py --out bench/results", pace),
-    Section("MADA at small scale", "mada.json", "python bench/experiments/mada.py --out bench/results", mada),
+    Section("PACE at small scale", "pace.json", "python research/pace.py --out bench/results", pace),
+    Section("MADA at small scale", "mada.json", "python research/mada.py --out bench/results", mada),
     Section("The demo", "demo.json", "make demo; cp out/results.json bench/results/demo.json", demo),
-    Section("Adam at the wrong end", "convex.json", "python bench/convex.py --out bench/results", convex),
-    Section("What the theory says", "theory.json", "python bench/theory.py --out bench/results", theory),
+    Section("Adam at the wrong end", "convex.json", "python research/convex.py --out bench/results", convex),
+    Section("What the theory says", "theory.json", "python research/theory.py --out bench/results", theory),
     Section("Shards", "sharded.json", "python bench/bench_sharded.py --out bench/results", sharded),
 )
 

@@ -2,10 +2,10 @@
 
     python bench/throughput.py [--device cuda] [--out out/bench] [--size gpt2]
 
-All optimizers train the same model (`gpt.py`) in turn, a few steps each, in an order that is shuffled in every round;
-reported are medians and quartiles over the rounds, and ratios round by round (`harness.py`). On a GPU the model is
-GPT-2 124M with float32 weights under bfloat16 autocast, 8 sequences of 1,024 tokens; on the CPU it is `train_lm.py`'s.
-Tokens are random: what is timed does not depend on them.
+All optimizers train the same model (`examples/gpt.py`) in turn, a few steps each, in an order that is shuffled in every
+round; reported are medians and quartiles over the rounds, and ratios round by round (`harness.py`). On a GPU the model
+is GPT-2 124M with float32 weights under bfloat16 autocast, 8 sequences of 1,024 tokens; on the CPU it is that of
+`examples/train_lm.py`. Tokens are random: what is timed does not depend on them.
 
 Peak memory is of one optimizer alone: a training step with its states and no others', by torch's allocator.
 """
@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import torch
 from bench_step import adamw_and_ema, optimizer

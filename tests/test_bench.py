@@ -1,4 +1,4 @@
-"""The scripts under bench/ run, and count bytes as documented. What they measure is not tested."""
+"""The scripts of bench, examples and research run, and count bytes as documented. What they measure is not tested."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from types import ModuleType
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[1] / "bench"
+ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "bench"
 pytest.importorskip("matplotlib", reason="the scripts under bench/ draw")
 
 
 @pytest.mark.parametrize(
     ("script", "written"),
     [
-        ("bench_step.py", ("step.json", "step.png")),
-        ("bench_sharded.py", ("sharded.json",)),
-        ("convex.py", ("convex.json", "convex.png")),
-        ("theory.py", ("theory.json", "theory.png")),
-        ("train_lm.py", ("results.json", "loss.png")),
+        ("bench/bench_step.py", ("step.json", "step.png")),
+        ("bench/bench_sharded.py", ("sharded.json",)),
+        ("research/convex.py", ("convex.json", "convex.png")),
+        ("research/theory.py", ("theory.json", "theory.png")),
+        ("examples/train_lm.py", ("results.json", "loss.png")),
     ],
 )
 def test_script_runs_and_leaves_its_files(script: str, written: tuple[str, ...], tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, str(BENCH / script), "--quick", "--out", str(tmp_path)],
-        cwd=BENCH.parent,
+        [sys.executable, str(ROOT / script), "--quick", "--out", str(tmp_path)],
+        cwd=ROOT,
         # Greek letters in tables, whatever the locale. One thread: on a busy machine, which a test must bear, several
         # spend their time waiting for each other.
         env={**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},

@@ -1,4 +1,4 @@
-"""bench/experiments/mada.py: what it runs, that it goes on where it was, and that its sentences follow the numbers."""
+"""research/mada.py: what it runs, that it goes on where it was, and that its sentences follow the numbers."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "experiments"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "research"))
 pytest.importorskip("sklearn")
 import mada
 import runs

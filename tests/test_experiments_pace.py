@@ -15,7 +15,7 @@ import pytest
 
 import pace_kernels
 
-FOLDER = Path(__file__).parents[1] / "bench/experiments"
+FOLDER = Path(__file__).parents[1] / "research"
 
 
 @pytest.fixture

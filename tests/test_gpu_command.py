@@ -15,12 +15,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-BENCH = ROOT / "bench"
+TOOLS = ROOT / "tools"
 ENVIRONMENT = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
 
 
 def dry_run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCH / "gpu.py"), "--device", "cpu", "--dry-run", "--no-build", "--out", str(out)]
+    command = [sys.executable, str(TOOLS / "gpu.py"), "--device", "cpu", "--dry-run", "--no-build", "--out", str(out)]
     return subprocess.run(
         [*command, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=300
     )
@@ -28,7 +28,7 @@ def dry_run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.syspath_prepend(str(TOOLS))
     yield pytest.importorskip("gpu")
 
 
@@ -163,7 +163,7 @@ def test_a_row_that_ends_its_process_is_left_out_by_the_next_one(
     monkeypatch.setattr(
         subprocess,
         "Popen",
-        lambda command, **o: popen([command[0], str(script), str(BENCH), how, *command[2:]], **o),
+        lambda command, **o: popen([command[0], str(script), str(TOOLS), how, *command[2:]], **o),
     )
     summary = gpu.run_benchmark(report, ENVIRONMENT, gpu.time.time() + 200.0)
     found = gpu.load(report)

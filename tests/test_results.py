@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
+SCRIPTS = [ROOT / folder for folder in ("bench", "examples", "research", "tools")]
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def results_page(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     yield results_page
     sys.path[:] = path
     for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(ROOT / "bench")):
+        if Path(getattr(sys.modules[name], "__file__", None) or "").parent in SCRIPTS:
             del sys.modules[name]
 
 

@@ -94,7 +94,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "research"))
 import quadratics
 from quadratics import autoregression, is_stable, limiting_error
 

@@ -1,9 +1,9 @@
 """MADA beside the optimizers that it contains, at a scale that two cores can repeat: what holds of its paper here?
 
-    python bench/experiments/mada.py            runs what is missing (25 minutes on 2 cores), tables, figures
-    python bench/experiments/mada.py --render   tables and figures of what is there
-    python bench/experiments/mada.py --time     times and memory, on an idle machine
-    python bench/experiments/mada.py --quick    few and short runs into out/quick, to see that it works
+    python research/mada.py            runs what is missing (25 minutes on 2 cores), tables, figures
+    python research/mada.py --render   tables and figures of what is there
+    python research/mada.py --time     times and memory, on an idle machine
+    python research/mada.py --quick    few and short runs into out/quick, to see that it works
 
 Two tasks: the small GPT of `lm.py`, and a small CNN on scikit-learn's handwritten digits. All optimizers see the same
 batches under the same cosine schedule, each at the best of equally many learning rates, a factor of 2 apart (Lion's are
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import harness
 import lm

@@ -1,7 +1,7 @@
 """Adam at the wrong end of a convex problem, and MADA that learns its way out: MADA's section C.3.
 
-    python bench/convex.py            a table, out/convex.png and out/convex.json in about a minute on 2 cores
-    python bench/convex.py --quick    three thousand steps, to see that it works
+    python research/convex.py            a table, out/convex.png and out/convex.json in about a minute on 2 cores
+    python research/convex.py --quick    three thousand steps, to see that it works
 
 The problem is Reddi, Kale and Kumar's ("On the Convergence of Adam and Beyond", ICLR 2018): f_t(x) = 1010 x when
 t mod 101 = 1, else −10 x, on [−1, 1]. Over a cycle the sum is +10 x, so the best point is −1; but the rare large
@@ -23,11 +23,14 @@ import argparse
 import json
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import plots
 import torch

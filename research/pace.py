@@ -1,8 +1,8 @@
 """PACE beside AdamW and AdamW + EMA on a small language model: what the paper claims, at our scale.
 
-    python bench/experiments/pace.py             what is not run yet, then tables and figures; 40 minutes on 2 cores
-    python bench/experiments/pace.py --render    tables and figures from what is there
-    python bench/experiments/pace.py --quick     a few short runs into out/quick, to see that it works
+    python research/pace.py             what is not run yet, then tables and figures; 40 minutes on 2 cores
+    python research/pace.py --render    tables and figures from what is there
+    python research/pace.py --quick     a few short runs into out/quick, to see that it works
 
 Five stages (`lm.py` says what is trained; betas (0.9, 0.95), weight decay 0.1 on matrices, gradients clipped to 1):
 
@@ -39,7 +39,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import lm
 import plots

@@ -1,9 +1,9 @@
 """Everything that a machine with a GPU can tell, in one command: what `make gpu` runs.
 
-    python bench/gpu.py [--budget 540]
+    python tools/gpu.py [--budget 540]
 
 With the Python that runs it, and nothing downloaded: builds the extension in place, runs the tests that need a GPU
-(tests/gpu), then times PACE and MADA beside AdamW and others (`harness.py` says how). All within a time budget in
+(tests/gpu), then times PACE and MADA beside AdamW and others (`bench/harness.py` says how). All within a time budget in
 seconds: the build may take up to 40 % of it, tests up to 70 %, and the benchmark has the rest, the most telling rows
 first. A failure of the build or of tests does not keep the rest from running, nor does a row that fails: it becomes a
 row with the reason. What was found is in `gpu-<device>.json`, a file that is complete JSON at any moment, in
@@ -33,6 +33,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import torch
 from harness import (
@@ -624,7 +626,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         save(report, path)
         print("\n".join(f"  {b}: {what}" for b, what in report["machine"]["backends"].items()), flush=True)
 
-        environment["PYTHONPATH"] += os.pathsep + str(ROOT / "bench")
         summary = run_benchmark(path, environment, start + arguments.budget - RESERVE_S)
         report = load(path)
         report["stages"]["benchmark"] = {"summary": summary, "seconds": time.time() - start}

@@ -1,9 +1,9 @@
 """What theory says of a constant pullback: how much closer to the minimum the average ends, over gain and curvature.
 
-    python bench/theory.py            a table, out/bench/theory.png and out/bench/theory.json, in 15 seconds
-    python bench/theory.py --quick    few coordinates and steps, to see that it works
+    python research/theory.py            a table, out/bench/theory.png and out/bench/theory.json, in 15 seconds
+    python research/theory.py --quick    few coordinates and steps, to see that it works
 
-SGD with a constant gain on noisy quadratics: the closed form of bench/quadratics.py (derived in tests/test_theory.py)
+SGD with a constant gain on noisy quadratics: the closed form of quadratics.py (derived in tests/test_theory.py)
 and simulations with the kernels. Left: V(Π) / V(0), the limiting error of the average with the gain Π over that
 without it, at the averaging weight β = 0.01. Middle: closed form and simulation, bars of two standard errors. Right:
 Proposition 3, and what it costs: the dashed line has no pullback, and averages so long that it forgets the start as Π
@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import numpy as np
 import plots

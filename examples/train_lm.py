@@ -1,7 +1,7 @@
 """Train a small language model with AdamW, AdamW + EMA, PACE and MADA, and compare what each hands back.
 
-    python bench/train_lm.py            a table, out/loss.png and out/results.json in under 6 minutes on 2 cores
-    python bench/train_lm.py --quick    the same in a few seconds, to see that it works
+    python examples/train_lm.py            a table, out/loss.png and out/results.json in under 6 minutes on 2 cores
+    python examples/train_lm.py --quick    the same in a few seconds, to see that it works
 
 The text is the source of Python's standard library, or a file of your own (--data). Every optimizer starts from the
 same weights, sees the same batches, and is tried at the same learning rates, constant after a short warm-up. Each row
@@ -26,6 +26,8 @@ from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import torch
 from gpt import GPT, GPTConfig

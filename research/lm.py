@@ -1,6 +1,6 @@
 """The task of the experiments on language: a GPT of 0.12 M parameters on the source of Python's standard library.
 
-The demo's model and text (`train_lm.py`), smaller, so that a run of 400 steps takes some 10 seconds of one core:
+The model and text of `examples/train_lm.py`, smaller, so that a run of 400 steps takes some 10 seconds of one core:
 2 layers, width 64, batches of 4 windows of 128 bytes. Losses are in nats per byte, on 64 windows of held-out files.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from gpt import GPT, GPTConfig
 from train_lm import GRADIENT_NORM, Corpus, parameter_groups, stdlib_corpus, validation_loss, validation_set, windows
