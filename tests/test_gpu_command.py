@@ -28,6 +28,7 @@ def dry_run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     monkeypatch.syspath_prepend(str(TOOLS))
     yield pytest.importorskip("gpu")
 

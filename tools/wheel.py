@@ -45,8 +45,8 @@ def wheel_of(archive: Path, out: Path, build_temp: Path, python: str = sys.execu
         with tarfile.open(archive) as opened:
             opened.extractall(folder, filter="data")
         (tree,) = Path(folder).iterdir()
-        build = ["build", "--build-temp", str(build_temp.resolve()), "bdist_wheel", "--skip-build", "--dist-dir", "made"]
-        run([python, "setup.py", "-q", *build], cwd=tree)
+        build = ["build", "--build-temp", str(build_temp.resolve())]
+        run([python, "setup.py", "-q", *build, "bdist_wheel", "--skip-build", "--dist-dir", "made"], cwd=tree)
         return copied(tree / "made", out)
 
 

@@ -7,6 +7,7 @@ import math
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from ptx import Memory, PtxError, parse, run
 
 NVCC = shutil.which("nvcc")
@@ -1682,3 +1684,11 @@ def step_kernel(p_ptr, g_ptr, sums_ptr, n, lr, BLOCK: tl.constexpr):
         assert memory.download(addresses[2]).tolist() == sums
         assert stats["ld_bytes_by_width"] == {16: 6 * n}
         assert stats["st_bytes_by_buffer"][addresses[0]] == 4 * n
+
+
+def test_the_interpreter_needs_numpy_alone() -> None:
+    probe = "import numpy, sys; before = set(sys.modules); import ptx; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run(
+        [sys.executable, "-c", probe], cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True
+    )
+    assert {name.partition(".")[0] for name in done.stdout.split()} <= {"ptx", "numpy", *sys.stdlib_module_names}
