@@ -25,7 +25,7 @@ from .whole import Call, at_once, each
 
 # What a group counts from step to step, by the names and with the first values of the package `schedulefree`.
 _COUNTED: Group = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0, "scheduled_lr": 0.0}
-_LACKING, _HAVING = ("cuda", "triton"), ("cpu", "torch")  # backends
+_LACKING, _HAVING = ("cuda",), ("triton", "cpu", "torch")  # backends
 
 
 class ScheduleFreeAdamW(KernelOptimizer):

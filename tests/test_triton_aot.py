@@ -22,9 +22,10 @@ from triton.backends.compiler import GPUTarget
 
 LARGEST = (
     *("pace float32", "pace bfloat16 stats", "mada float32", "mada bfloat16 pulled capturable", "pullback float32"),
-    "pullback bfloat16 stats",
+    *("pullback bfloat16 stats", "schedule_free float32"),
 )
 OTHERS = (
+    *("schedule_free bfloat16", "schedule_free bfloat16/float32", "schedule_free scalars on device"),
     *("pace bfloat16", "pace float32 AdamW", "pace float32 unaligned stats", "pace bfloat16/float32", "pace float16"),
     *("mada float32 fixed", "mada bfloat16 AdamW", "mada float32 unaligned", "mada float32 hyperadam"),
     *("pullback bfloat16", "pullback float32 average", "pullback float32 constant", "pullback bfloat16/float32"),
@@ -41,12 +42,15 @@ OPERANDS = {
     "pullback float32": (4, 2),
     "pullback float32 constant": (3, 2),
     "pullback float32 average": (2, 1),
+    "schedule_free float32": (4, 3),
 }
 # With bfloat16 weights and gradients PACE's threads have eight elements: one access of 16 bytes for them, two for every
 # float32 operand. MADA's have four: 8 bytes for weights and gradients (launch.py).
 NARROW = {
     "pullback bfloat16": (3 + 2, 1 + 2),
     "pullback bfloat16/float32": (2 + 4, 1 + 2),
+    "schedule_free bfloat16": (2 + 4, 1 + 4),
+    "schedule_free bfloat16/float32": (1 + 6, 1 + 4),
     "pace bfloat16": (2 + 6, 1 + 6),
     "pace float16": (2 + 6, 1 + 6),
     "pace bfloat16/float32": (1 + 8, 1 + 6),
@@ -58,6 +62,7 @@ EXACT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 REGISTERS = {"pace": 64, "pace bfloat16": 80, "pace float16": 80, "pace bfloat16/float32": 80}
 REGISTERS |= {"pace bfloat16 stats": 128, "mada": 168}
 REGISTERS |= {"pullback": 64, "pullback bfloat16": 80, "pullback bfloat16/float32": 80, "pullback bfloat16 stats": 128}
+REGISTERS |= {"schedule_free": 48, "schedule_free bfloat16": 80, "schedule_free bfloat16/float32": 80}
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 
 
@@ -98,7 +103,7 @@ def test_nvidia(target: str, tmp_path: Any) -> None:
         used = resources(kernel.asm["cubin"], tmp_path)
         assert used["STACK"] + used["LOCAL"] <= (0 if EXACT else 64), name
         rule = name.split()[0]
-        if rule in ("pace", "mada", "pullback") and "scalars" not in name and EXACT:
+        if rule in ("pace", "mada", "pullback", "schedule_free") and "scalars" not in name and EXACT:
             assert used["REG"] <= REGISTERS.get(name, REGISTERS[rule]) + 16 * ("stats" in name), (name, used)
 
 

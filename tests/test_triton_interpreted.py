@@ -23,6 +23,7 @@ import step_count_cases
 import test_mada_native
 import test_native
 import test_pullback_native
+import test_schedule_free
 from pace_kernels.triton_kernels import ops, scalars, table
 from test_mada_native import LEARN
 from triton.runtime import interpreter
@@ -146,6 +147,11 @@ def test_pullback(case: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found[0][1], found[1][1], rtol=80 * 2**-24, atol=0)
     silent = pullback_cases.train(ops.pullback_, pullback_cases.CASES[case], dtype, 3)
     pullback_cases.assert_same_lists(found[0][0], silent)
+
+
+@pytest.mark.parametrize(("case", "dtype"), pairs(test_schedule_free.CASES))
+def test_of_schedule_free(case: str, dtype: torch.dtype) -> None:
+    test_schedule_free.test_kernels_give_the_bits_of_the_torch_rule(case, dtype, "triton")
 
 
 @pytest.mark.parametrize("message", test_pullback_native.REFUSED)

@@ -72,7 +72,7 @@ class Gpu:
         stats = run(compiled.asm["ptx"], None, programs, block, numbers, memory, compiled.metadata.shared,
                     order=self.random)  # fmt: skip
         swept = {addresses[t.data_ptr()] for t in self.known if t.numel() > 0}
-        if kernel.__name__ in ("_pace_kernel", "_mada_kernel"):
+        if kernel.__name__ in ("_pace_kernel", "_mada_kernel", "_schedule_free_kernel"):
             for key in ("ld_bytes_by_buffer", "st_bytes_by_buffer"):
                 self.bytes += sum(n for address, n in stats[key].items() if address in swept)
         for host, (here, t) in tensors.items():
@@ -163,6 +163,32 @@ def test_pace(gpu: Gpu, dtype: torch.dtype, form: str) -> None:
         assert gpu.bytes == steps * bytes_of(ours, (*moved, "grads"), moved, warps=8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@on((90, "aligned"), (90, "misaligned"), (80, "schedule on device"))
+def test_schedule_free(gpu: Gpu, dtype: torch.dtype, form: str) -> None:
+    misaligned = form == "misaligned"
+    ours: dict[str, Any] = {
+        "params": tensors(dtype, 0, misaligned),
+        "grads": tensors(dtype, 1, misaligned, "scales"),
+        "exp_avg_sqs": tensors(torch.float32, 3, misaligned, "squares"),
+        "zs": tensors(torch.float32, 4, misaligned),
+        "steps": [torch.tensor(4.0) for _ in SIZES],
+    }
+    options = {name: PACE_OPTIONS[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize")}
+    options |= {"count": 6.0, "share": 0.25, "capturable": True}
+    if form == "schedule on device":
+        ours["schedule"] = torch.tensor([9.0, 0.125], dtype=torch.float64)
+        options["lr_tensor"] = torch.tensor(0.02)
+    theirs = {name: copied(value) for name, value in ours.items()}
+    for _ in range(2):
+        gpu.call(ops.schedule_free_step_, *ours.values(), **options)
+        torch.ops.pace_kernels.schedule_free_step_(*theirs.values(), **options)
+    assert_same(ours, theirs)
+    if form == "aligned":
+        moved = ("params", "exp_avg_sqs", "zs")
+        assert gpu.bytes == 2 * bytes_of(ours, (*moved, "grads"), moved, warps=8)
+
+
 def mada_operands(dtype: torch.dtype, misaligned: bool) -> dict[str, Any]:
     ours: dict[str, Any] = {
         name: tensors(torch.float32, seed, misaligned, "squares" if "sqs" in name else "")
@@ -214,8 +240,8 @@ def test_mada(gpu: Gpu, dtype: torch.dtype, form: str) -> None:
 
 
 def test_bytes_a_parameter(gpu: Gpu) -> None:
-    """float32: PACE 36, 32 while the average rests but pulls, 28 without one; MADA 64 with everything learned, where
-    the caller exchanges the two gradients."""
+    """float32: PACE 36, 32 while the average rests but pulls, 28 without one; schedule-free AdamW 28; MADA 64 with
+    everything learned, where the caller exchanges the two gradients."""
     n = 4096 + 16 * 33
 
     def one() -> list[torch.Tensor]:
@@ -224,6 +250,11 @@ def test_bytes_a_parameter(gpu: Gpu) -> None:
     def pace(freq: int, pull: float) -> None:
         options = {**PACE_OPTIONS, "lambda_pullback": pull, "ema_update_freq": freq}
         gpu.call(ops.pace_step_, one(), one(), one(), one(), one(), [torch.tensor(4.0)], **options)
+
+    def schedule_free() -> None:
+        options = {name: PACE_OPTIONS[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize")}
+        lists = one(), one(), one(), one(), [torch.tensor(4.0)]
+        gpu.call(ops.schedule_free_step_, *lists, **options, count=5.0, share=0.2, capturable=False)
 
     def mada() -> None:
         lists = {name: one() for name in LISTS} | {"emas": [], "steps": [torch.tensor(4.0)]}
@@ -236,6 +267,7 @@ def test_bytes_a_parameter(gpu: Gpu) -> None:
         (32, lambda: pace(3, 5.0)),
         (36, lambda: pace(1, 0.0)),
         (28, lambda: pace(3, 0.0)),
+        (28, schedule_free),
         (64, mada),
     ):
         gpu.bytes = 0

@@ -19,8 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import learn_kernel, scalars, sums
-from .launch import MADA, PACE, PULLBACK, Sweep, Target, compile_options
+from . import learn_kernel, scalars, schedule_free_kernel, sums
+from .launch import MADA, PACE, PULLBACK, SCHEDULE_FREE, Sweep, Target, compile_options
 from .table import Part
 
 # Types of the kernels' arguments that are not numbers in float64 and not compiled in.
@@ -38,6 +38,7 @@ _POINTERS = {
     "hyper_step_ptr": "*fp64",
     "sums_ptr": "*fp64",
     "options_ptr": "*fp64",
+    "schedule_ptr": "*fp64",
     "lr_ptr": "*fp32",
     "grad_scale_ptr": "*fp32",
     "clip_coef_ptr": "*fp32",
@@ -111,6 +112,7 @@ def _sweeps() -> dict[str, Variant]:
             add(f"pullback {name}{label}", PULLBACK, part, STATS=False, **flags, **absent)
             if label == "":
                 add(f"pullback {name} stats", PULLBACK, part, STATS=True, **flags)
+        add(f"schedule_free {name}", SCHEDULE_FREE, part, found_inf_ptr=None)
         for label, (lag, diff, second, lion, adam) in _MADA_FLAGS.items():
             flags = {"LAG": lag, "DIFF": diff, "SECOND": second, "LION": lion, "ADAM": adam}
             absent = {} if lag else {"factors_ptr": None, "rows_ptr": None, "found_inf_ptr": None}
@@ -128,6 +130,8 @@ def variants() -> dict[str, Variant]:
         where = " on device" if on_device else ""
         absent = {} if on_device else {"lr_ptr": None, "grad_scale_ptr": None, "found_inf_ptr": None}
         found[f"pace scalars{where}"] = Variant(scalars._pace_scalars_kernel, {"ON_DEVICE": on_device, **absent})
+        flags = {"ON_DEVICE": on_device, **absent, **({} if on_device else {"schedule_ptr": None})}
+        found[f"schedule_free scalars{where}"] = Variant(schedule_free_kernel._schedule_free_scalars_kernel, flags)
         flags = {"ON_DEVICE": on_device, **{k: v for k, v in absent.items() if k != "grad_scale_ptr"}}
         found[f"pullback scalars{where}"] = Variant(scalars._pullback_scalars_kernel, flags)
         flags = {"ON_DEVICE": on_device, "LAG": True, "GRADS_KEPT": True, **absent}

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..definitions.kit import Definition
+
 FORMATS = {torch.float32, torch.bfloat16, torch.float16}
 FLOAT32_COUNTS = 2.0**24
 _FLOAT32 = {torch.float32}
@@ -96,6 +98,14 @@ def check_doubles(name: str, t: Tensor | None, count: int, device: torch.device)
     if t is not None:
         good = t.device == device and t.is_contiguous() and t.numel() == count and t.dtype == torch.float64
         require(good, f"{name} must be {place(device)}, contiguous, float64, with {count} elements")
+
+
+def check_ranges(definition: Definition, o: dict[str, Any]) -> None:
+    for option in definition.options:
+        allowed, value = option.allowed, o[option.name]
+        if allowed is not None and value is not None:
+            must = f"must lie {allowed.text}" if allowed.text.startswith("in ") else f"must be {allowed.text}"
+            require(allowed.allows(value), f"{option.name} {must}, got {value}")
 
 
 def check_options(o: dict[str, Any]) -> None:

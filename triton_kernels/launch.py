@@ -12,6 +12,7 @@ import torch
 from .mada_kernel import _mada_kernel
 from .pace_kernel import _pace_kernel
 from .pullback_kernel import _pullback_kernel
+from .schedule_free_kernel import _schedule_free_kernel
 from .table import TRITON_DTYPES, Part
 
 
@@ -68,6 +69,7 @@ class Sweep:
 PACE = Sweep(_pace_kernel, warps=8, narrow=8)
 MADA = Sweep(_mada_kernel, warps=4, narrow=4, registers=168)
 PULLBACK = Sweep(_pullback_kernel, warps=8, narrow=8)
+SCHEDULE_FREE = Sweep(_schedule_free_kernel, warps=8, narrow=8)
 
 
 def compile_options(**options: Any) -> dict[str, Any]:

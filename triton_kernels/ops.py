@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import learn_kernel, scalars, sums, table
+from .. import definitions
+from . import learn_kernel, scalars, schedule_free_kernel, sums, table
 from .checks import (
     check_doubles,
     check_length,
@@ -21,11 +22,12 @@ from .checks import (
     check_one,
     check_operands,
     check_options,
+    check_ranges,
     check_steps,
     counts_taken,
     require,
 )
-from .launch import MADA, PACE, PULLBACK, Sweep, launch, target_of
+from .launch import MADA, PACE, PULLBACK, SCHEDULE_FREE, Sweep, launch, target_of
 from .sweep import CHUNK
 from .table import Plan, Uploads, plan, upload
 
@@ -112,6 +114,7 @@ _COLUMNS = {
     "last_grads": table.LAST_G.value,
     "older_grads": table.OLDER_G.value,
     "emas": table.E.value,
+    "zs": table.Z.value,
     "befores": table.BEFORE.value,
     "second_moments": table.G.value,  # in the place of the gradient, since it may be as narrow
 }
@@ -551,3 +554,47 @@ def pullback_(
     _finish(layout, steps, on_device)
     if stats is not None and rows is not None:
         _add_up(sums._sum_stats_kernel, rows, stats, found_inf_ptr=found_inf)
+
+
+@torch.no_grad()
+def schedule_free_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    zs: list[Tensor],
+    steps: list[Tensor],
+    schedule: Tensor | None = None,
+    lr_tensor: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    **options: Any,
+) -> None:
+    """What the operator ``schedule_free_step_`` does."""
+    check_ranges(definitions.SCHEDULE_FREE, options)
+    lists = {"params": params, "grads": grads, "exp_avg_sqs": exp_avg_sqs, "zs": zs}
+    for name, tensors in (lists | {"steps": steps}).items():
+        check_length(name, tensors, params)
+    device = _device(params, schedule)
+    check_doubles("schedule", schedule, 2, device)
+    given = _scaling_arguments(device, lr_tensor, grad_scale, clip_coef, found_inf)
+    on_device = _counts_on_device(options["capturable"], found_inf, device)
+    check_steps(steps, device if on_device else _CPU)
+    _check_lists(lists, device)
+
+    layout = _lay_out(lists, steps, [], on_device, device)
+    width = schedule_free_kernel.SCHEDULE_FREE_WIDTH.value
+    scalar_rows = torch.empty(len(params), width, dtype=torch.float32, device=device)
+    _each_step_count(
+        layout,
+        schedule_free_kernel._schedule_free_scalars_kernel,
+        scalars_ptr=scalar_rows,
+        schedule_ptr=schedule,
+        **given,
+        **{name: float(options[name]) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "share")},
+        step=float(options["count"]),
+        maximize=int(options["maximize"]),
+        ON_DEVICE=on_device,
+    )
+    _sweep(SCHEDULE_FREE, layout, scalars_ptr=scalar_rows, found_inf_ptr=found_inf)
+    _finish(layout, steps, on_device)

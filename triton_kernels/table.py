@@ -29,6 +29,7 @@ G = tl.constexpr(6)
 M = tl.constexpr(7)
 V = tl.constexpr(8)
 E = tl.constexpr(9)
+Z = tl.constexpr(9)  # of schedule-free AdamW, which keeps no average
 N = tl.constexpr(10)
 W = tl.constexpr(11)
 L = tl.constexpr(12)
