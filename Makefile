@@ -38,7 +38,7 @@ test: lint $(HEADERS)/.ready $(if $(filter 1,$(CUDA)),$(CUDA_VENV)/.torch-$(CUDA
 test-full: export PACE_FULL = 1
 test-full: test
 
-# What needs no other environment, no trainers and little time.
+# Linters, and the tests that need no other environment, no nvcc, no trainers and little time: 2 minutes on 2 cores.
 quick: lint
 	$(PYTEST) -m "not slow"
 

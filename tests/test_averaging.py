@@ -99,6 +99,7 @@ CALLS: dict[str, Callable[[Any, torch.nn.Module], None]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_what_a_handler_saves_is_right_at_each_line(kind: str, call: str) -> None:
     """Model and optimizer are saved at every line, loaded elsewhere, and train() is called there."""
     model = Mixed()
@@ -126,6 +127,7 @@ class Stop(BaseException):
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("kind", ["PACE", "Pullback"])
+@pytest.mark.slow
 def test_a_handler_that_raises_at_any_line_loses_nothing(kind: str, call: str) -> None:
     model = Mixed()
     optimizer = trained(kind, model, model.groups())

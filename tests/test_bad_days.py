@@ -490,6 +490,7 @@ def fork(kind: str, threads: int, patience: float = 0.0) -> list[str]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize("kind", ["PACE", "MADA"])
+@pytest.mark.slow
 def test_a_fork_with_one_thread_steps_on(kind: str) -> None:
     """Also after the parent has stepped with several threads; the parent goes on undisturbed, with the same bits."""
     words = fork(kind, 1)
@@ -498,6 +499,7 @@ def test_a_fork_with_one_thread_steps_on(kind: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.slow
 def test_a_fork_with_several_threads_does_as_adamw() -> None:
     """With torch's pool of OpenMP threads the child of a parent that used it waits forever for threads that it does not
     have, whatever operator it calls: AdamW(fused=True) too. Ours may be no worse."""
@@ -516,6 +518,7 @@ class Rows(torch.utils.data.Dataset[Tensor]):
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
 @pytest.mark.parametrize("kind", [PACE, MADA])
+@pytest.mark.slow
 def test_data_loaders_forked_during_training(kind: type) -> None:
     """New workers each epoch, from a process whose threads have stepped: the bits of loading in the process."""
     results = []

@@ -103,6 +103,7 @@ def test_a_truncated_file_does_not_load(script: str) -> None:
     assert snapshot(training) == before
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found() -> None:
     """torch.load does not look at the checksums of the file, and finds only what it can't read. The README says what
     to do: zipfile finds all of them. What does not load changes nothing."""
@@ -152,6 +153,7 @@ while True:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 @pytest.mark.parametrize("atomic", [True, False])
+@pytest.mark.slow
 def test_a_save_that_is_killed(atomic: bool, tmp_path: Path) -> None:
     """With the README's recipe, a whole checkpoint is there at any time. Without it, a file that was cut off: that is
     what the test below loads, at every length."""
@@ -311,6 +313,7 @@ CASES = [("PACE", how) for how in BOTH] + [("MADA, pulled", how) for how in (*BO
 
 
 @pytest.mark.parametrize(("script", "how"), CASES)
+@pytest.mark.slow
 def test_what_does_not_fit_changes_nothing(script: str, how: str) -> None:
     change, message = {**BOTH, **OF_MADA}[how]
     for swapped in (False, True):

@@ -120,6 +120,7 @@ def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 SCRIPTS = ["PACE", "PACE, capturable, lr a tensor", "MADA, pulled", "MADA, by group", "Adan"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 @given(data=st.data(), swapped=st.booleans())
 @settings(max_examples=150, deadline=None)

@@ -373,6 +373,7 @@ def happen(training: Training, index: int, event: tuple[Any, ...]) -> None:
         getattr(training.optimizer, name)()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 @given(dtype=st.sampled_from(DTYPES), happens=st.lists(events, min_size=3, max_size=14))
 @settings(max_examples=80, deadline=None)
@@ -394,6 +395,7 @@ def test_any_training_ends_where_it_ends_without_saving(
 
 @pytest.mark.parametrize("how", WHOLE_SAVES)
 @pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.slow
 def test_distributed_checkpoints_in_files(script: str, how: str) -> None:
     """Of a fresh optimizer they fill what it has, so that here no parameter is without states."""
     dtype = DTYPES[list(SCRIPTS).index(script) % len(DTYPES)]

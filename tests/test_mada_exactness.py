@@ -158,6 +158,7 @@ def assert_on_the_path(
 @pytest.mark.parametrize(
     ("case", "problem"), [(case, p) for case in CASES for p in PROBLEMS if p == "quadratic" or "alone" not in case]
 )
+@pytest.mark.slow
 def test_trajectories_are_those_of_autograd(case: str, problem: str) -> None:
     everything = [0, 1] if problem == "quadratic" else [0, 1, 2]
     optimizer = assert_on_the_path(problem, [everything], [CASES[case]])
@@ -170,6 +171,7 @@ def test_trajectories_are_those_of_autograd(case: str, problem: str) -> None:
 
 @pytest.mark.parametrize("coefficients", ["global", "group"])
 @pytest.mark.parametrize("rest", [0, 1, 2])
+@pytest.mark.slow
 def test_groups_and_resting_parameters(coefficients: str, rest: int) -> None:
     options = [{**INSIDE, **FAST}, {**INSIDE, **FAST, "lr": 1e-2, "weight_decay": 0.0, "eps": 1e-6}]
     if coefficients == "group":
@@ -177,6 +179,7 @@ def test_groups_and_resting_parameters(coefficients: str, rest: int) -> None:
     assert_on_the_path("network", [[2, 0], [1]], options, coefficients, rest)
 
 
+@pytest.mark.slow
 def test_the_cases_move_the_coefficients() -> None:
     """Otherwise the tests above would compare constants."""
     for case in ("all, inside", "clip", "bounds", "momentum"):

@@ -50,12 +50,14 @@ def run_in_a_process(isa: str, threads: int, coefficients: str) -> tuple[str, st
     return tuple(json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout))
 
 
+@pytest.mark.slow
 def test_threads_do_not_change_a_bit_nor_does_another_run() -> None:
     first, *others = (run_in_a_process(_C.cpu_isa(), threads, "learn") for threads in (1, 1, 2, 3))
     assert all(other == first for other in others)  # the sums too: compared as printed, to the last digit
     assert any(value != 0.0 for row in first[2] for value in row.values())
 
 
+@pytest.mark.slow
 def test_instruction_sets_give_the_same_bits() -> None:
     baseline = run_in_a_process("baseline", 1, "rest")
     for isa in processor_isas()[1:]:

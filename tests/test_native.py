@@ -75,6 +75,7 @@ def runs() -> dict[tuple[str, int], tuple[str, str, list[dict[str, float]]]]:
     return {key: run_in_a_process(*key) for key in sorted(wanted)}
 
 
+@pytest.mark.slow
 def test_threads_do_not_change_a_bit(runs: dict) -> None:
     isa = _C.cpu_isa()
     assert runs[isa, 1] == runs[isa, 2] == runs[isa, 3]  # statistics too: compared as printed, to the last digit
@@ -137,6 +138,7 @@ def test_every_loop_is_vectorized_at_full_width(rule: str) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 @pytest.mark.parametrize("isa", BUILD["ISA_FLAGS"])
+@pytest.mark.slow
 def test_no_symbol_leaks_between_instruction_sets(isa: str, tmp_path: Path) -> None:
     """The linker keeps one of several equal weak symbols: if it were the AVX-512 one, other processors would crash."""
     names = " ".join(f"X({name})" for name in BUILD["ISA_FLAGS"])

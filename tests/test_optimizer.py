@@ -262,6 +262,7 @@ def test_no_reference_cycle_keeps_the_memory() -> None:
 
 
 @pytest.mark.parametrize("names", ["as they are", "torch 2.10"])
+@pytest.mark.slow
 def test_a_step_warns_of_nothing(names: str) -> None:
     """torch 2.10 has its check of captured graphs under one name, of which a later torch warns."""
     code = """

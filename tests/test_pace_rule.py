@@ -36,6 +36,7 @@ def test_the_native_kernel_is_here() -> None:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.slow
 def test_within_the_derived_bound_of_float64(case: str, dtype: torch.dtype, backend: str) -> None:
     params, optimizer = train(dtype, backend, **CASES[case])
     options = optimizer.param_groups[0]

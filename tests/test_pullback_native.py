@@ -98,6 +98,7 @@ def run_in_a_process(isa: str, threads: int) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_threads_and_instruction_sets_give_the_same_bits() -> None:
     first, *others = (run_in_a_process(_C.cpu_isa(), threads) for threads in (1, 2, 3))
     assert all(other == first for other in others)  # statistics too, to the last digit

@@ -165,6 +165,7 @@ def traced(call: Any, at_line: Any) -> None:
 @pytest.mark.parametrize("backend", [None, "torch"])
 @pytest.mark.parametrize("layout", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_who_saves_at_any_line_of_a_step_has_a_whole_state(kind: str, layout: str, backend: str | None, t: int) -> None:
     model, optimizer = built(kind, layout, backend)
     for earlier in range(t):
@@ -195,6 +196,7 @@ def test_who_saves_at_any_line_of_a_step_has_a_whole_state(kind: str, layout: st
 
 @pytest.mark.parametrize("backend", [None, "torch"])
 @pytest.mark.parametrize("kind", ["PACE", "MADA", "schedule-free"])
+@pytest.mark.slow
 def test_an_exception_at_any_line_of_a_step_leaves_a_whole_state_or_says_so(kind: str, backend: str | None) -> None:
     layout = "two groups, mixed" if backend is None else "one group"
     model, optimizer = built(kind, layout, backend)
