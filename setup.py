@@ -98,7 +98,7 @@ CUDA_SOURCES = ["csrc/cuda/module.cpp", "csrc/cuda/ops.cpp", "csrc/cuda/plan.cpp
 FORMATS = [("Float32", "Float32")]
 FORMATS += [(x, g) for x in ("BFloat16", "Float16") for g in (x, "Float32")]
 CUDA_KERNELS = [
-    *((name, f"csrc/cuda/{name}.cu", []) for name in ("pace", "pullback", "small")),
+    *((name, f"csrc/cuda/{name}.cu", []) for name in ("pace", "pullback", "schedule_free", "small")),
     *((f"mada_{x}_{g}", "csrc/cuda/mada.cu", [f"-DPACE_X={x}", f"-DPACE_G={g}"]) for x, g in FORMATS),
 ]
 

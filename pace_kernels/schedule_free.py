@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .averaging import _Entry
-from .backend import backends, requested
 from .checks import Group, check_common_options, check_number, check_torchs_options, checked_count, require
 from .launching import Prepared, of_c
 from .optimizer import NO_STATE, KernelOptimizer
@@ -25,7 +24,6 @@ from .whole import Call, at_once, each
 
 # What a group counts from step to step, by the names and with the first values of the package `schedulefree`.
 _COUNTED: Group = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0, "scheduled_lr": 0.0}
-_LACKING, _HAVING = ("cuda",), ("triton", "cpu", "torch")  # backends
 
 
 class ScheduleFreeAdamW(KernelOptimizer):
@@ -128,8 +126,6 @@ class ScheduleFreeAdamW(KernelOptimizer):
         self._check_options(defaults)
         check_torchs_options({"fused": fused, "differentiable": differentiable})
         self._step_supports_amp_scaling = bool(fused)
-        if (name := requested(backend)) in _LACKING:
-            raise RuntimeError(f"backend={name!r} does not have ScheduleFreeAdamW yet: it has {', '.join(_HAVING)}")
         super().__init__(params, defaults, backend)
 
     def _check_options(self, group: Group) -> None:
@@ -157,9 +153,6 @@ class ScheduleFreeAdamW(KernelOptimizer):
 
     def _launch_all(self, prepared: Prepared) -> None:
         works = [work for work, _ in prepared]
-        for work in works:
-            if work.backend.name in _LACKING:
-                work.backend = backends()["torch"]
         found = next((work.scaling["found_inf"] for work in works if "found_inf" in work.scaling), None)
         self._turns = {id(group): self._turn(group, works, found) for group in self.param_groups}
         super()._launch_all(prepared)

@@ -12,12 +12,13 @@ import numpy as np
 import pace_cases
 import pytest
 import step_count_cases
+import test_schedule_free
 import torch
 from emulated import build
 from emulated.device import Device
 from pace_cases import assert_same_bits, gradients, weights
 
-from pace_kernels import MADA, PACE
+from pace_kernels import MADA, PACE, ScheduleFreeAdamW
 from pace_kernels.mada_options import step_options
 from pace_kernels.ops import COEFFICIENTS, PACE_STATS
 from pace_kernels.torch_rules.mada import MadaMoments, MadaOptions, hypergradient_terms, last_step, mada_rule
@@ -34,7 +35,7 @@ def device(**options: Any) -> Device:
 
 
 def train(
-    kind: type[PACE] | type[MADA],
+    kind: Any,
     on: Device | None,
     dtype: torch.dtype,
     path: list[list[float]] | None = None,
@@ -83,8 +84,29 @@ def test_mada_gives_the_bits_of_the_cpu(case: str, dtype: torch.dtype) -> None:
     assert_same_bits(train(MADA, on, dtype, path, **options), train(MADA, None, dtype, path, **options))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", test_schedule_free.CASES)
+def test_schedule_free_gives_the_bits_of_the_cpu(case: str, dtype: torch.dtype) -> None:
+    """With the schedule on the host; and on the device, where the operator finds it in a tensor."""
+    on, options = device(), test_schedule_free.CASES[case]
+    ours, cpus = (train(ScheduleFreeAdamW, where, dtype, **options) for where in (on, None))
+    assert_same_bits(ours, cpus)
+    assert set(on.launches) == {build_name for build_name in on.launches if "schedule_free_kernel" in build_name}
+    found = []
+    for op in (on.schedule_free_step_, torch.ops.pace_kernels.schedule_free_step_):
+        generator = torch.Generator().manual_seed(0)
+        made = [torch.randn(5000, generator=generator).to(dtype) for _ in range(2)]
+        lists = [[t] for t in (*made, torch.rand(5000, generator=generator), torch.randn(5000, generator=generator))]
+        schedule = torch.tensor([4.0, 0.3], dtype=torch.float64)
+        named = {"lr": 9.0, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "count": 1.0, "share": 1.0}
+        scaling = {"lr_tensor": torch.tensor(0.02), "grad_scale": torch.tensor(8.0), "found_inf": torch.zeros(())}
+        op(*lists, [torch.tensor(3.0)], schedule, **named, maximize=False, capturable=True, **scaling)
+        found.append(lists)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", [PACE, MADA])
+@pytest.mark.parametrize("kind", [PACE, MADA, ScheduleFreeAdamW])
 def test_float32_gradients_of_narrower_weights(kind: type, dtype: torch.dtype) -> None:
     on = device()
     path: list[list[float]] = []
@@ -96,21 +118,22 @@ def test_float32_gradients_of_narrower_weights(kind: type, dtype: torch.dtype) -
 @pytest.mark.parametrize("misalign", [2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_misaligned_tensors(dtype: torch.dtype, misalign: int) -> None:
-    for kind, options in ((PACE, pace_cases.CASES["default"]), (MADA, mada_cases.CASES["pulled"])):
+    kinds = (PACE, pace_cases.CASES["default"]), (MADA, mada_cases.CASES["pulled"]), (ScheduleFreeAdamW, {})
+    for kind, options in kinds:
         on = device(misalign=misalign)
         path: list[list[float]] = []
         ours = train(kind, on, dtype, path, **options)
         assert_same_bits(ours, train(kind, None, dtype, path, **options))
         if dtype == torch.bfloat16 or misalign >= 4:  # otherwise float32 stays aligned
-            assert not any(width == 16 for family, _, width in on.widths if family in ("pace", "mada"))
+            assert not any(width == 16 for family, _, width in on.widths if family in ("pace", "mada", "schedule_free"))
 
 
 @pytest.mark.parametrize("arch", build.ptx_archs())
-@pytest.mark.parametrize("kind", [PACE, MADA])
+@pytest.mark.parametrize("kind", [PACE, MADA, ScheduleFreeAdamW])
 def test_one_warp_at_a_time_in_every_ptx(kind: type, arch: str) -> None:
     """Lock step hides a missing barrier; a warp that runs ahead does not."""
     on = device(arch=arch, warp_serial=True)
-    options = {"log_stats": True} if kind is PACE else mada_cases.CASES["all, inside"]
+    options = {PACE: {"log_stats": True}, MADA: mada_cases.CASES["all, inside"]}.get(kind, {})
     path: list[list[float]] = []
     ours = train(kind, on, torch.bfloat16, path, **options)
     assert_same_bits(ours, train(kind, None, torch.bfloat16, path, **options))
@@ -202,9 +225,9 @@ def test_sums_over_more_blocks_than_one_launch_adds_up() -> None:
 
 
 @pytest.mark.parametrize("skipped", [(), (0,), (1,), (0, 2)])
-@pytest.mark.parametrize("kind", [PACE, MADA])
+@pytest.mark.parametrize("kind", [PACE, MADA, ScheduleFreeAdamW])
 def test_scaling_clipping_and_skipping(kind: type, skipped: tuple[int, ...]) -> None:
-    options: dict[str, Any] = {"log_stats": True} if kind is PACE else mada_cases.CASES["pulled"]
+    options = {PACE: {"log_stats": True}, MADA: mada_cases.CASES["pulled"]}.get(kind, {})
     runs = []
     for on in (device(), None):
         params = weights(torch.float32)
@@ -286,8 +309,11 @@ BYTES: dict[str, tuple[type, dict[str, Any], torch.dtype, int]] = {
     "AVGrad": (MADA, {**ADAM, "rho": 0.0}, torch.float32, 36),
     "Adan": (MADA, {**ADAM, "beta3": 0.9}, torch.float32, 44),
     "Lion": (MADA, {**ADAM, "gamma": 0.0}, torch.float32, 20),
+    "schedule-free": (ScheduleFreeAdamW, {}, torch.float32, 28),
+    "schedule-free, capturable": (ScheduleFreeAdamW, {"capturable": True}, torch.float32, 28),
+    "schedule-free, bfloat16": (ScheduleFreeAdamW, {}, torch.bfloat16, 22),
 }
-OPERANDS = set("xgmnvwle") | {"last_g", "older_g"}
+OPERANDS = set("xgmnvwleyz") | {"last_g", "older_g"}
 
 
 @pytest.mark.parametrize("case", BYTES)
@@ -304,12 +330,12 @@ def test_each_tensor_is_read_once_and_written_once(case: str) -> None:
             on.moved.clear()
             on.widths.clear()
             optimizer.step()
-    family = kind.__name__.lower()
+    family = "schedule_free" if kind is ScheduleFreeAdamW else kind.__name__.lower()
     moved = {key[1:]: count for key, count in on.moved.items() if key[0] == family}
     of_operands = {key: count for key, count in moved.items() if key[0] in OPERANDS}
     assert sum(of_operands.values()) == expected * numel
     for (name, _), count in of_operands.items():
-        assert count == numel * (param.element_size() if name in "xg" else 4), name  # once
+        assert count == numel * (param.element_size() if name in "xyg" else 4), name  # once
     assert ("g", "st") not in of_operands
     # All of it in accesses of 128 bits.
     assert {w for f, _, w in on.widths if f == family and on.widths[f, "ld", w] > 1000 * blocks} == {16}
@@ -317,7 +343,9 @@ def test_each_tensor_is_read_once_and_written_once(case: str) -> None:
     # Bookkeeping: a block reads its scalars, where they are on the device, and writes its sums. MADA's partial sums are
     # 48 bytes for 4,096 parameters, PACE's statistics 112.
     sizes = build.plan_module().SIZES
-    sums = {"pace": optimizer.param_groups[0].get("log_stats"), "mada": optimizer.param_groups[0].get("learn")}[family]
+    sums = {"pace": optimizer.param_groups[0].get("log_stats"), "mada": optimizer.param_groups[0].get("learn")}.get(
+        family
+    )
     reads = sizes[f"{family}_scalars"] * blocks if f"pace::{family}_scalars_kernel" in on.launches else 0
     assert moved.get(("workspace", "ld"), 0) == reads
     assert moved.get(("workspace", "st"), 0) == (sizes[f"{family}_row"] * blocks if sums else 0)

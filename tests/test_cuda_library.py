@@ -33,7 +33,7 @@ import json, torch, pace_kernels
 from torch._subclasses.fake_tensor import FakeTensorMode
 assert torch.version.cuda is not None and not torch.cuda.is_available()
 row = pace_kernels.backends()["cuda"]
-names = ("pace_step_", "mada_step_", "mada_learn_", "pullback_")
+names = ("pace_step_", "mada_step_", "mada_learn_", "pullback_", "schedule_free_step_")
 registered = [torch._C._dispatch_has_kernel_for_dispatch_key(f"pace_kernels::{name}", "CUDA") for name in names]
 print(json.dumps([row.available, row.reason, row.architectures, registered]))
 

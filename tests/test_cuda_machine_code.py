@@ -19,6 +19,8 @@ def operands(match: re.Match[str]) -> tuple[int, int, int]:
     on = [flag == "true" for flag in flags.split(",")]
     narrow = x != "Float32"
     x_parts, g_parts, state = 1, (2 if narrow and g == "Float32" else 1), (2 if narrow else 1)
+    if family == "schedule_free":
+        return x_parts + g_parts + 2 * state, x_parts + 2 * state, 0
     if family == "pace":
         moment, pull, average, _ = on
         states, maybe = state * (1 + moment + average), state * (average and not pull)
@@ -37,7 +39,8 @@ def test_every_instance_is_there(arch: str) -> None:
     names = [match.group(1) for _, match, _ in sweeps(arch)]
     assert names.count("pace") == 5 * 12 and names.count("mada") == 5 * 17
     assert names.count("pullback") == 5 * 4 + 3 * 6  # with a second moment in 5 pairs of formats, without in 3 formats
-    assert len(machine_code(arch)) == len(names) + 6  # scalars of three, sums of two, learning
+    assert names.count("schedule_free") == 5
+    assert len(machine_code(arch)) == len(names) + 7  # scalars of four, sums of two, learning
 
 
 @pytest.mark.parametrize("arch", build.ARCHS)

@@ -15,6 +15,10 @@ const void* pace_kernel_function(const KernelId& id);
 const void* pullback_scalars_function();
 const void* pullback_kernel_function(const KernelId& id);
 
+// Schedule-free AdamW's (schedule_free.cu).
+const void* schedule_free_scalars_function();
+const void* schedule_free_kernel_function(const KernelId& id);
+
 // Launches a kernel on a device's stream; null, or what went wrong.
 const char* launch_kernel(const KernelId& id, int32_t blocks, int32_t threads, const void* parameters, int32_t device,
                           void* stream);

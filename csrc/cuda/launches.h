@@ -101,6 +101,20 @@ struct PullbackScalarsLaunch {
 };
 static_assert(sizeof(PullbackScalarsLaunch) <= kParameterBytes);
 
+struct ScheduleFreeScalarsLaunch {
+  static constexpr int kCapacity = 4000;
+  StepAddress step[kCapacity];
+  ScheduleFreeScalars* out;
+  const float* found_inf;
+  FactorSource factor;
+  LrSource lr;
+  ScheduleFreeOptions options;
+  const double* schedule;  // in place of count and share; may be null
+  double steps_taken;      // of those on the host
+  int32_t tensors;
+};
+static_assert(sizeof(ScheduleFreeScalarsLaunch) <= kParameterBytes);
+
 // ---- sweeps ---------------------------------------------------------------------------------------------------------
 
 // The tensors of a launch: how many blocks come before each, and how many elements each has.
@@ -161,6 +175,18 @@ struct PullbackLaunch {
 };
 static_assert(sizeof(PullbackLaunch) <= kParameterBytes);
 
+struct ScheduleFreeLaunch {
+  static constexpr int kCapacity = 740;
+  void* y[kCapacity];
+  const void* g[kCapacity];
+  float *v[kCapacity], *z[kCapacity];
+  Table<kCapacity> table;
+  ScheduleFreeScalars scalars;
+  const ScheduleFreeScalars* device_scalars;
+  const float* found_inf;
+};
+static_assert(sizeof(ScheduleFreeLaunch) <= kParameterBytes);
+
 // ---- sums of blocks -------------------------------------------------------------------------------------------------
 
 constexpr int kSumThreads = 128;
@@ -205,6 +231,8 @@ enum class KernelFamily : int32_t {
   kLearn,
   kPullbackScalars,
   kPullback,
+  kScheduleFreeScalars,
+  kScheduleFree,
 };
 
 // A sweep's instance: formats of weights and gradients, and the rule's flags. Others have none of these. The pullback

@@ -105,6 +105,27 @@ void pull_back(StableIValue* stack, uint64_t, uint64_t) {
   });
 }
 
+void schedule_free_step(StableIValue* stack, uint64_t, uint64_t) {
+  using D = ScheduleFreeDefinition;
+  run<D, ScheduleFreeTensor>(
+      stack, [](const Call<D>& call, Operands& operands, std::vector<ScheduleFreeTensor>& tensors, const Place& place,
+                const Workspace& workspace) {
+        const ScheduleFreeRequest request{
+            step_request(call.lr, call.options.lr, call.scaling, call.options.capturable, std::nullopt), call.options,
+            call.numbers(D::kSchedule)};
+        for (size_t i = 0; i < tensors.size(); ++i) {
+          ScheduleFreeTensor& t = tensors[i];
+          t.y = operands.parameter(call.params(), i, &t.x_format);
+          t.g = operands.gradient(call[D::kG], i, t.x_format, &t.g_format);
+          t.v = operands.state("exp_avg_sqs", call[D::kV], i);
+          t.z = operands.state("zs", call[D::kZ], i);
+          t.numel = call.params()[i].numel();
+          std::tie(t.step, t.steps_taken) = step_of(call.steps, i, call.options.capturable, place);
+        }
+        return plan_schedule_free(tensors, request, workspace);
+      });
+}
+
 void mada_learn(const LearnArguments& a) {
   const Place place = place_of("coefficients", a.coefficients);
   check_call(a, place);
@@ -129,5 +150,6 @@ STABLE_TORCH_LIBRARY_IMPL(pace_kernels, CUDA, m) {
   m.impl(pace::PaceDefinition::kOp, &pace::pace_step);
   m.impl(pace::MadaDefinition::kOp, &pace::mada_step);
   m.impl(pace::PullbackDefinition::kOp, &pace::pull_back);
+  m.impl(pace::ScheduleFreeDefinition::kOp, &pace::schedule_free_step);
   m.impl("mada_learn_", TORCH_BOX(&pace::mada_learn_<pace::mada_learn>));
 }

@@ -301,6 +301,45 @@ Plan plan_pullback(const std::vector<PullbackTensor>& tensors, const PullbackReq
   return plan;
 }
 
+Plan plan_schedule_free(const std::vector<ScheduleFreeTensor>& tensors, const ScheduleFreeRequest& r,
+                        const Workspace& workspace) {
+  Plan plan;
+  const auto order = in_order(tensors);
+  const bool on_device = r.step.on_device() || r.schedule != nullptr || any_step_on_device(tensors);
+  ScheduleFreeScalars* scalars = nullptr;
+  if (on_device) {
+    scalars = static_cast<ScheduleFreeScalars*>(workspace(tensors.size() * sizeof(ScheduleFreeScalars)));
+    ScheduleFreeScalarsLaunch common{};
+    common.out = scalars;
+    common.found_inf = r.step.found_inf;
+    common.factor = r.step.factor;
+    common.lr = r.step.lr;
+    common.options = r.options;
+    common.schedule = r.schedule;
+    add_scalars(plan, KernelFamily::kScheduleFreeScalars, order, common, [](auto&, size_t, const auto&) {});
+  }
+  int64_t block = 0;
+  for_each_run(order.size(), order.size(), same_kernel(order, on_device), [&](size_t begin, size_t end) {
+    KernelId id{};
+    id.family = KernelFamily::kScheduleFree;
+    id.x = order[begin]->x_format, id.g = order[begin]->g_format;
+    ScheduleFreeLaunch common{};
+    common.found_inf = r.step.found_inf;
+    if (!on_device) common.scalars = schedule_free_scalars(r.options, 1.0f);
+    block = fill_launches(
+        begin, end, block, common, [&](size_t i) { return order[i]->numel; },
+        [&](ScheduleFreeLaunch& launch, int k, size_t i) {
+          const ScheduleFreeTensor& t = *order[i];
+          launch.y[k] = t.y, launch.g[k] = t.g, launch.v[k] = t.v, launch.z[k] = t.z;
+        },
+        [&](ScheduleFreeLaunch& launch, size_t place, int64_t, int64_t blocks) {
+          launch.device_scalars = on_device ? scalars + place : nullptr;
+          plan.push_back(call(id, blocks, kThreads, launch));
+        });
+  });
+  return plan;
+}
+
 Plan plan_learn(const LearnRequest& r) {
   LearnLaunch launch{};
   std::copy(r.sums.begin(), r.sums.end(), launch.sums);

@@ -53,6 +53,16 @@ struct PullbackTensor {
   double steps_taken;
 };
 
+struct ScheduleFreeTensor {
+  void* y;
+  const void* g;
+  float *v, *z;
+  Format x_format, g_format;  // of y and g
+  int64_t numel;
+  StepAddress step;
+  double steps_taken;
+};
+
 // What the tensors of a call share. Addresses are on the device.
 struct StepRequest {
   LrSource lr;
@@ -93,6 +103,15 @@ struct PullbackRequest {
 
 Plan plan_pullback(const std::vector<PullbackTensor>& tensors, const PullbackRequest& request,
                    const Workspace& workspace);
+
+struct ScheduleFreeRequest {
+  StepRequest step;
+  ScheduleFreeOptions options;
+  const double* schedule;  // on the device: in place of count and share; may be null
+};
+
+Plan plan_schedule_free(const std::vector<ScheduleFreeTensor>& tensors, const ScheduleFreeRequest& request,
+                        const Workspace& workspace);
 
 struct LearnRequest {
   std::vector<const double*> sums;

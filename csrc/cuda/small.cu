@@ -118,6 +118,10 @@ static const void* function_of(const KernelId& id) {
       return pullback_scalars_function();
     case KernelFamily::kPullback:
       return pullback_kernel_function(id);
+    case KernelFamily::kScheduleFreeScalars:
+      return schedule_free_scalars_function();
+    case KernelFamily::kScheduleFree:
+      return schedule_free_kernel_function(id);
   }
   return nullptr;
 }

@@ -31,6 +31,8 @@ def kernel_name(call: dict[str, Any]) -> str:
     if family in ("pace", "mada", "pullback"):
         flags = [str(flag).lower() for flag in call[f"{family}_flags"]]
         return f"pace::{family}_kernel<{','.join(formats + flags)}>"
+    if family == "schedule_free":
+        return f"pace::schedule_free_kernel<{','.join(formats)}>"
     if family.endswith("_sum"):
         return f"pace::sum_kernel<pace::{family.split('_')[0].capitalize()}Row>"
     return f"pace::{family}_kernel"
@@ -277,4 +279,39 @@ class Device:
         request = self._request({"lr_tensor": lr_tensor, "found_inf": found_inf}, stats)
         request |= {"before": bool(befores), "moment": bool(second_moments)}
         self._run(self.plan.pullback(tensors, options, request, self._workspace))
+        self._count(steps, on_device)
+
+    def schedule_free_step_(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        zs: list[Tensor],
+        steps: list[Tensor],
+        schedule: Tensor | None = None,
+        lr_tensor: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        clip_coef: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        self._begin()
+        on_device = options["capturable"]
+        assert on_device or found_inf is None
+        tensors = [
+            {
+                "y": self._up("y", param),
+                "g": self._up("g", grads[i], False),
+                "v": self._up("v", exp_avg_sqs[i]),
+                "z": self._up("z", zs[i]),
+                "x_format": DTYPES[param.dtype],
+                "g_format": DTYPES[grads[i].dtype],
+                "numel": param.numel(),
+                **self._step(steps[i], on_device),
+            }
+            for i, param in enumerate(params)
+        ]
+        given = {"lr_tensor": lr_tensor, "grad_scale": grad_scale, "clip_coef": clip_coef, "found_inf": found_inf}
+        request = self._request(given, None) | {"schedule": self._small("schedule", schedule, False)}
+        self._run(self.plan.schedule_free(tensors, options, request, self._workspace))
         self._count(steps, on_device)

@@ -8,7 +8,7 @@ from . import build
 from .build import MachineCode
 
 THREADS = 128  # of a block; csrc/cuda/launches.h
-SWEEP = r"pace::(pace|mada|pullback)_kernel<pace::(\w+),pace::(\w+),(.*)>"
+SWEEP = r"pace::(pace|mada|pullback|schedule_free)_kernel<pace::(\w+),pace::(\w+),?(.*)>"
 # Of a multiprocessor: registers, threads, shared memory in KiB (CUDA C++ Programming Guide, compute capabilities).
 MULTIPROCESSOR = {
     "80": (65536, 2048, 164),
@@ -21,6 +21,7 @@ ROWS = {
     "PACE": ("pace", "true,true,true,false"),
     "PACE, `log_stats=True`": ("pace", "true,true,true,true"),
     "`Pullback(AdamW)`": ("pullback", "true,true,true,false"),
+    "ScheduleFreeAdamW": ("schedule_free", ""),
     "MADA, all learned": ("mada", "true,true,true,true,true"),
     "MADA, preset `adamw`": ("mada", "false,false,false,false,true"),
 }
@@ -46,7 +47,7 @@ def table() -> list[str]:
     lines.append("| --- |" + " --- |" * len(archs))
     for row, (family, flags) in ROWS.items():
         for dtype, formats in FORMATS.items():
-            name = f"pace::{family}_kernel<{formats},{flags}>"
+            name = f"pace::{family}_kernel<{f'{formats},{flags}'.rstrip(',')}>"
             codes = [(arch, build.machine_code(arch)[name]) for arch in build.ARCHS]
             cells = [f"{code.registers} ({warps(arch, code)})" for arch, code in codes]
             lines.append(f"| {row}, {dtype} | {' | '.join(cells)} |")

@@ -68,8 +68,10 @@ pace::Workspace workspace(const std::function<uintptr_t(size_t)>& take) {
 }
 
 py::list calls(const pace::Plan& plan) {
-  static const char* const families[] = {"pace_scalars", "pace",  "pace_sum",         "mada_scalars", "mada",
-                                         "mada_sum",     "learn", "pullback_scalars", "pullback"};
+  static const char* const families[] = {
+      "pace_scalars", "pace",  "pace_sum",         "mada_scalars", "mada",
+      "mada_sum",     "learn", "pullback_scalars", "pullback",     "schedule_free_scalars",
+      "schedule_free"};
   py::list out;
   for (const pace::KernelCall& c : plan) {
     const pace::KernelId& id = c.id;
@@ -137,6 +139,19 @@ py::list plan_pullback(const py::list& tensors, const py::dict& o, const py::dic
   return calls(pace::plan_pullback(list, r, workspace(take)));
 }
 
+py::list plan_schedule_free(const py::list& tensors, const py::dict& o, const py::dict& request,
+                            const std::function<uintptr_t(size_t)>& take) {
+  std::vector<pace::ScheduleFreeTensor> list;
+  for (const py::handle& t : tensors) {
+    list.push_back({pointer<void>(t, "y"), pointer<void>(t, "g"), pointer<float>(t, "v"), pointer<float>(t, "z"),
+                    format(value<std::string>(t, "x_format")), format(value<std::string>(t, "g_format")),
+                    value<int64_t>(t, "numel"), step(t), value<double>(t, "steps_taken")});
+  }
+  const auto options = options_of<pace::ScheduleFreeOptions>(o);
+  const pace::ScheduleFreeRequest r{step_request(request, options.lr), options, pointer<double>(request, "schedule")};
+  return calls(pace::plan_schedule_free(list, r, workspace(take)));
+}
+
 py::list plan_learn(const py::dict& r) {
   pace::LearnRequest request{};
   for (const uintptr_t row : value<std::vector<uintptr_t>>(r, "sums")) {
@@ -161,6 +176,7 @@ PYBIND11_MODULE(cuda_plan, m) {
   m.def("pace", &plan_pace);
   m.def("mada", &plan_mada);
   m.def("pullback", &plan_pullback);
+  m.def("schedule_free", &plan_schedule_free);
   m.def("learn", &plan_learn);
   m.attr("CHUNK") = pace::kChunk;
   m.attr("PARAMETER_BYTES") = pace::kParameterBytes;
@@ -170,5 +186,6 @@ PYBIND11_MODULE(cuda_plan, m) {
   m.attr("SIZES") = py::dict(py::arg("pace_scalars") = sizeof(pace::PaceStepScalars),
                              py::arg("mada_scalars") = sizeof(pace::MadaStepScalars),
                              py::arg("pullback_scalars") = sizeof(pace::PullbackStepScalars),
+                             py::arg("schedule_free_scalars") = sizeof(pace::ScheduleFreeScalars),
                              py::arg("pace_row") = sizeof(pace::PaceRow), py::arg("mada_row") = sizeof(pace::MadaRow));
 }

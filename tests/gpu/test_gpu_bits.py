@@ -9,6 +9,7 @@ import mada_cases
 import on_gpu
 import pace_cases
 import pytest
+import test_schedule_free
 import torch
 from mada_cases import INSIDE, SOON
 from on_gpu import DEVICE, DTYPES, assert_same, both, contents, each, need, train
@@ -72,6 +73,29 @@ def test_mada(case: str, dtype: torch.dtype, backend: str) -> None:
         assert_same(found, expected, but=("coefficients",))
 
 
+@both
+@every_dtype
+@pytest.mark.parametrize("case", test_schedule_free.CASES)
+def test_of_schedule_free(case: str, dtype: torch.dtype, backend: str) -> None:
+    """With the schedule on the host; and in a captured graph, where it goes on by itself on the device."""
+    options = test_schedule_free.CASES[case]
+    expected = contents(*train("schedule-free", on_gpu.reference(), CPU, dtype, STEPS, **options))
+    found = contents(*train("schedule-free", need(backend), DEVICE, dtype, STEPS, **options))
+    (assert_same if backend in on_gpu.EXACT_SCALARS else lambda a, b: close_to(a, b, dtype))(found, expected)
+    params, optimizer = train("schedule-free", need(backend), DEVICE, dtype, 3, capturable=True, **options)
+    kept = [torch.empty_like(p) for p in params]
+    graph = None
+    for t, grads in enumerate(gradients(STEPS, dtype)):
+        if t < 3:
+            continue
+        for p, buffer, grad in zip(params, kept, grads, strict=True):
+            p.grad = buffer.copy_(grad.to(DEVICE))
+        graph = graph or on_gpu.Graph(optimizer.step)
+        graph.replay()
+    close_to(contents(params, optimizer), expected, dtype)
+    assert optimizer.state_dict()["param_groups"][0]["k"] == STEPS
+
+
 def close_to(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Scalars that are a unit of float32 off move a moment, in each of 12 steps, by a unit of each of its terms, and an
     update takes five of them: less than 64 units of the largest term. First moments have terms up to twice the largest
@@ -85,7 +109,7 @@ def close_to(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], 
             continue
         number, kind = name.split(" ")
         G, wanted = largest[int(number)], expected[name].double()
-        if kind in ("weights", "ema"):
+        if kind in ("weights", "ema", "z"):
             # A weight at a midpoint of its format may be rounded to either side, at each step.
             stored = STEPS * torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0
             bound = (64 * 2 * U + stored) * (1 + wanted.abs())
