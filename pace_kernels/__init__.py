@@ -6,9 +6,9 @@ PACE's average and pullback around any other optimizer. :func:`backends` tells w
 """
 
 from . import ops
-from .averaging import averaged, ema_state_dict
 from .backend import backends
 from .clipping import clip_coefficient
+from .exports import averaged, ema_state_dict
 from .mada import MADA
 from .pace import PACE
 from .pullback import Pullback

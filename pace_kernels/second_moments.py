@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .checks import Group
 from .optimizer import KernelOptimizer
+from .schedule_free import ScheduleFreeAdamW
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,13 @@ def refuse(base: object) -> None:
     name = type(base).__name__
     if not isinstance(base, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {base!r}")
+    theirs = any(kind.__module__.split(".")[0] == "schedulefree" for kind in type(base).__mro__)
+    if theirs or isinstance(base, ScheduleFreeAdamW):
+        raise ValueError(
+            f"{name}{' of schedulefree' if theirs else ''}: the weights it evaluates are an average already, its "
+            "gradients are taken between that and the iterates, and its own train() and eval() exchange the two; a "
+            "pullback would act on the wrong ones"
+        )
     if isinstance(base, KernelOptimizer):
         raise ValueError(f"{name} carries the pullback in its own pass: give it lambda_pullback instead of wrapping it")
     if isinstance(base, torch.optim.LBFGS):
@@ -96,9 +104,3 @@ def refuse(base: object) -> None:
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(f"{name}.step needs a closure, which here runs before it: there is no one step to pull back")
-    if any(kind.__module__.split(".")[0] == "schedulefree" for kind in type(base).__mro__):
-        raise ValueError(
-            f"{name} of schedulefree: the weights it evaluates are an average already, its gradients are taken between "
-            "that and the iterates, and its own train() and eval() exchange the two; a pullback would act on the wrong "
-            "ones"
-        )

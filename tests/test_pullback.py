@@ -17,7 +17,7 @@ from pace_cases import SHAPES, assert_same_bits, gradients, weights
 from torch import optim
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pace_kernels import MADA, PACE, Pullback, backends
+from pace_kernels import MADA, PACE, Pullback, ScheduleFreeAdamW, backends
 
 BACKENDS = [name for name, row in backends().items() if row.available]
 STEPS = 20
@@ -271,6 +271,7 @@ REFUSED = {
     "of matrices Adafactor keeps a factored": lambda: Pullback(torch.optim.Adafactor(ONE)),
     "PACE carries the pullback in its own pass": lambda: Pullback(PACE(ONE)),
     "MADA carries the pullback in its own pass": lambda: Pullback(MADA(ONE)),
+    "ScheduleFreeAdamW: the weights it evaluates are an average already": lambda: Pullback(ScheduleFreeAdamW(ONE)),
     "LBFGS moves the weights several times": lambda: Pullback(torch.optim.LBFGS(ONE)),
     "is a Pullback already": lambda: Pullback(Pullback(torch.optim.SGD(ONE), gain=0.1)),
     "the weights it evaluates are an average already": lambda: Pullback(schedulefree()),

@@ -40,6 +40,8 @@ def ema_state_dict(engine: Any) -> dict[str, Any]:
     optimizer = stepping(engine.optimizer)
     if not isinstance(optimizer, Averaging):
         raise TypeError(f"ema_state_dict(): the engine steps {type(optimizer).__name__}, not PACE, MADA or Pullback")
+    if optimizer._AVERAGE != "ema":
+        raise TypeError(f"ema_state_dict(): the average of {type(optimizer).__name__} is no state to be gathered")
     if not any("ema" in state for state in optimizer.state.values()):
         raise RuntimeError("ema_state_dict(): the optimizer has no average yet: call it after a step")
     module, first = engine.module, on_first_rank()

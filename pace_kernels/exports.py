@@ -1,0 +1,133 @@
+"""The averages of a model that one or several optimizers train: in its place for a while, or copied out of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import derived
+from .averaging import Averaging
+from .batchnorm import Batches, recomputed
+from .memory import check_whole, share_memory
+from .sharding import gathered, is_sharded, local, on_first_rank
+
+
+@contextmanager
+def averaged(
+    model: torch.nn.Module, *optimizers: torch.optim.Optimizer, update_bn: Batches | None = None
+) -> Iterator[None]:
+    """Within this context a model that several optimizers train holds the averages of all of them.
+
+    Arguments:
+        model: the model, as it is called; its parameters may be wrapped, sharded, compiled.
+        optimizers: :class:`PACE`, :class:`MADA`, :class:`Pullback`, :class:`ScheduleFreeAdamW`, each of which steps
+            some of its parameters.
+        update_bn: batches, or a function of the model that passes batches through it in its training mode. Running
+            statistics of batch normalization, which are the live model's, are recomputed with them for the averages;
+            all buffers come back bit for bit. Of a list or a tuple the first entry is passed, a mapping by keyword.
+
+    >>> import pace_kernels
+    >>> model = torch.nn.Linear(4, 1)
+    >>> one, other = (pace_kernels.PACE([p]) for p in model.parameters())
+    >>> with pace_kernels.averaged(model, one, other):
+    ...     loss = model(torch.ones(8, 4)).square().mean()
+    """
+    with ExitStack() as stack:
+        for optimizer in _checked(optimizers, "averaged()"):
+            stack.enter_context(optimizer.averaged(model))
+        if update_bn is not None:
+            stack.enter_context(recomputed(model, update_bn))
+        yield
+
+
+@torch.no_grad()
+def ema_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer, full: bool = False) -> dict[str, Any]:
+    """A copy of ``model.state_dict()`` with averaged weights, to save or to export.
+
+    It is what the model's own ``state_dict()`` gives, hooks included, while the averages are in its parameters; these
+    hold their live weights again afterwards. Every parameter that has an average comes averaged, in its own dtype, also
+    where ``use_ema_eval`` is False. One that took no step yet, did not require a gradient at the last step, or is not
+    ours, comes as it is. Dense tensors are copies, contiguous, and share no memory, as safetensors wants them: tied
+    weights come under each of their names. Sparse and quantized tensors are copied as they are, lazy ones passed on.
+
+    Arguments:
+        model: the model whose parameters the optimizers step (a copy of it has its own).
+        optimizers: :class:`PACE`, :class:`MADA`, :class:`Pullback`, :class:`ScheduleFreeAdamW`.
+        full: sharded weights (DTensors) are gathered, on the CPU of rank 0, one at a time; the other ranks get an empty
+            dict. All ranks have to call it then. By default they come sharded.
+
+    Raises:
+        RuntimeError: no group of the optimizers keeps an average; in the middle of a step; for parameters of FSDP1.
+        ValueError: an optimizer steps no parameter of the model.
+
+    >>> import pace_kernels
+    >>> model = torch.nn.Linear(4, 1)
+    >>> optimizer = pace_kernels.PACE(model.parameters())
+    >>> sorted(pace_kernels.ema_state_dict(model, optimizer))
+    ['bias', 'weight']
+    """
+    chosen = _checked(optimizers, "ema_state_dict()")
+    if not any(optimizer._keeps_average(group) for optimizer in chosen for group in optimizer.param_groups):
+        raise RuntimeError(
+            "ema_state_dict(): no group of this optimizer keeps an average, as one with use_ema_eval=True does"
+        )
+    swaps = []
+    for optimizer in chosen:
+        optimizer._require_whole("ema_state_dict()")
+        optimizer._forget_dry_run()
+        entries = [e for e in optimizer._entries(optimizer.param_groups) if not optimizer._holds_average(e)]
+        derived.check_no_flat_parameters(optimizer._params(), "ema_state_dict()")
+        optimizer._check_swap("ema_state_dict()", model, entries)
+        if not share_memory(model.parameters(), optimizer._params()):
+            raise ValueError("ema_state_dict(): model has no parameter that this optimizer steps")
+        swaps.append((optimizer, entries))
+    params = [entry.param for _, entries in swaps for entry in entries]
+    written = [*params, *(local(param) for param in params if is_sharded(param))]
+    # The contents come back bit for bit, so a graph recorded before stays right.
+    with torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(written)):
+        with ExitStack() as stack:
+            for optimizer, entries in swaps:
+                # Marked as swapped, so that train() ends what an exception out of a signal's handler leaves half done.
+                groups = [] if optimizer._swapped else optimizer.param_groups
+                stack.callback(optimizer._swap_out, entries, entries, groups)
+                optimizer._swap_in(entries, groups)
+            derived.forget(model, ())
+            exported: dict[str, Any] = _exported(model.state_dict(), full)
+        derived.forget(model, ())
+    return exported if not full or on_first_rank() else {}
+
+
+def _exported(value: Any, full: bool) -> Any:
+    """A copy of an entry, also where it lies in dicts and lists: it may be a view of the weights. A dense tensor comes
+    contiguous; one that is sparse or quantized as it is, like a lazy one, which holds nothing yet."""
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # of its class and with its attributes, as the _metadata of state dicts
+        for key, inner in value.items():
+            copied[key] = _exported(inner, full)
+        return copied
+    if type(value) in (list, tuple):
+        return type(value)(_exported(inner, full) for inner in value)
+    if not isinstance(value, Tensor) or torch.nn.parameter.is_lazy(value):
+        return value
+    value = gathered(value.detach()) if full else value.detach()  # a replicated DTensor is gathered without a copy
+    dense = value.layout is torch.strided and not value.is_quantized
+    check_whole((local(value),))
+    return value.clone(memory_format=torch.contiguous_format) if dense else value.clone()
+
+
+def _checked(optimizers: Sequence[Any], what: str) -> list[Averaging]:
+    if not optimizers:
+        raise TypeError(f"{what} needs the model and at least one optimizer")
+    chosen = []
+    for i, optimizer in enumerate(optimizers):
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+        if not isinstance(optimizer, Averaging):
+            kinds = "PACE, MADA, Pullback or ScheduleFreeAdamW"
+            raise TypeError(f"{what}: optimizers[{i}] must be {kinds}, got {type(optimizer).__name__}")
+        chosen.append(optimizer)
+    return chosen
