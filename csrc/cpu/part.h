@@ -114,7 +114,10 @@ class PartOf final : public Part {
   void take(const Tensor* fresh) override {
     fresh_layouts_.clear();
     for (size_t i = 0; i < works_.size(); ++i) {
-      works_[i].streams[fresh_] = stream(fresh_, i, fresh[i], orders_[i], fresh_layouts_);
+      const Stream& its = works_[i].streams[fresh_] = stream(fresh_, i, fresh[i], orders_[i], fresh_layouts_);
+      // As the optimizers refuse it, which look at dtypes only where there is no plan.
+      STD_TORCH_CHECK(its.format == Format::kFloat32 || its.format == works_[i].streams[0].format,
+                      entry(D::kLists[fresh_].name, i), " must be of its parameter's dtype, or float32");
     }
   }
 
