@@ -303,7 +303,7 @@ class KernelOptimizer(Launching):
             for i in away:
                 steps[i] = moved(steps[i], device)
                 work.put(i, "step", steps[i])
-            if exact_on(device, work.group["ema_update_freq"]):
+            if exact_on(device, work.group.get("ema_update_freq", 1)):
                 for i, step in enumerate(steps):
                     if step.dtype != torch.float64:
                         steps[i] = step.double()

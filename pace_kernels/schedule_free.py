@@ -18,7 +18,7 @@ from .optimizer import NO_STATE, KernelOptimizer
 from .options import make_plain
 from .sharding import axes, is_wrapper, local, reduce_
 from .states import LAST_STEP, Work, empty_state, moved
-from .torch_rules.common import at_hand
+from .torch_rules.common import at_hand, by_graph, data
 from .torch_rules.schedule_free import Schedule, advanced, schedule_free_average, schedule_free_weights
 from .whole import Call, at_once, each
 
@@ -166,10 +166,13 @@ class ScheduleFreeAdamW(KernelOptimizer):
         away += [work.device for work in works if work.group is group and work.on_device and work.device.type != "cpu"]
         if away:
             dtype = torch.float32 if away[0].type == "mps" else torch.float64  # MPS has no float64
-            full = partial(torch.full, (), dtype=dtype, device=away[0])
-            lr, *held = (
-                v.to(away[0], dtype).reshape(()) if isinstance(v, Tensor) else full(fill_value=v) for v in (lr, *held)
-            )
+            given = [lr, *held]
+            numbers = [v for v in given if not isinstance(v, Tensor)]
+            if by_graph(away[0]):
+                sent = iter(data(numbers, dtype, away[0]))
+            else:  # filled there: a copy from the host can't be captured
+                sent = iter([torch.full((), v, dtype=dtype, device=away[0]) for v in numbers])
+            lr, *held = (v.to(away[0], dtype).reshape(()) if isinstance(v, Tensor) else next(sent) for v in given)
         elif isinstance(lr, Tensor):
             lr = lr.item()
         turn, share = advanced(Schedule(*held), lr, group["warmup_steps"], group["r"], group["weight_lr_power"])
@@ -239,11 +242,13 @@ class ScheduleFreeAdamW(KernelOptimizer):
             y, z = local(e.state.get("live", e.param)), local(e.state["z"])
             rows.append((((1.0 / e.group["betas"][0] - 1.0) * (z - y.to(z.dtype))).square().sum(), axes(e.param)))
         reduce_(rows)
+        home = rows[0][0].device
+        squares = torch.stack([moved(row, home) for row, _ in rows]).sum()
         weight = group["k"] ** group["r"] * group["lr_max"] ** group["weight_lr_power"]
         return {
             "scheduled_lr": float(group["scheduled_lr"]),
             "share": float(weight / group["weight_sum"]) if group["weight_sum"] > 0 else 0.0,
-            "average_distance_norm": math.sqrt(sum(float(row) for row, _ in rows)),
+            "average_distance_norm": math.sqrt(squares),
         }
 
     # ---- the average, which is computed from y and z -----------------------------------------------------------------
@@ -257,7 +262,7 @@ class ScheduleFreeAdamW(KernelOptimizer):
     def _average_of(self, entry: _Entry) -> Any:
         y, z = local(entry.state["live"]), local(entry.state["z"])
         beta1 = entry.group["betas"][0]
-        if y.dtype == z.dtype and y.device == z.device and not is_wrapper(y):
+        if y.dtype == z.dtype and y.device == z.device and not (is_wrapper(y) or by_graph(y.device)):
             return lambda out: schedule_free_average(y, z, beta1, out=out)  # without a third array of its size
         return schedule_free_average(y, z, beta1)
 

@@ -352,6 +352,18 @@ def test_on_a_device_the_schedule_is_in_tensors(case: str, monkeypatch: pytest.M
     assert saved["k"] == 40 and type(saved["k"]) is int and type(saved["weight_sum"]) is float
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_on_meta_nothing_is_read(capturable: bool) -> None:
+    param = torch.nn.Parameter(torch.ones(3, device="meta"))
+    optimizer = ScheduleFreeAdamW([param], warmup_steps=3, capturable=capturable)
+    for _ in range(3):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        optimizer.eval()
+        optimizer.train()
+    assert isinstance(optimizer.param_groups[0]["k"], Tensor) is capturable
+
+
 def test_a_frozen_parameter_keeps_its_average_as_in_the_package() -> None:
     pairs = [trained(kind, 20) for kind in (ScheduleFreeAdamW, schedulefree.AdamWScheduleFree)]
     for params, optimizer in pairs:
