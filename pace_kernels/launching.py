@@ -20,14 +20,13 @@ from .backend import say_once
 from .checkpoints import Checkpoints
 from .memory import aligned, as_bytes, is_askew, overlap_in_part, region
 from .operands import check_operands
-from .sharding import local
+from .sharding import PLAIN, local
 from .states import Work, counts_no_further
 from .whole import Call, each
 
 States = dict[str, list[Tensor]]
 Prepared = list[tuple[Work, States]]
 
-_PLAIN = {Tensor, torch.nn.Parameter}
 ASKEW = (
     "pace_kernels steps parameters at addresses that are no multiple of their element size through copies, more "
     "slowly: clone them once"
@@ -95,7 +94,7 @@ class Launching(Checkpoints):
         and such ones have to be stepped one after the other, as ``torch.optim`` does."""
         found: list[int] = []
         for work in works:
-            if set(map(type, work.params)) <= _PLAIN and work.device.type in ("cpu", "cuda"):
+            if set(map(type, work.params)) <= PLAIN and work.device.type in ("cpu", "cuda"):
                 found += map(Tensor.data_ptr, work.params)
             else:
                 found += (where[1] for param in work.params if (where := region(param)) is not None)
@@ -133,6 +132,11 @@ class Launching(Checkpoints):
             if self._unfinished or not self._mend(works):
                 raise
             self._run(works)
+            return
+        self._plan_next(prepared)
+
+    def _plan_next(self, prepared: Prepared) -> None:
+        """What follows a step that was taken."""
 
     def _mend(self, works: list[Work]) -> bool:
         """Whether a step that was refused can be taken in another way."""

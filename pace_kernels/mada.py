@@ -14,6 +14,7 @@ from .checks import Group, check_torchs_options, require
 from .launching import Prepared, of_c
 from .mada_checkpoints import MadaCheckpoints
 from .mada_options import (
+    LEARNED,
     LEARNING,
     PRESETS,
     check_mada_options,
@@ -27,6 +28,7 @@ from .memory import check_whole
 from .ops import COEFFICIENTS, HYPERGRADIENTS, LAST_SCALARS, NO_GRADIENT
 from .optimizer import NO_STATE
 from .options import make_plain
+from .planning import NO_ROLES, Plan
 from .sharding import local
 from .states import Work, as_state, moved
 from .torch_rules.common import by_graph
@@ -123,6 +125,7 @@ class MADA(MadaCheckpoints):
     ['beta1', 'rho']
     """
 
+    OPERATOR = "mada_step_"
     STATE_TENSORS = (
         *("exp_avg", "exp_avg_sq", "exp_avg_diff", "mean_exp_avg_sq", "max_exp_avg_sq", "exp_avg_lion"),
         *("last_grad", "older_grad", "ema"),
@@ -306,6 +309,43 @@ class MADA(MadaCheckpoints):
         finally:
             self._sums = []
 
+    def _option_numbers(self, group: Group) -> Group:
+        return self._arguments(group).step
+
+    def _can_plan(self, works: list[Work]) -> bool:
+        learns = any(work.group["learn"] for work in works)
+        if learns and (self._ranks() is not None or any(work.axes for work in works)):
+            return False  # ranks add up what they learn from
+        return super()._can_plan(works)
+
+    def _planned(self, works: list[Work], mask: list[bool], roles: Mapping[str, str] = NO_ROLES) -> Plan:
+        """Where gradients change places, two plans, each of them followed by the other."""
+        plan = self._learning_plan(works, mask, roles)
+        turned = [] if works[0].on_device else [r for part in plan.parts for r in part.dicts if "older_grad" in r]
+        if turned:
+            other = self._learning_plan(works, mask, {"last_grad": "older_grad", "older_grad": "last_grad"})
+            pairs = [(record["last_grad"], record["older_grad"]) for record in turned]
+            there = [{"last_grad": older, "older_grad": last} for last, older in pairs]
+            back = [{"last_grad": last, "older_grad": older} for last, older in pairs]
+            plan.turned, other.turned = (turned, there), (turned, back)
+            plan.after, other.after = other, plan
+        return plan
+
+    def _learning_plan(self, works: list[Work], mask: list[bool], roles: Mapping[str, str]) -> Plan:
+        self._sums = []
+        try:
+            plan = super()._planned(works, mask, roles)
+        finally:
+            self._sums = []
+        sets: dict[int, list[int]] = {}
+        for k, work in enumerate(works):
+            if work.group["learn"]:
+                sets.setdefault(id(work.group["coefficient_values"]), []).append(k)
+        for parts in sets.values():
+            group = works[parts[0]].group
+            plan.learn([group[name] for name in LEARNED], parts, self._arguments(group).learn)
+        return plan
+
     def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> Call:
         group, device = work.group, work.device
         options = {**self._arguments(group).step, "capturable": work.on_device, **work.lr(), **work.scaling}
@@ -316,7 +356,7 @@ class MADA(MadaCheckpoints):
             self._sums.append((group, sums, work))
         get = states.get
         return partial(
-            of_c(work.backend.op("mada_step_")),
+            of_c(work.backend.op(self.OPERATOR)),
             work.params,
             work.grads,
             get("exp_avg", []),

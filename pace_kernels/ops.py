@@ -74,14 +74,14 @@ _LIBRARY.define(
 # plan_add_ adds a part, which is a call of `rule`: its lists one after the other without that of the gradients (of
 # pullback_: the weights before), their lengths, the optional tensors up to lr_tensor, the options as numbers.
 # plan_learn_ adds the mada_learn_ of such parts. plan_step_ takes the missing lists of all parts one after the other,
-# looks whether all that it keeps lies where it did, and takes the step, or raises with nothing changed. Their schemas
+# looks whether all that it keeps lies where it did, and takes the step, or raises with nothing changed; `options` are
+# those of all parts where some changed, or none. Their schemas
 # mark nothing as written: they are not for tracing, the operators above are.
 for _schema in (
     "plan_add_(int plan, str rule, Tensor[] tensors, int[] lengths, Tensor?[] extras, float[] options) -> ()",
     "plan_learn_(int plan, Tensor[] learned, int[] parts, float[] options) -> ()",
-    "plan_options_(int plan, Tensor like, int part, float[] options) -> ()",
-    "plan_step_(int plan, Tensor like, Tensor[] fresh, Tensor? grad_scale=None, Tensor? clip_coef=None, "
-    "Tensor? found_inf=None) -> ()",
+    "plan_step_(int plan, Tensor like, Tensor[] fresh, float[] options, Tensor? grad_scale=None, "
+    "Tensor? clip_coef=None, Tensor? found_inf=None) -> ()",
 ):
     _LIBRARY.define(_schema)
 

@@ -22,9 +22,9 @@ from torch.optim.optimizer import ParamsT
 
 from .backend import choose, requested
 from .checks import Group, check_lr, check_number, overlaps_itself, require
-from .launching import Launching
 from .memory import aligned, check_whole
 from .options import Record, check_given, make_plain
+from .planning import Planning
 from .sharding import (
     Axes,
     all_reduce_,
@@ -48,7 +48,7 @@ NO_STATE: Mapping[str, Tensor] = MappingProxyType({})
 _HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 
 
-class KernelOptimizer(Launching):
+class KernelOptimizer(Planning):
     """Base class; not for direct use."""
 
     # True with fused=True, as in torch.optim: torch.amp.GradScaler then sets the attributes grad_scale and found_inf
@@ -70,6 +70,7 @@ class KernelOptimizer(Launching):
         self._versions = {}
         self._unfinished = []
         self._apart, self._twins, self._askew, self._counting = set(), set(), False, []
+        self._end_plans()
         # Part of the groups, because that is what every kind of checkpoint carries.
         super().__init__(params, {**defaults, **GROUP_STATE})
 
@@ -80,6 +81,7 @@ class KernelOptimizer(Launching):
         if isinstance(param_group, dict):
             check_given(param_group, self.defaults, f"param_groups[{len(self.param_groups)}]", type(self).__name__)
             param_group = self._completed(param_group)
+        self._end_plans()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -346,7 +348,6 @@ class KernelOptimizer(Launching):
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(  # type: ignore[override]
         self, closure: Callable[[], Any] | None = None, *, clip_coef: Tensor | float | None = None
     ) -> Any:
@@ -356,6 +357,22 @@ class KernelOptimizer(Launching):
         pass, so that clipping them by :func:`pace_kernels.clip_coefficient` costs no pass of its own; the gradients
         themselves stay as they are. It is not read back from its device.
         """
+        # A subclass with a step of its own has torch's hooks around that one.
+        if type(self).step is KernelOptimizer.step and self._is_observed():
+            return self._observed_step(closure, clip_coef=clip_coef)
+        if closure is None and self._plan is not None and not torch.compiler.is_compiling():
+            scales = clip_coef is not None or "found_inf" in self.__dict__ or "grad_scale" in self.__dict__
+            if self._again(self._scaling(clip_coef) if scales else {}):
+                return None
+        return self._unobserved_step(closure, clip_coef=clip_coef)
+
+    # torch's own wrapper, of hooks and a profiler's range, takes 12 µs: here it is around what needs it.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _unobserved_step(
+        self, closure: Callable[[], Any] | None = None, *, clip_coef: Tensor | float | None = None
+    ) -> Any:
         self._health_check()
         self._require_whole("step()")
         self._require_live("step()")
@@ -368,11 +385,16 @@ class KernelOptimizer(Launching):
         self._step(clip_coef)
         return loss
 
+    _observed_step = torch.optim.Optimizer.profile_hook_step(_unobserved_step)
+
     # One operator call a group is all there is to compile: torch.compile runs it as it is, between its graphs.
     # The mark is torch.optim's: torch.compiler.disable would load torch._dynamo and triton here, at import: 2.4 s.
     @_disable_dynamo
     def _step(self, clip_coef: Tensor | float | None = None) -> None:
-        works = self._collect(self._scaling(clip_coef))
+        scaling = self._scaling(clip_coef)
+        if self._plan is not None and self._again(scaling):
+            return
+        works = self._collect(scaling)
         if not self.state and self._is_dry_run(works):
             for work in works:
                 self._states(work)

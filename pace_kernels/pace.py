@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from .mada_options import MADA_ONLY
 from .ops import PACE_STATS
 from .optimizer import KernelOptimizer
 from .options import make_plain
+from .planning import NO_ROLES, Plan
 from .sharding import Axes, gathered_rows
 from .states import Work
 from .torch_rules.pace import PaceOptions, average_weight, merge_stats
@@ -92,6 +94,7 @@ class PACE(KernelOptimizer):
     ...     loss = model(torch.ones(8, 4)).square().mean()
     """
 
+    OPERATOR = "pace_step_"
     STATE_TENSORS = ("exp_avg", "exp_avg_sq", "ema")
     OWN_OPTION = "log_stats"
 
@@ -182,19 +185,31 @@ class PACE(KernelOptimizer):
         super()._launch_all(prepared)
         self._step_stats = self._new_stats
 
-    def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> Call:
-        group, device = work.group, work.device
+    def _option_numbers(self, group: Group) -> Group:
         record = self._record(group)
         if record.prepared is None:
             record.prepared = self._options(group)
-        options = {**record.prepared, "capturable": work.on_device, **work.lr(), **work.scaling}
+        return record.prepared  # type: ignore[no-any-return]
+
+    def _planned(self, works: list[Work], mask: list[bool], roles: Mapping[str, str] = NO_ROLES) -> Plan:
+        self._new_stats = []
+        plan = super()._planned(works, mask, roles)
+        plan.left = self._new_stats
+        return plan
+
+    def _taken_by(self, plan: Plan) -> None:
+        self._step_stats = plan.left
+
+    def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> Call:
+        group, device = work.group, work.device
+        options = {**self._option_numbers(group), "capturable": work.on_device, **work.lr(), **work.scaling}
         stats = None
         if group["log_stats"]:
             dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
             stats = torch.empty(len(PACE_STATS), dtype=dtype, device=device)
             self._new_stats.append((stats, work.axes))
         return partial(
-            of_c(work.backend.op("pace_step_")),
+            of_c(work.backend.op(self.OPERATOR)),
             work.params,
             work.grads,
             states.get("exp_avg", []),

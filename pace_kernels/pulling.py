@@ -23,7 +23,6 @@ from .pulls import (
     AVERAGE,
     FORMAT_VERSION,
     OURS,
-    PLAIN,
     STEP,
     SWAPPED,
     Own,
@@ -34,7 +33,7 @@ from .pulls import (
     is_fake,
 )
 from .second_moments import SecondMoment, lacks, require_second_moment, second_moment_of
-from .sharding import Axes, axes, is_sharded, is_wrapper, local, placed_alike
+from .sharding import PLAIN, Axes, axes, is_sharded, is_wrapper, local, placed_alike
 from .states import as_state, counts_no_further, exact_on, moved, state_dtype
 
 _NO_AXES: Axes = ()

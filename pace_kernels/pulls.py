@@ -32,7 +32,6 @@ OURS = (AVERAGE, STEP, LIVE, AT_REST)
 # first. Under these names all kinds of checkpoints carry them.
 SWAPPED, FORMAT_VERSION = "pullback_swapped", "pullback_format_version"
 _SHARED = frozenset(f.name for f in fields(PullbackOptions)) & frozenset(OPTIONS)
-PLAIN = {Tensor, torch.nn.Parameter}
 _version = operator.attrgetter("_version")
 
 

@@ -17,14 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 # sum over all of its elements. Axes that hold copies are not among them.
 Axes: TypeAlias = tuple[tuple[Any, int], ...]
 
-_PLAIN = {Tensor, torch.nn.Parameter}
+PLAIN = {Tensor, torch.nn.Parameter}
 _SHARDED: set[type] = set()  # DTensor, once one was seen
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor. There is none before torch.distributed.tensor was imported, which takes a second."""
     kind = type(tensor)
-    if kind in _PLAIN or kind in _SHARDED:
+    if kind in PLAIN or kind in _SHARDED:
         return kind in _SHARDED
     module = sys.modules.get("torch.distributed.tensor")
     if module is None or not isinstance(tensor, module.DTensor):
@@ -37,7 +37,7 @@ def is_wrapper(tensor: Tensor) -> bool:
     """Whether the tensor does its operations in its own way, as subclasses do that wrap others (quantized weights). A
     kernel would be handed what is inside once for each tensor in there, with step counts that are one for all."""
     kind = type(tensor)
-    if kind in _PLAIN or isinstance(tensor, FakeTensor):
+    if kind in PLAIN or isinstance(tensor, FakeTensor):
         return False
     return kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
 
@@ -103,7 +103,7 @@ def local_as(param: Tensor, value: Tensor) -> Tensor:
 
 def _arrived(tensor: Tensor) -> Tensor:
     """Collectives of DTensor are asynchronous: what one brings has to be waited for before a kernel reads it."""
-    if type(tensor) not in _PLAIN and hasattr(tensor, "wait"):
+    if type(tensor) not in PLAIN and hasattr(tensor, "wait"):
         return tensor.wait()  # type: ignore[no-any-return]
     return tensor
 

@@ -13,58 +13,95 @@
 
 namespace pace {
 
-// Where a kept tensor lies, by which it is told whether it still does.
+// Where kept tensors lie, and of what shape they are, by which it is told whether they still are.
 class Memory {
  public:
-  explicit Memory(const Tensor& t) : t_(t.get()), seen_(look(t_)) {
-    const auto sizes = t.sizes(), strides = t.strides();
-    shape_.assign(sizes.begin(), sizes.end());
-    shape_.insert(shape_.end(), strides.begin(), strides.end());
+  // `shaped`: the shape counts too; of single numbers and rows of them the memory is all.
+  void add(const Tensor& t, bool shaped) {
+    Seen seen = look(t.get());
+    seen.tensor = t.get();
+    if (shaped) {
+      seen.dim = t.dim();
+      const auto sizes = t.sizes(), strides = t.strides();
+      shapes_.insert(shapes_.end(), sizes.begin(), sizes.end());
+      shapes_.insert(shapes_.end(), strides.begin(), strides.end());
+    }
+    seen_.push_back(seen);
   }
 
   bool same() const {
-    if (!(look(t_) == seen_)) return false;
-    int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t_, &dim));
-    if (static_cast<size_t>(2 * dim) != shape_.size()) return false;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t_, &sizes));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t_, &strides));
-    return std::equal(sizes, sizes + dim, shape_.begin()) && std::equal(strides, strides + dim, shape_.begin() + dim);
+    const int64_t* shape = shapes_.data();
+    for (const Seen& seen : seen_) {
+      const Seen now = look(seen.tensor);
+      if (now.address != seen.address || now.bytes != seen.bytes || now.dtype != seen.dtype) return false;
+      if (seen.dim < 0) continue;
+      int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(seen.tensor, &dim));
+      if (dim != seen.dim) return false;
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(seen.tensor, &sizes));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(seen.tensor, &strides));
+      if (!std::equal(sizes, sizes + dim, shape) || !std::equal(strides, strides + dim, shape + dim)) return false;
+      shape += 2 * dim;
+    }
+    return true;
   }
 
  private:
   struct Seen {
-    void* address;
-    int64_t bytes;
-    int32_t dtype;
-
-    bool operator==(const Seen& other) const {
-      return address == other.address && bytes == other.bytes && dtype == other.dtype;
-    }
+    AtenTensorHandle tensor = nullptr;  // held by the part
+    void* address = nullptr;
+    int64_t bytes = 0;
+    int64_t dim = -1;  // −1: the shape does not count
+    int32_t dtype = 0;
   };
 
   static Seen look(AtenTensorHandle t) {
-    Seen seen{};
+    Seen seen;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &seen.address));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t, &seen.bytes));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &seen.dtype));
     return seen;
   }
 
-  AtenTensorHandle t_;  // of a tensor that the part holds
-  Seen seen_;
-  std::vector<int64_t> shape_;  // sizes, then strides
+  std::vector<Seen> seen_;
+  std::vector<int64_t> shapes_;  // sizes, then strides, of each that counts
+};
+
+// A step count on the CPU, where it lies.
+class Count {
+ public:
+  Count() = default;
+  explicit Count(const Tensor& t) : address_(t.data_ptr()), is_double_(t.scalar_type() == ScalarType::Double) {}
+
+  // The steps taken so far, where the count can go on.
+  double taken(size_t i) const {
+    const double taken = is_double_ ? *static_cast<double*>(address_) : *static_cast<float*>(address_);
+    STD_TORCH_CHECK(taken < kFloat32Counts || is_double_, entry("steps", i),
+                    " is float32, which counts to 2^24, and is there: make it float64");
+    return taken;
+  }
+  void write(double t) const {
+    if (is_double_) {
+      *static_cast<double*>(address_) = t;
+    } else {
+      *static_cast<float*>(address_) = static_cast<float>(t);
+    }
+  }
+
+ private:
+  void* address_ = nullptr;
+  bool is_double_ = false;
 };
 
 class Part {
  public:
   virtual ~Part() = default;
   virtual size_t fresh_tensors() const = 0;
-  // Each of these may raise, and writes nothing.
+  // Each of these may raise, and writes nothing. A plan that raised is not taken up again.
   virtual void check_kept() const = 0;
   virtual void take(const Tensor* fresh) = 0;
   virtual void prepare(const GradScaling& scaling) = 0;
-  virtual void replace_options(const std::vector<double>& options) = 0;
+  virtual void replace_options(const Numbers& options) = 0;
   virtual void run(bool skip) = 0;
   virtual const std::optional<Tensor>& hypergradients() const = 0;
 };
@@ -82,7 +119,8 @@ class PartOf final : public Part {
     works_.resize(params.size());
     orders_.reserve(params.size());
     for (size_t i = 0; i < params.size(); ++i) {
-      checked_steps_taken("steps", i, call_.steps[i]);
+      check_step("steps", i, call_.steps[i], kCpu);
+      works_[i].step = Count(call_.steps[i]);
       const MemoryOrder& order = orders_.emplace_back(params[i]);
       for (int k = 0; k < D::kOperands; ++k) {
         if (k == fresh) continue;
@@ -97,19 +135,16 @@ class PartOf final : public Part {
 
   // From here on `check_kept` can tell what has changed.
   void keep() {
-    for (const TensorList& list : call_.lists) keep(list);
-    keep(call_.rows);
-    keep(call_.steps);
+    for (const TensorList& list : call_.lists) keep(list, true);
+    keep(call_.rows, false);
+    keep(call_.steps, false);
     for (const auto& extra : call_.extras) {
-      if (extra) kept_.emplace_back(*extra);
+      if (extra) kept_.add(*extra, false);
     }
-    if (call_.lr) kept_.emplace_back(*call_.lr);
+    if (call_.lr) kept_.add(*call_.lr, false);
   }
 
-  void check_kept() const override {
-    for (const Memory& memory : kept_)
-      STD_TORCH_CHECK(memory.same(), "the plan of this step has ended: a tensor moved");
-  }
+  void check_kept() const override { STD_TORCH_CHECK(kept_.same(), "a tensor of the plan lies elsewhere now"); }
 
   void take(const Tensor* fresh) override {
     fresh_layouts_.clear();
@@ -121,13 +156,10 @@ class PartOf final : public Part {
     }
   }
 
-  void replace_options(const std::vector<double>& options) override {
-    Call<D> next = call_;
-    const Numbers numbers(options);
-    next.options.visit(numbers);
-    numbers.check_done(D::kOp);
-    check_call(next, kCpu, fresh_);
-    call_ = std::move(next);
+  void replace_options(const Numbers& options) override {
+    call_.options.visit(options);
+    call_.options.visit(RangeCheck{});
+    check_rule(call_);
   }
 
   const std::optional<Tensor>& hypergradients() const override {
@@ -143,7 +175,7 @@ class PartOf final : public Part {
     scalars_.resize(n);
     for (size_t i = 0; i < n; ++i) {
       Work& w = works_[i];
-      const double t = counts_[i] = checked_steps_taken("steps", i, call_.steps[i]) + 1.0;
+      const double t = counts_[i] = w.step.taken(i) + 1.0;
       const bool same = i > 0 && t == counts_[i - 1] && host_->same_memory(i);
       w.scalars = same ? works_[i - 1].scalars : &scalars_[i];
       if (!same) host_->fill(scalars_[i], t, i);
@@ -168,7 +200,7 @@ class PartOf final : public Part {
       sweep(w.streams.data(), w.scalars, w.flags, begin, end, sums ? &sums_[static_cast<size_t>(block)] : nullptr);
     });
     for (size_t i = 0; i < works_.size(); ++i) {
-      write_step(call_.steps[i], counts_[i]);
+      works_[i].step.write(counts_[i]);
       host_->remember(i);
     }
     host_->finish(counts_, sums_);
@@ -176,6 +208,7 @@ class PartOf final : public Part {
 
  private:
   struct Work {
+    Count step;
     std::array<Stream, D::kOperands> streams{};
     const Scalars* scalars = nullptr;
     unsigned flags = 0;
@@ -187,8 +220,8 @@ class PartOf final : public Part {
     check_operand(list.name, i, t, call_.params()[i], is_written(call_, k), kCpu);
     return order.stream(t, format_of(list.name, i, t, list.role == Role::state), layouts);
   }
-  void keep(const TensorList& list) {
-    for (const Tensor& t : list) kept_.emplace_back(t);
+  void keep(const TensorList& list, bool shaped) {
+    for (const Tensor& t : list) kept_.add(t, shaped);
   }
 
   Call<D> call_;
@@ -196,7 +229,7 @@ class PartOf final : public Part {
   std::vector<Work> works_;
   std::vector<MemoryOrder> orders_;
   Layouts layouts_, fresh_layouts_;  // sizes and strides that streams point to
-  std::vector<Memory> kept_;
+  Memory kept_;
   std::unique_ptr<Blocks> blocks_;
   std::unique_ptr<Host> host_;  // of this step
   std::vector<double> counts_;

@@ -113,15 +113,15 @@ void plan_learn(int64_t handle, TensorList learned, std::vector<int64_t> parts, 
   plan->learning.push_back(std::move(a));
 }
 
-void plan_options(int64_t handle, Tensor, int64_t part, std::vector<double> options) {
-  const auto plan = plan_of(handle);
-  STD_TORCH_CHECK(part >= 0 && part < static_cast<int64_t>(plan->parts.size()), "there is no part ", part);
-  plan->parts[static_cast<size_t>(part)]->replace_options(options);
-}
-
-void plan_step(int64_t handle, Tensor, TensorList fresh, std::optional<Tensor> grad_scale,
+// `options`: those of all parts one after the other, where some changed since the last step; otherwise none.
+void plan_step(int64_t handle, Tensor, TensorList fresh, std::vector<double> options, std::optional<Tensor> grad_scale,
                std::optional<Tensor> clip_coef, std::optional<Tensor> found_inf) {
   const auto plan = plan_of(handle);
+  if (!options.empty()) {
+    const Numbers numbers(options);
+    for (const auto& part : plan->parts) part->replace_options(numbers);
+    numbers.check_done("the plan");
+  }
   const GradScaling scaling{std::move(grad_scale), std::move(clip_coef), std::move(found_inf)};
   check_scaling(scaling, kCpu);
   size_t at = 0;
@@ -164,6 +164,5 @@ void drop_plan(int64_t handle) {
 STABLE_TORCH_LIBRARY_IMPL(pace_kernels, CPU, m) {
   m.impl("plan_add_", TORCH_BOX(&pace::plan_add));
   m.impl("plan_learn_", TORCH_BOX(&pace::plan_learn));
-  m.impl("plan_options_", TORCH_BOX(&pace::plan_options));
   m.impl("plan_step_", TORCH_BOX(&pace::plan_step));
 }

@@ -205,7 +205,7 @@ void sweep(const Stream* streams, const void* scalars, unsigned flags, int64_t b
   const int64_t step = its.walk.tile;
   for (int64_t at = begin; at < end; at += step) {
     const int64_t n = end - at < step ? end - at : step;
-    for (int64_t ahead = kAhead; its.walk.ahead && ahead < kAhead + step; ahead += kLine) {
+    for (int64_t ahead = kAhead; its.walk.ahead && ahead < kAhead + step && at + ahead < end; ahead += kLine) {
       for (int k = 0; k < kOperands; ++k) {
         if ((its.read >> k & 1) != 0) prefetch_tile(streams[k], at + ahead);
       }
