@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -311,6 +311,9 @@ class MADA(MadaCheckpoints):
 
     def _option_numbers(self, group: Group) -> Group:
         return self._arguments(group).step
+
+    def _scheduled(self, group: Group, names: Sequence[str]) -> dict[str, float] | None:
+        return super()._scheduled(group, names) if set(names).isdisjoint(LEARNED) else None
 
     def _can_plan(self, works: list[Work]) -> bool:
         learns = any(work.group["learn"] for work in works)

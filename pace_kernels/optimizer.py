@@ -359,7 +359,8 @@ class KernelOptimizer(Planning):
         """
         # A subclass with a step of its own has torch's hooks around that one.
         if type(self).step is KernelOptimizer.step and self._is_observed():
-            return self._observed_step(closure, clip_coef=clip_coef)
+            given: dict[str, Any] = {} if clip_coef is None else {"clip_coef": clip_coef}
+            return self._observed_step(*(() if closure is None else (closure,)), **given)
         if closure is None and self._plan is not None and not torch.compiler.is_compiling():
             scales = clip_coef is not None or "found_inf" in self.__dict__ or "grad_scale" in self.__dict__
             if self._again(self._scaling(clip_coef) if scales else {}):

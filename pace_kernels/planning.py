@@ -15,7 +15,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain, repeat
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from .checks import Group
 from .definitions import DEFINITIONS
 from .definitions.kit import Definition
 from .launching import Launching, Prepared, of_c
-from .sharding import PLAIN, is_sharded
+from .sharding import PLAIN, is_sharded, local
 from .states import Work
 from .torch_rules.common import at_hand
 from .whole import at_once, each
@@ -96,8 +96,13 @@ class _Options:
         self.steady = not self.lists and not self.lr
 
 
+# A group's dict, the names of its options that changed, and the operator's names and values of them.
+Change: TypeAlias = tuple[_Options, Sequence[str], dict[str, float]]
+
+
 class Plan:
-    """One step's calls. ``after`` is the plan of the step that follows."""
+    """One step's calls. ``after``: the plan of the step that follows, where that is another one; it takes this one's
+    place then, and has this one after it. So they hold each other in no circle."""
 
     def __init__(self, optimizer: Planning, works: list[Work], mask: list[bool], rows: list[tuple[Any, ...]]) -> None:
         from . import _C  # a plan is made once kernels have run
@@ -110,7 +115,7 @@ class Plan:
         self.params = [param for work in works for param in work.params]
         self.sharded = any(map(is_sharded, self.owners))
         self.placed = list(map(_placed, self.owners)) if self.sharded else []
-        self.mask = mask
+        self.mask, self.key = mask, tuple(mask)
         self.parts = [_Part(definition, work, *row) for work, row in zip(works, rows, strict=True)]
         self.keys, self.states = list(optimizer.state), list(optimizer.state.values())
         self.dicts = list(chain.from_iterable(part.dicts for part in self.parts))
@@ -121,7 +126,7 @@ class Plan:
         self.takes_all = self.order == list(range(len(params))) and not self.sharded
         self.held = _C.Plan()
         self.step = partial(of_c(torch.ops.pace_kernels.plan_step_.default), self.held.handle, self.params[0])
-        self.after: Plan | None = self
+        self.after: Plan | None = None
         self.turned: tuple[list[dict[str, Any]], list[dict[str, Any]]] | None = None  # states, and what they get
         self.left: list[Any] = []  # what get_step_stats() reads
         add = torch.ops.pace_kernels.plan_add_.default
@@ -145,6 +150,15 @@ class Plan:
             and sum(map(len, self.dicts)) == len(self.values)
             and all(map(operator.is_, chain.from_iterable(map(dict.values, self.dicts)), self.values))
         )
+
+    def with_options(self, changes: list[Change]) -> list[float]:
+        """The options of all parts, changed. A plan that did not take them is of no use any more."""
+        for part in self.parts:
+            for kept, _, numbers in changes:
+                if part.group is kept.group:
+                    for name, number in numbers.items():
+                        part.numbers[part.place[name]] = number
+        return list(chain.from_iterable(part.numbers for part in self.parts))
 
     def learn(self, learned: list[Tensor], parts: list[int], options: Group) -> None:
         """Adds what ``mada_learn_`` does after the step."""
@@ -219,8 +233,8 @@ class Planning(Launching):
         if len(self._plans) > 1:
             params = [param for group in self.param_groups for param in group["params"]]
             plan = self._plans.get(tuple(param.grad is None for param in params), plan)
-        options = self._options_now(plan)
-        if options is None:
+        changes = self._changes_since(plan)
+        if changes is None:
             return False
         grads = list(map(_grad, plan.all_params))
         try:
@@ -233,33 +247,43 @@ class Planning(Launching):
             fresh = grads if plan.takes_all else plan.fresh(grads)
         except (AttributeError, KeyError):  # a state is gone, or a gradient is no DTensor
             return False
-        if fresh is None:
+        found_inf = scaling.get("found_inf")
+        if fresh is None or not (found_inf is None or at_hand(found_inf)):
             return False
+        turned = None if found_inf is not None and bool(found_inf) else plan.turned
         # Before: a handler in between must not find new weights of an old version.
         _increment_version(plan.params)
         if plan.sharded:
             _increment_version(plan.owners)
         try:
-            if plan.turned:
-                at_once([partial(plan.step, fresh, options, **scaling), each(dict.update, *plan.turned)])
+            options = plan.with_options(changes) if changes else ()
+            if turned:
+                at_once([partial(plan.step, fresh, options, **scaling), each(dict.update, *turned)])
             else:
                 plan.step(fresh, options, **scaling)
         except (RuntimeError, TypeError, NotImplementedError):
             self._end_plans()  # the usual step says why, or does it otherwise
             return False
-        self._plan, self._vain = plan.after, 0
+        for kept, names, numbers in changes:  # once the plan has them: what it refuses is nowhere
+            self._option_numbers(kept.group).update((k, number) for k, number in numbers.items() if k != "lr")
+            kept.keep(names)
         self._taken_by(plan)
+        if turned and plan.after is not None:
+            following, plan.after = plan.after, None
+            following.after = plan
+            self._plans[plan.key] = plan = following
+        self._plan, self._vain = plan, 0
         return True
 
     def _taken_by(self, plan: Plan) -> None:
         """What a step by this plan leaves to be read."""
 
-    def _options_now(self, plan: Plan) -> Sequence[float] | None:
-        """Options to hand over where some changed; None where the plan does not fit."""
+    def _changes_since(self, plan: Plan) -> list[Change] | None:
+        """What changed of options since the plan's last step; None where the plan does not fit."""
         groups = self.param_groups
         if len(groups) != len(plan.options):
             return None
-        changed = False
+        changes: list[Change] = []
         for group, kept in zip(groups, plan.options, strict=True):
             params = group["params"]
             if group is not kept.group or len(params) != len(kept.params):
@@ -269,37 +293,32 @@ class Planning(Launching):
             if kept.steady and len(group) == kept.size and all(map(operator.is_, group.values(), kept.values)):
                 continue
             names = kept.changed()
-            if names is None or (names and not self._take_over(plan, group, kept, names)):
+            numbers = None if names is None else self._scheduled(group, names)
+            if names is None or numbers is None:
                 return None
-            changed |= bool(names)
-        return list(chain.from_iterable(part.numbers for part in plan.parts)) if changed else ()
+            if names:
+                changes.append((kept, names, numbers))
+        return changes
 
-    def _take_over(self, plan: Plan, group: Group, kept: _Options, names: Sequence[str]) -> bool:
-        """Options that were replaced, into the plan; False where they need a closer look."""
+    def _scheduled(self, group: Group, names: Sequence[str]) -> dict[str, float] | None:
+        """The operator's names and values of options that were replaced; None where they need a closer look."""
         numbers: dict[str, float] = {}
         for name in names:
             targets = self.SCHEDULED.get(name)
             if targets is None:
                 if name in self.defaults:
-                    return False
+                    return None
                 continue  # of a scheduler or of the user
             value = group[name]
             if name == "lr" and isinstance(value, Tensor) and at_hand(value) and value.numel() == 1:
                 value = value.item()
             values = value if len(targets) > 1 and type(value) in (tuple, list) else (value,)
             if len(values) != len(targets) or not all(isinstance(number, float) for number in values):
-                return False
+                return None
             numbers.update(zip(targets, values, strict=True))
-        prepared = self._option_numbers(group)
-        if "beta1" in numbers and (numbers["beta1"] == 0.0) is not (prepared["beta1"] == 0.0):
-            return False  # without a first moment, or with one
-        for part in plan.parts:
-            if part.group is group:
-                for name, number in numbers.items():
-                    part.numbers[part.place[name]] = number
-        prepared.update((name, number) for name, number in numbers.items() if name != "lr")
-        kept.keep(names)
-        return True
+        if "beta1" in numbers and (numbers["beta1"] == 0.0) is not (self._option_numbers(group)["beta1"] == 0.0):
+            return None  # without a first moment, or with one
+        return numbers
 
     # ---- the plan of a step that was taken --------------------------------------------------------------------------
 
@@ -327,7 +346,9 @@ class Planning(Launching):
             names = ("step", *self._state_tensors(work.group))
             now = tuple(roles.get(name, name) for name in names)
             columns = [[record[name] for record in work.records] for name in now]
-            states = {name: list(map(_local, c)) if work.axes else c for name, c in zip(names, columns, strict=True)}
+            if is_sharded(work.owners[0]):
+                columns = [list(map(local, column)) for column in columns]
+            states = dict(zip(names, columns, strict=True))
             rows.append((names, now, self._launch(work, states)))
         return Plan(self, works, mask, rows)
 
@@ -338,7 +359,7 @@ class Planning(Launching):
             return False
         for work in works:
             lr = work.group["lr"]
-            if work.backend.name != "cpu" or work.copies or "found_inf" in work.scaling:
+            if work.backend.name != "cpu" or work.copies or work.left_undone():
                 return False
             if isinstance(lr, Tensor) and not at_hand(lr):
                 return False

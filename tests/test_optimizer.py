@@ -256,6 +256,7 @@ def test_no_reference_cycle_keeps_the_memory() -> None:
     gc.disable()
     try:
         optimizer.state.clear()
+        run(optimizer, [p], [2])  # a plan has them until it ends
         assert gone() is None
     finally:
         gc.enable()

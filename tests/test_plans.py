@@ -453,6 +453,15 @@ def test_groups_that_are_added(name: str) -> None:
     pair.step()
 
 
+@pytest.mark.parametrize("name", ["coefficient_values", "coefficient_momenta", "hyper_step"])
+def test_learned_tensors_that_are_replaced(name: str) -> None:
+    pair = Pair(BUILDS["MADA"]).under_plan()
+    pair.do(lambda o: o.param_groups[0].update({name: o.param_groups[0][name] * 0.5}))
+    assert pair.step() is False
+    pair.do(lambda o: o.param_groups[0]["coefficient_values"].mul_(0.9))
+    assert [pair.step() for _ in range(4)][-1]
+
+
 def test_frozen_coefficients() -> None:
     pair = Pair(BUILDS["MADA"]).under_plan()
     pair.do(lambda o: o.freeze())
