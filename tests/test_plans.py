@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-from pace_kernels.planning import Planning
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -802,8 +801,3 @@ def test_sharded_parameters(mesh: Any, name: str) -> None:
         pair.do(other_local)
     assert step() is False
     step()
-
-
-def test_what_planning_is_part_of() -> None:
-    assert issubclass(PACE, Planning)
-    assert issubclass(MADA, Planning)
