@@ -352,6 +352,24 @@ def test_on_a_device_the_schedule_is_in_tensors(case: str, monkeypatch: pytest.M
     assert saved["k"] == 40 and type(saved["k"]) is int and type(saved["weight_sum"]) is float
 
 
+def test_the_operator_is_as_it_says() -> None:
+    lists = [[torch.rand(7, 3) for _ in range(2)] for _ in range(4)] + [[torch.zeros(()) for _ in range(2)]]
+    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "count": 1.0, "share": 1.0}
+    operator = torch.ops.pace_kernels.schedule_free_step_.default
+    torch.library.opcheck(operator, (*lists, None), options | {"maximize": False, "capturable": False})
+    before = copy.deepcopy(lists)
+    for name, value in (("count", 0.0), ("share", 1.5), ("beta1", 1.0), ("lr", -1.0), ("eps", 0.0)):
+        with pytest.raises(RuntimeError, match=f"{name} must"):
+            operator(*lists, None, **{**options, name: value}, maximize=False, capturable=False)
+    with pytest.raises(RuntimeError, match="zs has 1 tensors, params has 2"):
+        operator(*lists[:3], lists[3][:1], lists[4], None, **options, maximize=False, capturable=False)
+    with pytest.raises(RuntimeError, match="schedule must be a CPU tensor, contiguous, float64, with 2 elements"):
+        operator(*lists, torch.zeros(2), **options, maximize=False, capturable=False)
+    assert all(
+        torch.equal(a, b) for one, other in zip(before, lists, strict=True) for a, b in zip(one, other, strict=True)
+    )
+
+
 @pytest.mark.parametrize("capturable", [False, True])
 def test_on_meta_nothing_is_read(capturable: bool) -> None:
     param = torch.nn.Parameter(torch.ones(3, device="meta"))
