@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -16,6 +17,7 @@ from .checks import Group, check_common_options, check_number, check_torchs_opti
 from .launching import Prepared, of_c
 from .optimizer import NO_STATE, KernelOptimizer
 from .options import make_plain
+from .planning import Change, Plan
 from .sharding import axes, is_wrapper, local, reduce_
 from .states import LAST_STEP, Work, empty_state, moved
 from .torch_rules.common import at_hand, by_graph, data
@@ -80,6 +82,7 @@ class ScheduleFreeAdamW(KernelOptimizer):
     ...     loss = model(torch.ones(8, 4)).square().mean()
     """
 
+    OPERATOR = "schedule_free_step_"
     STATE_TENSORS = ("exp_avg_sq", "z")
     OWN_OPTION = "weight_lr_power"
     MOVING = frozenset({"lr", *_COUNTED})
@@ -181,6 +184,13 @@ class ScheduleFreeAdamW(KernelOptimizer):
             raise ValueError(f"{named}: the weights of the steps add up beyond float64 at step {turn.k}")
         return turn, share
 
+    def _option_numbers(self, group: Group) -> Group:
+        record = self._record(group)
+        if record.prepared is None:
+            names = ("eps", "weight_decay", "maximize")
+            record.prepared = dict(zip(("beta1", "beta2"), group["betas"], strict=True)) | {n: group[n] for n in names}
+        return record.prepared  # type: ignore[no-any-return]
+
     def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> Call:
         group, device = work.group, work.device
         turn, share = self._turns[id(group)]
@@ -191,24 +201,39 @@ class ScheduleFreeAdamW(KernelOptimizer):
             schedule = moved(torch.stack([t, share]), device)
         else:
             now, schedule = {"lr": alpha, "count": float(t), "share": share}, None
-        beta1, beta2 = group["betas"]
         return partial(
-            of_c(work.backend.op("schedule_free_step_")),
+            of_c(work.backend.op(self.OPERATOR)),
             work.params,
             work.grads,
             states["exp_avg_sq"],
             states["z"],
             states["step"],
             schedule,
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            capturable=work.on_device,
-            **now,
-            **work.scaling,
+            **{**self._option_numbers(group), "capturable": work.on_device, **now, **work.scaling},
         )
+
+    def _scheduled(self, group: Group, names: Sequence[str]) -> dict[str, float] | None:
+        return super()._scheduled(group, [name for name in names if name not in _COUNTED])
+
+    def _changes_since(self, plan: Plan) -> list[Change] | None:
+        """With what the schedule makes of each group, which the step enters at once."""
+        changes = super()._changes_since(plan)
+        if changes is None:
+            return None
+        found = {id(kept): (names, numbers) for kept, names, numbers in changes}
+        groups, counted = [], []
+        changes = []
+        for kept in plan.options:
+            turn, share = self._turn(kept.group, [], None)
+            if isinstance(share, Tensor):
+                return None
+            names, numbers = found.get(id(kept), ((), {}))
+            now = {"lr": turn.scheduled_lr, "count": float(turn.k), "share": share}
+            changes.append((kept, names, {**numbers, **now}))
+            groups.append(kept.group)
+            counted.append(dict(zip(_COUNTED, turn, strict=True)))
+        plan.turned = groups, counted
+        return changes
 
     def _afterwards(self, prepared: Prepared) -> list[Call]:
         if any(work.left_undone() for work, _ in prepared):

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from pace_kernels import MADA, PACE
+from pace_kernels import MADA, PACE, ScheduleFreeAdamW
 
 SHAPES = [(3,), (4, 5), (), (2, 3, 4)]
 BUILDS: dict[str, Callable[..., Any]] = {
@@ -33,6 +33,7 @@ BUILDS: dict[str, Callable[..., Any]] = {
     "Adan": partial(MADA.preset, "adan"),
     "MADA": partial(MADA, hyper_warmup=0, hyper_lr=1e-2),
     "MADA, three learned": partial(MADA, learn=("beta1", "rho", "c"), beta3=0.0, hyper_warmup=0, hyper_lr=1e-2),
+    "schedule-free": partial(ScheduleFreeAdamW, warmup_steps=5, r=0.5),
     "MADA by group": partial(MADA, coefficients="group", lambda_pullback=0.1, hyper_warmup=0, hyper_lr=1e-2),
 }
 SOME = ["PACE", "MADA"]
