@@ -108,7 +108,7 @@ class Coefficients(KernelOptimizer):
 
         Training goes on as if the coefficients had stayed at their present values from here on.
         """
-        self._end_plans()
+        self._plans.end()
         for group in self.param_groups:
             self._by_name(group)
         for group in self.param_groups:

@@ -331,7 +331,7 @@ class MADA(MadaCheckpoints):
             there = [{"last_grad": older, "older_grad": last} for last, older in pairs]
             back = [{"last_grad": last, "older_grad": older} for last, older in pairs]
             plan.turned, other.turned = (turned, there), (turned, back)
-            plan.after, other.after = other, plan
+            plan.after = other
         return plan
 
     def _learning_plan(self, works: list[Work], mask: list[bool], roles: Mapping[str, str]) -> Plan:

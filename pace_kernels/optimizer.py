@@ -24,7 +24,7 @@ from .backend import choose, requested
 from .checks import Group, check_lr, check_number, overlaps_itself, require
 from .memory import aligned, check_whole
 from .options import Record, check_given, make_plain
-from .planning import Planning
+from .planning import Planning, Plans, is_observed
 from .sharding import (
     Axes,
     all_reduce_,
@@ -70,7 +70,7 @@ class KernelOptimizer(Planning):
         self._versions = {}
         self._unfinished = []
         self._apart, self._twins, self._askew, self._counting = set(), set(), False, []
-        self._end_plans()
+        self._plans = Plans()
         # Part of the groups, because that is what every kind of checkpoint carries.
         super().__init__(params, {**defaults, **GROUP_STATE})
 
@@ -81,7 +81,7 @@ class KernelOptimizer(Planning):
         if isinstance(param_group, dict):
             check_given(param_group, self.defaults, f"param_groups[{len(self.param_groups)}]", type(self).__name__)
             param_group = self._completed(param_group)
-        self._end_plans()
+        self._plans.end()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -358,10 +358,10 @@ class KernelOptimizer(Planning):
         themselves stay as they are. It is not read back from its device.
         """
         # A subclass with a step of its own has torch's hooks around that one.
-        if type(self).step is KernelOptimizer.step and self._is_observed():
+        if type(self).step is KernelOptimizer.step and is_observed(self):
             given: dict[str, Any] = {} if clip_coef is None else {"clip_coef": clip_coef}
             return self._observed_step(*(() if closure is None else (closure,)), **given)
-        if closure is None and self._plan is not None and not torch.compiler.is_compiling():
+        if closure is None and self._plans.next is not None and not torch.compiler.is_compiling():
             scales = clip_coef is not None or "found_inf" in self.__dict__ or "grad_scale" in self.__dict__
             if self._again(self._scaling(clip_coef) if scales else {}):
                 return None
@@ -393,7 +393,7 @@ class KernelOptimizer(Planning):
     @_disable_dynamo
     def _step(self, clip_coef: Tensor | float | None = None) -> None:
         scaling = self._scaling(clip_coef)
-        if self._plan is not None and self._again(scaling):
+        if self._again(scaling):
             return
         works = self._collect(scaling)
         if not self.state and self._is_dry_run(works):

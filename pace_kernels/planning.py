@@ -11,7 +11,10 @@ A plan holds tensors; options are its arguments: those that schedulers change at
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import operator
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain, repeat
@@ -177,15 +180,66 @@ class Plan:
             given = list(map(_local, given))
         return given
 
+    def is_of(self, optimizer: Planning) -> bool:
+        """Whether parameters and states are those of the plan."""
+        groups = [(group, group["params"]) for group in optimizer.param_groups]
+        return (
+            len(groups) == len(self.options)
+            and all(group is kept.group for (group, _), kept in zip(groups, self.options, strict=True))
+            and all(len(now) == len(kept.params) for (_, now), kept in zip(groups, self.options, strict=True))
+            and all(map(operator.is_, chain.from_iterable(now for _, now in groups), self.all_params))
+            and self.has_its_states(optimizer.state)
+        )
+
+
+class Plans:
+    """The plans of an optimizer. One object, because wrappers that pass for an optimizer copy its attributes; copies of
+    the optimizer begin with none."""
+
+    def __init__(self) -> None:
+        self.next: Any = None  # that of the next step, as far as that can be told
+        self.by_mask: dict[tuple[bool, ...], Plan] = {}  # by the parameters without a gradient
+        self.vain = 0  # how many were made since one was of use
+
+    def end(self) -> None:
+        self.next, self.by_mask = None, {}
+
     def __reduce__(self) -> Any:
-        return _none, ()
+        return Plans, ()
 
-    def __deepcopy__(self, memo: Any) -> None:
-        return None
+    def __deepcopy__(self, memo: Any) -> Plans:
+        return Plans()
 
 
-def _none() -> None:
-    return None
+# A plan holds parameters and states. Where an optimizer let go of some, and takes no step that would find out, the next
+# full garbage collection frees them.
+WITH_PLANS: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _end_stale(phase: str, info: dict[str, int]) -> None:
+    if phase != "stop" or info["generation"] != 2:
+        return
+    for optimizer in list(WITH_PLANS):
+        plans = optimizer.plans()
+        with contextlib.suppress(AttributeError, KeyError):  # of groups or states that are being replaced
+            if plans.next is not None and all(plan.is_of(optimizer) for plan in [plans.next, *plans.by_mask.values()]):
+                continue
+        plans.end()
+
+
+gc.callbacks.append(_end_stale)
+
+
+def is_observed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether hooks, a profiler or torch.compile are to see the step."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+        or _is_profiling()
+        or torch.compiler.is_compiling()
+    )
 
 
 class Planning(Launching):
@@ -197,27 +251,14 @@ class Planning(Launching):
         "lr": ("lr",), "weight_decay": ("weight_decay",), "betas": ("beta1", "beta2"),
     }  # fmt: skip
 
-    _plan: Plan | None = None  # of the next step, as far as that can be told
-    _plans: dict[tuple[bool, ...], Plan]  # by the parameters without a gradient
-    _vain = 0  # plans that were made since one was of use
+    _plans: Plans
 
-    def _end_plans(self) -> None:
-        self._plan, self._plans = None, {}
+    def plans(self) -> Plans:
+        return self._plans
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._end_plans()  # before states are loaded: it holds those that they replace
+        self.__dict__.setdefault("_plans", Plans()).end()  # before states are loaded: it holds those that they replace
         super().__setstate__(state)
-
-    def _is_observed(self) -> bool:
-        """Whether hooks, a profiler or torch.compile are to see the step."""
-        return bool(
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or torch_optimizer._global_optimizer_pre_hooks
-            or torch_optimizer._global_optimizer_post_hooks
-            or _is_profiling()
-            or torch.compiler.is_compiling()
-        )
 
     def _option_numbers(self, group: Group) -> Group:
         """The operator's options of a group, as they were prepared; those of SCHEDULED are replaced in it."""
@@ -227,12 +268,13 @@ class Planning(Launching):
 
     def _again(self, scaling: dict[str, Tensor]) -> bool:
         """Takes the step by a plan; False where there is none that fits, and nothing has changed."""
-        plan = self._plan
+        plans = self._plans
+        plan = plans.next
         if plan is None or self._unfinished or torch._C._len_torch_dispatch_stack():
             return False
-        if len(self._plans) > 1:
+        if len(plans.by_mask) > 1:
             params = [param for group in self.param_groups for param in group["params"]]
-            plan = self._plans.get(tuple(param.grad is None for param in params), plan)
+            plan = plans.by_mask.get(tuple(param.grad is None for param in params), plan)
         changes = self._changes_since(plan)
         if changes is None:
             return False
@@ -262,7 +304,7 @@ class Planning(Launching):
             else:
                 plan.step(fresh, options, **scaling)
         except (RuntimeError, TypeError, NotImplementedError):
-            self._end_plans()  # the usual step says why, or does it otherwise
+            plans.end()  # the usual step says why, or does it otherwise
             return False
         for kept, names, numbers in changes:  # once the plan has them: what it refuses is nowhere
             self._option_numbers(kept.group).update((k, number) for k, number in numbers.items() if k != "lr")
@@ -271,8 +313,8 @@ class Planning(Launching):
         if turned and plan.after is not None:
             following, plan.after = plan.after, None
             following.after = plan
-            self._plans[plan.key] = plan = following
-        self._plan, self._vain = plan, 0
+            plans.by_mask[plan.key] = plan = following
+        plans.next, plans.vain = plan, 0
         return True
 
     def _taken_by(self, plan: Plan) -> None:
@@ -325,18 +367,20 @@ class Planning(Launching):
     def _plan_next(self, prepared: Prepared) -> None:
         """Makes a plan of a usual step, for the next one."""
         works = [work for work, _ in prepared]
-        self._vain += 1
-        seldom = self._vain > 2 * _MOST_PLANS and self._vain % 64 != 0  # something changes at each step
+        plans = self._plans
+        plans.vain += 1
+        seldom = plans.vain > 2 * _MOST_PLANS and plans.vain % 64 != 0  # something changes at each step
         if seldom or not self._can_plan(works):
-            self._plan = None
+            plans.end()
             return
         mask = [param.grad is None for group in self.param_groups for param in group["params"]]
-        if len(self._plans) >= _MOST_PLANS:
-            self._end_plans()
+        others = {key: plan for key, plan in plans.by_mask.items() if key != tuple(mask) and plan.is_of(self)}
+        plans.by_mask = others if len(others) < _MOST_PLANS else {}
         try:
-            self._plan = self._plans[tuple(mask)] = self._planned(works, mask)
+            plans.next = plans.by_mask[tuple(mask)] = self._planned(works, mask)
+            WITH_PLANS.add(self)
         except (KeyError, RuntimeError):  # the next usual step tells, if there is something to tell
-            self._end_plans()
+            plans.end()
 
     def _planned(self, works: list[Work], mask: list[bool], roles: Mapping[str, str] = NO_ROLES) -> Plan:
         """A plan of these works. ``roles``: by the name of a state, the present name of what it will be then."""

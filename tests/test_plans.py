@@ -735,6 +735,29 @@ def test_what_was_replaced_is_free_after_the_next_step(name: str) -> None:
     assert old is None or old() is None
 
 
+@pytest.mark.parametrize("name", SOME)
+def test_a_full_collection_frees_what_was_let_go(name: str) -> None:
+    """Where no step follows that would find out: states that are put away, or a group that is taken out."""
+    pair = Pair(BUILDS[name], in_two_groups).under_plan()
+    optimizer = pair.optimizer
+    refs = [weakref.ref(t) for param, state in optimizer.state.items() for t in (param, *state.values())]
+    gc.collect()
+    assert pair.step()
+    optimizer.state.clear()
+    del optimizer.param_groups[1]
+    gc.collect()
+    kept = {id(param) for param in optimizer.param_groups[0]["params"]}
+    assert all(ref() is None or id(ref()) in kept for ref in refs)
+
+
+def test_wrappers_that_copy_attributes_hold_no_plan_of_their_own() -> None:
+    pair = Pair(PACE).under_plan()
+    copied = dict(pair.optimizer.__dict__)
+    pair.do(drop_state)
+    pair.step()
+    assert copied["_plans"] is pair.optimizer._plans
+
+
 def test_gradients_are_not_held() -> None:
     pair = Pair(PACE).under_plan()
     ref = weakref.ref(first(pair.optimizer).grad)
