@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -24,16 +25,36 @@ _FOREIGN_NAMES = {"m": "exp_avg", "v": "exp_avg_sq"}
 _FOREIGN_STATE = {"theta", "last_ema_step", "max_exp_avg_sq"}
 
 
-def _with_short_step(state: Any) -> Any:
-    """A state as it is saved: a count in torch's float32, as far as that counts."""
-    step = state.get("step") if isinstance(state, dict) else None
-    if not isinstance(step, Tensor) or step.dtype != torch.float64 or not has_values(step):
-        return state
-    return {**state, "step": step.to(step_dtype(step.item()))}
-
-
+# By an optimizer's own option, the options that the groups of no other have.
+_ONLY: dict[str, tuple[str, ...]] = {}
 # Among the names of states: some parameters of the group are at rest, without an average.
 _AT_REST = "at_rest"
+
+
+def with_short_count(state: Any, name: str) -> Any:
+    """A state as it is saved, in a dict of its own: a count in torch's float32, as far as that counts."""
+    if not isinstance(state, dict):
+        return state
+    count = state.get(name)
+    if not isinstance(count, Tensor) or count.dtype != torch.float64 or not has_values(count):
+        return dict(state)
+    return {**state, name: count.to(step_dtype(count.item()))}
+
+
+def check_saved(state: str, name: str, value: Any, shape: tuple[int, ...], param: Tensor) -> None:
+    """Raises ValueError where a value of a checkpoint is no tensor of this shape that can be a state of ``param``."""
+    if not isinstance(value, Tensor) or value.shape != shape:
+        came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{state}: {name} must be a tensor of shape {shape}, got {came}")
+    complex_too = param.is_complex()
+    if not (value.is_complex() if complex_too else value.dtype in FLOATING) or value.layout is not torch.strided:
+        kind = value.dtype if value.layout is torch.strided else value.layout
+        allowed = "a complex dtype" if complex_too else ", ".join(map(str, FLOATING))
+        raise ValueError(f"{state}: {name} must be dense, of {allowed}, got {kind}")
+    if not is_whole(local(value)):
+        raise ValueError(f"{state}: {name} has more elements than memory: was its storage resized?")
+    if value.is_meta and not param.is_meta:
+        raise ValueError(f"{state}: {name} is on the meta device, where there are no values")
 
 
 class Checkpoints(Averaging):
@@ -45,6 +66,8 @@ class Checkpoints(Averaging):
     STATE_ROWS: ClassVar[dict[str, int]] = {}
     # An option that the groups of no other optimizer have: by it a checkpoint is known for one of this class.
     OWN_OPTION: ClassVar[str]
+    # All of those that no other optimizer's groups have: others leave them out of a checkpoint of this class.
+    ONLY_OPTIONS: ClassVar[tuple[str, ...]] = ()
 
     _backend_name: str | None
     _dry: bool  # the states come from a dry run: the first real step creates them anew
@@ -53,6 +76,11 @@ class Checkpoints(Averaging):
     _step_supports_amp_scaling: bool
     _unchecked: set[int]  # ids of parameters that were frozen when they came
     _changed: list[Group]  # groups whose options were replaced, lr aside, since the last step
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "OWN_OPTION" in cls.__dict__:
+            _ONLY[cls.OWN_OPTION] = cls.ONLY_OPTIONS
 
     def _check_options(self, group: Group) -> None:
         """Raises ValueError or TypeError where an option of the group is not allowed."""
@@ -79,7 +107,7 @@ class Checkpoints(Averaging):
         def complete(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
             for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
                 packed.update(self._to_save(group))
-            saved["state"] = {key: _with_short_step(state) for key, state in saved["state"].items()}
+            saved["state"] = {key: with_short_count(state, "step") for key, state in saved["state"].items()}
 
         handle = self.register_state_dict_post_hook(complete, prepend=True)
         try:
@@ -273,7 +301,9 @@ class Checkpoints(Averaging):
         """The options of a group after loading: the saved ones, and the present ones where none was saved."""
         options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         options |= GROUP_STATE  # of what is loaded, not of what was here
-        options |= {k: v for k, v in saved.items() if k not in _FOREIGN_OPTIONS}
+        others = (names for own, names in _ONLY.items() if own in saved and own != self.OWN_OPTION)
+        dropped = {*_FOREIGN_OPTIONS, *chain.from_iterable(others)}
+        options |= {k: v for k, v in saved.items() if k not in dropped}
         make_plain(options, self.defaults)
         return options
 
@@ -308,16 +338,7 @@ class Checkpoints(Averaging):
         step = step.to(step_dtype(step.item()))
         for key, value in state.items():
             shape = (self.STATE_ROWS[key],) if key in self.STATE_ROWS else tuple(param.shape)
-            if not isinstance(value, Tensor) or value.shape != shape:
-                came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{name}: {key} must be a tensor of shape {shape}, got {came}")
-            if value.dtype not in FLOATING or value.layout is not torch.strided:
-                kind = value.dtype if value.layout is torch.strided else value.layout
-                raise ValueError(f"{name}: {key} must be dense, of {', '.join(map(str, FLOATING))}, got {kind}")
-            if not is_whole(local(value)):
-                raise ValueError(f"{name}: {key} has more elements than memory: was its storage resized?")
-            if value.is_meta and not param.is_meta:
-                raise ValueError(f"{name}: {key} is on the meta device, where there are no values")
+            check_saved(name, key, value, shape, param)
         ours = {"step": step.reshape(()).to(param.device if group["capturable"] else "cpu", copy=True)}
         for key, value in state.items():
             if key in self.STATE_ROWS:

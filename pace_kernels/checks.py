@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .definitions.kit import AT_LEAST_ONE, Option
 from .memory import is_whole
 from .torch_rules.common import at_hand
 
@@ -70,6 +71,10 @@ def check_count(argument: str, value: object, first: int) -> None:
     require(number < 2**63, argument, f"an integer >= {first} and < 2**63", value)
 
 
+def check_switch(argument: str, value: object) -> None:
+    require(isinstance(value, bool), argument, "True or False", value)
+
+
 def check_word(argument: str, value: object, words: tuple[str, ...]) -> None:
     require(isinstance(value, str) and value in words, argument, " or ".join(f'"{word}"' for word in words), value)
 
@@ -125,16 +130,35 @@ def check_lr(lr: object) -> None:
         check_number("lr", lr, "finite and >= 0", lambda a: a >= 0)
 
 
-def check_common_options(group: Group) -> None:
-    """The options that every optimizer here has: lr, betas, eps, weight_decay."""
+def check_common_options(group: Group, options: Iterable[Option]) -> None:
+    """The options that every optimizer here has, and those of its operator that the group has by the same name."""
     check_lr(group["lr"])
     check_pair("betas", group["betas"])
     # Below float32's normal numbers 1 / D could be infinite, and 0 times that is NaN.
     check_number("eps", group["eps"], "finite and at least 2**-126", lambda a: a >= 2.0**-126)
-    check_number("weight_decay", group["weight_decay"], "finite and >= 0", lambda a: a >= 0)
-    for name in ("maximize", "capturable", "skip_nonfinite"):
-        require(isinstance(group[name], bool), name, "True or False", group[name])
+    check_defined(group, options)
+    for name in ("capturable", "skip_nonfinite"):
+        check_switch(name, group[name])
     check_torchs_options(group)
+
+
+def check_defined(group: Group, options: Iterable[Option]) -> None:
+    """The group's options that a definition has too, within the ranges that are written there. Of numbers without a
+    range, and of lr and eps, which the front end takes in a narrower one, the check is elsewhere."""
+    for option in options:
+        name = option.name
+        if name not in group or name in ("lr", "eps"):
+            continue
+        value, allowed = group[name], option.allowed
+        if option.type == "bool":
+            check_switch(name, value)
+        elif allowed is None or (option.type == "float?" and value is None):
+            continue
+        elif option.type == "int":
+            check_count(name, value, 1 if allowed is AT_LEAST_ONE else 0)
+        else:
+            text = f"None, or {allowed.text}" if option.type == "float?" else allowed.text
+            check_number(name, value, text, allowed.allows)
 
 
 def check_torchs_options(options: Mapping[str, Any]) -> None:
@@ -147,13 +171,6 @@ def check_torchs_options(options: Mapping[str, Any]) -> None:
 
 
 def check_average_options(group: Group) -> None:
-    """The options of the average and the pullback."""
-    for name in ("lambda_pullback", "ema_rho", "ema_gamma"):
-        check_number(name, group[name], "finite and >= 0", lambda a: a >= 0)
-    check_number("beta_ema", group["beta_ema"], "in [0, 1]", lambda a: 0 <= a <= 1)
-    if group["ema_kappa"] is not None:
-        check_number("ema_kappa", group["ema_kappa"], "None, or finite and >= 0", lambda a: a >= 0)
-    check_count("ema_update_freq", group["ema_update_freq"], 1)
-    for name in ("clamp_pullback", "use_ema_eval"):
-        require(isinstance(group[name], bool), name, "True or False", group[name])
+    """The options of the average and the pullback that no operator has under this name."""
+    check_switch("use_ema_eval", group["use_ema_eval"])
     check_word("pullback_from", group["pullback_from"], ("weights", "step"))

@@ -16,6 +16,7 @@ from .mada_checkpoints import MadaCheckpoints
 from .mada_options import (
     LEARNED,
     LEARNING,
+    MADA_ONLY,
     PRESETS,
     check_mada_options,
     check_sharing,
@@ -132,6 +133,7 @@ class MADA(MadaCheckpoints):
     )
     STATE_ROWS = {"last_scalars": len(LAST_SCALARS)}  # noqa: RUF012
     OWN_OPTION = "learn"
+    ONLY_OPTIONS = MADA_ONLY
 
     _built = True  # whether all groups of the constructor are there
 

@@ -31,8 +31,6 @@ class MadaCheckpoints(Coefficients):
         return {**super()._to_save(group), **hyper, "last_options": options}
 
     def _merged(self, saved: Group, group: Group) -> Group:
-        if self.OWN_OPTION not in saved:
-            saved = {name: value for name, value in saved.items() if name != "log_stats"}  # of PACE
         options = super()._merged(saved, {**group, "last_options": None, "frozen": None})
         # What a dict of hyper options leaves out is as it is here; those that state_dict() saved are whole.
         kept = {k: v for k, v in self._arguments(group).learning.items() if isinstance(options[k], Mapping)}

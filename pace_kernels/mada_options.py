@@ -21,8 +21,8 @@ from .checks import (
     require,
     shortened,
 )
+from .definitions.mada import COEFFICIENTS, MADA
 from .memory import is_whole
-from .ops import COEFFICIENTS
 from .options import listed, plain_float, plain_sequence
 
 _HYPER_LR = {"beta1": 5e-4, "beta2": 5e-4, "beta3": 0.1, "rho": 0.1, "c": 0.1, "gamma": 0.1}
@@ -34,7 +34,7 @@ _BOUNDS = {"beta1": (0.01, 0.99), "beta2": (0.501, 0.999), "beta3": (0.0, 0.99)}
 # coefficients="global" all groups have the same ones.
 LEARNED = ("coefficient_values", "coefficient_momenta", "hypergradients", "hyper_step")
 LEARNING = ("learn", "hyper_lr", "hyper_momentum", "hyper_clip", "hyper_warmup", "bounds")
-# The options of groups that PACE does not have, and what the groups hold of MADA. "last_options" is in checkpoints
+# The options of groups that no other optimizer has, and what the groups hold of MADA. "last_options" is in checkpoints
 # alone: what the step to redo was taken with, where options were changed since. "frozen": the values of freeze().
 MADA_ONLY = (
     "lion_betas",
@@ -56,11 +56,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "lion": {"gamma": 0.0, "lion_betas": (0.9, 0.99), "lr": 1e-4, "weight_decay": 0.01},
     "hyperadam": {"rho": 1.0, "betas": (0.9, 0.999), "weight_decay": 0.01, "learn": ("beta1", "beta2")},
 }
-# The group's options that mada_step_ takes by the same name.
-_SAME_NAME = (
-    *("beta3", "rho", "c", "gamma", "eps", "weight_decay", "lambda_pullback", "clamp_pullback", "beta_ema"),
-    *("ema_kappa", "ema_rho", "ema_gamma", "ema_update_freq", "maximize", "capturable"),
-)
+# The options of mada_step_ that a group has under other names, or in another form.
+_OTHERWISE = ("learn", "beta1", "beta2", "lion_beta1", "lion_beta2", "second_max", "pullback_from_step")
 
 # Those that the redone step and its sensitivities depend on, beside what it left in last_scalars.
 REDONE_BY = (
@@ -167,11 +164,8 @@ def check_learned(group: Group) -> None:
 
 def check_mada_options(group: Group) -> None:
     """Raises ValueError or TypeError where an option of the group is not allowed."""
-    check_common_options(group)
+    check_common_options(group, MADA.options)
     check_average_options(group)
-    check_number("beta3", group["beta3"], "in [0, 1)", lambda a: 0 <= a < 1)
-    for name in ("rho", "c", "gamma"):
-        check_number(name, group[name], "in [0, 1]", lambda a: 0 <= a <= 1)
     check_pair("lion_betas", group["lion_betas"])
     check_word("second_moment", group["second_moment"], ("mean", "max"))
     check_word("coefficients", group["coefficients"], ("global", "group"))
@@ -262,8 +256,8 @@ def learn_options(group: Group) -> dict[str, Any]:
 
 def step_options(group: Group) -> dict[str, Any]:
     """The options of ``mada_step_``. They are the group's, but for a few names."""
-    options = {name: group[name] for name in _SAME_NAME}
-    options["lr"] = group["lr"]
+    options = {option.name: group[option.name] for option in MADA.options if option.name not in _OTHERWISE}
+    options["capturable"] = group["capturable"]
     options["beta1"], options["beta2"] = group["betas"]
     options["lion_beta1"], options["lion_beta2"] = group["lion_betas"]
     options["second_max"] = group["second_moment"] == "max"

@@ -8,14 +8,19 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from .checks import Group, plain_number
+from .definitions import DEFINITIONS
 
-# Those that are a number, a whole number, or two numbers, of whichever optimizer here.
+# Those that are a number, a whole number, or two numbers, of whichever optimizer here: those of its operator, and those
+# that the front end alone knows. lr may stay a tensor.
+_DEFINED = {option.name: option for definition in DEFINITIONS.values() for option in definition.options}
 _NUMBERS = (
-    *("eps", "weight_decay", "lambda_pullback", "beta_ema", "ema_kappa", "ema_rho", "ema_gamma"),
-    *("beta3", "rho", "c", "gamma", "hyper_clip"),
-    *("r", "weight_lr_power"),
+    *(name for name, option in _DEFINED.items() if option.type in ("float", "float?") and name != "lr"),
+    *("hyper_clip", "r", "weight_lr_power"),
 )
-_COUNTS = ("ema_update_freq", "hyper_warmup", "warmup_steps")
+_COUNTS = (
+    *(name for name, option in _DEFINED.items() if option.type == "int" and option.allowed),
+    *("hyper_warmup", "warmup_steps"),
+)
 _PAIRS = ("betas", "lion_betas")
 # Those that mean the same wherever they are, in torch.optim or here.
 _COMMON = {"lr", "betas", "eps", "weight_decay", "maximize", "capturable", "skip_nonfinite"}

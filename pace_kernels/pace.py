@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .checks import Group, check_average_options, check_common_options, check_torchs_options, require
+from .checks import Group, check_average_options, check_common_options, check_switch, check_torchs_options
+from .definitions import DEFINITIONS
 from .launching import Prepared, of_c
-from .mada_options import MADA_ONLY
 from .ops import PACE_STATS
 from .optimizer import KernelOptimizer
 from .options import make_plain
@@ -97,6 +97,7 @@ class PACE(KernelOptimizer):
     OPERATOR = "pace_step_"
     STATE_TENSORS = ("exp_avg", "exp_avg_sq", "ema")
     OWN_OPTION = "log_stats"
+    ONLY_OPTIONS = ("log_stats",)
 
     _step_stats: list[tuple[Tensor, Axes]]  # of the last step
     _new_stats: list[tuple[Tensor, Axes]]  # of the step that is being taken
@@ -155,15 +156,15 @@ class PACE(KernelOptimizer):
         super().__init__(params, defaults, backend)
 
     def _check_options(self, group: Group) -> None:
-        check_common_options(group)
+        check_common_options(group, DEFINITIONS[self.OPERATOR].options)
         check_average_options(group)
-        require(isinstance(group["log_stats"], bool), "log_stats", "True or False", group["log_stats"])
+        check_switch("log_stats", group["log_stats"])
 
     def _merged(self, saved: Group, group: Group) -> Group:
         # Of MADA: other rules than AdamW's have states of other names, but for Yogi's, which c mixes in.
         if saved.get("c", 1.0) != 1.0:
             raise ValueError(f"c is {saved['c']!r} in a checkpoint of MADA: PACE is AdamW, where it is 1.0")
-        return super()._merged({k: v for k, v in saved.items() if k not in MADA_ONLY}, group)
+        return super()._merged(saved, group)
 
     def _state_tensors(self, group: Group) -> tuple[str, ...]:
         moment = ("exp_avg",) if group["betas"][0] != 0.0 else ()

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, check_saved, with_short_count
 from .checks import Group, checked_count, require
 from .memory import is_whole
 from .pulling import Pulling
@@ -84,7 +84,7 @@ class PullbackCheckpoints(Pulling):
             }
             groups.append({**packed, **ours})
         # Dicts of their own: train() would take `live` out of those of a state saved while swapped.
-        states = {key: dict(state) if isinstance(state, dict) else state for key, state in saved["state"].items()}
+        states = {key: with_short_count(state, STEP) for key, state in saved["state"].items()}
         saved = {**saved, "state": states, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, saved)
@@ -296,20 +296,8 @@ def _checked_ours(name: str, key: Any, ours: Group, param: Tensor) -> Group:
         raise ValueError(f"{name} lacks ema: is it incomplete?")
     checked_count(f"{name}: pullback_step", ours[STEP], LAST_STEP)
     for k in (AVERAGE, LIVE):
-        value = ours.get(k)
-        if k not in ours:
-            continue
-        if not isinstance(value, Tensor) or value.shape != param.shape:
-            came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name}: {k} must be a tensor of shape {tuple(param.shape)}, got {came}")
-        same_kind = value.is_complex() if param.is_complex() else value.is_floating_point()
-        if not same_kind or value.layout is not torch.strided:
-            kind = value.dtype if value.layout is torch.strided else value.layout
-            raise ValueError(f"{name}: {k} must be dense, of a dtype like {param.dtype}, got {kind}")
-        if not is_whole(local(value)):
-            raise ValueError(f"{name}: {k} has more elements than memory: was its storage resized?")
-        if value.is_meta and not param.is_meta:
-            raise ValueError(f"{name}: {k} is on the meta device, where there are no values")
+        if k in ours:
+            check_saved(name, k, ours[k], tuple(param.shape), param)
     return ours
 
 

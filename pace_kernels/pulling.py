@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .averaging import Averaging
 from .backend import backends, choose, say_once
-from .checks import Group, check_average_options, check_lr, check_number, plain_number, require
+from .checks import Group, check_average_options, check_defined, check_lr, plain_number, require
+from .definitions.pullback import PULLBACK
 from .launching import ASKEW
 from .memory import aligned, as_bytes, check_whole, is_askew, overlapping
 from .operands import check_placed, check_step
@@ -68,9 +69,8 @@ class Pulling(Averaging):
         return own
 
     def _checked(self, group: Group, values: Group) -> Own:
+        check_defined(values, PULLBACK.options)
         check_average_options(values)
-        if values["gain"] is not None:
-            check_number("gain", values["gain"], "None, or a constant in [0, 1]", lambda a: 0 <= a <= 1)
         name = values["second_moment"]
         require(name is None or isinstance(name, str), "second_moment", "None or the name of a state", name)
         require(isinstance(values["log_stats"], bool), "log_stats", "True or False", values["log_stats"])

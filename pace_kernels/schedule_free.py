@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from .averaging import _Entry
 from .checks import Group, check_common_options, check_number, check_torchs_options, checked_count, require
+from .definitions.schedule_free import SCHEDULE_FREE
 from .launching import Prepared, of_c
 from .optimizer import NO_STATE, KernelOptimizer
 from .options import make_plain
@@ -132,7 +133,7 @@ class ScheduleFreeAdamW(KernelOptimizer):
         super().__init__(params, defaults, backend)
 
     def _check_options(self, group: Group) -> None:
-        check_common_options(group)
+        check_common_options(group, SCHEDULE_FREE.options)
         check_number("betas[0]", group["betas"][0], "in (0, 1): the average is computed with 1 / β1", lambda a: a > 0)
         check_number("warmup_steps", group["warmup_steps"], "finite and >= 0", lambda a: a >= 0)
         check_number("r", group["r"], "finite", math.isfinite)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import pickle
 import weakref
 from collections import UserList
@@ -16,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from pace_kernels import MADA, PACE
+from pace_kernels import MADA, PACE, ScheduleFreeAdamW
+from pace_kernels.definitions import DEFINITIONS
+from pace_kernels.definitions.kit import Option
 
 Make = Callable[..., Any]
 
@@ -154,6 +157,25 @@ def test_refused(make: Make, options: dict[str, Any], message: str) -> None:
         make([param()], **options)
     with pytest.raises(ValueError, match=message):
         make([{"params": [param()], **options}])
+
+
+DEFINED = [
+    (kind, option)
+    for kind in (PACE, MADA, ScheduleFreeAdamW)
+    for option in DEFINITIONS[kind.OPERATOR].options
+    if option.name in inspect.signature(kind).parameters and (option.allowed or option.type == "bool")
+]
+
+
+@pytest.mark.parametrize(("make", "option"), DEFINED, ids=lambda value: getattr(value, "name", None))
+def test_what_a_definition_does_not_allow_is_refused(make: Make, option: Option) -> None:
+    for wrong in (-1, "one", [0.5, 0.5]):
+        with pytest.raises((ValueError, TypeError), match=f"^{option.name} must be "):
+            make([param()], **{option.name: wrong})
+        optimizer = make([param()])
+        optimizer.param_groups[0][option.name] = wrong
+        with pytest.raises((ValueError, TypeError), match=f"^{option.name} must be "):
+            optimizer.step()
 
 
 # ---- what is replaced, or edited in place ---------------------------------------------------------------------------

@@ -212,7 +212,7 @@ def test_a_group_has_options_of_its_own() -> None:
     optimizer.step()
     assert a[0].item() == pytest.approx(1 - 0.01 * 0.5)  # on the average, as it was
     optimizer.param_groups[1]["gain"] = 1.5
-    with pytest.raises(ValueError, match=r"gain must be None, or a constant in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"gain must be None, or in \[0, 1\], got 1.5"):
         optimizer.step()
 
 
@@ -276,7 +276,7 @@ REFUSED = {
     "is a Pullback already": lambda: Pullback(Pullback(torch.optim.SGD(ONE), gain=0.1)),
     "the weights it evaluates are an average already": lambda: Pullback(schedulefree()),
     "optimizer must be a torch.optim.Optimizer, got 3": lambda: Pullback(3),  # type: ignore[arg-type]
-    r"gain must be None, or a constant in \[0, 1\], got 2": lambda: Pullback(torch.optim.SGD(ONE), gain=2.0),
+    r"gain must be None, or in \[0, 1\], got 2": lambda: Pullback(torch.optim.SGD(ONE), gain=2.0),
     "lambda_pullback must be finite and >= 0, got -1": lambda: Pullback(torch.optim.Adam(ONE), -1.0),
     "second_moment must be None or the name": lambda: Pullback(torch.optim.SGD(ONE), second_moment=3),  # type: ignore[arg-type]
     "pullback_from must be": lambda: Pullback(torch.optim.Adam(ONE), pullback_from="average"),

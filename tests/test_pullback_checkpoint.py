@@ -231,3 +231,15 @@ def test_float16_and_many_shapes_survive() -> None:
     optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
     for p, e in zip(params, before, strict=True):
         assert torch.equal(optimizer.state[p]["ema"], e)
+
+
+@pytest.mark.parametrize("count", [7, 2**24, 2**24 + 1])
+def test_a_count_is_saved_in_the_dtype_that_holds_it(count: int) -> None:
+    model, optimizer = made("AdamW")
+    run(model, optimizer, range(1))
+    for state in optimizer.base.state.values():
+        state["pullback_step"] = torch.tensor(float(count), dtype=torch.float64)
+    for saved in optimizer.state_dict()["state"].values():
+        assert saved["pullback_step"].item() == count
+        assert saved["pullback_step"].dtype == (torch.float32 if count <= 2**24 else torch.float64)
+    assert all(state["pullback_step"].dtype == torch.float64 for state in optimizer.base.state.values())
