@@ -144,7 +144,7 @@ class Coefficients(KernelOptimizer):
         second = "max_exp_avg_sq" if options["second_max"] else "mean_exp_avg_sq"
         names = ("exp_avg", "exp_avg_diff", "exp_avg_sq", second, "exp_avg_lion")
         kept = MadaMoments(*(local(state[name]) if name in state else None for name in names))
-        o = MadaOptions.of(options)
+        o = MadaOptions(**options)
         if not has_values(state["last_scalars"]):
             return
         last = state["last_scalars"].tolist()

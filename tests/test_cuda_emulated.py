@@ -154,7 +154,7 @@ def test_statistics(case: str) -> None:
 def magnitudes(optimizer: MADA, grads: list[torch.Tensor]) -> dict[str, float]:
     """The sums of the magnitudes of the coming step's hypergradient terms, by the plain rule in float64."""
     group = optimizer.param_groups[0]
-    o = MadaOptions.of(step_options(group) | {"lr": group["lr"]})
+    o = MadaOptions(**step_options(group) | {"lr": group["lr"]})
     total = dict.fromkeys(COEFFICIENTS, 0.0)
     for param, grad in zip(group["params"], grads, strict=True):
         state = {k: v.double() for k, v in optimizer.state[param].items()}

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..definitions.kit import Definition
+
 # A number on the host, or a 0-dimensional tensor where the step count or the learning rate is one (capturable).
 Scalar: TypeAlias = "float | Tensor"
 Scalars = TypeVar("Scalars", bound=tuple[Any, ...])
-Options = TypeVar("Options")
+# The options of an operator, by name: options_type() makes their class.
+Options: TypeAlias = Any
 
 # Elements a row of a sum. A sum over less than torch's grain of 32,768 elements is done by one thread.
 _ROW = 16384
@@ -34,6 +37,12 @@ def check_steps(steps: Sequence[Tensor]) -> None:
     for i, step in enumerate(steps):
         if step.dtype == torch.float32 and at_hand(step) and step.item() >= 2**24:
             raise RuntimeError(f"steps[{i}] is float32, which counts to 2^24, and is there: make it float64")
+
+
+def options_type(definition: Definition) -> Any:
+    """A dataclass of the operator's options, by the names that its definition has for them."""
+    names = [option.name for option in definition.options]
+    return dataclasses.make_dataclass(f"{definition.name}Options", [*names, "capturable"], frozen=True)
 
 
 def by_graph(device: torch.device) -> bool:
@@ -85,28 +94,11 @@ def computed_there(
     if not by_graph(device) or not counts or not (tensors or isinstance(counts[0], Tensor)):
         return options, counts
     whole = list(dict.fromkeys(t for t in counts if not isinstance(t, Tensor)))
-    sent = iter(data([*_numbers_of(options), *whole], torch.float64, device))
-    options, of_count = _refilled(options, sent), dict(zip(whole, sent, strict=True))
+    numbers = {name: value for name, value in vars(options).items() if isinstance(value, float)}
+    sent = iter(data([*numbers.values(), *whole], torch.float64, device))
+    options = dataclasses.replace(options, **{name: next(sent) for name in numbers})
+    of_count = dict(zip(whole, sent, strict=True))
     return options, [t if isinstance(t, Tensor) else of_count[t] for t in counts]
-
-
-def _numbers_of(options: Any) -> Iterator[float]:
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _numbers_of(value)
-        elif isinstance(value, float):
-            yield value
-
-
-def _refilled(options: Any, sent: Iterator[Tensor]) -> Any:
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(value):
-            values[name] = _refilled(value, sent)
-        elif isinstance(value, float):
-            values[name] = next(sent)
-    return type(options)(**values)
 
 
 def in_double(scalar: Tensor) -> Tensor:
@@ -164,6 +156,47 @@ class Keep:
 
     def copy_(self, target: Tensor, value: Tensor) -> None:
         target.copy_(value if self._found is None else torch.where(self._found, target, value.to(target.dtype)))
+
+
+class Begun:
+    """What a step begins with, for every rule: its options and counts, and how results are kept.
+
+    ``options`` are the operator's, ``given`` those in whose place there are tensors; ``states`` tell where scalars are
+    to go. ``tensors``: scalars come of other tensors too.
+    """
+
+    def __init__(
+        self,
+        kind: Any,
+        options: dict[str, Any],
+        steps: Sequence[Tensor],
+        states: Sequence[Tensor],
+        given: dict[str, Any],
+        *,
+        tensors: bool = False,
+        grad_scale: Tensor | None = None,
+        clip_coef: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        check_steps(steps)
+        self.keep = Keep(found_inf)
+        self.factor = grad_factor(grad_scale, clip_coef)
+        self.device, self.dtype = place(states)
+        counts = [] if self.keep.all else counted(steps, self.keep, options["capturable"])
+        o = kind(**options | {name: value for name, value in given.items() if value is not None})
+        tensors = tensors or any(isinstance(value, Tensor) for value in given.values())
+        self.o, self.counts = computed_there(o, counts, self.device, tensors)
+
+    def scalars(self, make: Callable[[Scalar], Scalars], dtype: torch.dtype | None = None) -> list[Scalars]:
+        """Those of each tensor, from its count; none where the step is left undone."""
+        return handed_over(make, self.counts, dtype or self.dtype, self.device)
+
+    def average(self, e: Tensor, new: Tensor, moves: Scalar) -> None:
+        """Writes an average in a step in which it moves."""
+        if isinstance(moves, Tensor):
+            self.keep.copy_(e, torch.where(moves != 0, new, e))
+        elif moves:
+            self.keep.copy_(e, new)
 
 
 def fixed_order_sum(a: Tensor) -> Tensor:

@@ -44,62 +44,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..ops import COEFFICIENTS, DONE, NO_GRADIENT, REDO
+from ..definitions import MADA
+from ..definitions.mada import COEFFICIENTS, DONE, NO_GRADIENT, REDO
 from .common import (
+    Begun,
     Keep,
+    Options,
     Scalar,
     at_hand,
     averaged,
     by_graph,
-    check_steps,
-    computed_there,
-    counted,
     data,
     fixed_order_sum,
-    grad_factor,
-    handed_over,
     number,
-    place,
+    options_type,
     rounded,
     square_root,
 )
-from .pace import PaceOptions, PaceScalars, gain_weight, pace_scalars
+from .pace import PaceScalars, gain_weight, pace_scalars
+
+# A parameter group's options, by the names of the operator ``mada_step_``. The coefficients here are the fixed ones;
+# where a bit of ``learn`` is set, the coefficient is read from a tensor.
+MadaOptions = options_type(MADA)
 
 
-@dataclass(frozen=True)
-class MadaOptions:
-    """A parameter group's options, by the names of the operator ``mada_step_``; those that PACE has too in ``pace``.
-
-    The coefficients here are the fixed ones; where a bit of ``learn`` is set, the coefficient is read from a tensor.
-    """
-
-    pace: PaceOptions
-    learn: int
-    beta3: float
-    rho: float
-    c: float
-    gamma: float
-    lion_beta1: float
-    lion_beta2: float
-    second_max: bool
-
-    @staticmethod
-    def of(options: dict[str, Any]) -> MadaOptions:
-        shared = {k: options[k] for k in PaceOptions.__dataclass_fields__}
-        return MadaOptions(PaceOptions(**shared), **{k: v for k, v in options.items() if k not in shared})
-
-    def coefficients(self, learned: Sequence[Scalar] | None) -> list[Scalar]:
-        """β1, β2, β3, ρ, c, γ, each learned or fixed."""
-        fixed: list[Scalar] = [self.pace.beta1, self.pace.beta2, self.beta3, self.rho, self.c, self.gamma]
-        if learned is None:
-            return fixed
-        return [learned[k] if self.learn >> k & 1 else fixed[k] for k in range(len(fixed))]
+def coefficients_of(o: Options, learned: Sequence[Scalar] | None) -> list[Scalar]:
+    """β1, β2, β3, ρ, c, γ, each learned or fixed."""
+    fixed: list[Scalar] = [getattr(o, name) for name in COEFFICIENTS]
+    return fixed if learned is None else [learned[k] if o.learn >> k & 1 else fixed[k] for k in range(len(fixed))]
 
 
 class MadaScalars(NamedTuple):
@@ -169,7 +146,7 @@ class MadaStep(NamedTuple):
     terms: MadaTerms | None
 
 
-def mada_scalars(o: MadaOptions, t: Scalar, lr: Scalar, q: Sequence[Scalar]) -> MadaScalars:
+def mada_scalars(o: Options, t: Scalar, lr: Scalar, q: Sequence[Scalar]) -> MadaScalars:
     beta1, beta2, beta3, rho, c, gamma = q
     bias1, bias2 = 1.0 - beta1**t, 1.0 - beta2**t
     return MadaScalars(
@@ -189,8 +166,8 @@ def mada_scalars(o: MadaOptions, t: Scalar, lr: Scalar, q: Sequence[Scalar]) -> 
         one_minus_c=1.0 - c,
         mean_new=1.0 / t,
         mean_old=(t - 1.0) / t,
-        eps=o.pace.eps,
-        inv_eps=1.0 / o.pace.eps,
+        eps=o.eps,
+        inv_eps=1.0 / o.eps,
         inv_bias1=1.0 / bias1,
         inv_bias2=1.0 / bias2,
         adam_size=lr * gamma,
@@ -198,8 +175,8 @@ def mada_scalars(o: MadaOptions, t: Scalar, lr: Scalar, q: Sequence[Scalar]) -> 
         bias1_slope=t * beta1 ** (t - 1.0) / bias1,
         bias2_slope=t * beta2 ** (t - 1.0),
         square_slope=2.0 * rho * (1.0 - beta2) / bias2,
-        pull_gain=lr * o.pace.lambda_pullback * gain_weight(o.pace, t) if o.pace.pullback_from_step else 0.0,
-        gain_cap=1.0 if o.pace.clamp_pullback else math.inf,
+        pull_gain=lr * o.lambda_pullback * gain_weight(o, t) if o.pullback_from_step else 0.0,
+        gain_cap=1.0 if o.clamp_pullback else math.inf,
         second_max=o.second_max,
     )
 
@@ -212,13 +189,13 @@ def mada_factors(t: Scalar, lr: Scalar, q: Sequence[Scalar]) -> list[Scalar]:
     return [-A / bias1, A / bias2, A, A / bias2, A * square / bias2, lr]
 
 
-def no_step(o: MadaOptions) -> MadaScalars:
+def no_step(o: Options) -> MadaScalars:
     """The scalars of a step that leaves the moments as they are and has no sensitivities."""
     keep = dict.fromkeys(("beta1", "beta2", "beta3", "lion_beta2", "mean_old", "eps"), 1.0)
     return MadaScalars(**(dict.fromkeys(MadaScalars._fields[:-1], 0.0) | keep), second_max=o.second_max)
 
 
-def last_step(o: MadaOptions, t: Scalar, last: Sequence[Scalar]) -> tuple[MadaScalars, list[Scalar]]:
+def last_step(o: Options, t: Scalar, last: Sequence[Scalar]) -> tuple[MadaScalars, list[Scalar]]:
     """The scalars and factors of step ``t``, which was the last, from what it left in ``last_scalars``."""
     taken, lr, *q = last
     none, zeros = no_step(o), [0.0] * len(COEFFICIENTS)
@@ -372,17 +349,15 @@ def mada_step_(
 
     Off the CPU the coefficients stay tensors, so that nothing waits for the device.
     """
-    check_steps(steps)
-    o = MadaOptions.of(options | ({} if lr_tensor is None else {"lr": lr_tensor}))
-    factor, keep = grad_factor(grad_scale, clip_coef), Keep(found_inf)
-    counts = [] if keep.all else counted(steps, keep, o.pace.capturable)
-    device, states_dtype = place(exp_avgs or exp_avg_lions)
+    scaling: dict[str, Any] = {"grad_scale": grad_scale, "clip_coef": clip_coef, "found_inf": found_inf}
+    states = exp_avgs or exp_avg_lions
     learned = None if coefficients is None else _numbers(coefficients)
-    o, counts = computed_there(o, counts, device, tensors=learned is not None or isinstance(o.pace.lr, Tensor))
-    q, lr = o.coefficients(learned), number(o.pace.lr)
-    pulls = handed_over(lambda t: pace_scalars(o.pace, t, factor), counts, states_dtype, device)
-    scalars = handed_over(lambda t: mada_scalars(o, t, lr, q), counts, states_dtype, device)
-    roles_stay = o.pace.capturable or by_graph(device)  # of tensors that change places, a graph of its own is made
+    begun = Begun(MadaOptions, options, steps, states, {"lr": lr_tensor}, tensors=learned is not None, **scaling)
+    o, keep, counts, device = begun.o, begun.keep, begun.counts, begun.device
+    q, lr = coefficients_of(o, learned), number(o.lr)
+    pulls = begun.scalars(lambda t: pace_scalars(o, t, begun.factor))
+    scalars = begun.scalars(lambda t: mada_scalars(o, t, lr, q))
+    roles_stay = o.capturable or by_graph(device)  # of tensors that change places, a graph of its own is made
     row = _row(last_scalars[0], (REDO if o.learn else DONE, lr, *q)) if last_scalars else None
     sums: list[Scalar] = [0.0] * len(COEFFICIENTS)
     lists = (exp_avgs, exp_avg_diffs, exp_avg_sqs, second_exp_avg_sqs, exp_avg_lions)
@@ -426,7 +401,7 @@ def mada_step_(
 
 
 def caught_up(
-    o: MadaOptions, t: Scalar, last: Sequence[Scalar], g: Tensor, last_g: Tensor | None, kept: MadaMoments
+    o: Options, t: Scalar, last: Sequence[Scalar], g: Tensor, last_g: Tensor | None, kept: MadaMoments
 ) -> MadaMoments:
     """The moments after step ``t``, the last one taken, from the moments before it."""
     return mada_rule(rounded(last_step(o, t, last)[0], g.dtype), g, last_g, kept).moments

@@ -19,49 +19,28 @@ bits (on MPS, which has no float64, but for torch's own square root).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops import PACE_STATS
+from ..definitions import PACE
+from ..definitions.kit import PACE_STATS
 from .common import (
+    Begun,
     Keep,
+    Options,
     Scalar,
     at_least,
     averaged,
-    check_steps,
-    computed_there,
-    counted,
-    grad_factor,
-    handed_over,
     number,
-    place,
+    options_type,
     rounded,
     square_root,
 )
 
-
-@dataclass(frozen=True)
-class PaceOptions:
-    """A parameter group's options, by the names of the operator ``pace_step_``, with the meaning of ``PACE``'s."""
-
-    lr: Scalar
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    lambda_pullback: float
-    clamp_pullback: bool
-    beta_ema: float
-    ema_kappa: float | None
-    ema_rho: float
-    ema_gamma: float
-    ema_update_freq: int
-    pullback_from_step: bool
-    maximize: bool
-    capturable: bool
+# A parameter group's options, by the names of the operator ``pace_step_``, with the meaning of ``PACE``'s.
+PaceOptions = options_type(PACE)
 
 
 class PaceScalars(NamedTuple):
@@ -99,42 +78,27 @@ class PaceStep(NamedTuple):
     update: Tensor
 
 
-class Averaging(Protocol):
-    """The options of the averaging weight, which other rules have too."""
-
-    @property
-    def beta_ema(self) -> float: ...
-    @property
-    def ema_kappa(self) -> float | None: ...
-    @property
-    def ema_rho(self) -> float: ...
-    @property
-    def ema_gamma(self) -> float: ...
-    @property
-    def ema_update_freq(self) -> int: ...
-
-
-def gain_weight(o: Averaging, t: Scalar) -> Scalar:
-    """w_t in the gain; 1 without a decay exponent."""
+def gain_weight(o: Options, t: Scalar) -> Scalar:
+    """w_t in the gain; 1 without a decay exponent. ``o`` are the options of any rule that has those of averaging."""
     if o.ema_kappa is None:
         return 1.0
     return at_least((1.0 + o.ema_gamma * at_least(t - o.ema_rho, 0.0)) ** -o.ema_kappa, 1e-4)
 
 
-def average_weight(o: Averaging, t: Scalar) -> Scalar:
+def average_weight(o: Options, t: Scalar) -> Scalar:
     """w_t in the average; beta_ema without a decay exponent."""
     return o.beta_ema if o.ema_kappa is None else gain_weight(o, t)
 
 
-def average_moves(o: Averaging, t: Scalar) -> Scalar:
+def average_moves(o: Options, t: Scalar) -> Scalar:
     """1 or 0, as a number of t's kind."""
     if isinstance(t, Tensor):
         return (torch.remainder(t, o.ema_update_freq) == 0).to(t.dtype)
     return float(t % o.ema_update_freq == 0)
 
 
-def pace_scalars(o: PaceOptions, t: Scalar, factor: Scalar = 1.0) -> PaceScalars:
-    """``factor`` multiplies the gradient: clip coefficient / gradient scale."""
+def pace_scalars(o: Options, t: Scalar, factor: Scalar = 1.0) -> PaceScalars:
+    """``factor`` multiplies the gradient: clip coefficient / gradient scale. MADA has these options too."""
     lr = number(o.lr)
     return PaceScalars(
         grad_factor=-factor if o.maximize else factor,
@@ -187,7 +151,7 @@ class StatsScalars(NamedTuple):
     gain: Scalar
 
 
-def stats_scalars(o: PaceOptions, t: Scalar) -> StatsScalars:
+def stats_scalars(o: Options, t: Scalar) -> StatsScalars:
     w = gain_weight(o, t)
     return StatsScalars(w, number(o.lr) * o.lambda_pullback * w)
 
@@ -215,6 +179,14 @@ def merge_stats(rows: list[Tensor]) -> Tensor:
     return merged
 
 
+def write_stats(stats: Tensor | None, keep: Keep, rows: list[Tensor]) -> None:
+    """Those of a call from the rows of its tensors; where the step is left undone, those of nothing."""
+    if stats is not None:
+        nothing = [math.inf if name.endswith("_min") else 0.0 for name in PACE_STATS]
+        empty = torch.stack([torch.full_like(stats[0], value) for value in nothing])
+        keep.copy_(stats.copy_(empty), merge_stats([empty, *rows]))
+
+
 def pace_step_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -233,15 +205,12 @@ def pace_step_(
 
     With ``capturable`` the step count stays a tensor, so that nothing waits for the device.
     """
-    check_steps(steps)
-    o = PaceOptions(**options | ({} if lr_tensor is None else {"lr": lr_tensor}))
+    scaling: dict[str, Any] = {"grad_scale": grad_scale, "clip_coef": clip_coef, "found_inf": found_inf}
+    begun = Begun(PaceOptions, options, steps, exp_avg_sqs, {"lr": lr_tensor}, **scaling)
+    o, keep = begun.o, begun.keep
     pull, momentum = o.lambda_pullback != 0.0, o.beta1 != 0.0
-    factor, keep = grad_factor(grad_scale, clip_coef), Keep(found_inf)
-    counts = [] if keep.all else counted(steps, keep, o.capturable)
-    device, dtype = place(exp_avg_sqs)
-    o, counts = computed_there(o, counts, device, tensors=isinstance(o.lr, Tensor))
-    scalars = handed_over(lambda t: pace_scalars(o, t, factor), counts, dtype, device)
-    of_stats = handed_over(lambda t: stats_scalars(o, t), counts if stats is not None else (), torch.float64, device)
+    scalars = begun.scalars(lambda t: pace_scalars(o, t, begun.factor))
+    of_stats = begun.scalars(lambda t: stats_scalars(o, t), torch.float64) if stats is not None else []
     rows: list[Tensor] = []
     for i, (param, its_scalars) in enumerate(zip(params, scalars, strict=not keep.all)):
         v = exp_avg_sqs[i]
@@ -254,13 +223,7 @@ def pace_step_(
         if m is not None:
             keep.copy_(m, new.m)
         if e is not None and new.e is not None:
-            if isinstance(s.moves, Tensor):
-                keep.copy_(e, torch.where(s.moves != 0, new.e, e))
-            elif s.moves:
-                keep.copy_(e, new.e)
+            begun.average(e, new.e, s.moves)
         if stats is not None and param.numel() > 0:
             rows.append(summed_stats(new, of_stats[i]).to(stats.dtype))
-    if stats is not None:
-        nothing = [math.inf if name.endswith("_min") else 0.0 for name in PACE_STATS]
-        empty = torch.stack([torch.full_like(stats[0], value) for value in nothing])
-        keep.copy_(stats.copy_(empty), merge_stats([empty, *rows]))
+    write_stats(stats, keep, rows)

@@ -16,50 +16,22 @@ The operations and their order are those of ``csrc/rules/pullback.h``, one round
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops import PACE_STATS
-from .common import (
-    Keep,
-    Scalar,
-    averaged,
-    check_steps,
-    computed_there,
-    counted,
-    handed_over,
-    number,
-    place,
-    rounded,
-    square_root,
-)
-from .pace import PaceStep, StatsScalars, average_moves, average_weight, gain_weight, merge_stats, summed_stats
+from ..definitions import PULLBACK
+from .common import Begun, Options, Scalar, averaged, number, options_type, rounded, square_root
+from .pace import PaceStep, StatsScalars, average_moves, average_weight, gain_weight, summed_stats, write_stats
+
+# A parameter group's options, by the names of the operator ``pullback_``, with the meaning of ``Pullback``'s.
+PullbackOptions = options_type(PULLBACK)
 
 
-@dataclass(frozen=True)
-class PullbackOptions:
-    """A parameter group's options, by the names of the operator ``pullback_``, with the meaning of ``Pullback``'s."""
-
-    lr: Scalar
-    lambda_pullback: float
-    gain: float | None
-    clamp_pullback: bool
-    beta2: float
-    eps: float
-    step_offset: int
-    beta_ema: float
-    ema_kappa: float | None
-    ema_rho: float
-    ema_gamma: float
-    ema_update_freq: int
-    capturable: bool
-
-    @property
-    def pulls(self) -> bool:
-        return self.lambda_pullback != 0.0 if self.gain is None else self.gain != 0.0
+def pulls(o: Options) -> bool:
+    """Whether the weights move."""
+    return bool(o.lambda_pullback if o.gain is None else o.gain)
 
 
 class PullbackScalars(NamedTuple):
@@ -73,16 +45,17 @@ class PullbackScalars(NamedTuple):
     moves: Scalar
 
 
-def pullback_gain(o: PullbackOptions, t: Scalar) -> Scalar:
+def pullback_gain(o: Options, t: Scalar) -> Scalar:
     """The gain, but for 1 / D where there is a second moment."""
-    return number(o.lr) * o.lambda_pullback * gain_weight(o, t) if o.gain is None else o.gain
+    gain: Scalar = number(o.lr) * o.lambda_pullback * gain_weight(o, t) if o.gain is None else o.gain
+    return gain
 
 
-def stats_scalars(o: PullbackOptions, t: Scalar) -> StatsScalars:
+def stats_scalars(o: Options, t: Scalar) -> StatsScalars:
     return StatsScalars(gain_weight(o, t), pullback_gain(o, t))
 
 
-def pullback_scalars(o: PullbackOptions, t: Scalar) -> PullbackScalars:
+def pullback_scalars(o: Options, t: Scalar) -> PullbackScalars:
     return PullbackScalars(
         inv_bias2=1.0 / (1.0 - o.beta2 ** (t + o.step_offset)),
         eps=o.eps,
@@ -121,32 +94,22 @@ def pullback_(
     **options: Any,
 ) -> None:
     """What the operator ``pullback_`` does, tensor by tensor; on any device, and in float64 for float64 averages."""
-    check_steps(steps)
-    o = PullbackOptions(**options | ({} if lr_tensor is None else {"lr": lr_tensor}))
-    keep, pulls = Keep(found_inf), o.pulls
-    counts = [] if keep.all else counted(steps, keep, o.capturable)
-    device, dtype = place(emas)
-    o, counts = computed_there(o, counts, device, tensors=isinstance(o.lr, Tensor))
-    scalars = handed_over(lambda t: pullback_scalars(o, t), counts, dtype, device)
-    of_stats = handed_over(lambda t: stats_scalars(o, t), counts if stats is not None else (), torch.float64, device)
+    begun = Begun(PullbackOptions, options, steps, emas, {"lr": lr_tensor}, found_inf=found_inf)
+    o, keep, pull = begun.o, begun.keep, pulls(begun.o)
+    scalars = begun.scalars(lambda t: pullback_scalars(o, t))
+    of_stats = begun.scalars(lambda t: stats_scalars(o, t), torch.float64) if stats is not None else []
     rows: list[Tensor] = []
     for i, (param, its_scalars) in enumerate(zip(params, scalars, strict=not keep.all)):
         e = emas[i]
         s = rounded(its_scalars, e.dtype)
-        if not pulls and stats is None and not isinstance(s.moves, Tensor) and not s.moves:
+        if not pull and stats is None and not isinstance(s.moves, Tensor) and not s.moves:
             continue
         before, v = (tensors[i].to(e.dtype) if tensors else None for tensors in (befores, second_moments))
-        new = pullback_rule(s, param.to(e.dtype), before, v, e, pulls)
-        if pulls:
+        new = pullback_rule(s, param.to(e.dtype), before, v, e, pull)
+        if pull:
             keep.copy_(param, new.x)
         assert new.e is not None
-        if isinstance(s.moves, Tensor):
-            keep.copy_(e, torch.where(s.moves != 0, new.e, e))
-        elif s.moves:
-            keep.copy_(e, new.e)
+        begun.average(e, new.e, s.moves)
         if stats is not None and param.numel() > 0:
             rows.append(summed_stats(new, of_stats[i]).to(stats.dtype))
-    if stats is not None:
-        nothing = [math.inf if name.endswith("_min") else 0.0 for name in PACE_STATS]
-        empty = torch.stack([torch.full_like(stats[0], value) for value in nothing])
-        keep.copy_(stats.copy_(empty), merge_stats([empty, *rows]))
+    write_stats(stats, keep, rows)

@@ -19,26 +19,23 @@ same bits (on MPS, which has no float64, but for torch's own square root).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..definitions import SCHEDULE_FREE
+from ..definitions.schedule_free import SCHEDULE
 from .common import (
-    Keep,
+    Begun,
+    Options,
     Scalar,
     at_hand,
     at_least,
     averaged,
-    check_steps,
-    computed_there,
-    counted,
-    grad_factor,
-    handed_over,
     in_double,
     number,
-    place,
+    options_type,
     rounded,
     square_root,
 )
@@ -71,19 +68,8 @@ def _power(base: Scalar, exponent: float) -> Scalar:
         return math.inf
 
 
-@dataclass(frozen=True)
-class ScheduleFreeOptions:
-    """A group's options at one step, by the names of the operator ``schedule_free_step_``."""
-
-    lr: Scalar  # α_t
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    count: Scalar  # t
-    share: Scalar  # c
-    maximize: bool
-    capturable: bool
+# A group's options at one step, by the names of the operator ``schedule_free_step_``: lr is α_t, count t, share c.
+ScheduleFreeOptions = options_type(SCHEDULE_FREE)
 
 
 class ScheduleFreeScalars(NamedTuple):
@@ -108,7 +94,7 @@ class ScheduleFreeStep(NamedTuple):
     z: Tensor
 
 
-def schedule_free_scalars(o: ScheduleFreeOptions, t: Scalar, factor: Scalar = 1.0) -> ScheduleFreeScalars:
+def schedule_free_scalars(o: Options, t: Scalar, factor: Scalar = 1.0) -> ScheduleFreeScalars:
     """``factor`` multiplies the gradient: clip coefficient / gradient scale."""
     lr = number(o.lr)
     return ScheduleFreeScalars(
@@ -156,18 +142,14 @@ def schedule_free_step_(
 ) -> None:
     """What the operator ``schedule_free_step_`` does, tensor by tensor; on any device, and in float64 for float64
     parameters."""
-    check_steps(steps)
-    given: dict[str, Any] = {} if lr_tensor is None else {"lr": lr_tensor}
+    given: dict[str, Any] = {"lr": lr_tensor}
     if schedule is not None:
         held = schedule.tolist() if at_hand(schedule) else in_double(schedule).unbind()
-        given |= dict(zip(("count", "share"), held, strict=True))
-    o = ScheduleFreeOptions(**options | given)
-    factor, keep = grad_factor(grad_scale, clip_coef), Keep(found_inf)
-    counts: list[Scalar] = [] if keep.all else [o.count for _ in counted(steps, keep, o.capturable)]
-    device, dtype = place(exp_avg_sqs)
-    tensors = any(isinstance(value, Tensor) for value in given.values())
-    o, counts = computed_there(o, counts, device, tensors)
-    scalars = handed_over(lambda t: schedule_free_scalars(o, t, factor), counts, dtype, device)
+        given |= dict(zip(SCHEDULE, held, strict=True))
+    scaling: dict[str, Any] = {"grad_scale": grad_scale, "clip_coef": clip_coef, "found_inf": found_inf}
+    begun = Begun(ScheduleFreeOptions, options, steps, exp_avg_sqs, given, **scaling)
+    o, keep = begun.o, begun.keep
+    scalars = begun.scalars(lambda _: schedule_free_scalars(o, o.count, begun.factor))
     for i, (param, its_scalars) in enumerate(zip(params, scalars, strict=not keep.all)):
         v, z = exp_avg_sqs[i], zs[i]
         new = schedule_free_rule(rounded(its_scalars, v.dtype), grads[i].to(v.dtype), param.to(v.dtype), v, z)
