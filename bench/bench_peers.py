@@ -45,10 +45,12 @@ from harness import (
     held_bytes,
     in_short,
     itemsize,
+    load,
     machine,
     markdown_table,
     measure,
     moved_bytes,
+    packed,
     quartiles,
     ratio,
     save,
@@ -577,9 +579,9 @@ def settings(numbers: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def earlier(path: Path, numbers: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The cases that an earlier run saved, if it was under the same settings and with the same packages."""
-    if not path.exists():
+    if not path.exists() and not packed(path).exists():
         return []
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = load(path)
     same = settings(saved) == settings(numbers) and saved["packages"] == numbers["packages"]
     return saved["cases"] if same else []
 
@@ -660,7 +662,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     saved = as_json(case) | {"size": size, "excluded": here, "date": date}
                 numbers["cases"].append(saved)
                 save(numbers | {"cases": [*numbers["cases"], *old.values()]}, path)
-    numbers = json.loads(path.read_text(encoding="utf-8"))
+    numbers = load(path)
     text = render(numbers)
     draw([case_of(c, numbers) for c in numbers["cases"]], path.with_suffix(".png"), where(numbers), ROWS, OUR_KEYS)
     print(text)

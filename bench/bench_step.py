@@ -8,7 +8,6 @@ to `step.png`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from harness import (
     measure,
     moved_bytes,
     quartiles,
+    save,
     table,
 )
 from shapes import gpt2
@@ -362,7 +362,7 @@ def draw(
     figure, grid = plt.subplots(
         len(dtypes),
         len(titles),
-        figsize=(1.6 + 3.9 * len(titles), 1.3 + (0.5 + 0.3 * len(rows)) * len(dtypes)),
+        figsize=(1.6 + 2.9 * len(titles), 1.3 + (0.5 + 0.2 * len(rows)) * len(dtypes)),
         sharex=True,
         sharey=True,
         squeeze=False,
@@ -385,17 +385,8 @@ def draw(
             color = blue if row.key in ours else grey
             axes.hlines(y, bound, middle, color=color, linewidth=1.2, alpha=0.45)
             axes.hlines(y, low, high, color=color, linewidth=4, alpha=0.45)
-            axes.plot(middle, y, "o", color=color, markersize=7)
+            axes.plot(middle, y, "o", color=color, markersize=5)
             axes.vlines(bound, y - 0.36, y + 0.36, color=orange, linewidth=2.2)
-            axes.annotate(
-                f"{middle:.3g}" if middle < 100 else f"{middle:.0f}",
-                (max(middle, high, bound), y),
-                xytext=(8, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-                color=color,
-            )
         axes.set_yticks(range(len(rows)), [row.name for row in rows])
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(-0.6, len(rows) - 0.4)
@@ -406,7 +397,7 @@ def draw(
             axes.set_xlabel("ns per parameter and step")
     shared = grid[0][0]
     shared.set_xscale("log")
-    shared.set_xlim(fastest / 1.25, slowest * (slowest / fastest) ** 0.2)  # room for the last number
+    shared.set_xlim(fastest / 1.25, slowest * 1.25)
     shared.xaxis.set_major_locator(plt.LogLocator(subs=(1, 3) if slowest < 1e3 * fastest else (1,)))
     shared.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     shared.xaxis.set_minor_locator(plt.NullLocator())
@@ -417,7 +408,7 @@ def draw(
         ha="left",
         fontsize=10,
     )
-    plots.save(figure, path)
+    plots.save(figure, path, colors=16)
 
 
 def some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
@@ -504,7 +495,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cases": [as_json(case) for case in cases.values()],
         "acceptance": reached,
     }
-    (arguments.out / "step.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    save(numbers, arguments.out / "step.json")
     draw(list(cases.values()), arguments.out / "step.png", f"{where}, torch {about['torch']}")
     print(f"\n{arguments.out / 'step.json'} and {arguments.out / 'step.png'} written")
 

@@ -34,6 +34,7 @@ import ctypes
 import datetime
 import gc
 import json
+import lzma
 import math
 import os
 import platform
@@ -662,8 +663,45 @@ def write(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
+def compact(value: Any, indent: str = "") -> str:
+    """As JSON: what contains no other container stands in one line."""
+    if isinstance(value, Mapping):
+        parts = [f"{json.dumps(str(key))}: {compact(part, indent + ' ')}" for key, part in value.items()]
+        inner, brackets = value.values(), "{}"
+    elif isinstance(value, list | tuple):
+        parts, inner, brackets = [compact(part, indent + " ") for part in value], value, "[]"
+    else:
+        return json.dumps(value)
+    if any(isinstance(part, Mapping | list | tuple) for part in inner):
+        parts = [f"\n{indent} {part}" for part in parts]
+        return f"{brackets[0]}{','.join(parts)}\n{indent}{brackets[1]}"
+    return f"{brackets[0]}{', '.join(parts)}{brackets[1]}"
+
+
 def save(numbers: Mapping[str, Any], path: Path) -> None:
-    write(path, json.dumps(numbers, indent=1) + "\n")
+    write(path, compact(numbers) + "\n")
+
+
+def packed(path: Path) -> Path:
+    return path.with_name(f"{path.name}.xz")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The JSON file, or where there is none the packed one."""
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(lzma.decompress(packed(path).read_bytes()))
+
+
+def pack(path: Path) -> None:
+    """Results that are kept with the code: a tenth of the size."""
+    packed(path).write_bytes(lzma.compress(path.read_bytes(), preset=9 | lzma.PRESET_EXTREME))
+    path.unlink()
+
+
+def significant(value: float, digits: int = 7) -> float:
+    """Rounded: a file of samples is mostly digits, and of a time these are more than enough."""
+    return float(f"{value:.{digits}g}")
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
@@ -746,40 +784,39 @@ def markdown(case: Case, anchors: Mapping[str, str]) -> str:
 
 
 def as_json(case: Case) -> dict[str, Any]:
+    def by_round(samples: Mapping[int, float]) -> list[float | None]:
+        """In milliseconds, in the order of the rounds; null is a round in which the row was not timed."""
+        last = max(samples, default=-1)
+        return [significant(1e3 * samples[i]) if i in samples else None for i in range(last + 1)]
+
     rows = []
     for result in case.results:
         row = result.row
         entry: dict[str, Any] = {"key": row.key, "name": row.name, "missing": result.missing}
         if result.samples and case.probe_samples:
-            low, middle, high = quartiles(result.samples)
             entry |= {
-                "seconds_median": middle,
-                "seconds_quartiles": [low, high],
-                "host_seconds_median": quartiles(result.host_samples)[1],
-                "ns_per_parameter": 1e9 * middle / case.numel,
+                "seconds_median": significant(quartiles(result.samples)[1]),
                 "bytes_moved_per_parameter": row.moved(case.dtype),
-                "gb_per_s": case.rate(result) / 1e9,
-                "share_of_rmw_bandwidth": case.share(result),
                 "peak_extra_bytes": result.peak_extra,
-                "state_bytes_per_parameter": result.state_bytes / case.numel,
                 "state_bytes": result.state_bytes,
-                "first_step_s": result.first_step_s,
-                "samples_s": result.samples,
-                "host_samples_s": result.host_samples,
+                "first_step_s": significant(result.first_step_s),
+                "samples_ms": by_round(result.samples),
             }
+            if result.host_samples != result.samples:  # as on a GPU
+                entry["host_samples_ms"] = by_round(result.host_samples)
         rows.append(entry)
     return {
         "title": case.title,
         "dtype": str(case.dtype).removeprefix("torch."),
         "parameters": case.numel,
         "tensors": len(case.shapes),
-        "rmw_bandwidth_bytes_per_s": case.bandwidth() if case.probe_samples else None,
+        "rmw_bandwidth_bytes_per_s": significant(case.bandwidth()) if case.probe_samples else None,
         "probe_bytes": case.probe_bytes,
-        "probe_samples_s": case.probe_samples,
-        "copy_bandwidth_bytes_per_s": case.copy_bandwidth(),
+        "probe_samples_ms": by_round(case.probe_samples),
+        "copy_bandwidth_bytes_per_s": significant(case.copy_bandwidth() or 0) if case.copy_samples else None,
         "copy_bytes": case.copy_bytes,
-        "copy_samples_s": case.copy_samples,
-        "other_processes_busy_cpus": case.others_busy,
+        "copy_samples_ms": by_round(case.copy_samples),
+        "other_processes_busy_cpus": significant(case.others_busy),
         "rows": rows,
     }
 
@@ -787,19 +824,20 @@ def as_json(case: Case) -> dict[str, Any]:
 def from_json(saved: Mapping[str, Any], rows: Mapping[str, Row], shapes: Sequence[tuple[int, ...]]) -> Case:
     """What `as_json` made of a case. `rows`: by key."""
 
-    def by_round(samples: Mapping[str, float]) -> dict[int, float]:
-        return {int(i): s for i, s in samples.items()}
+    def by_round(samples: Sequence[float | None]) -> dict[int, float]:
+        return {i: ms / 1e3 for i, ms in enumerate(samples) if ms is not None}
 
     results = []
     for entry in saved["rows"]:
         result = Result(rows[entry["key"]], entry["missing"])
-        if "samples_s" in entry:
-            result.samples, result.host_samples = by_round(entry["samples_s"]), by_round(entry["host_samples_s"])
+        if "samples_ms" in entry:
+            result.samples = by_round(entry["samples_ms"])
+            result.host_samples = by_round(entry.get("host_samples_ms", entry["samples_ms"]))
             result.peak_extra, result.state_bytes = entry["peak_extra_bytes"], entry["state_bytes"]
             result.first_step_s = entry["first_step_s"]
         results.append(result)
     case = Case(saved["title"], list(shapes), getattr(torch, saved["dtype"]), saved["probe_bytes"], results)
-    case.probe_samples = by_round(saved["probe_samples_s"])
-    case.copy_bytes, case.copy_samples = saved["copy_bytes"], by_round(saved["copy_samples_s"])
+    case.probe_samples = by_round(saved["probe_samples_ms"])
+    case.copy_bytes, case.copy_samples = saved["copy_bytes"], by_round(saved["copy_samples_ms"])
     case.others_busy = saved["other_processes_busy_cpus"]
     return case

@@ -2,15 +2,14 @@
 
     python bench/results_page.py [--folder bench/results]
 
-Every section names the command that measures it. What has no JSON file yet is left out, and said so. The figures are
-drawn anew. So are the tables of the project's README.md between the comments `<!-- results: NAME -->` and
-`<!-- end -->`.
+Every section names the command that measures it. What has no JSON file yet is left out, and said so. JSON files of more
+than 10 kB are packed: `x.json` becomes `x.json.xz`. The figures are drawn anew, and so are the tables of the project's
+README.md between the comments `<!-- results: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -23,6 +22,8 @@ import torch
 
 BENCH = Path(__file__).resolve().parent
 sys.path[:0] = [str(BENCH.parent / folder) for folder in ("bench", "examples", "research", "tools")]
+
+from harness import from_json, load, markdown, pack, quartiles  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,6 @@ def picture(path: Path, text: str) -> str:
 
 def step(kept: dict[str, Any], path: Path) -> str:
     import bench_step
-    from harness import from_json, markdown
 
     rows = {row.key: row for row in bench_step.ROWS}
     shapes = {title: shapes for title, shapes in bench_step.SIZES.values()}
@@ -76,19 +76,17 @@ def peers(kept: dict[str, Any], path: Path) -> str:
 
 def gpu(kept: dict[str, Any], path: Path) -> str:
     import gpu as command
-    from harness import markdown
 
     rows = command.rows_for(torch.device("cuda"))
     cases = command.cases_of(kept, rows)
-    image, table = path.with_suffix(".png"), path.with_suffix(".md")
+    image = path.with_suffix(".png")
     command.draw(kept, rows, image)
-    command.write(table, command.as_markdown(kept, rows))
     stages = [f"- {name}: {stage['summary']}" for name, stage in kept["stages"].items()]
     stages += [f"  - failed: `{name}`" for name in kept["stages"].get("tests", {}).get("failures", [])]
     shown = [key for key in ("gpt2:float32:main", "gpt2:bfloat16:main", "1.7b:bfloat16:main") if key in cases]
     parts = [command.notice(kept), "\n".join(stages), *kept.get("notes", [])]
     parts += [markdown(cases[key], command.headings(rows)) for key in shown]
-    return "\n\n".join([*parts, f"All tables: [{table.name}]({table.name})", picture(image, "steps on a GPU")])
+    return "\n\n".join([*parts, picture(image, "steps on a GPU")])
 
 
 def throughput(kept: dict[str, Any], path: Path) -> str:
@@ -201,9 +199,8 @@ README_PEERS = {
 def readme_peers(folder: Path) -> str:
     """GPT-2 in float32. Milliseconds are the ratio times PACE's median, so that rows of several waves compare."""
     import bench_peers as command
-    from harness import quartiles
 
-    kept = json.loads((folder / "peers.json").read_text(encoding="utf-8"))
+    kept = load(folder / "peers.json")
     case = next(
         command.case_of(saved, kept)
         for saved in kept["cases"]
@@ -227,7 +224,7 @@ def readme_pace(folder: Path) -> str:
     """Losses on the seeds that have chosen nothing; bold where one is better than AdamW + EMA by Student's t."""
     import pace as experiment
 
-    kept, size = json.loads((folder / "pace.json").read_text(encoding="utf-8")), experiment.FULL
+    kept, size = load(folder / "pace.json"), experiment.FULL
     by = {(c.method, c.schedule): experiment.of_seeds(kept, size, c) for c in experiment.best_cells(kept, size)}
     lines = [f"| | {' | '.join(experiment.METHODS)} |", f"| --- |{' --- |' * len(experiment.METHODS)}"]
     for schedule in size.schedules:
@@ -268,21 +265,25 @@ SECTIONS = (
     Section("Shards", "sharded.json", "python bench/bench_sharded.py --out bench/results", sharded),
 )
 
+PACKED_FROM = 10_000  # bytes
+
 INTRODUCTION = """\
 # What was measured
 
-Written by `make results` from the JSON files in this folder. Each section names the command that measures it again.
-`bench/harness.py` says how steps are timed: the rows of a table in one process, round-robin in shuffled order, behind a
-walk that leaves no operand in the caches; medians and quartiles, ratios round by round. An experiment keeps the runs
-that it finds in its JSON file: give another `--out`, or remove the file, to measure everything again.
+Written by `make results` from the JSON files in this folder, of which large ones are packed (`xzcat`). Each section
+names the command that measures it again. `bench/harness.py` says how steps are timed: the rows of a table in one
+process, round-robin in shuffled order, behind a walk that leaves no operand in the caches; medians and quartiles,
+ratios round by round. An experiment keeps the runs that it finds in its JSON file: give another `--out`, or remove the
+file, to measure everything again.
 """
 
 
 def page(folder: Path) -> str:
     parts = [INTRODUCTION]
     for section in SECTIONS:
-        paths = sorted(folder.glob(section.pattern))
-        body = [section.render(json.loads(path.read_text(encoding="utf-8")), path) for path in paths]
+        names = {path.name.removesuffix(".xz") for path in folder.glob(f"{section.pattern}*")}
+        paths = [folder / name for name in sorted(names)]
+        body = [section.render(load(path), path) for path in paths]
         parts.append(f"## {section.title}\n\n`{section.command}`")
         parts += [text.strip() for text in body] or ["Not measured yet."]
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -292,6 +293,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=BENCH / "results")
     arguments = parser.parse_args(argv)
+    for path in arguments.folder.glob("*.json"):
+        if path.stat().st_size > PACKED_FROM:
+            pack(path)
     path = arguments.folder / "README.md"
     path.write_text(page(arguments.folder), encoding="utf-8")
     print(f"written: {path}")

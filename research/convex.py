@@ -20,7 +20,6 @@ hyper learning rates from 0.001 to 10, clips from 0.01 to none and learning rate
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import sys
@@ -29,12 +28,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import plots
 import torch
-from harness import machine
+from harness import machine, save, significant
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
@@ -182,6 +182,11 @@ def draw(runs: Sequence[Run], path: Path, title: str) -> None:
     plots.save(figure, path)
 
 
+def rounded(run: dict[str, Any]) -> dict[str, Any]:
+    lists = {name: [significant(value) for value in run[name]] for name in ("x", "regret", "rho")}
+    return run | lists
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, help=f"of each optimizer (default: {DEFAULT_STEPS:,})")
@@ -212,10 +217,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "steps": steps,
         "alpha": ALPHA,
         "hyper_lr": HYPER_LR,
-        "runs": [asdict(run) for run in runs],
+        "runs": [rounded(asdict(run)) for run in runs],
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "convex.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    save(numbers, arguments.out / "convex.json")
     draw(runs, arguments.out / "convex.png", "Adam goes to the wrong end of [−1, 1]; MADA starts as Adam and learns ρ")
     print(f"written: {arguments.out / 'convex.png'}, {arguments.out / 'convex.json'}")
 

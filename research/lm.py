@@ -165,7 +165,8 @@ class Training:
     def losses(self) -> dict[str, float]:
         """Of the live weights, of the average that the optimizer keeps, where it keeps one, and of those beside it."""
         found = {}
-        if hasattr(self.optimizer, "eval"):
+        # "ema" is ours, "z" schedule-free's.
+        if any(name in state for state in self.optimizer.state.values() for name in ("ema", "z")):
             self.optimizer.eval()
             found["average"] = validation_loss(self.model, self.validation)
             self.optimizer.train()
@@ -196,13 +197,12 @@ class Training:
         return restore
 
     def series(self) -> dict[str, float]:
-        """What the optimizer tells of itself."""
-        found = {}
+        """What the optimizer tells of itself: the share of clamped coordinates, or the coefficients that it learns."""
         if isinstance(self.optimizer, pace_kernels.PACE):
-            found |= self.optimizer.get_step_stats()
+            return {"lambda_clipped_frac": self.optimizer.get_step_stats()["lambda_clipped_frac"]}
         if isinstance(self.optimizer, pace_kernels.MADA):
-            found |= dict(self.optimizer.coefficients)
-        return found
+            return {name: self.optimizer.coefficients[name] for name in self.optimizer.param_groups[0]["learn"]}
+        return {}
 
 
 def train(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,15 +211,12 @@ def train(spec: Mapping[str, Any]) -> dict[str, Any]:
     steps, evaluations = spec["steps"], spec.get("evaluations", 4)
     at = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
     training = Training(spec)
-    found: dict[str, Any] = {"steps": [], "losses": {}, "train_loss": [], "series": {}}
-    recent: list[float] = []
+    found: dict[str, Any] = {"steps": [], "losses": {}, "series": {}}
     for step in range(1, steps + 1):
-        recent.append(training.step(factor(spec["schedule"], step, steps)))
-        if step not in at and math.isfinite(recent[-1]):
+        loss = training.step(factor(spec["schedule"], step, steps))
+        if step not in at and math.isfinite(loss):
             continue
         found["steps"].append(step)
-        found["train_loss"].append(plain(sum(recent) / len(recent)))
-        recent = []
         for name, value in training.losses().items():
             found["losses"].setdefault(name, []).append(plain(value))
         for name, value in training.series().items():

@@ -200,8 +200,8 @@ def train_cnn(spec: Spec) -> dict[str, Any]:
             found["losses"][name].append(round(loss, 6) if math.isfinite(loss) else None)
         found["accuracy"].append(round(accuracy, 6))  # of the test images, the last ones above
         if isinstance(optimizer, MADA):
-            for name, value in optimizer.coefficients.items():
-                found["series"].setdefault(name, []).append(round(value, 6))
+            for name in optimizer.param_groups[0]["learn"]:
+                found["series"].setdefault(name, []).append(round(optimizer.coefficients[name], 6))
     return found
 
 
@@ -220,13 +220,14 @@ class Found:
         self.settings: Mapping[str, Any] = settings or kept["about"]["settings"]
 
     def spec(self, task: str, optimizer: str, lr: float, seed: int, options: Mapping[str, Any]) -> Spec:
+        """Curves are drawn of the seeds that are reported; of the others the end is enough."""
         shape = self.settings["tasks"][task]
         return {
             "task": task,
             "optimizer": optimizer,
             "schedule": self.settings["schedule"],
             "steps": shape["steps"],
-            "evaluations": shape["evaluations"],
+            "evaluations": shape["evaluations"] if seed in shape["seeds"] else 1,
             "lr": lr,
             "seed": seed,
             "options": dict(options),
@@ -325,7 +326,9 @@ class Found:
         not known."""
         specs = [self.best("language", "good", "MADA", seed) for seed in self.seeds("language")]
         changed = self.settings["hyper"][name]
-        return [{**spec, "options": {**spec["options"], **changed}} for spec in specs if spec is not None]
+        return [
+            {**spec, "evaluations": 1, "options": {**spec["options"], **changed}} for spec in specs if spec is not None
+        ]
 
     def wanted(self) -> list[Spec]:
         specs: dict[str, Spec] = {}

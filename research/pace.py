@@ -129,7 +129,7 @@ QUICK = Size(
 # --- specs ----------------------------------------------------------------------------------------------------------
 
 
-def adamw(size: Size, lr: float, schedule: str, seed: int = 0, evaluations: int = 4) -> Spec:
+def adamw(size: Size, lr: float, schedule: str, seed: int = 0, evaluations: int = 1) -> Spec:
     return {
         "optimizer": "AdamW", "lr": lr, "schedule": schedule, "steps": size.steps, "seed": seed,
         "evaluations": evaluations, "averages": size.averages,
@@ -137,7 +137,7 @@ def adamw(size: Size, lr: float, schedule: str, seed: int = 0, evaluations: int 
 
 
 def pace(
-    size: Size, lr: float, schedule: str, strength: float, kappa: float, seed: int = 0, evaluations: int = 4
+    size: Size, lr: float, schedule: str, strength: float, kappa: float, seed: int = 0, evaluations: int = 1
 ) -> Spec:
     return {
         "optimizer": "PACE", "lr": lr, "schedule": schedule, "steps": size.steps, "seed": seed,
@@ -145,7 +145,7 @@ def pace(
     }  # fmt: skip
 
 
-def schedule_free(size: Size, lr: float, beta1: float, seed: int = 0, evaluations: int = 4) -> Spec:
+def schedule_free(size: Size, lr: float, beta1: float, seed: int = 0, evaluations: int = 1) -> Spec:
     return {
         "optimizer": "schedule-free", "lr": lr, "schedule": "constant", "steps": size.steps, "seed": seed,
         "evaluations": evaluations, "options": {"betas": [beta1, 0.95]},
@@ -297,7 +297,7 @@ def weights_of_budgets(best: Sequence[Cell]) -> dict[str, str]:
 
 
 def variant(cell: Cell, options: Mapping[str, Any], seed: int) -> Spec:
-    return {**cell.seeded(seed), "options": {**cell.spec["options"], **options}}
+    return {**cell.seeded(seed), "evaluations": 1, "options": {**cell.spec["options"], **options}}
 
 
 def variants(size: Size, best: Sequence[Cell]) -> dict[str, list[Spec]]:
@@ -323,7 +323,7 @@ def variant_differences(kept: Mapping[str, Any], size: Size) -> dict[str, tuple[
 
 
 def at_rate(cell: Cell, factor: float, seed: int) -> Spec:
-    return {**cell.seeded(seed), "lr": float(f"{cell.spec['lr'] * factor:.3g}")}
+    return {**cell.seeded(seed), "evaluations": 1, "lr": float(f"{cell.spec['lr'] * factor:.3g}")}
 
 
 def rates(size: Size, best: Sequence[Cell]) -> dict[str, dict[float, list[Spec]]]:
@@ -566,6 +566,7 @@ def draw_sweep(kept: Mapping[str, Any], size: Size, path: Path) -> None:
             axes.grid(visible=False)
             axes.set_xticks(range(len(lrs)), [f"{lr:g}" for lr in lrs])
             axes.set_yticks(range(len(strengths)), [f"{s:g}" for s in strengths])
+            axes.tick_params(labelsize=8)
             axes.set_title(f"{schedule}, κ {kappa:g}")
             for y, line in enumerate(values):
                 for x, value in enumerate(line):
@@ -580,7 +581,7 @@ def draw_sweep(kept: Mapping[str, Any], size: Size, path: Path) -> None:
         axes.set_ylabel("pullback strength λ")
     if image is not None:
         figure.colorbar(image, ax=list(grid.flat), label="validation loss of the average", shrink=0.6, extend="max")
-    plots.save(figure, path)
+    plots.save(figure, path, colors=48)
 
 
 def band(axes: Axes, xs: Sequence[float], curves: Sequence[Sequence[float]], color: str) -> list[float]:

@@ -24,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
+import harness
 from harness import cpu_model, write
 
 import pace_kernels
@@ -51,9 +52,9 @@ def key_of(spec: Mapping[str, Any]) -> str:
 
 def load(path: Path) -> dict[str, Any]:
     """What the file has; nothing where there is none."""
-    if not path.exists():
+    if not path.exists() and not harness.packed(path).exists():
         return {"about": {}, "runs": {}}
-    return json.loads(path.read_text(encoding="utf-8"))
+    return harness.load(path)
 
 
 def save(kept: Mapping[str, Any], path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from data import make_format0
+from data import checkpoint, make_format0
 from test_checkpoint_properties import Training, bits
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -33,7 +33,6 @@ from pace_kernels import MADA, PACE
 from pace_kernels.optimizer import KernelOptimizer
 from pace_kernels.states import FORMAT
 
-DATA = Path(__file__).parent / "data"
 F32 = torch.float32
 
 
@@ -545,7 +544,7 @@ def test_skipped_steps_survive() -> None:
 @pytest.mark.parametrize("case", make_format0.CASES)
 def test_format_0_goes_on_where_it_was_saved(case: str, dtype: torch.dtype) -> None:
     """The files were written by the package at commit f84b320, which tests/data/make_format0.py says how to do."""
-    made = torch.load(DATA / f"format0-{case}.pt", weights_only=True)[str(dtype)]
+    made = torch.load(checkpoint(f"format0-{case}.pt"), weights_only=True)[str(dtype)]
     assert "format_version" not in made["saved"]["optimizer"]["param_groups"][0]
     model = make_format0.model_of(dtype)
     optimizer = make_format0.optimizer_of(pace_kernels, case, model)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from data import make_pullback
+from data import checkpoint, make_pullback
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.state_dict import (
 import pace_kernels
 from pace_kernels import Pullback
 
-DATA = Path(__file__).parent / "data"
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 OURS = ("ema", "pullback_step")
 
@@ -367,7 +366,7 @@ def test_options_of_groups_come_back_as_they_were_saved() -> None:
 def test_checkpoints_of_0_1_0_go_on_to_the_same_weights(case: str, dtype: torch.dtype) -> None:
     """The averages rest in the steps that follow. A base's own roundings depend on the processor: after three steps the
     weights are within 3 of 4 roundings each."""
-    file = torch.load(DATA / f"pullback-{case}.pt", weights_only=True)[str(dtype)]
+    file = torch.load(checkpoint(f"pullback-{case}.pt"), weights_only=True)[str(dtype)]
     model = make_pullback.model_of(dtype)
     optimizer = make_pullback.optimizer_of(pace_kernels, case, model)
     model.load_state_dict(file["saved"]["model"])

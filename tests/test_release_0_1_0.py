@@ -4,19 +4,17 @@ but for the average, which is e + w (x₊ − e) since. tests/data/make_release0
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from data import checkpoint
 from data.make_format0 import CASES, DTYPES, ends, model_of, optimizer_of, train
 from data.make_release010 import FLAT
 from test_checkpoint_properties import bits
 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
 import pace_kernels
-
-DATA = Path(__file__).parent / "data"
 
 
 def load_plain(model: torch.nn.Module, optimizer: Any, saved: dict[str, Any]) -> None:
@@ -38,7 +36,7 @@ LOADS: list[Callable[[torch.nn.Module, Any, dict[str, Any]], None]] = [load_plai
 
 
 def resumed(case: str, dtype: torch.dtype, load: Callable[..., None]) -> tuple[torch.nn.Module, Any, dict[str, Any]]:
-    made = torch.load(DATA / f"release010-{case}.pt", weights_only=True)[str(dtype)]
+    made = torch.load(checkpoint(f"release010-{case}.pt"), weights_only=True)[str(dtype)]
     model = model_of(dtype)
     optimizer = optimizer_of(pace_kernels, case, model)
     load(model, optimizer, made["saved"])

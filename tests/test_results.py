@@ -30,7 +30,7 @@ def results_page(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def test_the_page_is_made_of_the_json_alone(results_page: ModuleType, tmp_path: Path) -> None:
-    for path in RESULTS.glob("*.json"):
+    for path in RESULTS.glob("*.json*"):
         shutil.copy(path, tmp_path)
     assert results_page.main(["--folder", str(tmp_path)]) == 0
     text = (tmp_path / "README.md").read_text()
