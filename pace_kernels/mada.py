@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .checks import Group, check_torchs_options, require
+from .fitting import NO_STATE
 from .launching import Prepared, of_c
 from .mada_checkpoints import MadaCheckpoints
 from .mada_options import (
@@ -27,7 +28,6 @@ from .mada_options import (
 )
 from .memory import check_whole
 from .ops import COEFFICIENTS, HYPERGRADIENTS, LAST_SCALARS, NO_GRADIENT
-from .optimizer import NO_STATE
 from .options import make_plain
 from .planning import NO_ROLES, Plan
 from .sharding import local

@@ -1,17 +1,15 @@
-"""The base of every optimizer here: parameter groups, states, the step.
+"""The base of every optimizer here: parameter groups, what there is to step, the step.
 
 A subclass brings what its rule needs: option checks, the names of its state tensors, and the operator's arguments. The
-average is in averaging.py, checkpoints in checkpoints.py.
+average is in averaging.py, states are in fitting.py, checkpoints in checkpoints.py.
 """
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from itertools import repeat
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -22,9 +20,10 @@ from torch.optim.optimizer import ParamsT
 
 from .backend import choose, requested
 from .checks import Group, check_lr, check_number, overlaps_itself, require
-from .memory import aligned, check_whole
+from .fitting import Fitting
+from .memory import check_whole
 from .options import Record, check_given, make_plain
-from .planning import Planning, Plans, is_observed
+from .planning import Plans, is_observed
 from .sharding import (
     Axes,
     all_reduce_,
@@ -34,21 +33,19 @@ from .sharding import (
     is_wrapper,
     local,
     local_as,
-    placed_alike,
     reduce_,
     unwrapped,
 )
-from .states import FLOATING, GROUP_STATE, Work, as_state, empty_state, exact_on, moved, state_dtype
+from .states import FLOATING, GROUP_STATE, Work, moved, state_dtype
 from .torch_rules.common import by_graph, has_values
 from .whole import at_once, each
 
 _NO_AXES: Axes = ()
-NO_STATE: Mapping[str, Tensor] = MappingProxyType({})
 # What torch 2.10 has under the second name, a later torch under the first; there the second warns.
 _HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 
 
-class KernelOptimizer(Planning):
+class KernelOptimizer(Fitting):
     """Base class; not for direct use."""
 
     # True with fused=True, as in torch.optim: torch.amp.GradScaler then sets the attributes grad_scale and found_inf
@@ -249,99 +246,6 @@ class KernelOptimizer(Planning):
             self._settle(self._changed)
             self._changed = []
         return works
-
-    def _states(self, work: Work) -> dict[str, list[Tensor]]:
-        names = ("step", *self._state_tensors(work.group))
-        usual = self._usual_states(work, names)
-        if usual is not None:
-            return usual
-        columns: dict[str, list[Tensor]] = {name: [] for name in names}
-        for i, (owner, param) in enumerate(zip(work.owners, work.params, strict=True)):
-            state = self.state.get(owner)
-            work.records.append(work.changes.setdefault(i, {}) if state is None else state)
-            if state:
-                for name, fitted in self._fitted(owner, state, names[1], param is owner).items():
-                    work.put(i, name, fitted)
-            now = {**(state or {}), **work.changes[i]} if i in work.changes else state or {}
-            for name in names:
-                value: Tensor | None = now.get(name)
-                if value is None:
-                    value = self._initial(name, owner, work.group, now)
-                    now = {**now, name: value}
-                    work.put(i, name, value)
-                columns[name].append(value if type(value) is Tensor else local(value))
-        self._place_steps(work, columns["step"])
-        return columns
-
-    def _usual_states(self, work: Work, names: tuple[str, ...]) -> dict[str, list[Tensor]] | None:
-        """The states where all of them are there, plain, and fit: told for the whole list at once, in half the time."""
-        records: list[Any] = list(map(self.state.get, work.owners))
-        try:
-            columns = {name: [record[name] for record in records] for name in names}
-        except (KeyError, TypeError):  # some are missing
-            return None
-        first = columns[names[1]] if len(names) > 1 else []
-        if (
-            {kind for column in columns.values() for kind in map(type, column)} != {Tensor}
-            or {value.dtype for value in first} != {state_dtype(work.params[0])}
-            or [value.shape for value in first] != [param.shape for param in work.params]
-            or not all(map(operator.is_, work.owners, work.params))  # local parts of DTensors
-        ):
-            return None
-        work.records = records
-        self._place_steps(work, columns["step"])
-        return columns
-
-    def _place_steps(self, work: Work, steps: list[Tensor]) -> None:
-        """Step counts follow the parameters to their device, and stay there, where only it knows whether a step counts:
-        with ``found_inf``; and with ``capturable``, where a captured graph advances them."""
-        device = work.device
-        work.on_device = work.group["capturable"]
-        if device.type == "cpu":
-            return
-        away = [i for i, step in enumerate(steps) if step.device.type == "cpu"]
-        work.on_device = work.on_device or "found_inf" in work.scaling or len(away) < len(steps)
-        if work.on_device:
-            for i in away:
-                steps[i] = moved(steps[i], device)
-                work.put(i, "step", steps[i])
-            if exact_on(device, work.group.get("ema_update_freq", 1)):
-                for i, step in enumerate(steps):
-                    if step.dtype != torch.float64:
-                        steps[i] = step.double()
-                        work.put(i, "step", steps[i])
-
-    def _fitted(self, param: Tensor, state: dict[str, Tensor], name: str, plain: bool) -> dict[str, Tensor]:
-        """New states where they have to follow a parameter whose dtype or shards were changed by hand; a change of its
-        shape is refused."""
-        value = state.get(name)
-        if value is None:  # options changed: it will be created
-            value = next((state[key] for key in self.STATE_TENSORS if key in state), None)
-        if value is None:
-            return {}
-        placed = not is_sharded(value) if plain else is_sharded(value) and placed_alike(value, param)
-        if placed and value.dtype is state_dtype(param) and value.shape == param.shape:
-            return {}
-        if value.shape != param.shape:
-            raise RuntimeError(
-                f"a parameter of shape {tuple(param.shape)} has a state of shape {tuple(value.shape)}: was it resized?"
-            )
-        kept = {key: state[key] for key in self.STATE_TENSORS if key in state}
-        if "ema" in kept and kept["ema"].shape != param.shape:
-            del kept["ema"]
-        check_whole(map(local, kept.values()))
-        return {key: as_state(param, value) for key, value in kept.items()}
-
-    def _initial(self, name: str, param: Tensor, group: Group, state: Mapping[str, Tensor] = NO_STATE) -> Tensor:
-        """A state at a parameter's first step; ``state`` has those before it."""
-        if name == "step":
-            return torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
-        if name == "ema":
-            check_whole((local(param),))
-            return as_state(param, param if is_sharded(param) else aligned(param))
-        zeros = empty_state(param)
-        local(zeros).zero_()
-        return zeros
 
     def _keeps_average(self, group: Group) -> bool:
         return "ema" in self._state_tensors(group)

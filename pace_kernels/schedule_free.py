@@ -15,8 +15,9 @@ from torch.optim.optimizer import ParamsT
 from .averaging import _Entry
 from .checks import Group, check_common_options, check_number, check_torchs_options, checked_count, require
 from .definitions.schedule_free import SCHEDULE_FREE
+from .fitting import NO_STATE
 from .launching import Prepared, of_c
-from .optimizer import NO_STATE, KernelOptimizer
+from .optimizer import KernelOptimizer
 from .options import make_plain
 from .planning import Change, Plan
 from .sharding import axes, is_wrapper, local, reduce_
