@@ -70,7 +70,8 @@ def peers(kept: dict[str, Any], path: Path) -> str:
     import bench_peers as command
 
     cases, image = [command.case_of(saved, kept) for saved in kept["cases"]], path.with_suffix(".png")
-    command.draw(cases, image, command.where(kept), command.ROWS, command.OUR_KEYS)
+    drawn = [case for case in cases if case.dtype == torch.float32]  # the others are in the tables
+    command.draw(drawn, image, command.where(kept), command.ROWS, command.OUR_KEYS)
     return f"{command.render(kept)}\n\n{picture(image, 'time of a step, ours and others')}"
 
 

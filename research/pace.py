@@ -572,7 +572,7 @@ def draw_sweep(kept: Mapping[str, Any], size: Size, path: Path) -> None:
                 for x, value in enumerate(line):
                     if math.isfinite(value):
                         dark = norm(value) < 0.5
-                        axes.text(x, y, f"{value:.3f}", ha="center", va="center", fontsize=8,
+                        axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8,
                                   color=plots.INK if dark else "white")  # fmt: skip
     figure.suptitle("Seed 0", fontsize=10)
     for axes in grid[-1]:
