@@ -24,7 +24,7 @@ import test_mada_native
 import test_native
 import test_pullback_native
 import test_schedule_free
-from pace_kernels.triton_kernels import ops, scalars, table
+from pace_kernels.triton_kernels import checks, ops, table
 from test_mada_native import LEARN
 from triton.runtime import interpreter
 
@@ -187,29 +187,17 @@ def test_scalars_are_those_of_the_host() -> None:
     """exp(t log β) instead of a power: the scalars, rounded to float32, are the same but for about one in 1e5."""
     count = 4096
     steps = torch.arange(count, dtype=torch.float32)
-    rows = torch.zeros(count, table.TABLE_WIDTH.value, dtype=torch.int64)
+    rule = ops.RULES["pace_step_"]
+    rows = torch.zeros(count, rule.columns, dtype=torch.int64)
     rows[:, table.STEP.value] = steps.data_ptr() + 4 * torch.arange(count)
-    out = torch.empty(count, scalars.PACE_WIDTH.value)
+    out = torch.empty(count, len(rule.fields))
     options = {**test_native.OPTIONS, "beta2": 0.999, "ema_rho": 3.0, "ema_update_freq": 7, "capturable": True}
-    numbers = ops._scalar_options(options, ops._NUMBERS)
-    absent = dict.fromkeys(("stat_scalars_ptr", "lr_ptr", "grad_scale_ptr", "clip_coef_ptr", "found_inf_ptr"))
-    ops.launch(
-        scalars._pace_scalars_kernel,
-        count // scalars.LANES.value,
-        steps.device,
-        {},
-        table_ptr=rows,
-        scalars_ptr=out,
-        **absent,
-        first=0,
-        count=count,
-        steps_taken=0.0,
-        ON_DEVICE=True,
-        **numbers,
-    )
+    call = checks.Call(rule.definition, ([], [], [], [], [], []), options)
+    call.device = steps.device
+    layout = SimpleNamespace(plan=SimpleNamespace(table=rows), taken=[0.0] * count)
+    ops._each_step_count(rule, call, layout, scalars_ptr=out, factors_ptr=None)
     assert torch.equal(steps, torch.arange(1, count + 1))
     wanted = torch.tensor([[float(a) for a in pace_scalars(PaceOptions(**options), t + 1.0)] for t in range(count)])
-    out = out[:, : wanted.shape[1]]
     differing = out != wanted
     assert int(differing.sum()) <= 4
     torch.testing.assert_close(out, wanted, rtol=2**-23, atol=0)
@@ -276,9 +264,9 @@ def test_step_counts_that_differ(launches: Counter[str]) -> None:
     lists = test_native.operands(6)
     lists[5] = [torch.tensor(t) for t in (4.0, 9.0, 4.0, 2.0, 9.0, 4.0)]
     both("pace_step_", lists, **test_native.OPTIONS)
-    assert launches == {"_pace_scalars_kernel": 3, "_pace_kernel": 1}
+    assert launches == {"_scalars_kernel": 3, "_sweep_kernel": 1}
     both("pace_step_", lists, **{**test_native.OPTIONS, "capturable": True})
-    assert launches == {"_pace_scalars_kernel": 4, "_pace_kernel": 2}
+    assert launches == {"_scalars_kernel": 4, "_sweep_kernel": 2}
 
 
 def test_many_small_tensors_are_a_few_launches(launches: Counter[str]) -> None:
@@ -286,7 +274,7 @@ def test_many_small_tensors_are_a_few_launches(launches: Counter[str]) -> None:
     lists = [[torch.rand(1 + i % 5) for i in range(count)] for _ in range(5)]
     steps = [torch.zeros(()) for _ in range(count)]
     both("pace_step_", [*lists, steps], **test_native.OPTIONS)
-    assert launches == {"_pace_scalars_kernel": 1, "_pace_kernel": 1}
+    assert launches == {"_scalars_kernel": 1, "_sweep_kernel": 1}
 
 
 def test_formats_may_be_mixed(launches: Counter[str]) -> None:
@@ -295,7 +283,7 @@ def test_formats_may_be_mixed(launches: Counter[str]) -> None:
     lists[0] = [t.to(dtype) for t, dtype in zip(lists[0], (F32, BF16, F16, BF16), strict=True)]
     lists[1] = [t.to(dtype) for t, dtype in zip(lists[1], (F32, F32, F16, BF16), strict=True)]
     both("pace_step_", lists, **test_native.OPTIONS)
-    assert launches == {"_pace_scalars_kernel": 1, "_pace_kernel": 4}
+    assert launches == {"_scalars_kernel": 1, "_sweep_kernel": 4}
 
 
 def test_several_programs_and_many_rows(launches: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,13 +295,13 @@ def test_several_programs_and_many_rows(launches: Counter[str], monkeypatch: pyt
     both("mada_step_", list(named.values()), **test_mada_native.OPTIONS)
     pace = [*([torch.rand(4096 + 1040 + 5)] for _ in range(5)), [torch.tensor(4.0)]]
     both("pace_step_", pace, **test_native.OPTIONS)
-    assert launches["_sum_hypergradients_kernel"] == 1
+    assert launches["_add_up_kernel"] == 1
     rows = torch.randn(2100, 16, dtype=torch.float64)
     rows[:, [2, 3, 5, 6, 8, 9]] = rows[:, [2, 3, 5, 6, 8, 9]].abs()
     rows[77, 3] = math.nan
     out = torch.empty(14, dtype=torch.float64)
-    ops._add_up(ops.sums._sum_stats_kernel, rows, out, found_inf_ptr=None)
-    assert launches["_sum_stats_kernel"] == 2
+    ops._add_up(ops.RULES["pace_step_"].summed, rows, out, found_inf_ptr=None, lr_ptr=None)
+    assert launches["_add_up_kernel"] == 1 + 2
     assert out[3].isnan() and out[[2, 5, 8]].tolist() == rows[:, [2, 5, 8]].amin(dim=0).tolist()
     assert out[[6, 9]].tolist() == rows[:, [6, 9]].amax(dim=0).tolist()
     others = [0, 1, 4, 7, 10, 11, 12, 13]

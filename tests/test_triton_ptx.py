@@ -72,7 +72,7 @@ class Gpu:
         stats = run(compiled.asm["ptx"], None, programs, block, numbers, memory, compiled.metadata.shared,
                     order=self.random)  # fmt: skip
         swept = {addresses[t.data_ptr()] for t in self.known if t.numel() > 0}
-        if kernel.__name__ in ("_pace_kernel", "_mada_kernel", "_schedule_free_kernel"):
+        if kernel.__name__ == "_sweep_kernel":
             for key in ("ld_bytes_by_buffer", "st_bytes_by_buffer"):
                 self.bytes += sum(n for address, n in stats[key].items() if address in swept)
         for host, (here, t) in tensors.items():
@@ -155,7 +155,7 @@ def test_pace(gpu: Gpu, dtype: torch.dtype, form: str) -> None:
         same = [i for i, name in enumerate(PACE_STATS) if name.endswith(("_min", "_max", "count", "clipped"))]
         assert torch.equal(a[same], b[same])
     assert_same(ours, theirs)
-    assert gpu.launches["_pace_kernel"] == gpu.launches["_pace_scalars_kernel"] == (1 if form == "resting" else 2)
+    assert gpu.launches["_sweep_kernel"] == gpu.launches["_scalars_kernel"] == (1 if form == "resting" else 2)
     if form in ("aligned", "resting", "AdamW"):
         average = ("emas",) if form == "aligned" else ()
         moved = ("params", "exp_avgs", "exp_avg_sqs", *average)
@@ -227,7 +227,7 @@ def test_mada(gpu: Gpu, dtype: torch.dtype, form: str) -> None:
     assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * b.abs().max().item())
     assert (b != 0).all() or form == "AdamW"
     assert_same(ours, theirs)
-    assert gpu.launches["_mada_kernel"] == gpu.launches["_mada_scalars_kernel"] == 2
+    assert gpu.launches["_sweep_kernel"] == gpu.launches["_scalars_kernel"] == 2
     if form == "AdamW":
         moved: tuple[str, ...] = ("params", "exp_avgs", "exp_avg_sqs")
         assert gpu.bytes == bytes_of(ours, (*moved, "grads"), moved, warps=4)
@@ -297,6 +297,6 @@ def test_sums_of_many_rows(gpu: Gpu) -> None:
     rows = torch.randn(2500, 8, dtype=torch.float64)
     out = torch.empty(7, dtype=torch.float64)
     gpu.known = [rows, out]
-    ops._add_up(ops.sums._sum_hypergradients_kernel, rows, out, found_inf_ptr=None, learn=63, lr_ptr=None, lr=0.25)
+    ops._add_up(ops.RULES["mada_step_"].summed, rows, out, 63, 0.25, found_inf_ptr=None, lr_ptr=None)
     assert torch.allclose(out[:6], rows[:, :6].sum(dim=0), rtol=0, atol=1e-12) and out[6] == 0.25
-    assert gpu.launches["_sum_hypergradients_kernel"] == 2
+    assert gpu.launches["_add_up_kernel"] == 2

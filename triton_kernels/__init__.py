@@ -1,9 +1,15 @@
 """The rules in Triton; installed as ``pace_kernels.triton_kernels``.
 
 A function here with the name of an operator (pace_kernels/ops.py) does what the operator does. ``pace.py``,
-``mada.py``, ``pullback.py`` and ``schedule_free.py`` are the rules, ``storage.py`` the formats, ``sweep.py`` and
-``*_kernel.py`` the walk over memory, ``scalars.py`` and ``sums.py`` what goes before and after it; ``ops.py`` puts them
-together.
+``mada.py``, ``pullback.py`` and ``schedule_free.py`` are the rules. The rest follows from ``pace_kernels/definitions``:
+``checks.py`` reads and checks a call, ``table.py`` lists where its tensors lie, ``scalars.py``, ``sweep.py`` and
+``sums.py`` have one kernel each for all rules, and ``ops.py`` puts them together.
+
+A rule more is ``new.py``, the rule in float32 on blocks; ``new_kernel.py`` beside it, with three functions: ``play``
+(which flags a call puts on), ``new_scalars`` (from options in float64 to the rule's scalars) and ``new_round`` (loads,
+rule, stores; storage.py knows the formats, and does nothing where an operand is not in play); a row in ``rules.py``, a
+line in ``ops.py`` and here, and the names of its flags in ``aot.py``. An option more is a use of ``o.name`` in a
+function of scalars.
 """
 
 from .ops import mada_learn_, mada_step_, pace_step_, pullback_, schedule_free_step_

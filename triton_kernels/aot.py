@@ -19,53 +19,62 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import learn_kernel, scalars, schedule_free_kernel, sums
-from .launch import MADA, PACE, PULLBACK, SCHEDULE_FREE, Sweep, Target, compile_options
-from .table import Part
+from . import learn_kernel, mada_kernel, pace_kernel, pullback_kernel, schedule_free_kernel, sums
+from .launch import Rule, Target, compile_options
+from .rules import RULES
+from .scalars import _scalars_kernel
+from .sweep import _sweep_kernel
 
-# Types of the kernels' arguments that are not numbers in float64 and not compiled in.
-_POINTERS = {
-    "table_ptr": "*i64",
-    "blocks_ptr": "*i32",
-    "scalars_ptr": "*fp32",
-    "stat_scalars_ptr": "*fp64",
-    "factors_ptr": "*fp64",
-    "rows_ptr": "*fp64",
-    "out_ptr": "*fp64",
-    "coefficients_ptr": "*fp64",
-    "momenta_ptr": "*fp64",
-    "hypergradients_ptr": "*fp64",
-    "hyper_step_ptr": "*fp64",
-    "sums_ptr": "*fp64",
-    "options_ptr": "*fp64",
-    "schedule_ptr": "*fp64",
-    "lr_ptr": "*fp32",
-    "grad_scale_ptr": "*fp32",
-    "clip_coef_ptr": "*fp32",
-    "found_inf_ptr": "*fp32",
-}
+# Pointers are to float64, but for these.
+_POINTERS = {"table_ptr": "*i64", "blocks_ptr": "*i32"}
+_POINTERS |= dict.fromkeys(("scalars_ptr", "lr_ptr", "grad_scale_ptr", "clip_coef_ptr", "found_inf_ptr"), "*fp32")
 
 _SHORT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_PACE_FLAGS = {  # name: MOMENT, PULL, AVERAGE
-    "": (True, True, True),
-    " without pullback": (True, False, True),
-    " AdamW": (True, False, False),
-    " without first moment": (False, True, True),
+# By operator: what the flags of its rule are called, and names of sets of them that are compiled.
+_FLAGS: dict[str, tuple[Any, dict[str, str]]] = {
+    "pace_step_": (
+        pace_kernel.PaceFlags,
+        {
+            "": "moment pull average",
+            " stats": "moment pull average stats",
+            " without pullback": "moment average",
+            " without pullback stats": "moment average stats",
+            " AdamW": "moment",
+            " without first moment": "pull average",
+        },
+    ),
+    "pullback_": (
+        pullback_kernel.PullbackFlags,
+        {
+            "": "before moment pull average",
+            " stats": "before moment pull average stats",
+            " from the step": "moment pull average",
+            " constant": "before pull average",
+            " constant from the step": "pull average",
+            " average": "average",
+        },
+    ),
+    "schedule_free_step_": (schedule_free_kernel.ScheduleFreeFlags, {"": ""}),
+    "mada_step_": (
+        mada_kernel.MadaFlags,
+        {
+            "": "lag diff second lion adam",
+            " pulled capturable": "lag diff second lion adam average pull stay",
+            " hyperadam": "lag adam",
+            " fixed": "diff second lion adam",
+            " AdamW": "adam",
+            " Lion": "lion",
+        },
+    ),
 }
-_PULLBACK_FLAGS = {  # name: BEFORE, MOMENT, PULL
-    "": (True, True, True),
-    " from the step": (False, True, True),
-    " constant": (True, False, True),
-    " constant from the step": (False, False, True),
-    " average": (False, False, False),
-}
-_MADA_FLAGS = {  # name: LAG, DIFF, SECOND, LION, ADAM
-    "": (True, True, True, True, True),
-    " hyperadam": (True, False, False, False, True),
-    " fixed": (False, True, True, True, True),
-    " AdamW": (False, False, False, False, True),
-    " Lion": (False, False, False, True, False),
-}
+_FORMATS = (  # of weights and gradients, and whether aligned to 16 bytes
+    (torch.float32, torch.float32, True),
+    (torch.float32, torch.float32, False),
+    (torch.bfloat16, torch.bfloat16, True),
+    (torch.bfloat16, torch.bfloat16, False),
+    (torch.bfloat16, torch.float32, True),
+    (torch.float16, torch.float16, True),
+)
 
 
 @dataclass(frozen=True)
@@ -75,73 +84,49 @@ class Variant:
     kernel: Any
     constants: dict[str, Any]
     warps: int = 1
-    sweep: Sweep | None = None
+    rule: Rule | None = None
 
     def options(self, target: GPUTarget) -> dict[str, Any]:
-        if self.sweep is None:
+        if self.rule is None:
             return {"num_warps": self.warps}
-        return self.sweep.options(Target(target.backend, target.warp_size))
+        return self.rule.compiled_with(Target(target.backend, target.warp_size))
 
 
-def _sweeps() -> dict[str, Variant]:
-    found: dict[str, Variant] = {}
-
-    def add(name: str, sweep: Sweep, part: Part, **constants: Any) -> None:
-        constants |= sweep.constants(part)
-        found[name] = Variant(sweep.kernel, constants, sweep=sweep)
-
-    for x, g, aligned in (
-        (torch.float32, torch.float32, True),
-        (torch.float32, torch.float32, False),
-        (torch.bfloat16, torch.bfloat16, True),
-        (torch.bfloat16, torch.bfloat16, False),
-        (torch.bfloat16, torch.float32, True),
-        (torch.float16, torch.float16, True),
-    ):
-        part = Part(x, g, aligned, 0, 1)
-        name = (_SHORT[x] if x == g else f"{_SHORT[x]}/{_SHORT[g]}") + ("" if aligned else " unaligned")
-        for label, (moment, pull, average) in _PACE_FLAGS.items():
-            flags = {"MOMENT": moment, "PULL": pull, "AVERAGE": average}
-            absent = {"stat_scalars_ptr": None, "rows_ptr": None, "found_inf_ptr": None}
-            add(f"pace {name}{label}", PACE, part, STATS=False, **flags, **absent)
-            if label in ("", " without pullback"):
-                add(f"pace {name}{label} stats", PACE, part, STATS=True, **flags)
-        for label, (before, moment, pull) in _PULLBACK_FLAGS.items():
-            flags = {"BEFORE": before, "MOMENT": moment, "PULL": pull}
-            absent = {"stat_scalars_ptr": None, "rows_ptr": None, "found_inf_ptr": None}
-            add(f"pullback {name}{label}", PULLBACK, part, STATS=False, **flags, **absent)
-            if label == "":
-                add(f"pullback {name} stats", PULLBACK, part, STATS=True, **flags)
-        add(f"schedule_free {name}", SCHEDULE_FREE, part, found_inf_ptr=None)
-        for label, (lag, diff, second, lion, adam) in _MADA_FLAGS.items():
-            flags = {"LAG": lag, "DIFF": diff, "SECOND": second, "LION": lion, "ADAM": adam}
-            absent = {} if lag else {"factors_ptr": None, "rows_ptr": None, "found_inf_ptr": None}
-            plain = {"AVERAGE": False, "PULL": False, "ROLES_STAY": False}
-            add(f"mada {name}{label}", MADA, part, **flags, **absent, **plain)
-            if label == "":
-                add(f"mada {name} pulled capturable", MADA, part, **flags, AVERAGE=True, PULL=True, ROLES_STAY=True)
-    return found
+def _sweep(rule: Rule, flags: Any, weight: torch.dtype, gradient: torch.dtype, aligned: bool) -> Variant:
+    lies = {"weight": weight, "copy": weight, "gradient": gradient, "moment": gradient, "state": torch.float32}
+    used = zip(rule.definition.operands, rule.in_play(flags), strict=True)
+    formats = tuple(lies[operand.role] if any(uses) else None for operand, uses in used)
+    absent = {} if rule.sums(flags) else dict.fromkeys(("factors_ptr", "rows_ptr", "found_inf_ptr"))
+    return Variant(_sweep_kernel, rule.constants(formats, aligned, flags) | absent, rule=rule)
 
 
 def variants() -> dict[str, Variant]:
     """Kernels that represent those that a user can hit, the largest among them."""
-    found = _sweeps()
-    for on_device in (False, True):
-        where = " on device" if on_device else ""
-        absent = {} if on_device else {"lr_ptr": None, "grad_scale_ptr": None, "found_inf_ptr": None}
-        found[f"pace scalars{where}"] = Variant(scalars._pace_scalars_kernel, {"ON_DEVICE": on_device, **absent})
-        flags = {"ON_DEVICE": on_device, **absent, **({} if on_device else {"schedule_ptr": None})}
-        found[f"schedule_free scalars{where}"] = Variant(schedule_free_kernel._schedule_free_scalars_kernel, flags)
-        flags = {"ON_DEVICE": on_device, **{k: v for k, v in absent.items() if k != "grad_scale_ptr"}}
-        found[f"pullback scalars{where}"] = Variant(scalars._pullback_scalars_kernel, flags)
-        flags = {"ON_DEVICE": on_device, "LAG": True, "GRADS_KEPT": True, **absent}
-        found[f"mada scalars{where}"] = Variant(scalars._mada_scalars_kernel, flags)
-    for name, kernel, row, result in (
-        ("stats", sums._sum_stats_kernel, sums.STATS_WIDTH.value, 14),
-        ("hypergradients", sums._sum_hypergradients_kernel, sums.HYPER_WIDTH.value, 7),
-    ):
-        found[f"{name} rows"] = Variant(kernel, {"OUT_WIDTH": row}, warps=4)
-        found[name] = Variant(kernel, {"OUT_WIDTH": result}, warps=4)
+    found: dict[str, Variant] = {}
+    for op, rule in RULES.items():
+        short = op.removesuffix("_").removesuffix("_step")
+        kind, sets = _FLAGS[op]
+        for weight, gradient, aligned in _FORMATS:
+            name = _SHORT[weight] if weight == gradient else f"{_SHORT[weight]}/{_SHORT[gradient]}"
+            for label, on in sets.items():
+                flags = kind(*(flag in on.split() for flag in kind._fields))
+                full = f"{short} {name}{'' if aligned else ' unaligned'}{label}"
+                found[full] = _sweep(rule, flags, weight, gradient, aligned)
+        lags = rule.summed is not None and rule.summed.flag == "lag"
+        for on_device in (False, True):
+            constants = rule.scalar_constants(bool(rule.definition.rows), on_device)
+            absent = ["factors_ptr"] * (not lags) + ["numbers_ptr"] * (rule.numbers is None)
+            absent += ["lr_ptr", "grad_scale_ptr", "found_inf_ptr"] * (not on_device)
+            where = " on device" if on_device else ""
+            found[f"{short} scalars{where}"] = Variant(_scalars_kernel, constants | dict.fromkeys(absent))
+        if rule.summed is not None:
+            summed = rule.summed
+            result = next(extra.numbers for extra in rule.definition.extras if extra.name == summed.extra)
+            constants = {"COLUMNS": summed.columns, "MINIMA": summed.minima, "MAXIMA": summed.maxima}
+            constants |= {"WIDTH": summed.width}
+            for label, width in (("", result), (" rows", summed.width)):
+                constants = constants | {"OUT_WIDTH": width}
+                found[summed.extra + label] = Variant(sums._add_up_kernel, constants, warps=4)
     found["learn"] = Variant(learn_kernel._mada_learn_kernel, {})
     return found
 
@@ -153,7 +138,7 @@ def signature(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
         if name in constants:
             types[name] = "constexpr"
         elif name.endswith("_ptr"):
-            types[name] = _POINTERS[name]
+            types[name] = _POINTERS.get(name, "*fp64")
         else:
             types[name] = "fp64" if "float64" in str(parameter.annotation) else "i32"
     return types

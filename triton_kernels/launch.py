@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton.language as tl
 
-from .mada_kernel import _mada_kernel
-from .pace_kernel import _pace_kernel
-from .pullback_kernel import _pullback_kernel
-from .schedule_free_kernel import _schedule_free_kernel
-from .table import TRITON_DTYPES, Part
+from ..definitions.kit import Definition
+from .checks import Call, Play
+from .table import OPERANDS
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, None: None}
 
 
 @dataclass(frozen=True)
@@ -32,44 +34,86 @@ def target_of(device: torch.device) -> Target:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """A kernel that sweeps; the warps of 32 of a program; the elements that a thread has at a time where weights or
-    gradients are narrower than float32; and the registers that a thread may take (None: 255, as many as there are)."""
+class Summed:
+    """What a rule sums over coordinates where a flag says so, and the tensor that it is written to: the terms of a
+    block, how a program leaves them in a row of how many doubles, and its columns; a bit is set for those that are
+    minima and maxima."""
 
-    kernel: Any
-    warps: int
-    narrow: int
+    flag: str
+    extra: str
+    terms: int
+    finish: Any
+    width: int
+    columns: int
+    minima: int = 0
+    maxima: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """What Triton has of an optimizer: its definition, what a call puts in play, its functions, and its scalars'
+    names; and how it is swept: the warps of 32 of a program, the elements that a thread has at a time where weights or
+    gradients are narrower than float32, and the registers that a thread may take (None: 255, as many as there are)."""
+
+    definition: Definition
+    play: Callable[[Call], Play]
+    scalars: Any
+    round: Any
+    fields: tuple[str, ...]
+    summed: Summed | None = None
+    numbers: str | None = None  # the extra tensor that scalars are computed from
+    warps: int = 8
+    narrow: int = 8
     registers: int | None = None
 
-    def constants(self, part: Part) -> dict[str, Any]:
+    @property
+    def columns(self) -> int:
+        return OPERANDS.value + len(self.definition.operands)
+
+    @functools.cached_property
+    def option_names(self) -> tuple[str, ...]:
+        return tuple(option.name for option in self.definition.options)
+
+    def sums(self, flags: Any) -> Summed | None:
+        return self.summed if self.summed is not None and getattr(flags, self.summed.flag) else None
+
+    @functools.cache  # noqa: B019
+    def in_play(self, flags: Any) -> tuple[tuple[bool, bool], ...]:
+        """Whether each operand is read and written."""
+        return tuple(operand.uses(flags._asdict()) for operand in self.definition.operands)
+
+    @functools.cache  # noqa: B019
+    def constants(self, formats: tuple[torch.dtype | None, ...], aligned: bool, flags: Any) -> dict[str, Any]:
         """A thread has four elements of float32 at a time, 16 bytes. Where operands are not aligned to 16 bytes, it has
         two, one an access."""
-        narrow = part.x_dtype != torch.float32 or part.g_dtype != torch.float32
-        vector = (self.narrow if narrow else 4) if part.aligned else 2
+        narrow = any(dtype not in (None, torch.float32) for dtype in formats)
+        vector = (self.narrow if narrow else 4) if aligned else 2
+        summed = self.sums(flags)
         return {
-            "X_FORMAT": TRITON_DTYPES[part.x_dtype],
-            "G_FORMAT": TRITON_DTYPES[part.g_dtype],
-            "ALIGNED": part.aligned,
+            "ROUND": self.round,
+            "FLAGS": flags,
+            "FORMATS": tuple(TRITON_DTYPES[dtype] for dtype in formats),
+            "FIELDS": self.fields,
+            "FINISH": summed and summed.finish,
+            "TERMS": summed.terms if summed else 0,
+            "ROW": summed.width if summed else 0,
+            "ALIGNED": aligned,
             "BLOCK": self.warps * 32 * vector,
-            "VECTOR": vector if part.aligned else 1,
+            "VECTOR": vector if aligned else 1,
         }
 
-    def options(self, target: Target) -> dict[str, Any]:
+    @functools.cache  # noqa: B019
+    def scalar_constants(self, last: bool, on_device: bool) -> dict[str, Any]:
+        named = {"SCALARS": self.scalars, "NAMES": self.option_names, "FIELDS": self.fields}
+        return {**named, "COLUMNS": self.columns, "LAST": last, "ON_DEVICE": on_device}
+
+    @functools.cache  # noqa: B019
+    def compiled_with(self, target: Target) -> dict[str, Any]:
         capped = self.registers is not None and target.backend == "cuda"  # ROCm has no such option
         return {
             "num_warps": self.warps * 32 // target.warp_size,
             **({"maxnreg": self.registers} if capped else {}),
         }
-
-
-# PACE takes 46 to 55 registers, with eight elements of bfloat16 a thread (16 bytes) 68 to 80: four (three) programs of
-# 8 warps fit on an SM. MADA with everything learned takes 184: with 168, and nothing spilled, three programs of 4 warps
-# fit instead of two. With eight elements it would take 255 and spill, so weights and gradients in bfloat16, 6 of its 58
-# bytes an element, are moved 8 bytes at a time. ptxas 12.8 and 13, sm_80 to sm_120.
-PACE = Sweep(_pace_kernel, warps=8, narrow=8)
-MADA = Sweep(_mada_kernel, warps=4, narrow=4, registers=168)
-PULLBACK = Sweep(_pullback_kernel, warps=8, narrow=8)
-SCHEDULE_FREE = Sweep(_schedule_free_kernel, warps=8, narrow=8)
 
 
 def compile_options(**options: Any) -> dict[str, Any]:

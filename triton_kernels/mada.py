@@ -36,70 +36,29 @@ The operations and their order are those of ``csrc/rules/mada.h``, where the rea
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
 
 from .arith import LARGEST, SMALLEST_NORMAL, averaged, divided, larger, sign, smaller, square_root
 
-
-class MadaScalars(NamedTuple):
-    """What one step of one tensor needs; the fields of ``MadaScalars`` in csrc/rules/mada.h, float32."""
-
-    beta1: tl.tensor
-    one_minus_beta1: tl.tensor
-    beta2: tl.tensor
-    one_minus_beta2: tl.tensor
-    beta3: tl.tensor
-    one_minus_beta3: tl.tensor
-    lion_beta1: tl.tensor
-    one_minus_lion_beta1: tl.tensor
-    lion_beta2: tl.tensor
-    one_minus_lion_beta2: tl.tensor
-    rho: tl.tensor
-    one_minus_rho: tl.tensor
-    c: tl.tensor
-    one_minus_c: tl.tensor
-    mean_new: tl.tensor
-    mean_old: tl.tensor
-    eps: tl.tensor
-    inv_eps: tl.tensor
-    inv_bias1: tl.tensor
-    inv_bias2: tl.tensor
-    adam_size: tl.tensor
-    lion_size: tl.tensor
-    bias1_slope: tl.tensor
-    bias2_slope: tl.tensor
-    square_slope: tl.tensor
-    pull_gain: tl.tensor
-    gain_cap: tl.tensor
-    second_max: tl.tensor
+# What one step of one tensor needs; the fields of ``MadaScalars`` in csrc/rules/mada.h, float32.
+MadaScalars = namedtuple(
+    "MadaScalars",
+    "beta1 one_minus_beta1 beta2 one_minus_beta2 beta3 one_minus_beta3 lion_beta1 one_minus_lion_beta1 lion_beta2 "
+    "one_minus_lion_beta2 rho one_minus_rho c one_minus_c mean_new mean_old eps inv_eps inv_bias1 inv_bias2 adam_size "
+    "lion_size bias1_slope bias2_slope square_slope pull_gain gain_cap second_max",
+)
 
 
-class HyperTerms(NamedTuple):
-    """The terms of the hypergradients, next_g ∂x/∂q but for a factor that all coordinates share (`mada_factors` in
-    scalars.py); and their sums."""
-
-    beta1: tl.tensor
-    beta2: tl.tensor
-    beta3: tl.tensor
-    rho: tl.tensor
-    c: tl.tensor
-    gamma: tl.tensor
+# The terms of the hypergradients, next_g ∂x/∂q but for a factor that all coordinates share (`mada_factors` in
+# scalars.py); and their sums.
+HyperTerms = namedtuple("HyperTerms", "beta1 beta2 beta3 rho c gamma")
 
 
-class MadaStep(NamedTuple):
-    """The moments after the step, w being ṽ; α U and 1 / D; and the terms of the hypergradients."""
-
-    m: tl.tensor
-    n: tl.tensor
-    v: tl.tensor
-    w: tl.tensor
-    l: tl.tensor  # noqa: E741
-    update: tl.tensor
-    inv_D: tl.tensor
-    terms: HyperTerms
+# The moments after the step, w being ṽ; α U and 1 / D; and the terms of the hypergradients.
+MadaStep = namedtuple("MadaStep", "m n v w l update inv_D terms")
 
 
 @triton.jit
@@ -171,7 +130,7 @@ def mada_rule(
         A = h * inv_D_again
         U = N * inv_D_again
         R = (A * U) * half_inv_root
-        beta3, rho, gamma = zero, zero, zero
+        beta3, rho, gamma = None, None, None
         if DIFF:
             square_term = (g_hat * (s.c + s.one_minus_c * s_v)) * d
             beta3 = R * (s.square_slope * square_term) - A * (n + s.beta3 * (n_old - d))
@@ -190,9 +149,7 @@ def mada_rule(
     return MadaStep(m, n, v, w, l, update, inv_D, terms)
 
 
-class MadaWeights(NamedTuple):
-    x: tl.tensor
-    e: tl.tensor
+MadaWeights = namedtuple("MadaWeights", "x e")
 
 
 @triton.jit
@@ -207,9 +164,7 @@ def mada_weights(p, x, e, update, inv_D, PULL: tl.constexpr, AVERAGE: tl.constex
     return MadaWeights(stepped, e)
 
 
-class HyperStep(NamedTuple):
-    q: tl.tensor
-    b: tl.tensor
+HyperStep = namedtuple("HyperStep", "q b")
 
 
 @triton.jit

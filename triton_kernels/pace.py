@@ -17,47 +17,23 @@ The operations and their order are those of ``csrc/rules/pace.h``, where the swi
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
 
 from .arith import averaged, divided, smaller, square_root
 
-
-class PaceScalars(NamedTuple):
-    """What one step of one tensor needs; the fields of ``PaceScalars`` in csrc/rules/pace.h, float32."""
-
-    grad_factor: tl.tensor
-    beta1: tl.tensor
-    one_minus_beta1: tl.tensor
-    beta2: tl.tensor
-    one_minus_beta2: tl.tensor
-    inv_bias2: tl.tensor
-    eps: tl.tensor
-    decay: tl.tensor
-    shrink: tl.tensor
-    step_size: tl.tensor
-    gain: tl.tensor
-    gain_cap: tl.tensor
-    weight: tl.tensor
-    from_step: tl.tensor
-    moves: tl.tensor
+# What one step of one tensor needs; the fields of ``PaceScalars`` in csrc/rules/pace.h, float32.
+PaceScalars = namedtuple(
+    "PaceScalars",
+    "grad_factor beta1 one_minus_beta1 beta2 one_minus_beta2 inv_bias2 eps decay shrink step_size gain gain_cap "
+    "weight from_step moves",
+)
 
 
-class PaceStep(NamedTuple):
-    """The state after the step, and the terms of the telemetry; the fields of ``PaceStep`` in csrc/rules/pace.h."""
-
-    x: tl.tensor
-    m: tl.tensor
-    v: tl.tensor
-    e: tl.tensor
-    inv_D: tl.tensor
-    lambda_: tl.tensor
-    clamped: tl.tensor
-    adamw: tl.tensor
-    pullback: tl.tensor
-    update: tl.tensor
+# The state after the step, and the terms of the telemetry; the fields of ``PaceStep`` in csrc/rules/pace.h.
+PaceStep = namedtuple("PaceStep", "x m v e inv_D lambda_ clamped adamw pullback update")
 
 
 @triton.jit

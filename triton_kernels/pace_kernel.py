@@ -1,111 +1,113 @@
-"""PACE's rule in the sweep."""
+"""PACE around its rule: scalars, round, flags, and what a block of it sums."""
 
 from __future__ import annotations
+
+from collections import namedtuple
 
 import triton
 import triton.language as tl
 
-from .pace import pace_rule
-from .scalars import PACE_WIDTH, STAT_WIDTH, load_pace_scalars, skipped
+from ..definitions import PACE
+from .checks import Call, Play
+from .pace import PaceScalars, pace_rule
+from .scalars import average_moves, double, gain_weight, grad_factor, power, single, store_fields
 from .storage import load, store
-from .sums import STATS_WIDTH, add_stats, merged_stats, no_stats, store_stats, total_stats
-from .sweep import GROUP, find_stretch, operand, whole_groups
-from .table import E, G, M, V, X
+from .sums import add
+
+PaceOptions = namedtuple("PaceOptions", [option.name for option in PACE.options])
+PaceFlags = namedtuple("PaceFlags", PACE.flags)
+
+
+def play(call: Call) -> Play:
+    moment, pull, average = call.options["beta1"] != 0.0, call.options["lambda_pullback"] != 0.0, call.has("e")
+    flags = PaceFlags(moment, pull and average, average, call.tensors["stats"] is not None)
+    return Play(flags, may_be_empty={"m": not moment, "e": not pull})
 
 
 @triton.jit
-def _pace_round(
-    s,
-    x_ptr,
-    g_ptr,
-    m_ptr,
-    v_ptr,
-    e_ptr,
-    at,
-    end,
-    X_FORMAT: tl.constexpr,
-    G_FORMAT: tl.constexpr,
-    MOMENT: tl.constexpr,
-    PULL: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The elements of one block that lie before `end`; which ones, and what the rule gave."""
+def pace_fields(o, t, factor):
+    """PaceScalars; of options that have PACE's among them."""
+    w_gain = gain_weight(o, t)
+    w = tl.where(o.ema_kappa == o.ema_kappa, w_gain, o.beta_ema)
+    return PaceScalars(
+        grad_factor=grad_factor(o, factor),
+        beta1=single(o.beta1),
+        one_minus_beta1=single(1.0 - o.beta1),
+        beta2=single(o.beta2),
+        one_minus_beta2=single(1.0 - o.beta2),
+        inv_bias2=single(1.0 / (1.0 - power(o.beta2, t))),
+        eps=single(o.eps),
+        decay=single(1.0 - o.lr * o.weight_decay),
+        shrink=single(o.lr * o.weight_decay),
+        step_size=single(o.lr / (1.0 - power(o.beta1, t))),
+        gain=single(o.lr * o.lambda_pullback * w_gain),
+        gain_cap=single(tl.where(o.clamp_pullback != 0.0, 1.0, float("inf"))),
+        weight=single(w),
+        from_step=single(o.pullback_from_step),
+        moves=single(average_moves(o, t)),
+    )
+
+
+@triton.jit
+def store_gain(o, gain, t, to):
+    """What the statistics are multiplied with and capped at: averaging weight, gain, cap."""
+    if to.factors is not None:
+        tl.store(to.factors, gain_weight(o, t), mask=to.mask)
+        tl.store(to.factors + 1, gain, mask=to.mask)
+        tl.store(to.factors + 2, tl.where(o.clamp_pullback != 0.0, double(1.0), double(float("inf"))), mask=to.mask)
+
+
+@triton.jit
+def pace_scalars(options, given, to):
+    o = PaceOptions(*options)
+    store_fields(to.scalars, pace_fields(o, given.t, given.factor), to.mask)
+    store_gain(o, o.lr * o.lambda_pullback * gain_weight(o, given.t), given.t, to)
+
+
+@triton.jit
+def pace_round(sums, fields, row_ptr, operands, at, end, F: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """The elements of one block that lie before `end`."""
+    s = PaceScalars(*fields)
+    x_ptr, g_ptr, m_ptr, v_ptr, e_ptr = operands
     i = at + tl.arange(0, BLOCK)
     mask = i < end
     moves = i < tl.where(s.moves != 0.0, end, at)
-    x = load(x_ptr + i, mask, X_FORMAT)
-    g = load(g_ptr + i, mask, G_FORMAT)
-    v = load(v_ptr + i, mask, tl.float32)
-    m = g
-    if MOMENT:
-        m = load(m_ptr + i, mask, tl.float32)
-    e = x
-    if PULL:
-        e = load(e_ptr + i, mask, tl.float32)
-    elif AVERAGE:
-        e = load(e_ptr + i, moves, tl.float32)
-    r = pace_rule(s, g, x, m, v, e, MOMENT, PULL, AVERAGE)
-    store(x_ptr + i, r.x, mask, X_FORMAT)
-    store(v_ptr + i, r.v, mask, tl.float32)
-    if MOMENT:
-        store(m_ptr + i, r.m, mask, tl.float32)
-    if AVERAGE:  # where it rests, this costs no memory access
-        store(e_ptr + i, r.e, moves, tl.float32)
-    return r, mask
+    x = load(x_ptr, i, mask)
+    g = load(g_ptr, i, mask)
+    v = load(v_ptr, i, mask)
+    m = load(m_ptr, i, mask, g)
+    e = load(e_ptr, i, mask if F.pull else moves, x)
+    r = pace_rule(s, g, x, m, v, e, F.moment, F.pull, F.average)
+    store(x_ptr, i, r.x, mask)
+    store(v_ptr, i, r.v, mask)
+    store(m_ptr, i, r.m, mask)
+    store(e_ptr, i, r.e, moves)  # where it rests, this costs no memory access
+    if F.stats:
+        sums = add_statistics(sums, r, mask, VECTOR)
+    return sums
 
 
-@triton.jit(do_not_specialize=["first_block"])
-def _pace_kernel(
-    table_ptr,
-    blocks_ptr,
-    scalars_ptr,
-    stat_scalars_ptr,
-    rows_ptr,
-    found_inf_ptr,
-    first_block,
-    X_FORMAT: tl.constexpr,
-    G_FORMAT: tl.constexpr,
-    MOMENT: tl.constexpr,
-    PULL: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    STATS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    """One step of a stretch of one tensor; its statistics, where STATS, go to its place in `rows`."""
-    if skipped(found_inf_ptr):
-        return
-    part = find_stretch(table_ptr, blocks_ptr, first_block)
-    s = load_pace_scalars(scalars_ptr + part.tensor * PACE_WIDTH)
-    x_ptr = operand(part, X, X_FORMAT, ALIGNED)
-    g_ptr = operand(part, G, G_FORMAT, ALIGNED)
-    m_ptr = operand(part, M, tl.float32, ALIGNED)
-    v_ptr = operand(part, V, tl.float32, ALIGNED)
-    e_ptr = operand(part, E, tl.float32, ALIGNED)
-    whole = whole_groups(part.count)
-    sums = no_stats(BLOCK // VECTOR)
-    for at in range(0, whole, BLOCK):
-        r, mask = _pace_round(
-            s, x_ptr, g_ptr, m_ptr, v_ptr, e_ptr, at, whole, X_FORMAT, G_FORMAT, MOMENT, PULL, AVERAGE, BLOCK
-        )
-        if STATS:
-            sums = add_stats(sums, r, mask, VECTOR)
-    all = total_stats(sums)
-    if whole < part.count:
-        r, mask = _pace_round(
-            s, x_ptr, g_ptr, m_ptr, v_ptr, e_ptr, whole, part.count, X_FORMAT, G_FORMAT, MOMENT, PULL, AVERAGE, GROUP
-        )
-        if STATS:
-            all = merged_stats(all, total_stats(add_stats(no_stats(GROUP), r, mask, 1)))
-    if STATS:
-        row_ptr = stat_scalars_ptr + part.tensor * STAT_WIDTH
-        store_stats(
-            rows_ptr + part.place * STATS_WIDTH,
-            all,
-            part.count,
-            tl.load(row_ptr),
-            tl.load(row_ptr + 1),
-            tl.load(row_ptr + 2),
-        )
+@triton.jit
+def add_statistics(sums, r, mask, VECTOR: tl.constexpr):
+    clipped = tl.where(r.lambda_ >= 1.0, 1.0, 0.0)
+    squares = (r.adamw * r.adamw, r.pullback * r.pullback, r.update * r.update)
+    return add(sums, (r.inv_D, r.clamped, clipped) + squares, r.inv_D, mask, VECTOR)  # noqa: RUF005
+
+
+@triton.jit
+def store_statistics(row_ptr, factors_ptr, sums, count):
+    """A program's row: `block_stats` in csrc/stats.h, which explains weight, gain and cap."""
+    weight = tl.load(factors_ptr)
+    gain = tl.load(factors_ptr + 1)
+    cap = tl.load(factors_ptr + 2)
+    low = sums.low.to(tl.float32, bitcast=True).to(tl.float64)
+    high = sums.high.to(tl.float32, bitcast=True).to(tl.float64)
+    inv_D, clamped, clipped, adamw_sq, pullback_sq, update_sq = sums.terms
+    raw = (weight * inv_D, weight * low, weight * high)
+    effective = (gain * inv_D, gain * low, gain * high)
+    least = tl.where(effective[1] > cap, cap, effective[1])  # keeps NaN
+    most = tl.where(effective[2] > cap, cap, effective[2])
+    lambdas = (clamped, least, most, clipped)
+    row = (count.to(tl.float64),) + raw + effective + lambdas + (adamw_sq, pullback_sq, update_sq)  # noqa: RUF005
+    for k in tl.static_range(len(row)):
+        tl.store(row_ptr + k, row[k])

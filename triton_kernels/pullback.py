@@ -15,7 +15,7 @@ The operations and their order are those of ``csrc/rules/pullback.h``, where the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -23,16 +23,8 @@ import triton.language as tl
 from .arith import averaged, divided, smaller, square_root
 from .pace import PaceStep
 
-
-class PullbackScalars(NamedTuple):
-    """What one step of one tensor needs; the fields of ``PullbackScalars`` in csrc/rules/pullback.h, float32."""
-
-    inv_bias2: tl.tensor
-    eps: tl.tensor
-    gain: tl.tensor
-    gain_cap: tl.tensor
-    weight: tl.tensor
-    moves: tl.tensor
+# What one step of one tensor needs; the fields of ``PullbackScalars`` in csrc/rules/pullback.h, float32.
+PullbackScalars = namedtuple("PullbackScalars", "inv_bias2 eps gain gain_cap weight moves")
 
 
 @triton.jit

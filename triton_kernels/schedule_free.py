@@ -17,34 +17,21 @@ The operations and their order are those of ``csrc/rules/schedule_free.h``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
-import triton.language as tl
 
 from .arith import averaged, divided, square_root
 
-
-class ScheduleFreeScalars(NamedTuple):
-    """What one step of one tensor needs; the fields of ``ScheduleFreeScalars`` in csrc/rules/schedule_free.h."""
-
-    grad_factor: tl.tensor
-    beta2: tl.tensor
-    one_minus_beta2: tl.tensor
-    inv_bias2: tl.tensor
-    eps: tl.tensor
-    weight_decay: tl.tensor
-    share: tl.tensor
-    y_size: tl.tensor
-    z_size: tl.tensor
+# What one step of one tensor needs; the fields of ``ScheduleFreeScalars`` in csrc/rules/schedule_free.h.
+ScheduleFreeScalars = namedtuple(
+    "ScheduleFreeScalars",
+    "grad_factor beta2 one_minus_beta2 inv_bias2 eps weight_decay share y_size z_size",
+)
 
 
-class ScheduleFreeStep(NamedTuple):
-    """The state after the step; the fields of ``ScheduleFreeStep`` in csrc/rules/schedule_free.h."""
-
-    y: tl.tensor
-    v: tl.tensor
-    z: tl.tensor
+# The state after the step; the fields of ``ScheduleFreeStep`` in csrc/rules/schedule_free.h.
+ScheduleFreeStep = namedtuple("ScheduleFreeStep", "y v z")
 
 
 @triton.jit

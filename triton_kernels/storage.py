@@ -13,37 +13,39 @@ import triton.language as tl
 
 @triton.jit
 def pointer(address, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address of a tensor as a pointer to its elements; bfloat16 lies there as uint16."""
-    if FORMAT == tl.bfloat16:  # noqa: SIM300
-        ptr = address.to(tl.pointer_type(tl.uint16))
-    elif FORMAT == tl.float16:  # noqa: SIM300
-        ptr = address.to(tl.pointer_type(tl.float16))
-    else:
-        ptr = address.to(tl.pointer_type(tl.float32))
-    if ALIGNED:
-        ptr = tl.multiple_of(ptr, 16)
+    """The address of a tensor as a pointer to its elements, whose type says the format: bfloat16 lies there as uint16.
+    None where there is no format: the operand is not in play."""
+    ptr = None
+    if FORMAT is not None:
+        ptr = address.to(tl.pointer_type(tl.uint16 if FORMAT == tl.bfloat16 else FORMAT))  # noqa: SIM300
+        if ALIGNED:
+            ptr = tl.multiple_of(ptr, 16)
     return ptr
 
 
 @triton.jit
-def load(ptr, mask, FORMAT: tl.constexpr):
-    if FORMAT == tl.bfloat16:  # noqa: SIM300
-        value = (tl.load(ptr, mask=mask, other=0).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    elif FORMAT == tl.float16:  # noqa: SIM300
-        value = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
-    else:
-        value = tl.load(ptr, mask=mask, other=0.0)
+def load(ptr, i, mask, absent=None):
+    """Elements i of an operand; `absent` where it is not in play."""
+    value = absent
+    if ptr is not None:
+        if ptr.dtype.element_ty == tl.uint16:
+            value = (tl.load(ptr + i, mask=mask, other=0).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        else:
+            value = tl.load(ptr + i, mask=mask, other=0.0).to(tl.float32)
     return value
 
 
 @triton.jit
-def store(ptr, value, mask, FORMAT: tl.constexpr):
-    if FORMAT == tl.bfloat16:  # noqa: SIM300
-        u = value.to(tl.uint32, bitcast=True)
-        rounded = u + (((u >> 16) & 1) + 0x7FFF)  # half an ulp, or a bit less where the last bit is even
-        tl.store(ptr, tl.where(value == value, rounded >> 16, 0x7FC0).to(tl.uint16), mask=mask)
-    elif FORMAT == tl.float16:  # noqa: SIM300
-        nan = (((value.to(tl.uint32, bitcast=True) >> 16) & 0x8000) | 0x7E00).to(tl.uint16)
-        tl.store(ptr, tl.where(value == value, value.to(tl.float16), nan.to(tl.float16, bitcast=True)), mask=mask)
-    else:
-        tl.store(ptr, value, mask=mask)
+def store(ptr, i, value, mask):
+    """Into elements i of an operand; nothing where it is not in play."""
+    if ptr is not None:
+        if ptr.dtype.element_ty == tl.uint16:
+            u = value.to(tl.uint32, bitcast=True)
+            rounded = u + (((u >> 16) & 1) + 0x7FFF)  # half an ulp, or a bit less where the last bit is even
+            tl.store(ptr + i, tl.where(value == value, rounded >> 16, 0x7FC0).to(tl.uint16), mask=mask)
+        elif ptr.dtype.element_ty == tl.float16:
+            nan = (((value.to(tl.uint32, bitcast=True) >> 16) & 0x8000) | 0x7E00).to(tl.uint16)
+            half = tl.where(value == value, value.to(tl.float16), nan.to(tl.float16, bitcast=True))
+            tl.store(ptr + i, half, mask=mask)
+        else:
+            tl.store(ptr + i, value, mask=mask)

@@ -1,5 +1,5 @@
 """The sweep: how memory is walked. One launch does a whole list of tensors; a program finds its stretch of one tensor
-in a table of addresses (:mod:`.table`) and takes it a block at a time, through storage, by the rule.
+in a table of addresses (:mod:`.table`) and takes it a block at a time, by the rule's round: loads, rule, stores.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .scalars import FACTOR_WIDTH, load_fields, skipped
 from .storage import pointer
-from .table import FIRST_BLOCK, FIRST_ROW, NUMEL, TABLE_WIDTH
+from .sums import merged, no_sums, total
+from .table import FIRST_BLOCK, FIRST_ROW, NUMEL, OPERANDS
 
 # Elements of a program. 32 M parameters are 8,192 programs, some 15 waves of an H100's 132 SMs with 4 of them each, so
 # that the last wave costs little; and the few dependent loads that find its tensor and its scalars (about 2 µs) cost a
@@ -33,10 +35,10 @@ class Stretch(NamedTuple):
 
 
 @triton.jit
-def find_stretch(table_ptr, blocks_ptr, first_block):
+def find_stretch(table_ptr, blocks_ptr, first_block, COLUMNS: tl.constexpr):
     block = first_block + tl.program_id(0)
     tensor = tl.load(blocks_ptr + block).to(tl.int64)
-    row_ptr = table_ptr + tensor * TABLE_WIDTH
+    row_ptr = table_ptr + tensor * COLUMNS
     chunk = block - tl.load(row_ptr + FIRST_BLOCK)
     begin = chunk * CHUNK
     left = tl.load(row_ptr + NUMEL) - begin
@@ -45,11 +47,49 @@ def find_stretch(table_ptr, blocks_ptr, first_block):
 
 
 @triton.jit
-def operand(stretch, COLUMN: tl.constexpr, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
-    """A pointer to the first element of the stretch in one operand."""
-    return pointer(tl.load(stretch.row_ptr + COLUMN), FORMAT, ALIGNED) + stretch.begin
+def operand(stretch, K: tl.constexpr, FORMATS: tl.constexpr, ALIGNED: tl.constexpr):
+    """A pointer to the first element of the stretch in operand K; None where it is not in play."""
+    ptr = pointer(tl.load(stretch.row_ptr + OPERANDS + K), FORMATS[K], ALIGNED)
+    if ptr is not None:
+        ptr = ptr + stretch.begin
+    return ptr
 
 
-@triton.jit
-def whole_groups(count):
-    return tl.multiple_of(count // GROUP * GROUP, GROUP)
+@triton.jit(do_not_specialize=["first_block"], repr=lambda compiled: compiled.constants["ROUND"].__name__)
+def _sweep_kernel(
+    table_ptr,
+    blocks_ptr,
+    scalars_ptr,
+    factors_ptr,
+    rows_ptr,
+    found_inf_ptr,
+    first_block,
+    ROUND: tl.constexpr,
+    FLAGS: tl.constexpr,
+    FORMATS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    FINISH: tl.constexpr,
+    TERMS: tl.constexpr,
+    ROW: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """One step of a stretch of one tensor, by ROUND; its sums, by FINISH, go to its place in `rows`. FORMATS has each
+    operand of the definition, None where it is not in play; FIELDS the names of the scalars."""
+    if skipped(found_inf_ptr):
+        return
+    part = find_stretch(table_ptr, blocks_ptr, first_block, OPERANDS + len(FORMATS))
+    row_ptr = scalars_ptr + part.tensor * len(FIELDS)
+    s = load_fields(row_ptr, len(FIELDS))
+    p = [operand(part, tl.constexpr(k), FORMATS, ALIGNED) for k in tl.tuple(range(len(FORMATS)))]
+    whole = tl.multiple_of(part.count // GROUP * GROUP, GROUP)
+    sums = no_sums(TERMS, BLOCK // VECTOR)
+    for at in range(0, whole, BLOCK):
+        sums = ROUND(sums, s, row_ptr, p, at, whole, FLAGS, BLOCK, VECTOR)
+    totals = total(sums)
+    if whole < part.count:
+        rest = ROUND(no_sums(TERMS, GROUP), s, row_ptr, p, whole, part.count, FLAGS, GROUP, 1)
+        totals = merged(totals, total(rest))
+    if FINISH is not None:
+        FINISH(rows_ptr + part.place * ROW, factors_ptr + part.tensor * FACTOR_WIDTH, totals, part.count)

@@ -18,30 +18,15 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-# Columns of the table, int64. A row is 128 bytes.
+from .checks import Formats
+
+# Columns of the table, int64; from OPERANDS on, an address for each operand of the definition.
 NUMEL = tl.constexpr(0)
 FIRST_BLOCK = tl.constexpr(1)  # the tensor's first program
 FIRST_ROW = tl.constexpr(2)  # and its place by the order of the tensors
 STEP = tl.constexpr(3)  # its lowest bit says that it is float64, not float32
 LAST_SCALARS = tl.constexpr(4)
-X = tl.constexpr(5)
-G = tl.constexpr(6)
-M = tl.constexpr(7)
-V = tl.constexpr(8)
-E = tl.constexpr(9)
-Z = tl.constexpr(9)  # of schedule-free AdamW, which keeps no average
-N = tl.constexpr(10)
-W = tl.constexpr(11)
-L = tl.constexpr(12)
-LAST_G = tl.constexpr(13)
-OLDER_G = tl.constexpr(14)
-BEFORE = tl.constexpr(15)
-TABLE_WIDTH = tl.constexpr(16)
-
-# Columns that are not swept, and may be aligned to 4 bytes alone.
-_SMALL = (STEP.value, LAST_SCALARS.value)
-
-TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+OPERANDS = tl.constexpr(5)
 
 
 class Uploads:
@@ -152,10 +137,10 @@ def upload(source: Tensor, device: torch.device) -> Uploaded:
 
 @dataclass
 class Part:
-    """Programs of one launch: all their tensors are of these formats, and aligned or not."""
+    """Programs of one launch: all their tensors have operands of these formats (None: not in play), and are aligned or
+    not."""
 
-    x_dtype: torch.dtype
-    g_dtype: torch.dtype
+    formats: tuple[torch.dtype | None, ...]
     aligned: bool
     first_block: int
     blocks: int
@@ -174,15 +159,18 @@ class Plan:
         return self.table.nbytes
 
 
-# A plan is 128 bytes a tensor, its map of programs 4 bytes a program. Gradients that are allocated anew in each step
-# come back to few sets of addresses; with an optimizer for each parameter there are as many plans as parameters.
+# A plan is 72 to 128 bytes a tensor, its map of programs 4 bytes a program. Gradients that are allocated anew in each
+# step come back to few sets of addresses; with an optimizer for each parameter there are as many plans as parameters.
 _plans = Uploads(64 << 20)
 _blocks = Uploads(64 << 20)
 _reserve = Reserve(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, pin_memory=True))
 
 
-def plan(columns: dict[int, list[Tensor]], numels: list[int], device: torch.device, chunk: int) -> Plan:
-    """The plan of tensors of `numels` elements; `columns` holds the operands by their column of the table."""
+def plan(
+    columns: dict[int, list[Tensor]], formats: tuple[Formats | None, ...], device: torch.device, chunk: int
+) -> Plan:
+    """The plan of tensors by their column of the table; `formats` are those of each operand, the first the weights."""
+    numels = list(map(Tensor.numel, columns[OPERANDS.value]))
     addresses = {column: list(map(Tensor.data_ptr, tensors)) for column, tensors in columns.items()}
     if STEP.value in columns:
         steps = zip(addresses[STEP.value], columns[STEP.value], strict=True)
@@ -190,10 +178,8 @@ def plan(columns: dict[int, list[Tensor]], numels: list[int], device: torch.devi
     for values in addresses.values():
         if 0 in values and any(a == 0 and n > 0 for a, n in zip(values, numels, strict=True)):
             raise RuntimeError("a tensor has no memory of its own, as a DTensor has not: pass its local part")
-    x_dtypes = [t.dtype for t in columns[X.value]]
-    g_dtypes = [t.dtype for t in columns[G.value]] if G.value in columns else x_dtypes
-    key = (tuple(numels), tuple(x_dtypes), tuple(g_dtypes), *((c, tuple(a)) for c, a in addresses.items()))
-    made = _plans.get(device, key, lambda: _make_plan(addresses, numels, x_dtypes, g_dtypes, device, chunk))
+    key = (tuple(numels), formats, *((c, tuple(a)) for c, a in addresses.items()))
+    made = _plans.get(device, key, lambda: _make_plan(addresses, numels, formats, device, chunk))
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         # A capture may meet each list at new addresses, as gradients that are allocated within it have.
         _reserve.provide(_plans.held + _blocks.held + Reserve.ALIGNMENT * (len(_plans) + len(_blocks)))
@@ -203,15 +189,15 @@ def plan(columns: dict[int, list[Tensor]], numels: list[int], device: torch.devi
 def _make_plan(
     addresses: dict[int, list[int]],
     numels: list[int],
-    x_dtypes: list[torch.dtype],
-    g_dtypes: list[torch.dtype],
+    formats: tuple[Formats | None, ...],
     device: torch.device,
     chunk: int,
 ) -> Plan:
     count = len(numels)
-    swept = [a for column, a in addresses.items() if column not in _SMALL]
+    swept = [a for column, a in addresses.items() if column >= OPERANDS.value]  # the others may be aligned to less
     unaligned = [functools.reduce(operator.or_, row) % 16 != 0 for row in zip(*swept, strict=True)]
-    classes = list(zip(unaligned, map(str, x_dtypes), map(str, g_dtypes), strict=True))
+    each = list(zip(*(f if isinstance(f, tuple) else [f] * count for f in formats), strict=True))
+    classes = [(u, *map(str, row)) for u, row in zip(unaligned, each, strict=True)]
     order = sorted(range(count), key=classes.__getitem__)  # keeps the order within a class
     programs = [-(-n // chunk) for n in numels]
     first_block = [0] * count
@@ -222,8 +208,8 @@ def _make_plan(
             first_block[i] = at
             at += programs[i]
         if at > begin:
-            parts.append(Part(x_dtypes[i], g_dtypes[i], not unaligned[i], begin, at - begin))
-    table = torch.zeros(count, TABLE_WIDTH.value, dtype=torch.int64)
+            parts.append(Part(each[i], not unaligned[i], begin, at - begin))
+    table = torch.zeros(count, OPERANDS.value + len(formats), dtype=torch.int64)
     counted = {NUMEL.value: numels, FIRST_BLOCK.value: first_block}
     counted[FIRST_ROW.value] = list(accumulate(programs, initial=0))[:-1]
     for column, values in (counted | addresses).items() if count > 0 else ():

@@ -53,6 +53,13 @@ class Operand:
     mutable: bool = True  # by the schema
     empty: str | None = None
 
+    def uses(self, flags: dict[str, bool]) -> tuple[bool, bool]:
+        """Whether a step with these flags reads it, and writes it."""
+        names = {"true": True, "false": False, **flags}
+        texts = (text.replace("||", " or ").replace("&&", " and ") for text in (self.reads, self.writes))
+        reads, writes = (bool(eval(text, {}, names)) for text in texts)
+        return reads, writes
+
 
 @dataclass(frozen=True)
 class Row:
