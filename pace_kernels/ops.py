@@ -72,7 +72,9 @@ _LIBRARY.define(
 # Plans: the calls of a step, kept for the next one (planning.py). `plan` is the handle of a Plan of the device's
 # module.
 # plan_add_ adds a part, which is a call of `rule`: its lists one after the other without that of the gradients (of
-# pullback_: the weights before), their lengths, the optional tensors up to lr_tensor, the options as numbers.
+# pullback_: the weights before), their lengths, the optional tensors up to lr_tensor, the options as numbers. Weights
+# before that are kept are among the lists, with their length negative; plan_before_ copies the weights into them, after
+# it looked at all that plan_step_ may refuse.
 # plan_learn_ adds the mada_learn_ of such parts. plan_step_ takes the missing lists of all parts one after the other,
 # looks whether all that it keeps lies where it did, and takes the step, or raises with nothing changed; `options` are
 # those of all parts where some changed, or none. Their schemas
@@ -80,6 +82,7 @@ _LIBRARY.define(
 for _schema in (
     "plan_add_(int plan, str rule, Tensor[] tensors, int[] lengths, Tensor?[] extras, float[] options) -> ()",
     "plan_learn_(int plan, Tensor[] learned, int[] parts, float[] options) -> ()",
+    "plan_before_(int plan, Tensor like, float[] options) -> ()",
     "plan_step_(int plan, Tensor like, Tensor[] fresh, float[] options, Tensor? grad_scale=None, "
     "Tensor? clip_coef=None, Tensor? found_inf=None) -> ()",
 ):

@@ -134,7 +134,10 @@ def _refs(tensors: Iterable[Any]) -> list[weakref.ref[Any]]:
 
 
 def _same(refs: list[weakref.ref[Any]], tensors: list[Any]) -> bool:
-    return len(refs) == len(tensors) and all(map(operator.is_, map(_call, refs), tensors))
+    # What is gone, of state and memory, is None on both sides.
+    if len(refs) != len(tensors) or any(map(operator.is_, tensors, repeat(None))):
+        return False
+    return all(map(operator.is_, map(_call, refs), tensors))
 
 
 def _column(entries: list[dict[str, Any]], name: str) -> list[Any]:

@@ -15,6 +15,8 @@ from .backend import requested
 from .checks import Group
 from .ops import PACE_STATS
 from .optimizer import KernelOptimizer
+from .planning import is_observed
+from .pull_plan import PullPlan
 from .pullback_checkpoints import PullbackCheckpoints
 from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, STEP, Pull, Row, Scratch, count_of, is_fake, versions
 from .second_moments import refuse
@@ -185,9 +187,26 @@ class Pullback(PullbackCheckpoints):
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """The base's step, then the pull and the average. ``closure`` recomputes the loss; its value is returned."""
+        # A subclass with a step of its own has torch's hooks around that one.
+        if type(self).step is Pullback.step and is_observed(self):
+            return self._observed_step(*(() if closure is None else (closure,)))
+        if closure is None and self._scratch.step_plans.next is not None and not torch.compiler.is_compiling():
+            enabled = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(False)  # as a context it takes 2 µs
+            try:
+                if self._again():
+                    return None
+            finally:
+                torch._C._set_grad_enabled(enabled)
+        return self._unobserved_step(closure)
+
+    # torch's own wrapper, of hooks and a profiler's range, takes 12 µs: here it is around what needs it.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _unobserved_step(self, closure: Callable[[], Any] | None = None) -> Any:
         self._require_whole("step()")
         self._require_live("step()")
         loss = None
@@ -199,8 +218,25 @@ class Pullback(PullbackCheckpoints):
         self._step()
         return loss
 
+    _observed_step = torch.optim.Optimizer.profile_hook_step(_unobserved_step)
+
+    def _again(self) -> bool:
+        """Takes the step by the plan of the last one; False where it does not fit, and nothing has changed."""
+        scratch, scaled = self._scratch, self.__dict__.keys() & {"grad_scale", "found_inf"}
+        plan = scratch.step_plans.next
+        if plan is None or self._unfinished or scaled or scratch.unsure or torch._C._len_torch_dispatch_stack():
+            return False
+        if not plan.fits(self):
+            scratch.step_plans.end()
+            return False
+        scratch.step_plans.vain = 0
+        self._around_the_base({}, plan.written(), plan.aside, plan.pulls, plan.rest, plan=plan)
+        return True
+
     @_disable_dynamo
     def _step(self) -> None:
+        if self._again():
+            return
         scaling = {name: getattr(self, name) for name in ("grad_scale", "found_inf") if hasattr(self, name)}
         found_inf = scaling.get("found_inf")
         found_inf = None if found_inf is None else found_inf.detach().to(torch.float32)
@@ -214,14 +250,31 @@ class Pullback(PullbackCheckpoints):
         # And of each state the first, which is what torch's optimizers write first.
         entries = filter(None, map(self.base.state.get, written))
         written += (next(iter(entry.values())) for entry in entries)
-        before = versions(written)
         # Bases take a state that is not empty for one of theirs, so one with nothing but ours is kept aside.
         aside = [(p, self.base.state[p]) for pull in pulls for p in pull.hidden]
+        self._around_the_base(scaling, written, aside, pulls, rest, found_inf, dry=dry)
+
+    def _around_the_base(
+        self,
+        scaling: dict[str, Any],
+        written: list[Any],
+        aside: list[tuple[Tensor, Group]],
+        pulls: list[Pull],
+        rest: list[Tensor],
+        found_inf: Tensor | None = None,
+        *,
+        dry: bool = False,
+        plan: PullPlan | None = None,
+    ) -> None:
+        """The base's step, of which ``written`` tells whether it wrote anything, and what follows it."""
+        before = versions(written)
         try:
             with self._under_way():
-                error = self._base_step(scaling, pulls, aside)
-                if error is None:
-                    self._finish(pulls, rest, found_inf, dry)
+                error = self._base_step(scaling, pulls if plan is None else [], aside)
+                if error is None and (plan is None or not plan.taken(self)):
+                    error = None if plan is None else self._missing(pulls)
+                    if error is None:
+                        self._finish(pulls, rest, found_inf, dry)
         except BaseException:
             self._put_back_states(aside)  # the exception may have come while it was done
             if versions(written) == before and self._weights_are_as_copied(pulls):  # nothing was written
@@ -278,7 +331,7 @@ class Pullback(PullbackCheckpoints):
             if state and AVERAGE in state:
                 del state[AVERAGE]
                 state[AT_REST] = True
-        self._plan(pulls)
+        self._plan(pulls, parts, rest)
 
     def _is_dry_run(self) -> bool:
         """torch.distributed.checkpoint creates empty states by a first step with zero gradients and lr = 0. No average

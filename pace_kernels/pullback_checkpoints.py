@@ -186,6 +186,7 @@ class PullbackCheckpoints(Pulling):
                     self._scratch.unsure |= float(state[STEP]) == 0.0
         self._defaults.update(shared)
         self._scratch.plans.clear()
+        self._scratch.step_plans.end()
         self._mark_groups()
         unwritten, self._scratch.unwritten = self._scratch.unwritten, []
         self._versions.clear()

@@ -18,7 +18,9 @@ from .launching import ASKEW
 from .memory import aligned, as_bytes, check_whole, is_askew, overlapping
 from .operands import check_placed, check_step
 from .ops import PACE_STATS
+from .planning import WITH_PLANS, Plans
 from .plans import Plan
+from .pull_plan import PullPlan
 from .pulls import (
     AT_REST,
     AVERAGE,
@@ -53,6 +55,9 @@ class Pulling(Averaging):
     _defaults: Group  # the pullback's options
     _backend_name: str | None
     _scratch: Scratch
+
+    def plans(self) -> Plans:
+        return self._scratch.step_plans
 
     # ---- options ---------------------------------------------------------------------------------------------------
 
@@ -351,8 +356,16 @@ class Pulling(Averaging):
             state[STEP] = step
             state.pop(AT_REST, None)
 
-    def _plan(self, pulls: list[Pull]) -> None:
+    def _plan(self, pulls: list[Pull], parts: list[Pull], rest: list[Tensor]) -> None:
         """What the next step may take up again."""
+        scratch, step_plans = self._scratch, self._scratch.step_plans
+        step_plans.vain += 1
+        seldom = step_plans.vain > 8 and step_plans.vain % 64 != 0  # something changes at each step
+        step_plans.next = None if seldom else PullPlan.of(self, parts, rest, scratch.rows)
+        if step_plans.next is not None:
+            WITH_PLANS.add(self)
+            scratch.plans.clear()
+            return
         plans = self._scratch.plans
         last, plans_before = None, dict(plans)
         plans.clear()
@@ -388,6 +401,17 @@ class Pulling(Averaging):
     def _call(
         self, pull: Pull, seconds: list[Tensor], stats: Tensor | None, found_inf: Tensor | None, offset: int
     ) -> None:
+        options = self._options(pull, offset)
+        emas = [local(e) for e in pull.emas] if pull.axes or type(pull.owners[0]) not in PLAIN else pull.emas
+        params, befores = pull.params, pull.befores
+        if pull.dtype.is_complex:
+            params, befores, emas = (list(map(_real, some)) for some in (params, befores, emas))
+        if found_inf is not None:
+            options["found_inf"] = found_inf
+        pull.backend.op("pullback_")(params, befores, seconds, emas, pull.steps, stats, **options)
+
+    def _options(self, pull: Pull, offset: int) -> Group:
+        """The operator's options, and the learning rate where it is a tensor on a device."""
         moment, lr = pull.moment, 0.0
         options = pull.own.operator | {"beta2": 0.0, "eps": 1.0, "step_offset": 0, "capturable": pull.on_device}
         if moment is not None:
@@ -400,10 +424,4 @@ class Pulling(Averaging):
                 lr = lr.item()
             elif isinstance(lr, Tensor):
                 options["lr_tensor"], lr = moved(lr, pull.device), 0.0
-        emas = [local(e) for e in pull.emas] if pull.axes or type(pull.owners[0]) not in PLAIN else pull.emas
-        params, befores = pull.params, pull.befores
-        if pull.dtype.is_complex:
-            params, befores, emas = (list(map(_real, some)) for some in (params, befores, emas))
-        if found_inf is not None:
-            options["found_inf"] = found_inf
-        pull.backend.op("pullback_")(params, befores, seconds, emas, pull.steps, stats, lr=plain_number(lr), **options)
+        return {**options, "lr": plain_number(lr)}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .backend import Backend
 from .checks import Group, plain_number
+from .planning import Plans
 from .second_moments import SecondMoment
 from .sharding import Axes
 from .torch_rules.pullback import PullbackOptions
@@ -118,6 +119,7 @@ class Scratch:
         # Copies of weights, on the CPU, where new memory costs page faults; by id of the parameter, and gone with it.
         self.befores: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self.plans: dict[int, Any] = {}  # of class Plan, by id of the group
+        self.step_plans = Plans()
         self.rows: list[Row] = []
         self.own: dict[int, tuple[list[Any], Own]] = {}  # by id of the group
         self.unsure = False  # averages may have taken no step: after a dry run, or one that a gradient scaler skipped

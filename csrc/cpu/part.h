@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <cstring>
 #include <deque>
 #include <memory>
 #include <utility>
@@ -102,6 +103,7 @@ class Part {
   virtual void take(const Tensor* fresh) = 0;
   virtual void prepare(const GradScaling& scaling) = 0;
   virtual void replace_options(const Numbers& options) = 0;
+  virtual void copy_weights() = 0;
   virtual void run(bool skip) = 0;
   virtual const std::optional<Tensor>& hypergradients() const = 0;
 };
@@ -142,11 +144,19 @@ class PartOf final : public Part {
       if (extra) kept_.add(*extra, false);
     }
     if (call_.lr) kept_.add(*call_.lr, false);
+    if constexpr (std::is_same_v<D, PullbackDefinition>) {
+      for (size_t i = 0; i < works_.size() && fresh_ < 0 && call_.has(D::kBefore); ++i) {
+        const Stream &from = works_[i].streams[D::kX], &to = works_[i].streams[D::kBefore];
+        STD_TORCH_CHECK(from.ndim == 0 && to.ndim == 0 && from.format == to.format, entry("befores", i),
+                        " must lie as its parameter, without gaps");
+      }
+    }
   }
 
   void check_kept() const override { STD_TORCH_CHECK(kept_.same(), "a tensor of the plan lies elsewhere now"); }
 
   void take(const Tensor* fresh) override {
+    if (fresh_ < 0) return;
     fresh_layouts_.clear();
     for (size_t i = 0; i < works_.size(); ++i) {
       const Stream& its = works_[i].streams[fresh_] = stream(fresh_, i, fresh[i], orders_[i], fresh_layouts_);
@@ -184,6 +194,19 @@ class PartOf final : public Part {
       } else {
         w.flags = same ? works_[i - 1].flags : host_->flags(t);
       }
+    }
+  }
+
+  // Into the weights of before another optimizer's step, where the part keeps them.
+  void copy_weights() override {
+    if constexpr (std::is_same_v<D, PullbackDefinition>) {
+      if (fresh_ == D::kBefore || !call_.has(D::kBefore)) return;
+      blocks_->run([&](size_t i, int64_t begin, int64_t end, int64_t) {
+        const Stream &from = works_[i].streams[D::kX], &to = works_[i].streams[D::kBefore];
+        const int64_t size = from.format == Format::kFloat32 ? 4 : 2;
+        std::memcpy(static_cast<char*>(to.data) + begin * size, static_cast<const char*>(from.data) + begin * size,
+                    static_cast<size_t>((end - begin) * size));
+      });
     }
   }
 

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <string>
@@ -38,17 +39,17 @@ std::unique_ptr<Part> make_part(TensorList tensors, const std::vector<int64_t>& 
   size_t list = 0, at = 0;
   const auto next = [&](TensorList& to) {
     STD_TORCH_CHECK(list < lengths.size(), D::kOp, " has more lists than ", lengths.size());
-    const size_t end = at + static_cast<size_t>(lengths[list++]);
+    const size_t end = at + static_cast<size_t>(std::abs(lengths[list++]));
     STD_TORCH_CHECK(end >= at && end <= tensors.size(), "the lengths of lists do not add up");
     to.assign(std::make_move_iterator(tensors.begin() + static_cast<std::ptrdiff_t>(at)),
               std::make_move_iterator(tensors.begin() + static_cast<std::ptrdiff_t>(end)));
     at = end;
   };
-  bool fresh = true;  // where a pullback has no weights from before the step, there is nothing fresh
+  // Of no length, the fresh list is missing, as where nothing pulls; of a negative one, it is kept as others are.
+  bool fresh = false;
   for (const int k : D::kOrder) {
-    if (k == Host::kFresh) {
-      fresh = list >= lengths.size() || lengths[list] != 0;
-      ++list;
+    if (k == Host::kFresh && list < lengths.size() && lengths[list] >= 0) {
+      fresh = lengths[list++] > 0;
       continue;
     }
     next(k < 0 ? call.rows : call.lists[static_cast<size_t>(k)]);
@@ -114,14 +115,26 @@ void plan_learn(int64_t handle, TensorList learned, std::vector<int64_t> parts, 
 }
 
 // `options`: those of all parts one after the other, where some changed since the last step; otherwise none.
+void replace_options(const Plan& plan, const std::vector<double>& options) {
+  if (options.empty()) return;
+  const Numbers numbers(options);
+  for (const auto& part : plan.parts) part->replace_options(numbers);
+  numbers.check_done("the plan");
+}
+
+// What is done before another optimizer's step: all that the plan's own may refuse, and copies of the weights.
+void plan_before(int64_t handle, Tensor, std::vector<double> options) {
+  const auto plan = plan_of(handle);
+  replace_options(*plan, options);
+  for (const auto& part : plan->parts) part->check_kept();
+  for (const auto& part : plan->parts) part->prepare({});
+  for (const auto& part : plan->parts) part->copy_weights();
+}
+
 void plan_step(int64_t handle, Tensor, TensorList fresh, std::vector<double> options, std::optional<Tensor> grad_scale,
                std::optional<Tensor> clip_coef, std::optional<Tensor> found_inf) {
   const auto plan = plan_of(handle);
-  if (!options.empty()) {
-    const Numbers numbers(options);
-    for (const auto& part : plan->parts) part->replace_options(numbers);
-    numbers.check_done("the plan");
-  }
+  replace_options(*plan, options);
   const GradScaling scaling{std::move(grad_scale), std::move(clip_coef), std::move(found_inf)};
   check_scaling(scaling, kCpu);
   size_t at = 0;
@@ -164,5 +177,6 @@ void drop_plan(int64_t handle) {
 STABLE_TORCH_LIBRARY_IMPL(pace_kernels, CPU, m) {
   m.impl("plan_add_", TORCH_BOX(&pace::plan_add));
   m.impl("plan_learn_", TORCH_BOX(&pace::plan_learn));
+  m.impl("plan_before_", TORCH_BOX(&pace::plan_before));
   m.impl("plan_step_", TORCH_BOX(&pace::plan_step));
 }

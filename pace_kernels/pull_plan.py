@@ -1,0 +1,218 @@
+"""The plan of a Pullback's step, as planning.py has them, in two calls: before the base's step, and behind it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .checks import Group, check_lr
+from .definitions import DEFINITIONS
+from .launching import of_c
+from .pulls import AVERAGE, STEP, SWAPPED, Pull, Row, versions
+from .sharding import PLAIN, is_sharded, local
+
+if TYPE_CHECKING:
+    from .pulling import Pulling
+
+_grad = operator.attrgetter("grad")
+_requires_grad = operator.attrgetter("requires_grad")
+_local = operator.attrgetter("_local_tensor")
+_DEFINITION = DEFINITIONS["pullback_"]
+_NAMES = [option.name for option in _DEFINITION.options] + ["capturable"]
+_OPS = torch.ops.pace_kernels
+
+
+def _looked_at(group: Group) -> tuple[list[Any], bool]:
+    """A group's values, and whether these objects say all: lists and tensors may hold other numbers later."""
+    kinds = [type(value) for name, value in group.items() if name != "params"]
+    return list(group.values()), not any(issubclass(kind, (list, Tensor)) for kind in kinds)
+
+
+def _is_at_hand(lr: Any) -> bool:
+    return not isinstance(lr, Tensor) or lr.is_cpu
+
+
+class PullPlan:
+    """What a step pulled, for the next one. ``pulls`` are single calls, and ``rows`` their statistics."""
+
+    def __init__(self, optimizer: Pulling, pulls: list[Pull], rest: list[Tensor], rows: list[Row]) -> None:
+        from . import _C
+
+        base = optimizer.base
+        self.pulls, self.rest, self.rows = pulls, rest, rows
+        self.groups = [(group, list(group["params"]), *_looked_at(group)) for group in base.param_groups]
+        self.all_params = [param for _, params, *_ in self.groups for param in params]
+        self.unused = [param.grad is None for param in self.all_params]
+        self.trained = list(map(_requires_grad, self.all_params))
+        self.keys, self.states = list(base.state), list(base.state.values())
+        self.owners = [owner for pull in pulls for owner in pull.owners]
+        self.dicts = [base.state[owner] for owner in self.owners]
+        self.lengths = list(map(len, self.dicts))
+        self.params = [param for pull in pulls for param in pull.params]
+        self.sharded = any(pull.sharded for pull in pulls)
+        hidden = {id(owner) for pull in pulls for owner in pull.hidden}
+        self.aside = [(p, state) for p, state in zip(self.owners, self.dicts, strict=True) if id(p) in hidden]
+        self.values_of: list[tuple[Any, list[Any]]] = []
+        self.counts: list[Tensor] = []  # by whose versions it is told that offsets stay
+        start = 0
+        for pull in pulls:
+            dicts = self.dicts[start : start + len(pull.owners)]
+            start += len(pull.owners)
+            corrected = pull.moment is not None and pull.moment.beta2 != 0.0
+            names = [AVERAGE, STEP, *([pull.moment.name] if pull.moment else []), *(["step"] if corrected else [])]
+            self.values_of.append((operator.itemgetter(*names), dicts))
+            if corrected:
+                self.counts += chain(pull.steps, (state["step"] for state in dicts))
+            if pull.moment and not all(map(operator.is_, pull.seconds, (local(d[pull.moment.name]) for d in dicts))):
+                raise RuntimeError("the second moment is in a dtype of its own")
+            pull.new, pull.found_inf = [], None
+        self.values = list(self._values())
+        self.wrappers = list(filter(is_sharded, chain(self.owners, self.values)))
+        self.locals = list(map(_local, self.wrappers))
+        self.numbers = [self._numbers_of(optimizer, pull) for pull in pulls]
+        self.held = _C.Plan()
+        handle = self.held.handle
+        self.copy = partial(of_c(_OPS.plan_before_.default), handle, self.params[0])
+        self.pull = partial(of_c(_OPS.plan_step_.default), handle, self.params[0], (), ())
+        for pull, row, numbers in zip(pulls, self._rows_by_pull(), self.numbers, strict=True):
+            emas = list(map(local, pull.emas))
+            lists = [pull.params, pull.befores, pull.seconds, emas, pull.steps]
+            lengths = [len(tensors) * (-1 if tensors is pull.befores else 1) for tensors in lists]
+            extras = [None if row is None else row.stats, None]
+            _OPS.plan_add_.default(handle, _DEFINITION.op, list(chain.from_iterable(lists)), lengths, extras, numbers)
+        self.seen = versions(self.counts)
+
+    @classmethod
+    def of(cls, optimizer: Pulling, pulls: list[Pull], rest: list[Tensor], rows: list[Row]) -> PullPlan | None:
+        """None where a step has to look closer."""
+        if not pulls or optimizer._scratch.unsure:
+            return None
+        for pull in pulls:
+            kinds = set(map(type, pull.owners))
+            if (
+                pull.backend.name != "cpu"
+                or pull.dtype.is_complex
+                or pull.on_device
+                or pull.alone
+                or pull.askew
+                or any(pull.rounds)
+                or not _is_at_hand(pull.group.get("lr"))
+                or min(pull.offsets, default=0) < 0
+                or not (kinds <= PLAIN or all(map(is_sharded, pull.owners)))
+                or any(param.is_inference() for param in pull.params)
+            ):
+                return None
+        try:
+            return cls(optimizer, pulls, rest, rows)
+        except (KeyError, AttributeError, RuntimeError):  # of a base that keeps its states in another way
+            return None
+
+    def _rows_by_pull(self) -> list[Row | None]:
+        rows = iter(self.rows)
+        return [next(rows) if pull.own.values["log_stats"] else None for pull in self.pulls]
+
+    def _values(self) -> chain[Any]:
+        return chain.from_iterable(chain.from_iterable(map(values_of, dicts)) for values_of, dicts in self.values_of)
+
+    def _numbers_of(self, optimizer: Pulling, pull: Pull) -> list[float]:
+        options = optimizer._options(pull, pull.offsets[0] if pull.offsets else 0)
+        return [float("nan") if options[name] is None else float(options[name]) for name in _NAMES]
+
+    def _has_its_states(self, state: dict[Any, Any]) -> bool:
+        return (
+            len(state) == len(self.keys)
+            and all(map(operator.is_, state, self.keys))
+            and all(map(operator.is_, state.values(), self.states))
+            and list(map(len, self.dicts)) == self.lengths
+            and all(map(operator.is_, self._values(), self.values))
+            and all(map(operator.is_, map(_local, self.wrappers), self.locals))
+        )
+
+    def is_of(self, optimizer: Pulling) -> bool:
+        """Whether parameters and states are those of the plan."""
+        groups = optimizer.base.param_groups
+        params = [param for group in groups for param in group["params"]]
+        return (
+            len(groups) == len(self.groups)
+            and len(params) == len(self.all_params)
+            and all(map(operator.is_, params, self.all_params))
+            and self._has_its_states(optimizer.base.state)
+        )
+
+    def _options_now(self, optimizer: Pulling) -> Sequence[float] | None:
+        """Options to hand over, where some changed; None where the plan does not fit."""
+        groups = optimizer.base.param_groups
+        if len(groups) != len(self.groups):
+            return None
+        changed = False
+        for group, (kept, params, values, steady) in zip(groups, self.groups, strict=True):
+            now = group["params"]
+            if group is not kept or len(now) != len(params) or not all(map(operator.is_, now, params)):
+                return None
+            changed |= not (steady and len(group) == len(values) and all(map(operator.is_, group.values(), values)))
+        if not changed:
+            return ()
+        numbers = []
+        if any(group[SWAPPED] or not _is_at_hand(group.get("lr")) for group in groups):
+            return None
+        for pull in self.pulls:
+            group, own = pull.group, optimizer._own(pull.group)
+            moment = optimizer._moment(group, own, pull.dtype)
+            form = (moment.name, moment.beta2 != 0.0) if moment else None
+            before = (pull.moment.name, pull.moment.beta2 != 0.0) if pull.moment else None
+            if own is not pull.own or form != before or bool(group.get("capturable", False)):
+                return None
+            if own.by_moment:
+                check_lr(group["lr"])
+            pull.moment = moment
+            numbers.append(self._numbers_of(optimizer, pull))
+        self.groups = [(group, params, *_looked_at(group)) for group, params, *_ in self.groups]
+        if numbers == self.numbers:
+            return ()
+        self.numbers = numbers
+        return list(chain.from_iterable(numbers))
+
+    def fits(self, optimizer: Pulling) -> bool:
+        """Whether all is as it was; the weights are copied then, and nothing else has changed. A plan that does not fit
+        is of no use any more."""
+        try:
+            options = self._options_now(optimizer)
+            if options is None:
+                return False
+            grads = map(_grad, self.all_params)
+            if (
+                list(map(operator.is_, grads, repeat(None))) != self.unused
+                or list(map(_requires_grad, self.all_params)) != self.trained
+                or not self._has_its_states(optimizer.base.state)
+                or versions(self.counts) != self.seen
+            ):
+                return False
+            self.copy(options)
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError):
+            return False  # the usual step says why
+        return True
+
+    def written(self) -> list[Any]:
+        """What tells whether the base wrote anything: the weights, and of each state the first."""
+        return [*self.all_params, *map(next, map(iter, map(dict.values, self.dicts)))]
+
+    def taken(self, optimizer: Pulling) -> bool:
+        """Pulls, behind the base's step; False where that left other states than there were."""
+        if not self._has_its_states(optimizer.base.state):
+            return False
+        torch.autograd.graph.increment_version(self.params)
+        if self.sharded:
+            torch.autograd.graph.increment_version(self.owners)
+        try:
+            self.pull()
+        except RuntimeError:  # the usual way says why
+            return False
+        optimizer._scratch.rows = self.rows
+        self.seen = versions(self.counts)
+        return True

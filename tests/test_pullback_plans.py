@@ -1,0 +1,90 @@
+"""Promise: a Pullback's step that takes up the plan of the last one is that step, to the bit; what changed ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_plans import CHANGES, Pair, first, in_two_groups, weights
+
+from pace_kernels import Pullback
+
+BASES: dict[str, Callable[[Any], Pullback]] = {
+    "AdamW, fused": lambda params: Pullback(torch.optim.AdamW(params, lr=0.01, fused=True), 3.0, log_stats=True),
+    "Adam, from the step": lambda params: Pullback(torch.optim.Adam(params, lr=0.01), 3.0, pullback_from="step"),
+    "SGD": lambda params: Pullback(torch.optim.SGD(params, lr=0.1), gain=0.25, ema_update_freq=2),
+    "SGD, no pull": lambda params: Pullback(torch.optim.SGD(params, lr=0.1, momentum=0.9), gain=0.0),
+    "RMSprop": lambda params: Pullback(torch.optim.RMSprop(params, lr=0.01), 3.0),
+}
+OF_THE_BASE = ("replace_state", "drop_an_entry")  # AdamW's first moment is no operand of the pull
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("make", [weights, in_two_groups])
+def test_steps_by_plans_have_the_bits_of_others(base: str, make: Callable[[], Any]) -> None:
+    pair = Pair(BASES[base], make)
+    taken = [pair.step() for _ in range(8)]
+    assert all(taken[4:])
+    assert pair.optimizer.get_step_stats() == pair.twin.get_step_stats()
+
+
+@pytest.mark.parametrize("base", ["AdamW, fused", "SGD"])
+@pytest.mark.parametrize("change", [name for name in CHANGES if "dtype" not in name and name not in OF_THE_BASE])
+def test_what_ends_a_plan(base: str, change: str) -> None:
+    if base == "SGD" and change == "replace_step":
+        pytest.skip("SGD keeps no such state")
+    pair = Pair(BASES[base]).under_plan()
+    pair.do(CHANGES[change])
+    assert pair.step() is False
+    for _ in range(3):
+        pair.step()
+
+
+def test_options_and_gradients_that_change() -> None:
+    pair = Pair(BASES["AdamW, fused"], in_two_groups).under_plan()
+    cycles = [torch.optim.lr_scheduler.OneCycleLR(o, 0.01, total_steps=40) for o in pair.both]
+    for k in range(6):
+        assert pair.step()
+        for cycle in cycles:
+            cycle.step()
+        pair.do(lambda o, k=k: o.param_groups[0].update(weight_decay=0.01 * (1 + k)))  # type: ignore[misc]
+    pair.do(lambda o: o.param_groups[1].update(lambda_pullback=0.0))
+    assert pair.step() is False
+    pair.step(without=(1,))
+    pair.step()
+    pair.do(lambda o: o.param_groups[0].update(lr=-1.0))
+    pair.gradients()
+    for optimizer in pair.both:
+        with pytest.raises(ValueError, match="lr"):
+            optimizer.step()
+    pair.do(lambda o: o.param_groups[0].update(lr=0.01))
+    pair.step()
+    pair.do(lambda o: o.eval())
+    for optimizer in pair.both:
+        with pytest.raises(RuntimeError, match="swapped to EMA"):
+            optimizer.step()
+    pair.do(lambda o: o.train())
+    for _ in range(3):
+        pair.step()
+
+
+def test_a_memory_that_went_is_refused_before_the_base_steps() -> None:
+    pair = Pair(BASES["AdamW, fused"]).under_plan()
+    pair.gradients()
+    counts = [float(o.state[first(o)]["step"]) for o in pair.both]
+    pair.do(lambda o: o.state[first(o)]["ema"].untyped_storage().resize_(0))
+    for optimizer in pair.both:
+        with pytest.raises(RuntimeError, match="more elements than memory"):
+            optimizer.step()
+    assert counts == [float(o.state[first(o)]["step"]) for o in pair.both]
+
+
+def test_hooks_run_once_for_the_pullback_and_its_base() -> None:
+    pair = Pair(BASES["AdamW, fused"]).under_plan()
+    heard: list[str] = []
+    pair.optimizer.register_step_post_hook(lambda o, args, kwargs: heard.append("pullback"))
+    pair.optimizer.base.register_step_post_hook(lambda o, args, kwargs: heard.append("base"))
+    assert pair.step()
+    assert heard == ["base", "pullback"]
