@@ -425,7 +425,7 @@ ROWS = [
     ),
     known(AUTOGRAD, MADA, scratch=68),  # as measured
 ]
-OUR_KEYS = (OURS, "pace-stats", "pullback-adamw", "pullback-adamw-0", MADA, PRESET, LION, ADAN, YOGI)
+OUR_KEYS = (OURS, "pace-stats", "pullback-adamw", "pullback-adamw-0", MADA, PRESET, SCHEDULE_FREE, LION, ADAN, YOGI)
 COPIES_THE_MODEL = ("adamw-ema", "adamw-ema-loop", "adamw-ema-pytorch")
 ONLY = bench_step.ONLY  # row -> sizes and formats, where that is not all of them
 
