@@ -23,7 +23,7 @@ import torch
 BENCH = Path(__file__).resolve().parent
 sys.path[:0] = [str(BENCH.parent / folder) for folder in ("bench", "examples", "research", "tools")]
 
-from harness import from_json, load, markdown, pack, quartiles  # noqa: E402
+from harness import Case, from_json, load, markdown, pack, quartiles  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ def picture(path: Path, text: str) -> str:
     return f"![{text}]({path.name})"
 
 
+def drawn(cases: Sequence[Case]) -> list[Case]:
+    """The others are in the tables."""
+    return [case for case in cases if case.dtype == torch.float32]
+
+
 def step(kept: dict[str, Any], path: Path) -> str:
     import bench_step
 
@@ -51,7 +56,7 @@ def step(kept: dict[str, Any], path: Path) -> str:
     cases = [from_json(saved, rows, shapes[saved["title"]]) for saved in kept["cases"]]
     image = path.with_suffix(".png")
     about = kept["machine"]
-    bench_step.draw(cases, image, machine_line(about))
+    bench_step.draw(drawn(cases), image, machine_line(about))
     heads = {bench_step.REFERENCE: "/ AdamW fused", bench_step.OURS: "/ PACE"}
     notes = [f"- {row.name}: {row.note}" for row in rows.values() if row.note]
     telemetry = []
@@ -70,8 +75,7 @@ def peers(kept: dict[str, Any], path: Path) -> str:
     import bench_peers as command
 
     cases, image = [command.case_of(saved, kept) for saved in kept["cases"]], path.with_suffix(".png")
-    drawn = [case for case in cases if case.dtype == torch.float32]  # the others are in the tables
-    command.draw(drawn, image, command.where(kept), command.ROWS, command.OUR_KEYS)
+    command.draw(drawn(cases), image, command.where(kept), command.ROWS, command.OUR_KEYS)
     return f"{command.render(kept)}\n\n{picture(image, 'time of a step, ours and others')}"
 
 
