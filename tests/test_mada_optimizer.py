@@ -714,3 +714,20 @@ def test_gradients_are_freed_by_zero_grad() -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert grad() is None
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_count_that_was_set_back_is_refused_while_a_step_is_to_be_redone(backend: str) -> None:
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = MADA(params, backend=backend)
+    for p in params:
+        p.grad = torch.full_like(p, 0.5)
+    optimizer.step()
+    optimizer.state[params[1]]["step"].zero_()
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match=r"steps\[1\] is 0, but last_scalars has a last step to redo"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before)) and optimizer.state[params[0]]["step"].item() == 1
+    optimizer.state.pop(params[1])
+    optimizer.step()
+    assert all(p.isfinite().all() and not torch.equal(p, old) for p, old in zip(params, before, strict=True))

@@ -187,6 +187,8 @@ struct MadaHost {
     to.pull = pace_scalars(o, t, factor);
     to.first = parts.keeps_gradients() && last(i)[kTaken] == kNoGradient;
     if (!parts.lag) return;
+    STD_TORCH_CHECK(t > 1.0 || last(i)[kTaken] != kRedo, entry("steps", i),
+                    " is 0, but last_scalars has a last step to redo: was it set back by hand? Drop the whole state");
     const LastStep redo = last_step(o, t - 1.0, last(i));
     to.last = redo.scalars, factors[i] = redo.factors;
   }

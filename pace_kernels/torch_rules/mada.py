@@ -349,6 +349,8 @@ def mada_step_(
 
     Off the CPU the coefficients stay tensors, so that nothing waits for the device.
     """
+    if options["learn"]:
+        _check_redone(steps, last_scalars)
     scaling: dict[str, Any] = {"grad_scale": grad_scale, "clip_coef": clip_coef, "found_inf": found_inf}
     states = exp_avgs or exp_avg_lions
     learned = None if coefficients is None else _numbers(coefficients)
@@ -398,6 +400,16 @@ def mada_step_(
     if hypergradients is not None:
         hypergradients.zero_()
         keep.copy_(hypergradients, _row(hypergradients, (*sums, 0.0 if keep.all else lr)))
+
+
+def _check_redone(steps: list[Tensor], last_scalars: list[Tensor]) -> None:
+    """A last step can't be redone by a count of 0: the bias corrections of step 0 divide by 0."""
+    for i, (step, last) in enumerate(zip(steps, last_scalars, strict=False)):
+        if at_hand(step) and at_hand(last) and step.item() == 0 and last[0].item() == REDO:
+            raise RuntimeError(
+                f"steps[{i}] is 0, but last_scalars has a last step to redo: was it set back by hand? Drop the whole "
+                "state"
+            )
 
 
 def caught_up(
