@@ -5,11 +5,11 @@ A function here with the name of an operator (pace_kernels/ops.py) does what the
 ``checks.py`` reads and checks a call, ``table.py`` lists where its tensors lie, ``scalars.py``, ``sweep.py`` and
 ``sums.py`` have one kernel each for all rules, and ``ops.py`` puts them together.
 
-A rule more is ``new.py``, the rule in float32 on blocks; ``new_kernel.py`` beside it, with three functions: ``play``
-(which flags a call puts on), ``new_scalars`` (from options in float64 to the rule's scalars) and ``new_round`` (loads,
-rule, stores; storage.py knows the formats, and does nothing where an operand is not in play); a row in ``rules.py``, a
-line in ``ops.py`` and here, and the names of its flags in ``aot.py``. An option more is a use of ``o.name`` in a
-function of scalars.
+A rule more is ``new.py``, the rule in float32 on blocks, and ``new_kernel.py`` beside it, with ``Flags`` and ``FIELDS``
+(the names of its scalars) and three functions: ``play`` (what a call puts in play), ``new_scalars`` (from options in
+float64 to scalars), and ``new_round`` (loads, rule, stores; storage.py knows the formats, and does nothing where an
+operand is not in play). Then a row in ``rules.py``, a line in ``ops.py`` and here, and in ``aot.py`` names of sets of
+its flags, if it has some. An option more is a use of ``o.name`` in ``new_scalars``.
 """
 
 from .ops import mada_learn_, mada_step_, pace_step_, pullback_, schedule_free_step_

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import learn_kernel, mada_kernel, pace_kernel, pullback_kernel, schedule_free_kernel, sums
+from . import learn_kernel, sums
 from .launch import Rule, Target, compile_options
 from .rules import RULES
 from .scalars import _scalars_kernel
@@ -30,42 +30,32 @@ _POINTERS = {"table_ptr": "*i64", "blocks_ptr": "*i32"}
 _POINTERS |= dict.fromkeys(("scalars_ptr", "lr_ptr", "grad_scale_ptr", "clip_coef_ptr", "found_inf_ptr"), "*fp32")
 
 _SHORT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# By operator: what the flags of its rule are called, and names of sets of them that are compiled.
-_FLAGS: dict[str, tuple[Any, dict[str, str]]] = {
-    "pace_step_": (
-        pace_kernel.PaceFlags,
-        {
-            "": "moment pull average",
-            " stats": "moment pull average stats",
-            " without pullback": "moment average",
-            " without pullback stats": "moment average stats",
-            " AdamW": "moment",
-            " without first moment": "pull average",
-        },
-    ),
-    "pullback_": (
-        pullback_kernel.PullbackFlags,
-        {
-            "": "before moment pull average",
-            " stats": "before moment pull average stats",
-            " from the step": "moment pull average",
-            " constant": "before pull average",
-            " constant from the step": "pull average",
-            " average": "average",
-        },
-    ),
-    "schedule_free_step_": (schedule_free_kernel.ScheduleFreeFlags, {"": ""}),
-    "mada_step_": (
-        mada_kernel.MadaFlags,
-        {
-            "": "lag diff second lion adam",
-            " pulled capturable": "lag diff second lion adam average pull stay",
-            " hyperadam": "lag adam",
-            " fixed": "diff second lion adam",
-            " AdamW": "adam",
-            " Lion": "lion",
-        },
-    ),
+# By rule: names of sets of its flags that are compiled.
+_FLAGS = {
+    "pace": {
+        "": "moment pull average",
+        " stats": "moment pull average stats",
+        " without pullback": "moment average",
+        " without pullback stats": "moment average stats",
+        " AdamW": "moment",
+        " without first moment": "pull average",
+    },
+    "pullback": {
+        "": "before moment pull average",
+        " stats": "before moment pull average stats",
+        " from the step": "moment pull average",
+        " constant": "before pull average",
+        " constant from the step": "pull average",
+        " average": "average",
+    },
+    "mada": {
+        "": "lag diff second lion adam",
+        " pulled capturable": "lag diff second lion adam average pull stay",
+        " hyperadam": "lag adam",
+        " fixed": "diff second lion adam",
+        " AdamW": "adam",
+        " Lion": "lion",
+    },
 }
 _FORMATS = (  # of weights and gradients, and whether aligned to 16 bytes
     (torch.float32, torch.float32, True),
@@ -103,14 +93,13 @@ def _sweep(rule: Rule, flags: Any, weight: torch.dtype, gradient: torch.dtype, a
 def variants() -> dict[str, Variant]:
     """Kernels that represent those that a user can hit, the largest among them."""
     found: dict[str, Variant] = {}
-    for op, rule in RULES.items():
-        short = op.removesuffix("_").removesuffix("_step")
-        kind, sets = _FLAGS[op]
+    for rule in RULES.values():
+        kind = rule.module.Flags
         for weight, gradient, aligned in _FORMATS:
             name = _SHORT[weight] if weight == gradient else f"{_SHORT[weight]}/{_SHORT[gradient]}"
-            for label, on in sets.items():
+            for label, on in _FLAGS.get(rule.name, {"": ""}).items():
                 flags = kind(*(flag in on.split() for flag in kind._fields))
-                full = f"{short} {name}{'' if aligned else ' unaligned'}{label}"
+                full = f"{rule.name} {name}{'' if aligned else ' unaligned'}{label}"
                 found[full] = _sweep(rule, flags, weight, gradient, aligned)
         lags = rule.summed is not None and rule.summed.flag == "lag"
         for on_device in (False, True):
@@ -118,7 +107,7 @@ def variants() -> dict[str, Variant]:
             absent = ["factors_ptr"] * (not lags) + ["numbers_ptr"] * (rule.numbers is None)
             absent += ["lr_ptr", "grad_scale_ptr", "found_inf_ptr"] * (not on_device)
             where = " on device" if on_device else ""
-            found[f"{short} scalars{where}"] = Variant(_scalars_kernel, constants | dict.fromkeys(absent))
+            found[f"{rule.name} scalars{where}"] = Variant(_scalars_kernel, constants | dict.fromkeys(absent))
         if rule.summed is not None:
             summed = rule.summed
             result = next(extra.numbers for extra in rule.definition.extras if extra.name == summed.extra)

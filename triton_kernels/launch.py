@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 import triton.language as tl
 
 from ..definitions.kit import Definition
-from .checks import Call, Play
 from .table import OPERANDS
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, None: None}
@@ -51,15 +49,12 @@ class Summed:
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """What Triton has of an optimizer: its definition, what a call puts in play, its functions, and its scalars'
-    names; and how it is swept: the warps of 32 of a program, the elements that a thread has at a time where weights or
+    """What Triton has of an optimizer: its definition, and the module with its functions, flags and names of scalars;
+    and how it is swept: the warps of 32 of a program, the elements that a thread has at a time where weights or
     gradients are narrower than float32, and the registers that a thread may take (None: 255, as many as there are)."""
 
     definition: Definition
-    play: Callable[[Call], Play]
-    scalars: Any
-    round: Any
-    fields: tuple[str, ...]
+    module: Any
     summed: Summed | None = None
     numbers: str | None = None  # the extra tensor that scalars are computed from
     warps: int = 8
@@ -67,12 +62,16 @@ class Rule:
     registers: int | None = None
 
     @property
+    def name(self) -> str:
+        return self.definition.op.removesuffix("_").removesuffix("_step")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return self.module.FIELDS  # type: ignore[no-any-return]
+
+    @property
     def columns(self) -> int:
         return OPERANDS.value + len(self.definition.operands)
-
-    @functools.cached_property
-    def option_names(self) -> tuple[str, ...]:
-        return tuple(option.name for option in self.definition.options)
 
     def sums(self, flags: Any) -> Summed | None:
         return self.summed if self.summed is not None and getattr(flags, self.summed.flag) else None
@@ -90,7 +89,7 @@ class Rule:
         vector = (self.narrow if narrow else 4) if aligned else 2
         summed = self.sums(flags)
         return {
-            "ROUND": self.round,
+            "ROUND": getattr(self.module, f"{self.name}_round"),
             "FLAGS": flags,
             "FORMATS": tuple(TRITON_DTYPES[dtype] for dtype in formats),
             "FIELDS": self.fields,
@@ -104,16 +103,19 @@ class Rule:
 
     @functools.cache  # noqa: B019
     def scalar_constants(self, last: bool, on_device: bool) -> dict[str, Any]:
-        named = {"SCALARS": self.scalars, "NAMES": self.option_names, "FIELDS": self.fields}
-        return {**named, "COLUMNS": self.columns, "LAST": last, "ON_DEVICE": on_device}
+        return {
+            "SCALARS": getattr(self.module, f"{self.name}_scalars"),
+            "NAMES": tuple(option.name for option in self.definition.options),
+            "FIELDS": self.fields,
+            "COLUMNS": self.columns,
+            "LAST": last,
+            "ON_DEVICE": on_device,
+        }
 
     @functools.cache  # noqa: B019
     def compiled_with(self, target: Target) -> dict[str, Any]:
         capped = self.registers is not None and target.backend == "cuda"  # ROCm has no such option
-        return {
-            "num_warps": self.warps * 32 // target.warp_size,
-            **({"maxnreg": self.registers} if capped else {}),
-        }
+        return {"num_warps": self.warps * 32 // target.warp_size, **({"maxnreg": self.registers} if capped else {})}
 
 
 def compile_options(**options: Any) -> dict[str, Any]:

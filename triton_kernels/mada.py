@@ -62,30 +62,14 @@ MadaStep = namedtuple("MadaStep", "m n v w l update inv_D terms")
 
 
 @triton.jit
-def mada_rule(
-    s,
-    g,
-    last_g,
-    next_g,
-    m,
-    n,
-    v,
-    w,
-    l,  # noqa: E741
-    ADAM: tl.constexpr,
-    DIFF: tl.constexpr,
-    SECOND: tl.constexpr,
-    LION: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    LEARN: tl.constexpr,
-):
+def mada_rule(s, g, last_g, next_g, m, n, v, w, l, F: tl.constexpr, LEARN: tl.constexpr):  # noqa: E741
     """One step, but for weight decay and pullback. Where a flag is off, its operands are not touched. LEARN: with the
     terms of the hypergradients, for which ``next_g`` is the gradient after the step."""
     zero = tl.zeros_like(g)
     m_old, n_old, v_old = m, n, v
     d = zero
     g_hat = g
-    if DIFF:
+    if F.diff:
         d = g - last_g
         g_hat = g + s.beta3 * d
     # Squares that overflow are the largest number: 0 times infinity would be NaN. These comparisons let NaN through.
@@ -98,24 +82,24 @@ def mada_rule(
     m = s.beta1 * m_old + s.one_minus_beta1 * g
     v = s.beta2 * v_old + s.one_minus_beta2 * g_tilde
     N = m * s.inv_bias1
-    if DIFF:
+    if F.diff:
         n = s.beta3 * n_old + s.one_minus_beta3 * d
         N = N + s.beta3 * n
     V = v * s.inv_bias2
-    if SECOND:
+    if F.second:
         w = tl.where(s.second_max != 0.0, larger(w, v), s.mean_new * v + s.mean_old * w)
         V = (s.rho * v + s.one_minus_rho * w) * s.inv_bias2
     root = square_root(V)
     D = root + s.eps
     inv_D = divided(1.0, D)
     sign_u = zero
-    if LION:
+    if F.lion:
         sign_u = sign(s.lion_beta1 * l + s.one_minus_lion_beta1 * g)
         l = s.lion_beta2 * l + s.one_minus_lion_beta2 * g  # noqa: E741
     update = s.lion_size * sign_u
-    if ADAM:
+    if F.adam:
         adam = (s.adam_size * N) * inv_D
-        update = adam + update if LION else adam
+        update = adam + update if F.lion else adam
     terms = HyperTerms(zero, zero, zero, zero, zero, zero)
     if LEARN:
         # One division for 1 / D and 1 / (2 sqrt(V)).
@@ -125,18 +109,18 @@ def mada_rule(
         inv_D_again = tl.where(divides, inv * root, s.inv_eps)
         half_inv_root = tl.where(divides, (0.5 * inv) * D, 0.0)
         h = next_g
-        if AVERAGE:  # (1 − Λ) x' + Λ e, where the pullback is from the step
+        if F.average:  # (1 − Λ) x' + Λ e, where the pullback is from the step
             h = next_g * (1.0 - smaller(s.pull_gain * inv_D_again, s.gain_cap))
         A = h * inv_D_again
         U = N * inv_D_again
         R = (A * U) * half_inv_root
         beta3, rho, gamma = None, None, None
-        if DIFF:
+        if F.diff:
             square_term = (g_hat * (s.c + s.one_minus_c * s_v)) * d
             beta3 = R * (s.square_slope * square_term) - A * (n + s.beta3 * (n_old - d))
-        if SECOND:
+        if F.second:
             rho = R * (v - w)
-        if LION:
+        if F.lion:
             gamma = h * (sign_u - U)
         terms = HyperTerms(
             A * ((m_old - g) + m * s.bias1_slope),

@@ -7,11 +7,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from .. import definitions
-from ..definitions.mada import COEFFICIENTS, LAST_SCALARS
-from ..definitions.mada import DONE as DONE_
-from ..definitions.mada import NO_GRADIENT as NO_GRADIENT_
-from ..definitions.mada import REDO as REDO_
+from ..definitions import mada as known
 from .checks import Call, Play, check_length, require
 from .mada import MadaScalars, mada_rule, mada_weights
 from .pace import PaceScalars
@@ -20,17 +16,17 @@ from .scalars import gain_weight, load_fields, power, single, store_fields
 from .storage import load, store
 from .sums import add
 
-MadaOptions = namedtuple("MadaOptions", [option.name for option in definitions.MADA.options])
-MadaFlags = namedtuple("MadaFlags", (*definitions.MADA.flags, "pull"))
-Coefficients = namedtuple("Coefficients", COEFFICIENTS)
+MadaOptions = namedtuple("MadaOptions", [option.name for option in known.MADA.options])
+Flags = namedtuple("MadaFlags", (*known.MADA.flags, "pull"))
+Coefficients = namedtuple("Coefficients", known.COEFFICIENTS)
 
 # The row of scalars: the new step's, those of the step that is redone, the pullback's, and whether no gradient was kept
 # yet.
 FIELDS = (*MadaScalars._fields, *(f"last {name}" for name in MadaScalars._fields), *PaceScalars._fields, "first")
 STEP = tl.constexpr(len(MadaScalars._fields))
 PULL = tl.constexpr(len(PaceScalars._fields))
-DONE, REDO, NO_GRADIENT = tl.constexpr(DONE_), tl.constexpr(REDO_), tl.constexpr(NO_GRADIENT_)
-REMEMBERED = tl.constexpr(len(LAST_SCALARS))
+DONE, REDO, NO_GRADIENT = map(tl.constexpr, (known.DONE, known.REDO, known.NO_GRADIENT))
+REMEMBERED = tl.constexpr(len(known.LAST_SCALARS))
 # The scalars of a step that leaves the moments as they are and has no sensitivities.
 _ONES = ("beta1", "beta2", "beta3", "lion_beta2", "mean_old", "eps")
 NO_STEP = tl.constexpr(tuple(float(name in _ONES) for name in MadaScalars._fields))
@@ -43,7 +39,7 @@ def play(call: Call) -> Play:
     lag, pull, average = learn != 0, o["lambda_pullback"] != 0.0, call.has("e")
 
     def in_play(name: str, vertex: float) -> bool:
-        return bool(learn >> COEFFICIENTS.index(name) & 1) or o[name] != vertex
+        return bool(learn >> known.COEFFICIENTS.index(name) & 1) or o[name] != vertex
 
     require(
         adam or not (lag or diff or second or pull or in_play("gamma", 0.0)),
@@ -58,7 +54,7 @@ def play(call: Call) -> Play:
     require(not (lag and missing), "coefficients may be missing only where nothing is learned")
     check_length("last_scalars", call.rows, call.params, None if lag or diff else "")
     stay = call.capturable and lag and diff
-    flags = MadaFlags(lag, diff, second, lion, adam, average, stay, pull and average and adam)
+    flags = Flags(lag, diff, second, lion, adam, average, stay, pull and average and adam)
     empty = {"m": not adam, **dict.fromkeys("vnwl", True), "e": not pull}
     return Play(flags, may_be_empty=empty | {"last_g": not (lag or diff), "older_g": not (lag and diff)})
 
@@ -169,11 +165,11 @@ def mada_round(sums, fields, row_ptr, operands, at, end, F: tl.constexpr, BLOCK:
     older_g = load(older_ptr, i, mask, g)
     if F.lag:  # the moments that are kept are those before the last step: it is redone, and they become those after it
         redo = MadaScalars(*load_fields(row_ptr + STEP, STEP))
-        last = mada_rule(redo, last_g, older_g, g, m, n, v, w, l, F.adam, F.diff, F.second, F.lion, F.average, True)
+        last = mada_rule(redo, last_g, older_g, g, m, n, v, w, l, F, True)
         sums = add(sums, last.terms, None, mask, VECTOR)
         m, n, v, w, l = last.m, last.n, last.v, last.w, last.l  # noqa: E741
     now = MadaScalars(*load_fields(row_ptr, STEP))
-    r = mada_rule(now, g, last_g, g, m, n, v, w, l, F.adam, F.diff, F.second, F.lion, F.average, False)
+    r = mada_rule(now, g, last_g, g, m, n, v, w, l, F, False)
     if not F.lag:
         m, n, v, w, l = r.m, r.n, r.v, r.w, r.l  # noqa: E741
     # Weights and the average come last, where fewer registers are taken.

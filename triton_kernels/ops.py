@@ -160,12 +160,12 @@ def _add_up(summed: Summed, rows: Tensor, result: Tensor, learn: int = 0, lr: fl
 def _step(rule: Rule, *values: Any, **named: Any) -> None:
     call = Call(rule.definition, values, named)
     check_ranges(rule.definition, call.options)
-    play = rule.play(call)
+    play = rule.module.play(call)
     check_call(call, play)
     layout = _lay_out(rule, call, play.flags)
 
     count, device, summed = len(call.params), call.device, rule.sums(play.flags)
-    found_inf, result = call.tensors["found_inf"], rule.summed and call.tensors[rule.summed.extra]
+    found_inf, result = (call.tensors["found_inf"], rule.summed and call.tensors[rule.summed.extra])
     scalars = torch.empty(count, len(rule.fields), dtype=torch.float32, device=device)
     factors = rows = None
     if summed is not None:

@@ -15,12 +15,13 @@ from .storage import load, store
 from .sums import add
 
 PaceOptions = namedtuple("PaceOptions", [option.name for option in PACE.options])
-PaceFlags = namedtuple("PaceFlags", PACE.flags)
+Flags = namedtuple("PaceFlags", PACE.flags)
+FIELDS = PaceScalars._fields
 
 
 def play(call: Call) -> Play:
-    moment, pull, average = call.options["beta1"] != 0.0, call.options["lambda_pullback"] != 0.0, call.has("e")
-    flags = PaceFlags(moment, pull and average, average, call.tensors["stats"] is not None)
+    moment, pull, average = (call.options["beta1"] != 0.0, call.options["lambda_pullback"] != 0.0, call.has("e"))
+    flags = Flags(moment, pull and average, average, call.tensors["stats"] is not None)
     return Play(flags, may_be_empty={"m": not moment, "e": not pull})
 
 
@@ -107,7 +108,7 @@ def store_statistics(row_ptr, factors_ptr, sums, count):
     effective = (gain * inv_D, gain * low, gain * high)
     least = tl.where(effective[1] > cap, cap, effective[1])  # keeps NaN
     most = tl.where(effective[2] > cap, cap, effective[2])
-    lambdas = (clamped, least, most, clipped)
-    row = (count.to(tl.float64),) + raw + effective + lambdas + (adamw_sq, pullback_sq, update_sq)  # noqa: RUF005
+    tail = (clamped, least, most, clipped, adamw_sq, pullback_sq, update_sq)
+    row = (count.to(tl.float64),) + raw + effective + tail  # noqa: RUF005
     for k in tl.static_range(len(row)):
         tl.store(row_ptr + k, row[k])

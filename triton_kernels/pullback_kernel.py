@@ -15,7 +15,8 @@ from .scalars import average_moves, gain_weight, power, single, store_fields
 from .storage import load, store
 
 PullbackOptions = namedtuple("PullbackOptions", [option.name for option in PULLBACK.options])
-PullbackFlags = namedtuple("PullbackFlags", PULLBACK.flags)
+Flags = namedtuple("PullbackFlags", PULLBACK.flags)
+FIELDS = PullbackScalars._fields
 
 
 def play(call: Call) -> Play:
@@ -25,7 +26,7 @@ def play(call: Call) -> Play:
     require(pull or not before, "befores must be empty where nothing pulls")
     require(pull or not moment, "second_moments must be empty where nothing pulls")
     require(gain is None or not moment, "second_moments must be empty where gain is given")
-    flags = PullbackFlags(before, moment, pull, True, call.tensors["stats"] is not None)
+    flags = Flags(before, moment, pull, True, call.tensors["stats"] is not None)
     return Play(flags, may_be_empty={"before": True, "v": gain is not None or not pull})
 
 

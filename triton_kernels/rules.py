@@ -6,9 +6,6 @@ from .. import definitions
 from ..definitions.kit import PACE_STATS
 from . import mada_kernel, pace_kernel, pullback_kernel, schedule_free_kernel
 from .launch import Rule, Summed
-from .pace import PaceScalars
-from .pullback import PullbackScalars
-from .schedule_free import ScheduleFreeScalars
 
 
 def _ending(end: str) -> int:
@@ -18,49 +15,16 @@ def _ending(end: str) -> int:
 _STATISTICS = Summed(
     *("stats", "stats", 6, pace_kernel.store_statistics, 16, len(PACE_STATS), _ending("_min"), _ending("_max"))
 )
+_HYPERGRADIENTS = Summed("lag", "hypergradients", 6, mada_kernel.store_hypergradients, 8, 6)
 
 # PACE takes 46 to 55 registers, with eight elements of bfloat16 a thread (16 bytes) 68 to 80: four (three) programs of
 # 8 warps fit on an SM. MADA with everything learned takes 184: with 168, and nothing spilled, three programs of 4 warps
 # fit instead of two. With eight elements it would take 255 and spill, so weights and gradients in bfloat16, 6 of its 58
 # bytes an element, are moved 8 bytes at a time. ptxas 12.8 and 13, sm_80 to sm_120.
-RULES = {
-    rule.definition.op: rule
-    for rule in (
-        Rule(
-            definitions.PACE,
-            pace_kernel.play,
-            pace_kernel.pace_scalars,
-            pace_kernel.pace_round,
-            PaceScalars._fields,
-            _STATISTICS,
-        ),
-        Rule(
-            definitions.MADA,
-            mada_kernel.play,
-            mada_kernel.mada_scalars,
-            mada_kernel.mada_round,
-            mada_kernel.FIELDS,
-            Summed("lag", "hypergradients", 6, mada_kernel.store_hypergradients, 8, 6),
-            numbers="coefficients",
-            warps=4,
-            narrow=4,
-            registers=168,
-        ),
-        Rule(
-            definitions.PULLBACK,
-            pullback_kernel.play,
-            pullback_kernel.pullback_scalars,
-            pullback_kernel.pullback_round,
-            PullbackScalars._fields,
-            _STATISTICS,
-        ),
-        Rule(
-            definitions.SCHEDULE_FREE,
-            schedule_free_kernel.play,
-            schedule_free_kernel.schedule_free_scalars,
-            schedule_free_kernel.schedule_free_round,
-            ScheduleFreeScalars._fields,
-            numbers="schedule",
-        ),
-    )
-}
+_RULES = (
+    Rule(definitions.PACE, pace_kernel, _STATISTICS),
+    Rule(definitions.MADA, mada_kernel, _HYPERGRADIENTS, numbers="coefficients", warps=4, narrow=4, registers=168),
+    Rule(definitions.PULLBACK, pullback_kernel, _STATISTICS),
+    Rule(definitions.SCHEDULE_FREE, schedule_free_kernel, numbers="schedule"),
+)
+RULES = {rule.definition.op: rule for rule in _RULES}

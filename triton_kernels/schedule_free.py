@@ -25,8 +25,7 @@ from .arith import averaged, divided, square_root
 
 # What one step of one tensor needs; the fields of ``ScheduleFreeScalars`` in csrc/rules/schedule_free.h.
 ScheduleFreeScalars = namedtuple(
-    "ScheduleFreeScalars",
-    "grad_factor beta2 one_minus_beta2 inv_bias2 eps weight_decay share y_size z_size",
+    "ScheduleFreeScalars", "grad_factor beta2 one_minus_beta2 inv_bias2 eps weight_decay share y_size z_size"
 )
 
 

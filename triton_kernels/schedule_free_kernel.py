@@ -14,11 +14,12 @@ from .schedule_free import ScheduleFreeScalars, schedule_free_rule
 from .storage import load, store
 
 ScheduleFreeOptions = namedtuple("ScheduleFreeOptions", [option.name for option in SCHEDULE_FREE.options])
-ScheduleFreeFlags = namedtuple("ScheduleFreeFlags", SCHEDULE_FREE.flags)
+Flags = namedtuple("ScheduleFreeFlags", SCHEDULE_FREE.flags)
+FIELDS = ScheduleFreeScalars._fields
 
 
 def play(call: Call) -> Play:
-    return Play(ScheduleFreeFlags(), may_be_empty={})
+    return Play(Flags(), may_be_empty={})
 
 
 @triton.jit

@@ -17,7 +17,8 @@ def pointer(address, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
     None where there is no format: the operand is not in play."""
     ptr = None
     if FORMAT is not None:
-        ptr = address.to(tl.pointer_type(tl.uint16 if FORMAT == tl.bfloat16 else FORMAT))  # noqa: SIM300
+        bits = tl.uint16 if FORMAT == tl.bfloat16 else FORMAT  # noqa: SIM300
+        ptr = address.to(tl.pointer_type(bits))
         if ALIGNED:
             ptr = tl.multiple_of(ptr, 16)
     return ptr

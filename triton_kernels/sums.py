@@ -75,19 +75,9 @@ def merged(a, b):
 
 @triton.jit(do_not_specialize=["count", "learn"])
 def _add_up_kernel(
-    rows_ptr,
-    out_ptr,
-    found_inf_ptr,
-    lr_ptr,
-    count,
-    learn,
-    lr: tl.float64,
-    COLUMNS: tl.constexpr,
-    MINIMA: tl.constexpr,
-    MAXIMA: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OUT_WIDTH: tl.constexpr,
-):
+    rows_ptr, out_ptr, found_inf_ptr, lr_ptr, count, learn, lr: tl.float64,
+    COLUMNS: tl.constexpr, MINIMA: tl.constexpr, MAXIMA: tl.constexpr, WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr,
+):  # fmt: skip
     """Row p of `out` from rows p · ROWS_OF_A_PROGRAM and on. Columns are sums, but for those whose bit is set in MINIMA
     or MAXIMA. With fewer columns than a row, `out` is the result: of a step that was left undone, that of nothing; and
     where it has a column more, that is the learning rate, and sums whose bit of `learn` is not set are left out."""

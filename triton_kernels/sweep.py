@@ -57,24 +57,11 @@ def operand(stretch, K: tl.constexpr, FORMATS: tl.constexpr, ALIGNED: tl.constex
 
 @triton.jit(do_not_specialize=["first_block"], repr=lambda compiled: compiled.constants["ROUND"].__name__)
 def _sweep_kernel(
-    table_ptr,
-    blocks_ptr,
-    scalars_ptr,
-    factors_ptr,
-    rows_ptr,
-    found_inf_ptr,
-    first_block,
-    ROUND: tl.constexpr,
-    FLAGS: tl.constexpr,
-    FORMATS: tl.constexpr,
-    FIELDS: tl.constexpr,
-    FINISH: tl.constexpr,
-    TERMS: tl.constexpr,
-    ROW: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    table_ptr, blocks_ptr, scalars_ptr, factors_ptr, rows_ptr, found_inf_ptr, first_block,
+    ROUND: tl.constexpr, FLAGS: tl.constexpr, FORMATS: tl.constexpr, FIELDS: tl.constexpr,
+    FINISH: tl.constexpr, TERMS: tl.constexpr, ROW: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """One step of a stretch of one tensor, by ROUND; its sums, by FINISH, go to its place in `rows`. FORMATS has each
     operand of the definition, None where it is not in play; FIELDS the names of the scalars."""
     if skipped(found_inf_ptr):
