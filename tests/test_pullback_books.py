@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # torch's first optimizer loads it, and what it loads keeps the frames that asked for it
 
 from pace_kernels import Pullback
 
