@@ -53,6 +53,11 @@ class Backend:
                 return f"it was built for {self.architectures}, not for {capability[0]}.{capability[1]}"
         return None
 
+    @property
+    def keeps_plans(self) -> bool:
+        """Whether its operators keep the calls of a step for the next one (planning.py)."""
+        return self.name == "cpu"
+
     def op(self, name: str) -> Callable[..., None]:
         """The function that does the operator ``name`` (pace_kernels/ops.py) on this backend."""
         if self.name == "torch":

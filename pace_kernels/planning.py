@@ -403,7 +403,7 @@ class Planning(Launching):
             return False
         for work in works:
             lr = work.group["lr"]
-            if work.backend.name != "cpu" or work.copies or work.left_undone():
+            if not work.backend.keeps_plans or work.copies or work.left_undone():
                 return False
             if isinstance(lr, Tensor) and not at_hand(lr):
                 return False

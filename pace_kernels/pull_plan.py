@@ -96,7 +96,7 @@ class PullPlan:
         for pull in pulls:
             kinds = set(map(type, pull.owners))
             if (
-                pull.backend.name != "cpu"
+                not pull.backend.keeps_plans
                 or pull.dtype.is_complex
                 or pull.on_device
                 or pull.alone
