@@ -8,38 +8,40 @@ import re
 import pytest
 from emulated import build
 from emulated.build import machine_code
-from emulated.occupancy import sweeps, table, warps
+from emulated.occupancy import Sweep, sweeps, table, warps
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
 
-def operands(match: re.Match[str]) -> tuple[int, int, int]:
-    """128-bit loads and stores of a round, and how many of the loads, the last, hang on whether the average moves."""
-    family, x, g, flags = match.groups()
-    on = [flag == "true" for flag in flags.split(",")]
-    narrow = x != "Float32"
-    x_parts, g_parts, state = 1, (2 if narrow and g == "Float32" else 1), (2 if narrow else 1)
-    if family == "schedule_free":
-        return x_parts + g_parts + 2 * state, x_parts + 2 * state, 0
-    if family == "pace":
-        moment, pull, average, _ = on
-        states, maybe = state * (1 + moment + average), state * (average and not pull)
-        return x_parts + g_parts + states, x_parts + states, maybe
-    if family == "pullback":
-        before, moment, pull, _ = on  # the second moment is in the gradient's place
-        loads = x_parts * (1 + before) + g_parts * moment + state
-        return loads, x_parts * pull + state, state * (not pull)
-    lag, diff, second, lion, adam = on
-    states = state * (2 * adam + diff + second + lion + (lag or diff) + (lag and diff) + 1)
-    return x_parts + g_parts + states, x_parts + states, state
+# What hangs on the step: an average that rests, gradients that change places.
+NOW = {"Pace": ("average",), "Pullback": ("average",), "Mada": ("average", "stay"), "ScheduleFree": ()}
+
+
+def operands(sweep: Sweep) -> tuple[int, int, int]:
+    """128-bit loads and stores of a round, and how many of the loads, the last, hang on the step."""
+    resting = sweep.on | dict.fromkeys(NOW[sweep.definition.name], False)
+    elements = 8 if sweep.narrow else 4
+    loads = stores = maybe = 0
+    for operand, name in zip(sweep.definition.operands, sweep.formats, strict=True):
+        parts = elements * (4 if name == "Float32" else 2) // 16
+        loads += parts * does(operand.reads, sweep.on)
+        stores += parts * does(operand.writes, sweep.on)
+        maybe += parts * (does(operand.reads, sweep.on) - does(operand.reads, resting))
+    return loads, stores, maybe
+
+
+def does(condition: str, on: dict[str, bool]) -> bool:
+    """What a definition says in C++."""
+    python = condition.replace("||", "or").replace("&&", "and").replace("true", "True").replace("false", "False")
+    return bool(eval(python, {}, dict(on)))
 
 
 @pytest.mark.parametrize("arch", build.ARCHS)
 def test_every_instance_is_there(arch: str) -> None:
-    names = [match.group(1) for _, match, _ in sweeps(arch)]
-    assert names.count("pace") == 5 * 12 and names.count("mada") == 5 * 17
-    assert names.count("pullback") == 5 * 4 + 3 * 6  # with a second moment in 5 pairs of formats, without in 3 formats
-    assert names.count("schedule_free") == 5
+    names = [sweep.definition.name for _, sweep, _ in sweeps(arch)]
+    assert names.count("Pace") == 5 * 12 and names.count("Mada") == 5 * 17
+    assert names.count("Pullback") == 5 * 4 + 3 * 6  # with a second moment in 5 pairs of formats, without in 3 formats
+    assert names.count("ScheduleFree") == 5
     assert len(machine_code(arch)) == len(names) + 7  # scalars of four, sums of two, learning
 
 
@@ -52,8 +54,8 @@ def test_nothing_spills(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", build.ARCHS)
 def test_the_vector_path_moves_128_bits(arch: str) -> None:
-    for name, match, code in sweeps(arch):
-        loads, stores, _ = operands(match)
+    for name, sweep, code in sweeps(arch):
+        loads, stores, _ = operands(sweep)
         wide = [line for line in code.instructions if re.search(r"\b(LDG|STG)\.E\.128\b", line)]
         assert sum("LDG" in line for line in wide) == loads, name
         assert sum("STG" in line for line in wide) == stores, name
@@ -63,8 +65,8 @@ def test_the_vector_path_moves_128_bits(arch: str) -> None:
 def test_all_loads_of_a_round_come_before_the_first_use(arch: str) -> None:
     """From the first 128-bit load to the last, no instruction reads a register that one of them fills. Loads that hang
     on whether the average moves may come after a branch, and are not looked at."""
-    for name, match, code in sweeps(arch):
-        loads, _, maybe = operands(match)
+    for name, sweep, code in sweeps(arch):
+        loads, _, maybe = operands(sweep)
         places = [i for i, line in enumerate(code.instructions) if "LDG.E.128" in line][: loads - maybe]
         filled: set[int] = set()
         for line in code.instructions[places[0] : places[-1] + 1]:
@@ -96,11 +98,10 @@ def test_registers_of_instructions() -> None:
 def test_occupancy(arch: str) -> None:
     """The memory of a multiprocessor of an H100 is busy with some 15 KB in flight (3.35 TB/s x 0.6 µs / 132). PACE has
     80 to 144 bytes a thread of loads in flight in a round, MADA 160 to 288."""
-    for name, match, code in sweeps(arch):
-        narrow = match.group(2) != "Float32"
-        least = 16 if match.group(1) != "mada" else (8 if narrow else 12)
+    for name, sweep, code in sweeps(arch):
+        least = 16 if sweep.definition.name != "Mada" else (8 if sweep.narrow else 12)
         assert warps(arch, code) >= least, (name, code.registers)
-        loads, _, _ = operands(match)
+        loads, _, _ = operands(sweep)
         assert warps(arch, code) * 32 * loads * 16 >= 2 * 15_000, name
 
 

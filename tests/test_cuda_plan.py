@@ -19,22 +19,21 @@ MADA = {
     "second_max": False,
 }  # fmt: skip
 REQUEST: dict[str, Any] = {
-    **dict.fromkeys(("lr_tensor", "grad_scale", "clip_coef", "found_inf", "result", "coefficients")),
-    **dict.fromkeys(("average", "diff", "second", "lion", "adam"), True),
+    **dict.fromkeys(("lr_tensor", "grad_scale", "clip_coef", "found_inf", "result", "numbers")),
     "lr_is_double": False,
+    "lists": 0b1111111111,
 }
 PLAN = build.plan_module()
 
 
 def tensor(numel: int, **changes: Any) -> dict[str, Any]:
     address = 0x1000 if numel > 0 else None
-    pointers = dict.fromkeys((*"xgmnvwle", "last_g"), address) | dict.fromkeys(("older_g", "last", "step"))
-    formats = {"x_format": "float32", "g_format": "float32"}
-    return {**pointers, **formats, "numel": numel, "steps_taken": 0.0, **changes}
+    kept = {"operands": [address] * 10, "row": None, "step": None, "x_format": "float32", "g_format": "float32"}
+    return {**kept, "numel": numel, "steps_taken": 0.0, **changes}
 
 
 def plan(tensors: list[dict[str, Any]], **request: Any) -> list[dict[str, Any]]:
-    return PLAN.pace(tensors, OPTIONS, {**REQUEST, **request}, lambda size: 0x2000)
+    return PLAN.pace_step_(tensors, OPTIONS, {**REQUEST, **request}, lambda size: 0x2000)
 
 
 def blocks(numel: int) -> int:
@@ -44,16 +43,16 @@ def blocks(numel: int) -> int:
 def test_thousands_of_small_tensors_are_few_launches() -> None:
     for count in (1, 2000, 5000):
         calls = plan([tensor(1000) for _ in range(count)])
-        assert len(calls) == -(-count // PLAN.CAPACITY["pace"])
+        assert len(calls) == -(-count // PLAN.CAPACITY(5))
         assert sum(c["blocks"] for c in calls) == count
         on_device = plan([tensor(1000, step=0x3000) for _ in range(count)])
-        scalars = -(-count // PLAN.CAPACITY["pace_scalars"])
-        assert [c["family"] for c in on_device] == ["pace_scalars"] * scalars + ["pace"] * len(calls)
-    assert PLAN.CAPACITY["pace"] >= 600 and PLAN.CAPACITY["mada"] >= 350
+        scalars = -(-count // PLAN.SCALARS_CAPACITY)
+        assert [c["kind"] for c in on_device] == ["scalars"] * scalars + ["sweep"] * len(calls)
+    assert PLAN.CAPACITY(5) == 571 and PLAN.CAPACITY(10) == 333
 
 
 def test_parameters_fit_the_limit() -> None:
-    mada = PLAN.mada([tensor(1000)], MADA, REQUEST, lambda size: 0x2000)
+    mada = PLAN.mada_step_([tensor(1000)], MADA, REQUEST, lambda size: 0x2000)
     for call in [*plan([tensor(1000, step=0x3000)], result=0x4000), *mada]:
         assert len(call["parameters"]) <= PLAN.PARAMETER_BYTES == 32764
 
@@ -80,7 +79,7 @@ def test_every_element_is_in_one_launch(tensors: list[tuple[int, str, int]], on_
         tensor(n, x_format=x, g_format=x, steps_taken=float(t), step=0x3000 if on_device else None)
         for n, x, t in tensors
     ]
-    calls = [c for c in plan(made) if c["family"] == "pace"]
+    calls = [c for c in plan(made) if c["kind"] == "sweep"]
     kinds = {(x, None if on_device else t) for n, x, t in tensors}
     alive = {(x, None if on_device else t) for n, x, t in tensors if n > 0}
     assert len(alive) <= len(calls) <= len(kinds)
@@ -90,13 +89,13 @@ def test_every_element_is_in_one_launch(tensors: list[tuple[int, str, int]], on_
 def test_step_counts_of_the_host_reach_the_device_by_value() -> None:
     """Where only the gradient's scale is on the device, the scalars are computed there, for each step count."""
     calls = plan([tensor(10, steps_taken=float(t)) for t in (3, 1, 3, 2)], grad_scale=0x5000)
-    assert [c["family"] for c in calls] == ["pace_scalars"] * 3 + ["pace"]
+    assert [c["kind"] for c in calls] == ["scalars"] * 3 + ["sweep"]
 
 
 @pytest.mark.parametrize(("rows", "launches"), [(1, 1), (1024, 1), (1025, 2), (1024**2, 2), (1024**2 + 1, 3)])
 def test_levels_of_sums(rows: int, launches: int) -> None:
     calls = plan([tensor(rows * PLAN.CHUNK)], result=0x4000)
-    sums = [c for c in calls if c["family"] == "pace_sum"]
+    sums = [c for c in calls if c["kind"] == "sum"]
     assert len(sums) == launches and sums[-1]["blocks"] == 1
 
 
@@ -104,11 +103,11 @@ def test_levels_of_sums(rows: int, launches: int) -> None:
 def test_an_empty_tensor_hides_nothing(order: tuple[int, int]) -> None:
     """It has no addresses, as its operands have not; what is in play is said by the call."""
     (pace,) = plan([tensor(n) for n in order])
-    assert pace["pace_flags"] == (True, True, True, False)
-    (mada,) = PLAN.mada([tensor(n) for n in order], MADA, REQUEST, lambda size: 0x2000)
-    assert mada["mada_flags"] == (False, True, True, True, True)
+    assert pace["flags"] == 0b0111  # moment, pull, average
+    *_, mada = PLAN.mada_step_([tensor(n) for n in order], MADA, REQUEST, lambda size: 0x2000)
+    assert mada["flags"] == 0b0111110  # diff, second, lion, adam, average
 
 
 def test_nothing_to_do() -> None:
     assert plan([tensor(0)]) == []
-    assert [c["family"] for c in plan([tensor(0)], result=0x4000)] == ["pace_sum"]
+    assert [c["kind"] for c in plan([tensor(0)], result=0x4000)] == ["sum"]

@@ -7,20 +7,12 @@
 
 namespace pace {
 
-// PACE's kernels (pace.cu).
-const void* pace_scalars_function();
-const void* pace_kernel_function(const KernelId& id);
-
-// The pullback's (pullback.cu).
-const void* pullback_scalars_function();
-const void* pullback_kernel_function(const KernelId& id);
-
-// Schedule-free AdamW's (schedule_free.cu).
-const void* schedule_free_scalars_function();
-const void* schedule_free_kernel_function(const KernelId& id);
+// A rule's sweep, in the rule's .cu file; null where there is no such instance.
+template <class Rule>
+const void* sweep_function(const KernelId& id);
 
 // Launches a kernel on a device's stream; null, or what went wrong.
-const char* launch_kernel(const KernelId& id, int32_t blocks, int32_t threads, const void* parameters, int32_t device,
+const char* launch_kernel(const KernelId& id, int64_t blocks, int threads, const void* parameters, int32_t device,
                           void* stream);
 
 // Why the driver that is here can't run these kernels; empty where it can, or where there is none.

@@ -43,149 +43,43 @@ struct StepAddress {
 
 // ---- scalars on the device ------------------------------------------------------------------------------------------
 
-struct PaceStepScalars {
-  PaceScalars rule;
-  PaceStatScalars stat;
-};
-
-struct MadaStepScalars {
-  MadaScalars now, last;  // of the new step, and of the one that is redone, where there is one
-  PaceScalars pull;
-  MadaCoefficients factors;
-  int32_t first;  // no last gradient was kept yet
-};
-
-struct PullbackStepScalars {
-  PullbackScalars rule;
-  PaceStatScalars stat;
-};
-
 // One thread a tensor: advances its step count and computes its scalars.
-struct PaceScalarsLaunch {
-  static constexpr int kCapacity = 4000;
-  StepAddress step[kCapacity];
-  PaceStepScalars* out;  // of the first of these tensors
-  const float* found_inf;
-  FactorSource factor;
-  LrSource lr;
-  PaceOptions options;
-  double steps_taken;  // of those on the host
-  int32_t tensors;
-};
-static_assert(sizeof(PaceScalarsLaunch) <= kParameterBytes);
-
-struct MadaScalarsLaunch {
+template <class Rule>
+struct ScalarsLaunch {
   static constexpr int kCapacity = 2000;
   StepAddress step[kCapacity];
-  double* last[kCapacity];  // last_scalars; null where no gradient is kept
-  MadaStepScalars* out;
-  const float* found_inf;
+  double* row[kCapacity];       // the few numbers that a tensor keeps; null where it keeps none
+  typename Rule::Scalars* out;  // of the first of these tensors
+  const float* found_inf;       // may be null, as in every launch
   FactorSource factor;
   LrSource lr;
-  MadaOptions options;
-  const double* coefficients;  // those that `learn` names
-  double steps_taken;          // of those on the host
+  typename Rule::D::Options options;
+  const double* numbers;  // MADA's coefficients, the schedule; may be null
+  double steps_taken;     // of those on the host
   int32_t tensors;
 };
-static_assert(sizeof(MadaScalarsLaunch) <= kParameterBytes);
-
-struct PullbackScalarsLaunch {
-  static constexpr int kCapacity = 4000;
-  StepAddress step[kCapacity];
-  PullbackStepScalars* out;
-  const float* found_inf;
-  LrSource lr;
-  PullbackOptions options;
-  double steps_taken;  // of those on the host
-  int32_t tensors;
-};
-static_assert(sizeof(PullbackScalarsLaunch) <= kParameterBytes);
-
-struct ScheduleFreeScalarsLaunch {
-  static constexpr int kCapacity = 4000;
-  StepAddress step[kCapacity];
-  ScheduleFreeScalars* out;
-  const float* found_inf;
-  FactorSource factor;
-  LrSource lr;
-  ScheduleFreeOptions options;
-  const double* schedule;  // in place of count and share; may be null
-  double steps_taken;      // of those on the host
-  int32_t tensors;
-};
-static_assert(sizeof(ScheduleFreeScalarsLaunch) <= kParameterBytes);
 
 // ---- sweeps ---------------------------------------------------------------------------------------------------------
 
-// The tensors of a launch: how many blocks come before each, and how many elements each has.
-template <int kCapacity>
-struct Table {
-  int64_t numel[kCapacity];
-  int32_t first_block[kCapacity];
+// The launch of every sweep: a table of tensors whose rows are the operands' arrays. No template: the plan fills it for
+// every rule by the same code, in place, and a kernel, which knows at compile time how many rows its rule has in play,
+// reads the places of `tensors` alone.
+struct SweepLaunch {
+  static constexpr int kSlots = 4000;
+  static constexpr size_t kScalarBytes = 400;
+  static constexpr int kHeadRows = 2;  // number of elements; first block
+
+  uint64_t slot[kSlots];                           // row r of tensor i: slot[r * capacity(arrays) + i]
+  alignas(8) unsigned char scalars[kScalarBytes];  // of all tensors, where they are not on the device
+  const void* device_scalars;                      // of the first tensor of this launch; null: `scalars`
+  const float* found_inf;
+  void* sums;  // of the first block of this launch
   int32_t tensors;
-};
+  uint32_t now;  // the rule's switches that are known at launch, not at compile time
 
-struct PaceRow {
-  double stats[kPaceStats];
+  static constexpr int capacity(int arrays) { return kSlots / (kHeadRows + arrays); }
 };
-
-struct PaceLaunch {
-  static constexpr int kCapacity = 620;
-  void* x[kCapacity];
-  const void* g[kCapacity];
-  float *m[kCapacity], *v[kCapacity], *e[kCapacity];
-  Table<kCapacity> table;
-  PaceStepScalars scalars;                // of all tensors, where they are not on the device
-  const PaceStepScalars* device_scalars;  // of the first tensor of this launch; null: `scalars`
-  const float* found_inf;                 // may be null, as in every launch
-  PaceRow* rows;                          // of the first block of this launch
-};
-static_assert(sizeof(PaceLaunch) <= kParameterBytes);
-
-struct MadaRow {
-  double sums[kCoefficients];
-};
-
-struct MadaLaunch {
-  static constexpr int kCapacity = 350;
-  void* x[kCapacity];
-  const void* g[kCapacity];
-  float *m[kCapacity], *n[kCapacity], *v[kCapacity], *w[kCapacity], *l[kCapacity];
-  float *last_g[kCapacity], *older_g[kCapacity], *e[kCapacity];
-  Table<kCapacity> table;
-  MadaStepScalars scalars;
-  const MadaStepScalars* device_scalars;
-  const float* found_inf;
-  MadaRow* rows;
-  int32_t pull;        // 1: the average pulls, also in a step in which it rests
-  int32_t roles_stay;  // 1: last_g gets the new gradient and older_g the last one; 0: the new one goes over the older
-};
-static_assert(sizeof(MadaLaunch) <= kParameterBytes);
-
-struct PullbackLaunch {
-  static constexpr int kCapacity = 730;
-  void* x[kCapacity];
-  const void *before[kCapacity], *v[kCapacity];
-  float* e[kCapacity];
-  Table<kCapacity> table;
-  PullbackStepScalars scalars;
-  const PullbackStepScalars* device_scalars;
-  const float* found_inf;
-  PaceRow* rows;
-};
-static_assert(sizeof(PullbackLaunch) <= kParameterBytes);
-
-struct ScheduleFreeLaunch {
-  static constexpr int kCapacity = 740;
-  void* y[kCapacity];
-  const void* g[kCapacity];
-  float *v[kCapacity], *z[kCapacity];
-  Table<kCapacity> table;
-  ScheduleFreeScalars scalars;
-  const ScheduleFreeScalars* device_scalars;
-  const float* found_inf;
-};
-static_assert(sizeof(ScheduleFreeLaunch) <= kParameterBytes);
+static_assert(sizeof(SweepLaunch) <= kParameterBytes);
 
 // ---- sums of blocks -------------------------------------------------------------------------------------------------
 
@@ -221,28 +115,16 @@ static_assert(sizeof(LearnLaunch) <= kParameterBytes);
 
 // ---- which kernel ---------------------------------------------------------------------------------------------------
 
-enum class KernelFamily : int32_t {
-  kPaceScalars,
-  kPace,
-  kPaceSum,
-  kMadaScalars,
-  kMada,
-  kMadaSum,
-  kLearn,
-  kPullbackScalars,
-  kPullback,
-  kScheduleFreeScalars,
-  kScheduleFree,
-};
+enum class KernelKind : int32_t { kScalars, kSweep, kSum, kLearn };
+enum class RuleName : int32_t { kPace, kMada, kPullback, kScheduleFree };
 
-// A sweep's instance: formats of weights and gradients, and the rule's flags. Others have none of these. The pullback
-// reads no gradient: `g` is the format of the second moment, and of the weights where there is none.
+// A sweep's instance: formats of weights and of what lies beside them in a format of its own, the gradients or the
+// pullback's second moment; and the rule's flags. Others have none of these.
 struct KernelId {
-  KernelFamily family;
+  KernelKind kind;
+  RuleName rule;
   Format x = Format::kFloat32, g = Format::kFloat32;
-  bool moment = false, pull = false, average = false, stats = false;           // PACE's
-  bool before = false;                                                         // the pullback's, with three of PACE's
-  bool lag = false, diff = false, second = false, lion = false, adam = false;  // MADA's
+  unsigned flags = 0;
 };
 
 }  // namespace pace

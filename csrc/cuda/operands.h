@@ -66,11 +66,10 @@ class Operands {
  public:
   explicit Operands(const Place& place) : place_(place) {}
 
-  // Parameter i, whose memory sets the order for its other operands.
-  void* parameter(const TensorList& params, size_t i, Format* format, bool written = true) {
-    const Tensor& t = params[i];
-    check_operand("params", i, t, t, written, place_);
-    *format = format_of("params", i, t, false);
+  // Parameter i, operand 0, whose memory sets the order for its other operands.
+  void* parameter(const ListInfo& list, const Tensor& t, size_t i, Format* format, bool written) {
+    check_operand(list.name, i, t, t, written, place_);
+    *format = format_of(list.name, i, t, false);
     param_ = order_ = t;
     if (is_dense(t)) return t.data_ptr();
     order_ = torch::stable::empty_like(t);
@@ -79,38 +78,15 @@ class Operands {
     return order_.data_ptr();
   }
 
-  // Null where the operand is not in play.
-  void* operand(const char* name, const TensorList& list, size_t i, bool needed, bool state, bool written,
-                Format* format = nullptr) {
-    if (!needed) return nullptr;
-    const Tensor& t = list[i];
-    check_operand(name, i, t, param_, written, place_);
-    const Format f = format_of(name, i, t, state);
-    if (format != nullptr) *format = f;
+  void* operand(const ListInfo& list, const Tensor& t, size_t i, Format* format) {
+    check_operand(list.name, i, t, param_, list.mutable_, place_);
+    *format = format_of(list.name, i, t, list.role == Role::state);
     if (same_order(t, order_)) return t.data_ptr();
     Tensor copy = empty_in_order_of(order_, t);
     torch::stable::copy_(copy, t);
     copies_.push_back(copy);
-    if (written) back_.emplace_back(t, copy);
+    if (list.mutable_) back_.emplace_back(t, copy);
     return copy.data_ptr();
-  }
-
-  // What is read beside parameter i, in its format or in float32: there are kernels for the pairs of PACE_BY_FORMAT
-  // (kernels.h).
-  void* narrow_or_float32(const char* name, const TensorList& list, size_t i, bool needed, Format parameter,
-                          Format* format) {
-    void* const address = operand(name, list, i, needed, false, false, format);
-    STD_TORCH_CHECK(!needed || *format == parameter || *format == Format::kFloat32, entry(name, i),
-                    " must be of its parameter's dtype, or float32");
-    return address;
-  }
-
-  void* gradient(const TensorList& grads, size_t i, Format parameter, Format* format) {
-    return narrow_or_float32("grads", grads, i, true, parameter, format);
-  }
-
-  float* state(const char* name, const TensorList& list, size_t i, bool needed = true) {
-    return static_cast<float*>(operand(name, list, i, needed, true, true));
   }
 
   // What was written to copies, back to where it belongs.
@@ -133,24 +109,7 @@ inline std::pair<StepAddress, double> step_of(const TensorList& steps, size_t i,
   return {StepAddress{reinterpret_cast<uintptr_t>(steps[i].data_ptr()) | uintptr_t{is_double}}, 0.0};
 }
 
-template <class T>
-void count_steps(const TensorList& steps, const std::vector<T>& tensors) {
-  for (size_t i = 0; i < steps.size(); ++i) write_step(steps[i], tensors[i].steps_taken + 1.0);
-}
-
 inline float* address(const std::optional<Tensor>& t) { return t ? static_cast<float*>(t->data_ptr()) : nullptr; }
-inline double* doubles(const std::optional<Tensor>& t) { return t ? static_cast<double*>(t->data_ptr()) : nullptr; }
-
-inline StepRequest step_request(const std::optional<Tensor>& lr, double value, const GradScaling& scaling,
-                                bool capturable, const std::optional<Tensor>& result) {
-  STD_TORCH_CHECK(capturable || !scaling.found_inf,
-                  "found_inf needs capturable: only the device knows whether a step counts, so steps must be there");
-  const bool is_double = lr && lr->scalar_type() == ScalarType::Double;
-  return {{value, lr ? lr->data_ptr() : nullptr, is_double},
-          {address(scaling.grad_scale), address(scaling.clip_coef)},
-          address(scaling.found_inf),
-          doubles(result)};
-}
 
 // Memory for a plan, from torch's allocator: in the order of the stream, so that it may be freed before the kernels
 // ran.
@@ -170,14 +129,14 @@ class DeviceWorkspace {
   TensorList buffers_;
 };
 
-inline void launch(const Plan& plan, const Place& place) {
+// Launches on a device's current stream.
+inline Emit launcher(const Place& place) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(place.index, &stream));
-  for (const KernelCall& call : plan) {
-    const char* const error =
-        launch_kernel(call.id, call.blocks, call.threads, call.parameters.data(), place.index, stream);
+  return [=](const KernelId& id, int64_t blocks, int threads, const void* parameters, size_t) {
+    const char* const error = launch_kernel(id, blocks, threads, parameters, place.index, stream);
     STD_TORCH_CHECK(error == nullptr, "pace_kernels: a CUDA kernel could not be launched: ", error);
-  }
+  };
 }
 
 }  // namespace pace

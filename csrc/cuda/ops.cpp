@@ -7,123 +7,69 @@
 namespace pace {
 namespace {
 
-// What the operators share: checks, the device and its memory, and what follows the launches. `plan` gives the launches
-// of the call from its operands.
-template <class D, class T, class PlanOf>
-void run(StableIValue* stack, const PlanOf& plan) {
+// From a checked call to what the plan takes; raises where an operand can't be walked, and has written nothing then but
+// copies.
+template <class Rule>
+void add_tensor(const Call<typename Rule::D>& call, size_t i, Operands& operands, const Place& place, SweepTensor& to) {
+  using D = typename Rule::D;
+  to = {};
+  to.array[0] = operands.parameter(D::kLists[0], call.params()[i], i, &to.x, is_written(call, 0));
+  to.g = to.x;
+  for (int k = 1; k < D::kOperands; ++k) {
+    const TensorList& list = call.lists[static_cast<size_t>(k)];
+    if (list.empty()) continue;
+    const Role role = D::kLists[k].role;
+    Format format;
+    to.array[k] = operands.operand(D::kLists[k], list[i], i, &format);
+    const std::string name = entry(D::kLists[k].name, i);
+    STD_TORCH_CHECK(role != Role::copy || format == to.x, name, " must be of its parameter's dtype");
+    if (role != Role::gradient && role != Role::moment) continue;
+    STD_TORCH_CHECK(format == to.x || format == Format::kFloat32, name,
+                    " must be of its parameter's dtype, or float32");
+    to.g = format;
+  }
+  to.numel = call.params()[i].numel();
+  std::tie(to.step, to.steps_taken) = step_of(call.steps, i, call.options.capturable, place);
+  if (!call.rows.empty()) to.row = static_cast<double*>(call.rows[i].data_ptr());
+}
+
+template <class Rule>
+StepRequest<Rule> request_of(const Call<typename Rule::D>& call) {
+  using D = typename Rule::D;
+  const GradScaling& s = call.scaling;
+  STD_TORCH_CHECK(call.options.capturable || !s.found_inf,
+                  "found_inf needs capturable: only the device knows whether a step counts, so steps must be there");
+  const auto extra = [&](int k) { return k < 0 ? nullptr : call.numbers(static_cast<typename D::Extra>(k)); };
+  const bool is_double = call.lr && call.lr->scalar_type() == ScalarType::Double;
+  StepRequest<Rule> r{call.options,
+                      0,
+                      {call.options.lr, call.lr ? call.lr->data_ptr() : nullptr, is_double},
+                      {address(s.grad_scale), address(s.clip_coef)},
+                      address(s.found_inf),
+                      extra(Rule::kNumbers),
+                      extra(Rule::kResult)};
+  for (int k = 0; k < D::kOperands; ++k) r.lists |= call.lists[static_cast<size_t>(k)].empty() ? 0u : bit(k);
+  return r;
+}
+
+// An operator: all checks, then the launches.
+template <class Rule>
+void step(StableIValue* stack, uint64_t, uint64_t) {
+  using D = typename Rule::D;
   Call<D> call = read_call<D>(stack);
   if (call.params().empty()) return;
   const Place place = place_of("params[0]", call.params()[0]);
   check_call(call, place);
   const torch::stable::accelerator::DeviceGuard guard(place.index);
+  const StepRequest<Rule> request = request_of<Rule>(call);
   Operands operands(place);
-  std::vector<T> tensors(call.params().size());
+  std::vector<SweepTensor> tensors(call.params().size());
+  for (size_t i = 0; i < tensors.size(); ++i) add_tensor<Rule>(call, i, operands, place, tensors[i]);
   DeviceWorkspace workspace(call.params()[0]);
-  launch(plan(call, operands, tensors, place, workspace.give()), place);
+  plan_step(tensors, request, workspace.give(), launcher(place));
   operands.copy_back();
-  if (!call.options.capturable) count_steps(call.steps, tensors);
-}
-
-template <class D>
-StepRequest request_of(const Call<D>& call, typename D::Extra result) {
-  return step_request(call.lr, call.options.lr, call.scaling, call.options.capturable, call.extras[result]);
-}
-
-void pace_step(StableIValue* stack, uint64_t, uint64_t) {
-  using D = PaceDefinition;
-  run<D, PaceTensor>(stack, [](const Call<D>& call, Operands& operands, std::vector<PaceTensor>& tensors,
-                               const Place& place, const Workspace& workspace) {
-    const PaceRequest request{request_of(call, D::kStats), call.options, call.has(D::kE)};
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      PaceTensor& t = tensors[i];
-      t.x = operands.parameter(call.params(), i, &t.x_format);
-      t.g = operands.gradient(call[D::kG], i, t.x_format, &t.g_format);
-      t.m = operands.state("exp_avgs", call[D::kM], i, call.options.beta1 != 0.0);
-      t.v = operands.state("exp_avg_sqs", call[D::kV], i);
-      t.e = operands.state("emas", call[D::kE], i, call.has(D::kE));
-      t.numel = call.params()[i].numel();
-      std::tie(t.step, t.steps_taken) = step_of(call.steps, i, call.options.capturable, place);
-    }
-    return plan_pace(tensors, request, workspace);
-  });
-}
-
-void mada_step(StableIValue* stack, uint64_t, uint64_t) {
-  using D = MadaDefinition;
-  run<D, MadaTensor>(stack, [](const Call<D>& call, Operands& operands, std::vector<MadaTensor>& tensors,
-                               const Place& place, const Workspace& workspace) {
-    const MadaParts parts(call);
-    const MadaRequest request{request_of(call, D::kHypergradients),
-                              call.options,
-                              call.numbers(D::kCoefficients),
-                              parts.diff,
-                              parts.second,
-                              parts.lion,
-                              parts.adam,
-                              call.options.capturable};
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      MadaTensor& t = tensors[i];
-      t.x = operands.parameter(call.params(), i, &t.x_format);
-      t.g = operands.gradient(call[D::kG], i, t.x_format, &t.g_format);
-      const auto state = [&](D::Operand k, bool needed) {
-        return operands.state(D::kLists[k].name, call[k], i, needed);
-      };
-      t.m = state(D::kM, parts.adam);
-      t.n = state(D::kN, parts.diff);
-      t.v = state(D::kV, parts.adam);
-      t.w = state(D::kW, parts.second);
-      t.l = state(D::kL, parts.lion);
-      t.last_g = state(D::kLastG, parts.keeps_gradients());
-      t.older_g = state(D::kOlderG, parts.lag && parts.diff);
-      t.e = state(D::kE, call.has(D::kE));
-      t.last = parts.keeps_gradients() ? static_cast<double*>(call.rows[i].data_ptr()) : nullptr;
-      t.numel = call.params()[i].numel();
-      std::tie(t.step, t.steps_taken) = step_of(call.steps, i, call.options.capturable, place);
-    }
-    return plan_mada(tensors, request, workspace);
-  });
-}
-
-void pull_back(StableIValue* stack, uint64_t, uint64_t) {
-  using D = PullbackDefinition;
-  run<D, PullbackTensor>(stack, [](const Call<D>& call, Operands& operands, std::vector<PullbackTensor>& tensors,
-                                   const Place& place, const Workspace& workspace) {
-    const PullbackRequest request{request_of(call, D::kStats), call.options, call.has(D::kBefore), call.has(D::kV)};
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      PullbackTensor& t = tensors[i];
-      t.x = operands.parameter(call.params(), i, &t.x_format, pulls(call.options));
-      t.g_format = t.x_format;
-      Format before = t.x_format;
-      t.before = operands.operand("befores", call[D::kBefore], i, request.before, false, false, &before);
-      STD_TORCH_CHECK(before == t.x_format, entry("befores", i), " must be of its parameter's dtype");
-      t.v = operands.narrow_or_float32("second_moments", call[D::kV], i, request.moment, t.x_format, &t.g_format);
-      t.e = operands.state("emas", call[D::kE], i);
-      t.numel = call.params()[i].numel();
-      std::tie(t.step, t.steps_taken) = step_of(call.steps, i, call.options.capturable, place);
-    }
-    return plan_pullback(tensors, request, workspace);
-  });
-}
-
-void schedule_free_step(StableIValue* stack, uint64_t, uint64_t) {
-  using D = ScheduleFreeDefinition;
-  run<D, ScheduleFreeTensor>(
-      stack, [](const Call<D>& call, Operands& operands, std::vector<ScheduleFreeTensor>& tensors, const Place& place,
-                const Workspace& workspace) {
-        const ScheduleFreeRequest request{
-            step_request(call.lr, call.options.lr, call.scaling, call.options.capturable, std::nullopt), call.options,
-            call.numbers(D::kSchedule)};
-        for (size_t i = 0; i < tensors.size(); ++i) {
-          ScheduleFreeTensor& t = tensors[i];
-          t.y = operands.parameter(call.params(), i, &t.x_format);
-          t.g = operands.gradient(call[D::kG], i, t.x_format, &t.g_format);
-          t.v = operands.state("exp_avg_sqs", call[D::kV], i);
-          t.z = operands.state("zs", call[D::kZ], i);
-          t.numel = call.params()[i].numel();
-          std::tie(t.step, t.steps_taken) = step_of(call.steps, i, call.options.capturable, place);
-        }
-        return plan_schedule_free(tensors, request, workspace);
-      });
+  if (call.options.capturable) return;
+  for (size_t i = 0; i < tensors.size(); ++i) write_step(call.steps[i], tensors[i].steps_taken + 1.0);
 }
 
 void mada_learn(const LearnArguments& a) {
@@ -132,24 +78,23 @@ void mada_learn(const LearnArguments& a) {
   STD_TORCH_CHECK(a.sums.size() <= LearnLaunch::kCapacity, "sums must have at most ", LearnLaunch::kCapacity,
                   " entries, got ", a.sums.size());
   const torch::stable::accelerator::DeviceGuard guard(place.index);
+  const auto doubles = [](const Tensor& t) { return static_cast<double*>(t.data_ptr()); };
   LearnRequest request{};
-  for (const Tensor& row : a.sums) request.sums.push_back(static_cast<const double*>(row.data_ptr()));
+  for (const Tensor& row : a.sums) request.sums.push_back(doubles(row));
   request.coefficients = doubles(a.coefficients), request.momenta = doubles(a.momenta);
   request.hypergradients = doubles(a.hypergradients), request.hyper_step = doubles(a.hyper_step);
   request.found_inf = address(a.found_inf);
   for (size_t k = 0; k < kCoefficients; ++k) request.options[k] = a.options(k);
   request.warmup = static_cast<double>(a.warmup);
   request.learn = a.learn;
-  launch(plan_learn(request), place);
+  plan_learn(request, launcher(place));
 }
 
 }  // namespace
 }  // namespace pace
 
 STABLE_TORCH_LIBRARY_IMPL(pace_kernels, CUDA, m) {
-  m.impl(pace::PaceDefinition::kOp, &pace::pace_step);
-  m.impl(pace::MadaDefinition::kOp, &pace::mada_step);
-  m.impl(pace::PullbackDefinition::kOp, &pace::pull_back);
-  m.impl(pace::ScheduleFreeDefinition::kOp, &pace::schedule_free_step);
+#define PACE_IMPLEMENT(Rule) m.impl(pace::Rule::D::kOp, &pace::step<pace::Rule>);
+  PACE_CUDA_RULES(PACE_IMPLEMENT)
   m.impl("mada_learn_", TORCH_BOX(&pace::mada_learn_<pace::mada_learn>));
 }

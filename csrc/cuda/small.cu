@@ -1,52 +1,38 @@
-// The small kernels: MADA's scalars, sums over blocks, learning; and the launch itself.
+// The small kernels: scalars on the device, sums over blocks, learning; and the launch itself.
 #include <cuda_runtime.h>
 
-#include "kernels.h"
 #include "sweep.cuh"
 
 namespace pace {
 
-__global__ void __launch_bounds__(kThreads) mada_scalars_kernel(const __grid_constant__ MadaScalarsLaunch launch) {
+template <class Rule>
+__global__ void __launch_bounds__(kThreads) scalars_kernel(const __grid_constant__ ScalarsLaunch<Rule> launch) {
   const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (i >= launch.tensors || skipped(launch.found_inf)) return;
   const StepAddress step = launch.step[i];
-  double* const last = launch.last[i];
-  const double taken = read(step, launch.steps_taken), t = taken + 1.0;
-  MadaOptions options = launch.options;
-  const double lr = options.lr = read(launch.lr);
-  MadaCoefficients q = fixed_coefficients(options);
-  for (int k = 0; k < kCoefficients; ++k) q[k] = learned(options, k) ? launch.coefficients[k] : q[k];
-  MadaStepScalars& out = launch.out[i];
+  const double t = read(step, launch.steps_taken) + 1.0;
+  typename Rule::D::Options options = launch.options;
+  options.lr = read(launch.lr);
+  typename Rule::Scalars& out = launch.out[i];
   clear_words(out);
-  out.now = mada_scalars(options, t, lr, q);
-  out.pull = pace_scalars(options, t, read(launch.factor));
-  out.first = last != nullptr && last[kTaken] == kNoGradient;
-  if (options.learn != 0) {
-    const LastStep redo = last_step(options, taken, last);
-    out.last = redo.scalars;
-    out.factors = redo.factors;
-  }
+  Rule::fill(out, options, t, read(launch.factor), launch.numbers, launch.row[i]);
   write(step, t);
-  if (last == nullptr) return;
-  last[kTaken] = options.learn != 0 ? kRedo : kDone;
-  last[kLastLr] = lr;
-  for (int k = 0; k < kCoefficients; ++k) last[kLastCoefficients + k] = q[k];
 }
 
-__device__ __forceinline__ void clear(PaceRow& row) { clear_stats(row.stats); }
-__device__ __forceinline__ void merge(PaceRow& a, const PaceRow& b) { merge_stats(a.stats, b.stats); }
+__device__ __forceinline__ void clear(PaceRow& row) { clear_stats(row.values); }
+__device__ __forceinline__ void merge(PaceRow& a, const PaceRow& b) { merge_stats(a.values, b.values); }
 __device__ __forceinline__ void clear(MadaRow& row) {
-  for (int k = 0; k < kCoefficients; ++k) row.sums[k] = 0.0;
+  for (int k = 0; k < kCoefficients; ++k) row.values[k] = 0.0;
 }
 __device__ __forceinline__ void merge(MadaRow& a, const MadaRow& b) {
-  for (int k = 0; k < kCoefficients; ++k) a.sums[k] += b.sums[k];
+  for (int k = 0; k < kCoefficients; ++k) a.values[k] += b.values[k];
 }
 
 __device__ __forceinline__ void write_result(const SumLaunch<PaceRow>& launch, const PaceRow& row, bool) {
-  for (int k = 0; k < kPaceStats; ++k) launch.result[k] = row.stats[k];
+  for (int k = 0; k < kPaceStats; ++k) launch.result[k] = row.values[k];
 }
 __device__ __forceinline__ void write_result(const SumLaunch<MadaRow>& launch, const MadaRow& row, bool skip) {
-  for (int k = 0; k < kCoefficients; ++k) launch.result[k] = (launch.learn >> k & 1) != 0 ? row.sums[k] : 0.0;
+  for (int k = 0; k < kCoefficients; ++k) launch.result[k] = (launch.learn >> k & 1) != 0 ? row.values[k] : 0.0;
   launch.result[kCoefficients] = skip ? 0.0 : read(launch.lr);
 }
 
@@ -98,41 +84,38 @@ __global__ void __launch_bounds__(32) learn_kernel(const __grid_constant__ Learn
 template <class X, class G>
 const void* mada_function(const KernelId& id);  // mada.cu, one object for each pair of formats
 
+template <>
+const void* sweep_function<MadaRule>(const KernelId& id) {
+  return PACE_BY_FORMAT(mada_function, id);
+}
+
+template <class Rule>
 static const void* function_of(const KernelId& id) {
-  switch (id.family) {
-    case KernelFamily::kPaceScalars:
-      return pace_scalars_function();
-    case KernelFamily::kPace:
-      return pace_kernel_function(id);
-    case KernelFamily::kPaceSum:
-      return (const void*)sum_kernel<PaceRow>;
-    case KernelFamily::kMadaScalars:
-      return (const void*)mada_scalars_kernel;
-    case KernelFamily::kMada:
-      return PACE_BY_FORMAT(mada_function, id);
-    case KernelFamily::kMadaSum:
-      return (const void*)sum_kernel<MadaRow>;
-    case KernelFamily::kLearn:
+  switch (id.kind) {
+    case KernelKind::kScalars:
+      return (const void*)scalars_kernel<Rule>;
+    case KernelKind::kSweep:
+      return sweep_function<Rule>(id);
+    case KernelKind::kSum:
+      return (const void*)sum_kernel<typename Rule::Row>;
+    case KernelKind::kLearn:
       return (const void*)learn_kernel;
-    case KernelFamily::kPullbackScalars:
-      return pullback_scalars_function();
-    case KernelFamily::kPullback:
-      return pullback_kernel_function(id);
-    case KernelFamily::kScheduleFreeScalars:
-      return schedule_free_scalars_function();
-    case KernelFamily::kScheduleFree:
-      return schedule_free_kernel_function(id);
   }
   return nullptr;
 }
 
-const char* launch_kernel(const KernelId& id, int32_t blocks, int32_t threads, const void* parameters, int32_t device,
+const char* launch_kernel(const KernelId& id, int64_t blocks, int threads, const void* parameters, int32_t device,
                           void* stream) {
+  const void* function = nullptr;
+#define FIND(Rule) \
+  if (id.rule == Rule::kName) function = function_of<Rule>(id);
+  PACE_CUDA_RULES(FIND)
+#undef FIND
   // torch's runtime has made the device current; this library's own, linked statically, must know it too.
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) {
     void* arguments[] = {const_cast<void*>(parameters)};
-    error = cudaLaunchKernel(function_of(id), dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
+    error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
                              arguments, 0, static_cast<cudaStream_t>(stream));
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -47,4 +47,13 @@ __device__ __forceinline__ PaceSums block_sums(const PaceThreadSums& sums) {
       });
 }
 
+// The statistics of a block, where a kernel sums.
+template <class Scalars>
+__device__ __forceinline__ void finish_stats(const PaceThreadSums& sums, const Scalars& s, void* rows, int count) {
+  const PaceSums all = block_sums(sums);
+  if (threadIdx.x == 0) block_stats(static_cast<PaceRow*>(rows)[blockIdx.x].values, all, count, s.stat);
+}
+template <class Scalars>
+__device__ __forceinline__ void finish_stats(const NoSums&, const Scalars&, void*, int) {}
+
 }  // namespace pace

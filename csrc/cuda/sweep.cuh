@@ -3,7 +3,11 @@
 // element, through the same function.
 #pragma once
 
-#include "launches.h"
+#include <type_traits>
+#include <utility>
+
+#include "kernels.h"
+#include "rules.h"
 
 namespace pace {
 
@@ -70,10 +74,6 @@ struct Vector {
 // No load moves beyond this line, so that all loads of a round are under way before the first is waited for.
 __device__ __forceinline__ void loads_end() { asm volatile("" ::: "memory"); }
 
-// Elements a thread takes at once: 16 bytes of the narrower of weights and gradients.
-template <class X, class G>
-constexpr int kVector = sizeof(typename X::Element) == 2 || sizeof(typename G::Element) == 2 ? 8 : 4;
-
 // A block's part of the work.
 struct Stretch {
   int tensor;     // its place in the launch's table
@@ -81,40 +81,21 @@ struct Stretch {
   int count;
 };
 
-template <int kCapacity>
-__device__ __forceinline__ Stretch find_stretch(const Table<kCapacity>& table) {
+__device__ __forceinline__ Stretch find_stretch(const SweepLaunch& launch, int capacity) {
   const int block = static_cast<int>(blockIdx.x);
-  int low = 0, high = table.tensors - 1;
+  const auto first_block = [&](int i) { return static_cast<int>(launch.slot[capacity + i]); };
+  int low = 0, high = launch.tensors - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (table.first_block[middle] <= block) {
+    if (first_block(middle) <= block) {
       low = middle;
     } else {
       high = middle - 1;
     }
   }
-  const int64_t begin = (block - table.first_block[low]) * kChunk, left = table.numel[low] - begin;
+  const int64_t begin = (block - first_block(low)) * kChunk;
+  const int64_t left = static_cast<int64_t>(launch.slot[low]) - begin;
   return {low, begin, static_cast<int>(left < kChunk ? left : kChunk)};
-}
-
-template <class... Pointers>
-__device__ __forceinline__ bool all_aligned(Pointers... pointers) {
-  return ((reinterpret_cast<uintptr_t>(pointers) | ...) & 15) == 0;  // null is aligned
-}
-
-// Calls round<N>(element) for a vector of N elements, or 1, at a time.
-template <int N, class Round>
-__device__ __forceinline__ void sweep(const Stretch& part, bool aligned, const Round& round) {
-  int done = 0;
-  if (aligned) {
-    done = part.count / N * N;
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x) * N; i < done; i += kThreads * N) round.template run<N>(part.begin + i);
-  }
-#pragma unroll 1
-  for (int i = done + static_cast<int>(threadIdx.x); i < part.count; i += kThreads) {
-    round.template run<1>(part.begin + i);
-  }
 }
 
 // Clears the scalars of a tensor, the gaps between members included: blocks copy all of it, and compute-sanitizer's
@@ -179,6 +160,193 @@ __device__ __forceinline__ T block_reduce(T value, T* shared, const Merge& merge
     for (int warp = 1; warp < kThreads / 32; ++warp) value = merge(value, shared[warp]);
   }
   return value;
+}
+
+// ---- a round --------------------------------------------------------------------------------------------------------
+
+// kSometimes: in a step in which the rule's Now says so; the same for all elements of a tensor.
+enum class When { never, sometimes, always };
+
+// When a kernel reads and writes operand k: the definition's uses, where those that only a flag of the step brings
+// about may happen.
+template <class Element>
+struct UsesOf {
+  using Rule = typename Element::Rule;
+  using With = typename Rule::D::template Uses<Element::kFlags>;
+  using Without = typename Rule::D::template Uses<Element::kFlags & ~Rule::kNow>;
+
+  static constexpr When when(bool with, bool without) {
+    return without ? When::always : (with ? When::sometimes : When::never);
+  }
+  static constexpr When read(int k) { return when(With::kUses[k].read, Without::kUses[k].read); }
+  static constexpr When written(int k) { return when(With::kUses[k].written, Without::kUses[k].written); }
+  static constexpr bool in_play(int k) { return With::kUses[k].in_play(); }
+  static constexpr int array(int operand) {
+    int row = 0;
+    for (int k = 0; k < operand; ++k) row += in_play(k) ? 1 : 0;
+    return row;
+  }
+};
+
+template <int k, class V>
+struct Slot {
+  V held;
+};
+
+template <int k, class V>
+__device__ __forceinline__ V& held(Slot<k, V>& s) {
+  return s.held;
+}
+
+template <int N, class Operands, class... F>
+struct Registers;
+template <int N, int... k, class... F>
+struct Registers<N, std::integer_sequence<int, k...>, F...> : Slot<k, Vector<F, N>>... {};
+
+// A round of a sweep: of operands of the formats F..., loads, the rule's element, stores.
+template <class Element, class Operands, class... F>
+struct Round;
+
+template <class Element, int... k, class... F>
+struct Round<Element, std::integer_sequence<int, k...>, F...> {
+  using Uses = UsesOf<Element>;
+  using Now = typename Element::Now;
+  static constexpr int kCount = sizeof...(F);
+  static constexpr int kCapacity = SweepLaunch::capacity(Uses::array(kCount));
+
+  void* address[kCount];
+  const typename Element::Scalars& scalars;
+  const uint32_t launched;
+  typename Element::Sums& sums;
+
+  __device__ __forceinline__ Round(const SweepLaunch& launch, int tensor, const typename Element::Scalars& s,
+                                   typename Element::Sums& to)
+      : scalars(s), launched(launch.now), sums(to) {
+    ((address[k] = Uses::in_play(k) ? reinterpret_cast<void*>(
+                                          launch.slot[(SweepLaunch::kHeadRows + Uses::array(k)) * kCapacity + tensor])
+                                    : nullptr),
+     ...);
+  }
+  __device__ __forceinline__ bool aligned() const {  // null is aligned
+    return ((reinterpret_cast<uintptr_t>(address[k]) | ...) & 15) == 0;
+  }
+
+  template <int i, When kWhen, class R>
+  __device__ __forceinline__ void load(const Now& now, R& r, int64_t at) const {
+    if constexpr (Uses::read(i) == kWhen) {
+      if (kWhen == When::always || now.reads(i)) held<i>(r).load(address[i], at);
+    }
+  }
+  template <int i, class R>
+  static __device__ __forceinline__ float get(R& r, int j) {
+    if constexpr (Uses::read(i) != When::never) return held<i>(r).get(j);
+    return 0.0f;
+  }
+  template <int i, class R>
+  static __device__ __forceinline__ void set(R& r, int j, float value) {
+    if constexpr (Uses::written(i) != When::never) held<i>(r).set(j, value);
+  }
+  template <int i, When kWhen, class R>
+  __device__ __forceinline__ void store(const Now& now, R& r, int64_t at) const {
+    if constexpr (Uses::written(i) == kWhen) {
+      if (kWhen == When::always || now.writes(i)) held<i>(r).store(address[i], at);
+    }
+  }
+
+  template <int N>
+  __device__ __forceinline__ void run(int64_t at) const {
+    if constexpr (Element::kScalarsAnew) asm volatile("" ::: "memory");  // instead of kept in registers
+    const Now now(scalars, launched);  // for each round: for a block, MADA's switches spill
+    Registers<N, std::integer_sequence<int, k...>, F...> r;
+    (load<k, When::always>(now, r, at), ...);
+    (load<k, When::sometimes>(now, r, at), ...);
+    loads_end();
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      float a[kCount] = {get<k>(r, j)...};
+      Element::step(scalars, now, a, sums);
+      (set<k>(r, j, a[k]), ...);
+    }
+    // What is always stored first: a branch before it would keep its registers alive, and MADA's 168 spill.
+    (store<k, When::always>(now, r, at), ...);
+    (store<k, When::sometimes>(now, r, at), ...);
+  }
+};
+
+// Calls round.run<N> for vectors of N elements, or of 1.
+template <int N, class Round>
+__device__ __forceinline__ void walk(const Stretch& part, bool aligned, const Round& round) {
+  int done = 0;
+  if (aligned) {
+    done = part.count / N * N;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x) * N; i < done; i += kThreads * N) round.template run<N>(part.begin + i);
+  }
+#pragma unroll 1
+  for (int i = done + static_cast<int>(threadIdx.x); i < part.count; i += kThreads) {
+    round.template run<1>(part.begin + i);
+  }
+}
+
+// ---- the kernel -----------------------------------------------------------------------------------------------------
+
+// Elements a thread takes at once: 16 bytes of the narrowest of 16-bit and 32-bit formats.
+template <class... F>
+constexpr int kVectorOf = ((sizeof(typename F::Element) == 2) || ...) ? 8 : 4;
+
+// What a rule without sums has.
+struct NoSums {};
+
+template <class Element, class... F>
+__global__ void __launch_bounds__(kThreads, Element::blocks(kVectorOf<F...>))
+    sweep_kernel(const __grid_constant__ SweepLaunch launch) {
+  using Scalars = typename Element::Scalars;
+  using SweepRound = Round<Element, std::make_integer_sequence<int, sizeof...(F)>, F...>;
+  if (skipped(launch.found_inf)) return;
+  __shared__ Scalars scalars;
+  const Stretch part = find_stretch(launch, SweepRound::kCapacity);
+  copy_scalars(&scalars, *reinterpret_cast<const Scalars*>(launch.scalars),
+               static_cast<const Scalars*>(launch.device_scalars), part.tensor);
+  typename Element::Sums sums;
+  const SweepRound round(launch, part.tensor, scalars, sums);
+  walk<kVectorOf<F...>>(part, round.aligned(), round);
+  Element::finish(sums, scalars, launch.sums, part.count);
+}
+
+// ---- instances ------------------------------------------------------------------------------------------------------
+
+// The format of operand k by its role: a state is float32. Out of play all of G are one, so that there is one instance.
+template <class Element, int k, class X, class G>
+struct FormatOf {
+  static constexpr Role role = Element::Rule::D::kLists[k].role;
+  static constexpr bool own = (role == Role::gradient || role == Role::moment) && UsesOf<Element>::in_play(k);
+  using type = std::conditional_t<role == Role::state, Float32, std::conditional_t<own, G, X>>;
+};
+
+template <class Element, class X, class G, int... k>
+const void* instance(std::integer_sequence<int, k...>) {
+  return (const void*)sweep_kernel<Element, typename FormatOf<Element, k, X, G>::type...>;
+}
+
+template <template <unsigned> class Element, unsigned kFlags, class X, class G>
+const void* function_of() {
+  using D = typename Element<kFlags>::Rule::D;
+  if constexpr (Element<kFlags>::kThere) {
+    return instance<Element<kFlags>, X, G>(std::make_integer_sequence<int, D::kOperands>());
+  }
+  return nullptr;
+}
+
+template <template <unsigned> class Element, class X, class G, unsigned... kFlags>
+const void* by_flags(unsigned flags, std::integer_sequence<unsigned, kFlags...>) {
+  static const void* const functions[] = {function_of<Element, kFlags, X, G>()...};
+  return functions[flags];
+}
+
+// The kernel of each value of a rule's flags; null where Element::kThere says that there is none.
+template <template <unsigned> class Element, class X, class G>
+const void* instances(const KernelId& id) {
+  return by_flags<Element, X, G>(id.flags, std::make_integer_sequence<unsigned, Element<0>::Rule::D::Flag::values>());
 }
 
 }  // namespace pace

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -18,24 +19,29 @@ from torch import Tensor
 
 from emulated import build
 from pace_kernels.backend import Backend
-from pace_kernels.ops import MADA_STATES
+from pace_kernels.definitions import DEFINITIONS
+from pace_kernels.definitions.kit import Definition, Operand
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 GARBAGE = 0xA5  # what a workspace holds before anything is written to it
 
 
+RULES = {op.removesuffix("_").removesuffix("_step"): op for op in DEFINITIONS}
+
+
 def kernel_name(call: dict[str, Any]) -> str:
     """The name of a launch's kernel, as :func:`build.kernels` has it."""
-    family = call["family"]
-    formats = [f"pace::{name}" for name in call["formats"]]
-    if family in ("pace", "mada", "pullback"):
-        flags = [str(flag).lower() for flag in call[f"{family}_flags"]]
-        return f"pace::{family}_kernel<{','.join(formats + flags)}>"
-    if family == "schedule_free":
-        return f"pace::schedule_free_kernel<{','.join(formats)}>"
-    if family.endswith("_sum"):
-        return f"pace::sum_kernel<pace::{family.split('_')[0].capitalize()}Row>"
-    return f"pace::{family}_kernel"
+    definition = DEFINITIONS[RULES[call["rule"]]]
+    if call["kind"] == "sweep":
+        x, g = (f"pace::{name}" for name in call["formats"])
+        of_role = {"weight": x, "copy": x, "gradient": g, "moment": g, "state": "pace::Float32"}
+        formats = ",".join(of_role[operand.role] for operand in definition.operands)
+        return f"pace::sweep_kernel<pace::{definition.name}<{call['flags']}u>,{formats}>"
+    if call["kind"] == "sum":
+        return f"pace::sum_kernel<pace::{'Mada' if call['rule'] == 'mada' else 'Pace'}Row>"
+    if call["kind"] == "scalars":
+        return f"pace::scalars_kernel<pace::{definition.name}Rule>"
+    return "pace::learn_kernel"
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
@@ -69,6 +75,11 @@ class Device:
             mock.patch.object(Backend, "keeps_plans", False),  # those of the CPU would take the next steps there
         ):
             yield self
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in DEFINITIONS:
+            raise AttributeError(name)
+        return partial(self._step_of, DEFINITIONS[name])
 
     # ---- memory ----------------------------------------------------------------------------------------------------
 
@@ -119,11 +130,12 @@ class Device:
                 order=self.rng,
                 warp_serial=self.rng if self.warp_serial else None,
             )
+            family = call["rule"] if call["kind"] == "sweep" else f"{call['rule']}_{call['kind']}"
             for kind in ("ld", "st"):
                 for address, count in done[f"{kind}_bytes_by_buffer"].items():
-                    self.moved[call["family"], self.names[address], kind] += count
+                    self.moved[family, self.names[address], kind] += count
                 for width, count in done[f"{kind}_bytes_by_width"].items():
-                    self.widths[call["family"], kind, width] += count
+                    self.widths[family, kind, width] += count
         assert self.skipped or not self._unwritten_words()
         for tensor, address in self.uploaded:
             out = torch.from_numpy(np.ascontiguousarray(self.memory.download(address)))
@@ -133,100 +145,52 @@ class Device:
 
     # ---- operators -------------------------------------------------------------------------------------------------
 
-    def _request(self, tensors: dict[str, Tensor | None], result: Tensor | None) -> dict[str, Any]:
-        lr, found_inf = tensors.get("lr_tensor"), tensors.get("found_inf")
+    def _step_of(self, definition: Definition, *arguments: Any, **named: Any) -> None:
+        self._begin()
+        lists, optional = [e.list for e in definition.lists], definition.optional_tensors
+        given = dict.fromkeys(optional) | dict(zip((*lists, "steps", *optional), arguments, strict=False))
+        given |= {name: named.pop(name) for name in list(named) if name in given or name == "steps"}
+        on_device, found_inf = named["capturable"], given["found_inf"]
+        given["capturable"] = on_device
+        assert on_device or found_inf is None  # as the operator requires
         self.skipped = found_inf is not None and bool(found_inf)
-        names = ("grad_scale", "clip_coef", "found_inf", "lr_tensor")
-        request: dict[str, Any] = {name: self._small(name, tensors.get(name), False) for name in names}
+        # The pullback of nothing reads its weights alone.
+        written = "gain" not in named or bool(named["lambda_pullback"] if named["gain"] is None else named["gain"])
+        tensors = [self._tensor(definition, given, i, written) for i in range(len(given["params"]))]
+        lr, extras = given["lr_tensor"], definition.extras
+        request: dict[str, Any] = dict.fromkeys(("grad_scale", "clip_coef", "numbers", "result"))
+        request |= {name: self._small(name, given[name], False) for name in ("lr_tensor", *definition.scaling)}
+        for extra in extras:
+            place = "result" if extra.written else "numbers"
+            request[place] = self._small(place, given[extra.name], extra.written)
         request["lr_is_double"] = lr is not None and lr.dtype == torch.float64
-        request["result"] = self._small("result", result)
-        return request
-
-    def _step(self, step: Tensor, on_device: bool) -> dict[str, Any]:
-        """Its address, the lowest bit set where it is float64, or its value."""
+        request["lists"] = sum(bool(given[operand.list]) << k for k, operand in enumerate(definition.operands))
+        self._run(getattr(self.plan, definition.op)(tensors, named, request, self._workspace))
         if not on_device:
-            return {"step": None, "steps_taken": step.item()}
-        return {"step": (self._small("step", step) or 0) | (step.dtype == torch.float64), "steps_taken": 0.0}
-
-    def _count(self, steps: list[Tensor], on_device: bool) -> None:
-        if not on_device:
-            for step in steps:
+            for step in given["steps"]:
                 step += 1
 
-    def pace_step_(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        emas: list[Tensor],
-        steps: list[Tensor],
-        stats: Tensor | None = None,
-        lr_tensor: Tensor | None = None,
-        grad_scale: Tensor | None = None,
-        clip_coef: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        **options: Any,
-    ) -> None:
-        self._begin()
-        moment = options["beta1"] != 0.0
-        on_device = options["capturable"]
-        assert on_device or found_inf is None  # as the operator requires
-        tensors = [
-            {
-                "x": self._up("x", param),
-                "g": self._up("g", grads[i], False),
-                "m": self._up("m", exp_avgs[i]) if moment else None,
-                "v": self._up("v", exp_avg_sqs[i]),
-                "e": self._up("e", emas[i]) if emas else None,
-                "x_format": DTYPES[param.dtype],
-                "g_format": DTYPES[grads[i].dtype],
-                "numel": param.numel(),
-                **self._step(steps[i], on_device),
-            }
-            for i, param in enumerate(params)
-        ]
-        given = {"lr_tensor": lr_tensor, "grad_scale": grad_scale, "clip_coef": clip_coef, "found_inf": found_inf}
-        request = self._request(given, stats) | {"average": bool(emas)}
-        self._run(self.plan.pace(tensors, options, request, self._workspace))
-        self._count(steps, on_device)
-
-    def mada_step_(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        *lists: Any,
-        **options: Any,
-    ) -> None:
-        self._begin()
-        optional = ("coefficients", "hypergradients", "lr_tensor", "grad_scale", "clip_coef", "found_inf")
-        given = dict(zip((*MADA_STATES, *optional), lists, strict=False))
-        given |= {k: options.pop(k) for k in optional if k in options}
-        on_device = options["capturable"]
-        assert on_device or given.get("found_inf") is None
-        names = {
-            "m": "exp_avgs", "v": "exp_avg_sqs", "n": "exp_avg_diffs", "w": "second_exp_avg_sqs",
-            "l": "exp_avg_lions", "last_g": "last_grads", "older_g": "older_grads", "e": "emas",
-        }  # fmt: skip
-        tensors = [
-            {
-                "x": self._up("x", param),
-                "g": self._up("g", grads[i], False),
-                **{k: self._up(k, given[name][i]) if given[name] else None for k, name in names.items()},
-                "last": self._small("last", given["last_scalars"][i]) if given["last_scalars"] else None,
-                "x_format": DTYPES[param.dtype],
-                "g_format": DTYPES[grads[i].dtype],
-                "numel": param.numel(),
-                **self._step(given["steps"][i], on_device),
-            }
-            for i, param in enumerate(params)
-        ]
-        request = self._request(given, given.get("hypergradients"))
-        in_play = {"diff": "n", "second": "w", "lion": "l", "adam": "v"}
-        request |= {flag: bool(given[names[operand]]) for flag, operand in in_play.items()}
-        request["coefficients"] = self._small("coefficients", given.get("coefficients"), False)
-        self._run(self.plan.mada(tensors, options, request, self._workspace))
-        self._count(given["steps"], on_device)
+    def _tensor(self, definition: Definition, given: dict[str, Any], i: int, stepped: bool) -> dict[str, Any]:
+        param, step = given["params"][i], given["steps"][i]
+        formats = {"x_format": DTYPES[param.dtype], "g_format": DTYPES[param.dtype]}
+        operands: list[int | None] = []
+        row = None
+        for entry in definition.lists:
+            if not given[entry.list]:
+                operands += [None] if isinstance(entry, Operand) else []
+            elif not isinstance(entry, Operand):
+                row = self._small("row", given[entry.list][i])
+            else:
+                tensor = given[entry.list][i]
+                written = entry.mutable and (entry.role != "weight" or stepped)
+                operands.append(self._up(entry.symbol, tensor, written))
+                if entry.role in ("gradient", "moment"):
+                    formats["g_format"] = DTYPES[tensor.dtype]
+        counted = {"step": None, "steps_taken": step.item()}
+        if given["capturable"]:  # the address's lowest bit is set where it is float64
+            address = (self._small("step", step) or 0) | (step.dtype == torch.float64)
+            counted = {"step": address, "steps_taken": 0.0}
+        return {"operands": operands, "row": row, "numel": param.numel(), **formats, **counted}
 
     def mada_learn_(
         self,
@@ -249,72 +213,3 @@ class Device:
             **options,
         }
         self._run(self.plan.learn(request))
-
-    def pullback_(
-        self,
-        params: list[Tensor],
-        befores: list[Tensor],
-        second_moments: list[Tensor],
-        emas: list[Tensor],
-        steps: list[Tensor],
-        stats: Tensor | None = None,
-        lr_tensor: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        **options: Any,
-    ) -> None:
-        self._begin()
-        on_device = options["capturable"]
-        assert on_device or found_inf is None
-        written = bool(options["lambda_pullback"] if options["gain"] is None else options["gain"])
-        tensors = [
-            {
-                "x": self._up("x", param, written),
-                "before": self._up("before", befores[i], False) if befores else None,
-                "v": self._up("v", second_moments[i], False) if second_moments else None,
-                "e": self._up("e", emas[i]),
-                "x_format": DTYPES[param.dtype],
-                "g_format": DTYPES[(second_moments[i] if second_moments else param).dtype],
-                "numel": param.numel(),
-                **self._step(steps[i], on_device),
-            }
-            for i, param in enumerate(params)
-        ]
-        request = self._request({"lr_tensor": lr_tensor, "found_inf": found_inf}, stats)
-        request |= {"before": bool(befores), "moment": bool(second_moments)}
-        self._run(self.plan.pullback(tensors, options, request, self._workspace))
-        self._count(steps, on_device)
-
-    def schedule_free_step_(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        zs: list[Tensor],
-        steps: list[Tensor],
-        schedule: Tensor | None = None,
-        lr_tensor: Tensor | None = None,
-        grad_scale: Tensor | None = None,
-        clip_coef: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        **options: Any,
-    ) -> None:
-        self._begin()
-        on_device = options["capturable"]
-        assert on_device or found_inf is None
-        tensors = [
-            {
-                "y": self._up("y", param),
-                "g": self._up("g", grads[i], False),
-                "v": self._up("v", exp_avg_sqs[i]),
-                "z": self._up("z", zs[i]),
-                "x_format": DTYPES[param.dtype],
-                "g_format": DTYPES[grads[i].dtype],
-                "numel": param.numel(),
-                **self._step(steps[i], on_device),
-            }
-            for i, param in enumerate(params)
-        ]
-        given = {"lr_tensor": lr_tensor, "grad_scale": grad_scale, "clip_coef": clip_coef, "found_inf": found_inf}
-        request = self._request(given, None) | {"schedule": self._small("schedule", schedule, False)}
-        self._run(self.plan.schedule_free(tensors, options, request, self._workspace))
-        self._count(steps, on_device)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+
+from pace_kernels.definitions import MADA, PACE, PULLBACK, SCHEDULE_FREE, Definition
 
 from . import build
 from .build import MachineCode
+from .device import kernel_name
 
 THREADS = 128  # of a block; csrc/cuda/launches.h
-SWEEP = r"pace::(pace|mada|pullback|schedule_free)_kernel<pace::(\w+),pace::(\w+),?(.*)>"
+SWEEP = r"pace::sweep_kernel<pace::(\w+)<(\d+)u>,(.*)>"
 # Of a multiprocessor: registers, threads, shared memory in KiB (CUDA C++ Programming Guide, compute capabilities).
 MULTIPROCESSOR = {
     "80": (65536, 2048, 164),
@@ -17,15 +21,27 @@ MULTIPROCESSOR = {
     "100": (65536, 2048, 228),
     "120": (65536, 1536, 100),
 }
+# By the definition's flags.
 ROWS = {
-    "PACE": ("pace", "true,true,true,false"),
-    "PACE, `log_stats=True`": ("pace", "true,true,true,true"),
-    "`Pullback(AdamW)`": ("pullback", "true,true,true,false"),
-    "ScheduleFreeAdamW": ("schedule_free", ""),
-    "MADA, all learned": ("mada", "true,true,true,true,true"),
-    "MADA, preset `adamw`": ("mada", "false,false,false,false,true"),
+    "PACE": (PACE, "moment pull average"),
+    "PACE, `log_stats=True`": (PACE, "moment pull average stats"),
+    "`Pullback(AdamW)`": (PULLBACK, "before moment pull average"),
+    "ScheduleFreeAdamW": (SCHEDULE_FREE, ""),
+    "MADA, all learned": (MADA, "lag diff second lion adam average stay"),
+    "MADA, preset `adamw`": (MADA, "adam average"),
 }
-FORMATS = {"float32": "pace::Float32,pace::Float32", "bfloat16": "pace::BFloat16,pace::BFloat16"}
+FORMATS = {"float32": "Float32", "bfloat16": "BFloat16"}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    definition: Definition
+    on: dict[str, bool]  # its flags
+    formats: list[str]  # of its operands
+
+    @property
+    def narrow(self) -> bool:
+        return any(name != "Float32" for name in self.formats)
 
 
 def warps(arch: str, code: MachineCode) -> int:
@@ -36,18 +52,27 @@ def warps(arch: str, code: MachineCode) -> int:
     return min(of_registers, threads // THREADS, of_shared) * THREADS // 32
 
 
-def sweeps(arch: str) -> list[tuple[str, re.Match[str], MachineCode]]:
-    found = [(name, re.fullmatch(SWEEP, name), code) for name, code in build.machine_code(arch).items()]
-    return [(name, match, code) for name, match, code in found if match is not None]
+def sweeps(arch: str) -> list[tuple[str, Sweep, MachineCode]]:
+    by_name = {d.name: d for d in (PACE, MADA, PULLBACK, SCHEDULE_FREE)}
+    found = []
+    for name, code in build.machine_code(arch).items():
+        if match := re.fullmatch(SWEEP, name):
+            definition, number = by_name[match.group(1)], int(match.group(2))
+            on = {flag: bool(number >> k & 1) for k, flag in enumerate(definition.flags)}
+            formats = [part.removeprefix("pace::") for part in match.group(3).split(",")]
+            found.append((name, Sweep(definition, on, formats), code))
+    return found
 
 
 def table() -> list[str]:
     archs = [f"{arch[:-1]}.{arch[-1]}" for arch in build.ARCHS]
     lines = [f"| registers a thread (warps a multiprocessor) | {' | '.join(archs)} |"]
     lines.append("| --- |" + " --- |" * len(archs))
-    for row, (family, flags) in ROWS.items():
-        for dtype, formats in FORMATS.items():
-            name = f"pace::{family}_kernel<{f'{formats},{flags}'.rstrip(',')}>"
+    for row, (definition, flags) in ROWS.items():
+        number = sum(1 << definition.flags.index(flag) for flag in flags.split())
+        rule = definition.op.removesuffix("_").removesuffix("_step")
+        for dtype, of in FORMATS.items():
+            name = kernel_name({"kind": "sweep", "rule": rule, "formats": (of, of), "flags": number})
             codes = [(arch, build.machine_code(arch)[name]) for arch in build.ARCHS]
             cells = [f"{code.registers} ({warps(arch, code)})" for arch, code in codes]
             lines.append(f"| {row}, {dtype} | {' | '.join(cells)} |")

@@ -20,11 +20,6 @@ T* pointer(const py::handle& source, const char* name) {
   return value.is_none() ? nullptr : reinterpret_cast<T*>(value.cast<uintptr_t>());
 }
 
-pace::StepAddress step(const py::handle& source) {
-  const py::object value = source["step"];
-  return {value.is_none() ? 0 : value.cast<uintptr_t>()};
-}
-
 template <class T>
 T value(const py::handle& source, const char* name) {
   return py::object(source[name]).cast<T>();
@@ -56,100 +51,54 @@ Options options_of(const py::dict& from) {
   return options;
 }
 
-pace::StepRequest step_request(const py::dict& r, double lr) {
-  return {{lr, pointer<void>(r, "lr_tensor"), value<bool>(r, "lr_is_double")},
-          {pointer<float>(r, "grad_scale"), pointer<float>(r, "clip_coef")},
-          pointer<float>(r, "found_inf"),
-          pointer<double>(r, "result")};
-}
-
 pace::Workspace workspace(const std::function<uintptr_t(size_t)>& take) {
   return [take](size_t bytes) { return reinterpret_cast<void*>(take(bytes)); };
 }
 
-py::list calls(const pace::Plan& plan) {
-  static const char* const families[] = {
-      "pace_scalars", "pace",  "pace_sum",         "mada_scalars", "mada",
-      "mada_sum",     "learn", "pullback_scalars", "pullback",     "schedule_free_scalars",
-      "schedule_free"};
-  py::list out;
-  for (const pace::KernelCall& c : plan) {
-    const pace::KernelId& id = c.id;
+pace::Emit append_to(py::list& calls) {
+  return [&calls](const pace::KernelId& id, int64_t blocks, int threads, const void* parameters, size_t bytes) {
+    static const char* const kinds[] = {"scalars", "sweep", "sum", "learn"};
+    static const char* const rules[] = {"pace", "mada", "pullback", "schedule_free"};
     py::dict call;
-    call["family"] = families[static_cast<int>(id.family)];
+    call["kind"] = kinds[static_cast<int>(id.kind)];
+    call["rule"] = rules[static_cast<int>(id.rule)];
     call["formats"] = py::make_tuple(format_name(id.x), format_name(id.g));
-    call["pace_flags"] = py::make_tuple(id.moment, id.pull, id.average, id.stats);
-    call["pullback_flags"] = py::make_tuple(id.before, id.moment, id.pull, id.stats);
-    call["mada_flags"] = py::make_tuple(id.lag, id.diff, id.second, id.lion, id.adam);
-    call["blocks"] = c.blocks;
-    call["threads"] = c.threads;
-    call["parameters"] = py::bytes(reinterpret_cast<const char*>(c.parameters.data()), c.parameters.size());
-    out.append(call);
-  }
-  return out;
+    call["flags"] = id.flags;
+    call["blocks"] = blocks;
+    call["threads"] = threads;
+    call["parameters"] = py::bytes(static_cast<const char*>(parameters), bytes);
+    calls.append(call);
+  };
 }
 
-py::list plan_pace(const py::list& tensors, const py::dict& options, const py::dict& request,
+// `tensors`: addresses of the operands in the order of the definition, and the rest by name.
+template <class Rule>
+py::list plan_step(const py::list& tensors, const py::dict& options, const py::dict& r,
                    const std::function<uintptr_t(size_t)>& take) {
-  std::vector<pace::PaceTensor> list;
-  for (const py::handle& t : tensors) {
-    list.push_back({pointer<void>(t, "x"), pointer<void>(t, "g"), pointer<float>(t, "m"), pointer<float>(t, "v"),
-                    pointer<float>(t, "e"), format(value<std::string>(t, "x_format")),
-                    format(value<std::string>(t, "g_format")), value<int64_t>(t, "numel"), step(t),
-                    value<double>(t, "steps_taken")});
+  std::vector<pace::SweepTensor> list;
+  for (const py::handle& from : tensors) {
+    pace::SweepTensor& t = list.emplace_back();
+    size_t k = 0;
+    for (const py::handle& address : py::list(from["operands"])) {
+      t.array[k++] = address.is_none() ? nullptr : reinterpret_cast<void*>(address.cast<uintptr_t>());
+    }
+    t.x = format(value<std::string>(from, "x_format")), t.g = format(value<std::string>(from, "g_format"));
+    t.numel = value<int64_t>(from, "numel");
+    t.step = {reinterpret_cast<uintptr_t>(pointer<void>(from, "step"))};
+    t.steps_taken = value<double>(from, "steps_taken");
+    t.row = pointer<double>(from, "row");
   }
-  const auto o = options_of<pace::PaceOptions>(options);
-  const pace::PaceRequest r{step_request(request, o.lr), o, value<bool>(request, "average")};
-  return calls(pace::plan_pace(list, r, workspace(take)));
-}
-
-py::list plan_mada(const py::list& tensors, const py::dict& options, const py::dict& request,
-                   const std::function<uintptr_t(size_t)>& take) {
-  std::vector<pace::MadaTensor> list;
-  for (const py::handle& t : tensors) {
-    list.push_back({pointer<void>(t, "x"), pointer<void>(t, "g"), pointer<float>(t, "m"), pointer<float>(t, "n"),
-                    pointer<float>(t, "v"), pointer<float>(t, "w"), pointer<float>(t, "l"), pointer<float>(t, "last_g"),
-                    pointer<float>(t, "older_g"), pointer<float>(t, "e"), format(value<std::string>(t, "x_format")),
-                    format(value<std::string>(t, "g_format")), value<int64_t>(t, "numel"), step(t),
-                    value<double>(t, "steps_taken"), pointer<double>(t, "last")});
-  }
-  const auto o = options_of<pace::MadaOptions>(options);
-  const pace::MadaRequest r{step_request(request, o.lr),
-                            o,
-                            pointer<double>(request, "coefficients"),
-                            value<bool>(request, "diff"),
-                            value<bool>(request, "second"),
-                            value<bool>(request, "lion"),
-                            value<bool>(request, "adam"),
-                            o.capturable};
-  return calls(pace::plan_mada(list, r, workspace(take)));
-}
-
-py::list plan_pullback(const py::list& tensors, const py::dict& o, const py::dict& request,
-                       const std::function<uintptr_t(size_t)>& take) {
-  std::vector<pace::PullbackTensor> list;
-  for (const py::handle& t : tensors) {
-    list.push_back({pointer<void>(t, "x"), pointer<void>(t, "before"), pointer<void>(t, "v"), pointer<float>(t, "e"),
-                    format(value<std::string>(t, "x_format")), format(value<std::string>(t, "g_format")),
-                    value<int64_t>(t, "numel"), step(t), value<double>(t, "steps_taken")});
-  }
-  const auto options = options_of<pace::PullbackOptions>(o);
-  const pace::PullbackRequest r{step_request(request, options.lr), options, value<bool>(request, "before"),
-                                value<bool>(request, "moment")};
-  return calls(pace::plan_pullback(list, r, workspace(take)));
-}
-
-py::list plan_schedule_free(const py::list& tensors, const py::dict& o, const py::dict& request,
-                            const std::function<uintptr_t(size_t)>& take) {
-  std::vector<pace::ScheduleFreeTensor> list;
-  for (const py::handle& t : tensors) {
-    list.push_back({pointer<void>(t, "y"), pointer<void>(t, "g"), pointer<float>(t, "v"), pointer<float>(t, "z"),
-                    format(value<std::string>(t, "x_format")), format(value<std::string>(t, "g_format")),
-                    value<int64_t>(t, "numel"), step(t), value<double>(t, "steps_taken")});
-  }
-  const auto options = options_of<pace::ScheduleFreeOptions>(o);
-  const pace::ScheduleFreeRequest r{step_request(request, options.lr), options, pointer<double>(request, "schedule")};
-  return calls(pace::plan_schedule_free(list, r, workspace(take)));
+  const auto o = options_of<typename Rule::D::Options>(options);
+  const pace::StepRequest<Rule> request{o,
+                                        value<unsigned>(r, "lists"),
+                                        {o.lr, pointer<void>(r, "lr_tensor"), value<bool>(r, "lr_is_double")},
+                                        {pointer<float>(r, "grad_scale"), pointer<float>(r, "clip_coef")},
+                                        pointer<float>(r, "found_inf"),
+                                        pointer<double>(r, "numbers"),
+                                        pointer<double>(r, "result")};
+  py::list calls;
+  pace::plan_step(list, request, workspace(take), append_to(calls));
+  return calls;
 }
 
 py::list plan_learn(const py::dict& r) {
@@ -167,25 +116,23 @@ py::list plan_learn(const py::dict& r) {
   }
   request.warmup = value<double>(r, "warmup");
   request.learn = value<int64_t>(r, "learn");
-  return calls(pace::plan_learn(request));
+  py::list calls;
+  pace::plan_learn(request, append_to(calls));
+  return calls;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(cuda_plan, m) {
-  m.def("pace", &plan_pace);
-  m.def("mada", &plan_mada);
-  m.def("pullback", &plan_pullback);
-  m.def("schedule_free", &plan_schedule_free);
+  py::dict sizes;
+#define PLAN(Rule)                                   \
+  m.def(pace::Rule::D::kOp, &plan_step<pace::Rule>); \
+  sizes[pace::Rule::D::kOp] = py::make_tuple(sizeof(pace::Rule::Scalars), sizeof(pace::Rule::Row));
+  PACE_CUDA_RULES(PLAN)
   m.def("learn", &plan_learn);
   m.attr("CHUNK") = pace::kChunk;
   m.attr("PARAMETER_BYTES") = pace::kParameterBytes;
-  m.attr("CAPACITY") = py::dict(py::arg("pace") = static_cast<int>(pace::PaceLaunch::kCapacity),
-                                py::arg("mada") = static_cast<int>(pace::MadaLaunch::kCapacity),
-                                py::arg("pace_scalars") = static_cast<int>(pace::PaceScalarsLaunch::kCapacity));
-  m.attr("SIZES") = py::dict(py::arg("pace_scalars") = sizeof(pace::PaceStepScalars),
-                             py::arg("mada_scalars") = sizeof(pace::MadaStepScalars),
-                             py::arg("pullback_scalars") = sizeof(pace::PullbackStepScalars),
-                             py::arg("schedule_free_scalars") = sizeof(pace::ScheduleFreeScalars),
-                             py::arg("pace_row") = sizeof(pace::PaceRow), py::arg("mada_row") = sizeof(pace::MadaRow));
+  m.attr("CAPACITY") = py::cpp_function(&pace::SweepLaunch::capacity);
+  m.attr("SCALARS_CAPACITY") = static_cast<int>(pace::ScalarsLaunch<pace::PaceRule>::kCapacity);
+  m.attr("SIZES") = sizes;  // of a tensor's scalars and of a block's sums
 }
