@@ -148,7 +148,9 @@ class Device:
     def _step_of(self, definition: Definition, *arguments: Any, **named: Any) -> None:
         self._begin()
         lists, optional = [e.list for e in definition.lists], definition.optional_tensors
-        given = dict.fromkeys(optional) | dict(zip((*lists, "steps", *optional), arguments, strict=False))
+        given: dict[str, Any] = dict.fromkeys(optional) | dict(
+            zip((*lists, "steps", *optional), arguments, strict=False)
+        )
         given |= {name: named.pop(name) for name in list(named) if name in given or name == "steps"}
         on_device, found_inf = named["capturable"], given["found_inf"]
         given["capturable"] = on_device

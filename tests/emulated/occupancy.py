@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pace_kernels.definitions import MADA, PACE, PULLBACK, SCHEDULE_FREE, Definition
+from pace_kernels.definitions import DEFINITIONS
+from pace_kernels.definitions.kit import Definition
 
 from . import build
 from .build import MachineCode
@@ -21,14 +22,15 @@ MULTIPROCESSOR = {
     "100": (65536, 2048, 228),
     "120": (65536, 1536, 100),
 }
-# By the definition's flags.
+BY_NAME = {definition.name: definition for definition in DEFINITIONS.values()}
+# A definition and its flags.
 ROWS = {
-    "PACE": (PACE, "moment pull average"),
-    "PACE, `log_stats=True`": (PACE, "moment pull average stats"),
-    "`Pullback(AdamW)`": (PULLBACK, "before moment pull average"),
-    "ScheduleFreeAdamW": (SCHEDULE_FREE, ""),
-    "MADA, all learned": (MADA, "lag diff second lion adam average stay"),
-    "MADA, preset `adamw`": (MADA, "adam average"),
+    "PACE": ("Pace", "moment pull average"),
+    "PACE, `log_stats=True`": ("Pace", "moment pull average stats"),
+    "`Pullback(AdamW)`": ("Pullback", "before moment pull average"),
+    "ScheduleFreeAdamW": ("ScheduleFree", ""),
+    "MADA, all learned": ("Mada", "lag diff second lion adam average stay"),
+    "MADA, preset `adamw`": ("Mada", "adam average"),
 }
 FORMATS = {"float32": "Float32", "bfloat16": "BFloat16"}
 
@@ -53,11 +55,10 @@ def warps(arch: str, code: MachineCode) -> int:
 
 
 def sweeps(arch: str) -> list[tuple[str, Sweep, MachineCode]]:
-    by_name = {d.name: d for d in (PACE, MADA, PULLBACK, SCHEDULE_FREE)}
     found = []
     for name, code in build.machine_code(arch).items():
         if match := re.fullmatch(SWEEP, name):
-            definition, number = by_name[match.group(1)], int(match.group(2))
+            definition, number = BY_NAME[match.group(1)], int(match.group(2))
             on = {flag: bool(number >> k & 1) for k, flag in enumerate(definition.flags)}
             formats = [part.removeprefix("pace::") for part in match.group(3).split(",")]
             found.append((name, Sweep(definition, on, formats), code))
@@ -68,7 +69,8 @@ def table() -> list[str]:
     archs = [f"{arch[:-1]}.{arch[-1]}" for arch in build.ARCHS]
     lines = [f"| registers a thread (warps a multiprocessor) | {' | '.join(archs)} |"]
     lines.append("| --- |" + " --- |" * len(archs))
-    for row, (definition, flags) in ROWS.items():
+    for row, (definition_name, flags) in ROWS.items():
+        definition = BY_NAME[definition_name]
         number = sum(1 << definition.flags.index(flag) for flag in flags.split())
         rule = definition.op.removesuffix("_").removesuffix("_step")
         for dtype, of in FORMATS.items():
