@@ -49,10 +49,12 @@ struct Mada {
     }
     const MadaStep r = mada_rule<adam, diff, second, lion, false>(s.now, g, last_g, 0.0f, a[D::kM], a[D::kN], a[D::kV],
                                                                   a[D::kW], a[D::kL]);
-    const MadaWeights without = mada_weights<adam, false>(s.pull, a[D::kX], 0.0f, r.update, r.inv_D);
-    const MadaWeights with = mada_weights<adam, true>(s.pull, a[D::kX], a[D::kE], r.update, r.inv_D);
-    a[D::kX] = now.average ? with.x : without.x;
-    a[D::kE] = with.e;
+    if (now.average) {
+      const MadaWeights with = mada_weights<adam, true>(s.pull, a[D::kX], a[D::kE], r.update, r.inv_D);
+      a[D::kX] = with.x, a[D::kE] = with.e;
+    } else {
+      a[D::kX] = mada_weights<adam, false>(s.pull, a[D::kX], 0.0f, r.update, r.inv_D).x;
+    }
     if constexpr (!lag) keep(r);
     a[D::kOlderG] = now.roles_stay ? last_g : g;
     a[D::kLastG] = g;
