@@ -16,7 +16,8 @@ struct Pullback {
   // Blocks a multiprocessor, so that 30 KB are in flight (tests/test_cuda_machine_code.py): the fewer operands, the
   // more blocks. A 16-bit format has 8 elements of each in flight, float32 has 4.
   static constexpr int blocks(int vector) {
-    return Uses::before && Uses::moment ? (Uses::stats ? 4 : 5) : (Uses::before || Uses::moment || vector == 8 ? 5 : 8);
+    const bool most = Uses::stats && (vector == 8 || (Uses::before && Uses::moment));
+    return most ? 4 : (Uses::before || Uses::moment || vector == 8 ? 5 : 8);
   }
 
   struct Now {
