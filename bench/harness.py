@@ -794,8 +794,10 @@ def as_json(case: Case) -> dict[str, Any]:
         row = result.row
         entry: dict[str, Any] = {"key": row.key, "name": row.name, "missing": result.missing}
         if result.samples and case.probe_samples:
+            # Of the samples as they are kept, so that it can be told again.
+            kept = {i: ms / 1e3 for i, ms in enumerate(by_round(result.samples)) if ms is not None}
             entry |= {
-                "seconds_median": significant(quartiles(result.samples)[1]),
+                "seconds_median": significant(quartiles(kept)[1]),
                 "bytes_moved_per_parameter": row.moved(case.dtype),
                 "peak_extra_bytes": result.peak_extra,
                 "state_bytes": result.state_bytes,

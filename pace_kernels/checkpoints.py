@@ -32,12 +32,10 @@ _AT_REST = "at_rest"
 
 
 def with_short_count(state: Any, name: str) -> Any:
-    """A state as it is saved, in a dict of its own: a count in torch's float32, as far as that counts."""
-    if not isinstance(state, dict):
-        return state
-    count = state.get(name)
+    """A state as it is saved: a count in torch's float32, as far as that counts."""
+    count = state.get(name) if isinstance(state, dict) else None
     if not isinstance(count, Tensor) or count.dtype != torch.float64 or not has_values(count):
-        return dict(state)
+        return state
     return {**state, name: count.to(step_dtype(count.item()))}
 
 

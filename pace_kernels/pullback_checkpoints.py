@@ -84,7 +84,10 @@ class PullbackCheckpoints(Pulling):
             }
             groups.append({**packed, **ours})
         # Dicts of their own: train() would take `live` out of those of a state saved while swapped.
-        states = {key: with_short_count(state, STEP) for key, state in saved["state"].items()}
+        states = {
+            key: with_short_count(dict(state) if isinstance(state, dict) else state, STEP)
+            for key, state in saved["state"].items()
+        }
         saved = {**saved, "state": states, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, saved)

@@ -18,7 +18,7 @@ from emulated import build
 from emulated.device import RULES, Device
 from pace_cases import assert_same_bits, gradients, weights
 
-from pace_kernels import MADA, PACE, ScheduleFreeAdamW
+from pace_kernels import MADA, PACE, Pullback, ScheduleFreeAdamW
 from pace_kernels.mada_options import step_options
 from pace_kernels.ops import COEFFICIENTS, PACE_STATS
 from pace_kernels.torch_rules.mada import MadaMoments, MadaOptions, hypergradient_terms, last_step, mada_rule
@@ -139,6 +139,85 @@ def test_one_warp_at_a_time_in_every_ptx(kind: type, arch: str) -> None:
     assert_same_bits(ours, train(kind, None, torch.bfloat16, path, **options))
 
 
+# ---- plans ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("kind", [PACE, MADA, ScheduleFreeAdamW])
+def test_from_the_second_step_on_a_plan_takes_it(kind: type, capturable: bool) -> None:
+    on, steps = device(), 5
+    ours = train(kind, on, torch.float32, steps=steps, capturable=capturable)
+    assert_same_bits(ours, train(kind, None, torch.float32, steps=steps, capturable=capturable))
+    assert on.calls[kind.OPERATOR] == 1 and on.calls["plan_step_"] == steps - 1, on.calls
+
+
+def test_a_pullback_is_planned_too() -> None:
+    runs = []
+    for on in (device(), None):
+        params = weights(torch.float32)
+        with on.in_place_of_the_cpu() if on is not None else nullcontext():
+            optimizer = Pullback(torch.optim.SGD(params, lr=0.1, momentum=0.9), gain=0.1, backend="cpu")
+            for grads in gradients(4, torch.float32):
+                for param, grad in zip(params, grads, strict=True):
+                    param.grad = grad
+                optimizer.step()
+        if on is not None:
+            assert on.calls["pullback_"] == 1 and on.calls["plan_before_"] == on.calls["plan_step_"] == 3, on.calls
+        runs.append((params, optimizer.base))
+    assert_same_bits(*runs)
+
+
+def moved_weights(params: list[torch.nn.Parameter], optimizer: PACE) -> None:
+    params[0].data = params[0].data.clone()
+
+
+def moved_state(params: list[torch.nn.Parameter], optimizer: PACE) -> None:
+    optimizer.state[params[0]]["ema"].set_(optimizer.state[params[0]]["ema"].clone())
+
+
+def another_order(params: list[torch.nn.Parameter], optimizer: PACE) -> None:
+    params[0].grad = params[0].grad.t().contiguous().t()
+
+
+def other_options(params: list[torch.nn.Parameter], optimizer: PACE) -> None:
+    optimizer.param_groups[0].update(lr=0.5, weight_decay=0.3, betas=(0.8, 0.9))
+
+
+def no_gradient(params: list[torch.nn.Parameter], optimizer: PACE) -> None:
+    params[1].grad = None
+
+
+# What is done before a step, and which operators then take it.
+CHANGES: dict[str, tuple[Any, str]] = {
+    "weights that moved": (moved_weights, "pace_step_"),
+    "a state that moved": (moved_state, "pace_step_"),
+    "a gradient in another order": (another_order, "plan_step_"),
+    "other options": (other_options, "plan_step_"),
+    "a parameter without a gradient": (no_gradient, "pace_step_"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_plan_takes_and_what_ends_it(change: str) -> None:
+    change_it, expected = CHANGES[change]
+    runs = []
+    for on in (device(), None):
+        params = weights(torch.float32)
+        with on.in_place_of_the_cpu() if on is not None else nullcontext():
+            optimizer = PACE(params, lr=1e-2, backend="cpu")
+            for t, grads in enumerate(gradients(4, torch.float32)):
+                for param, grad in zip(params, grads, strict=True):
+                    param.grad = grad
+                if t == 2:
+                    change_it(params, optimizer)
+                    before = Counter(on.calls) if on is not None else Counter()
+                optimizer.step()
+                if t == 2 and on is not None:
+                    assert (on.calls - before)[expected] == 1, (on.calls, before)
+        runs.append((params, optimizer))
+    assert_same_bits(*runs)
+
+
 # ---- sums -----------------------------------------------------------------------------------------------------------
 
 
@@ -161,7 +240,7 @@ def magnitudes(optimizer: MADA, grads: list[torch.Tensor]) -> dict[str, float]:
         second = "max_exp_avg_sq" if o.second_max else "mean_exp_avg_sq"
         kept = MadaMoments(*(state.get(k) for k in ("exp_avg", "exp_avg_diff", "exp_avg_sq", second, "exp_avg_lion")))
         redo, factors = last_step(o, state["step"].item(), state["last_scalars"].tolist())
-        g = -grad.double() if o.pace.maximize else grad.double()
+        g = -grad.double() if o.maximize else grad.double()
         redone = mada_rule(redo, state["last_grad"], state.get("older_grad"), kept)
         terms = hypergradient_terms(redo, state["last_grad"], g, kept, redone)
         for name, factor, term in zip(COEFFICIENTS, factors, terms, strict=True):

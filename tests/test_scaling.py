@@ -394,12 +394,14 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
             self.all = False
             self._found = None if found_inf is None else found_inf.reshape(()) != 0
 
-    def grad_factor(*given: Tensor | None) -> Any:
-        return torch.tensor(common.grad_factor(*given), dtype=torch.float32)
+    there = common.grad_factor
 
-    for module in ("pace", "mada"):
+    def grad_factor(*given: Tensor | None) -> Any:
+        return torch.tensor(there(*given), dtype=torch.float32)
+
+    for module in ("common", "mada"):
         monkeypatch.setattr(f"pace_kernels.torch_rules.{module}.Keep", Keep)
-        monkeypatch.setattr(f"pace_kernels.torch_rules.{module}.grad_factor", grad_factor)
+    monkeypatch.setattr("pace_kernels.torch_rules.common.grad_factor", grad_factor)
     monkeypatch.setattr("pace_kernels.torch_rules.mada._numbers", lambda row: row.unbind())
 
 
