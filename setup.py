@@ -77,7 +77,7 @@ DEFINES = [
     ("PACE_CPU_VARIANTS", " ".join(f"X({isa})" for isa in ISA_FLAGS)),
 ]
 KERNELS = "csrc/cpu/kernels.cpp"  # compiled once per instruction set
-SOURCES = ["csrc/module.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("isa", "ops", "plans"))]
+SOURCES = ["csrc/module.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("isa", "ops"))]
 HERE = os.path.dirname(os.path.abspath(__file__))
 # Library: why it is not built. Written into the package as _not_built.json, which pace_kernels/backend.py reads.
 not_built: dict[str, str] = {}
@@ -93,7 +93,7 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
 # The oldest driver of NVIDIA for the kernels, by the major version of CUDA (of 12, from 12.1 on).
 DRIVERS = {12: 530, 13: 580}
-CUDA_SOURCES = ["csrc/cuda/module.cpp", "csrc/cuda/ops.cpp", "csrc/cuda/plan.cpp"]
+CUDA_SOURCES = [f"csrc/cuda/{name}.cpp" for name in ("device", "module", "ops", "plan")]
 # Device code, an object each: name, source, defines. MADA has many instances, so an object for each pair of formats.
 FORMATS = [("Float32", "Float32")]
 FORMATS += [(x, g) for x in ("BFloat16", "Float16") for g in (x, "Float32")]
@@ -215,6 +215,20 @@ def cuda_archs(nvcc: Nvcc) -> list[str]:
     return known
 
 
+def headers_of(source: str) -> set[str]:
+    """The headers of this project that a source includes, by way of others too."""
+    found: set[str] = set()
+    left = [os.path.join(HERE, source)]
+    while left:
+        path = left.pop()
+        for name in re.findall(r'^ *#include "(.*)"', Path(path).read_text(), re.MULTILINE):
+            header = os.path.normpath(os.path.join(os.path.dirname(path), name))
+            if header not in found:
+                found.add(header)
+                left.append(header)
+    return found
+
+
 def compile_cuda_kernels(nvcc: Nvcc, archs: list[str], out: str) -> list[str]:
     """The objects of CUDA_KERNELS; what is up to date is left as it is."""
     gencode = []
@@ -231,7 +245,7 @@ def compile_cuda_kernels(nvcc: Nvcc, archs: list[str], out: str) -> list[str]:
         command = [nvcc.path, *NVCC_FLAGS, *host, *gencode, *defines, "-c", source, "-o", str(target)]
         stamp = target.with_suffix(".command")
         text = f"{nvcc.version} {' '.join(command)}"
-        newest = max(os.path.getmtime(path) for path in (source, *HEADERS))
+        newest = max(os.path.getmtime(path) for path in (source, *headers_of(source)))
         if not (target.exists() and stamp.exists() and stamp.read_text() == text and stamp.stat().st_mtime > newest):
             stamp.unlink(missing_ok=True)
             subprocess.run(command, check=True)
