@@ -81,13 +81,21 @@ Call<D> read_call(StableIValue* stack) {
   return call;
 }
 
+// The integer that a float64 is.
+inline int64_t whole(const char* name, double value) {
+  constexpr double kLargest = 9007199254740992.0;  // 2^53
+  STD_TORCH_CHECK(std::abs(value) <= kLargest && value == std::trunc(value), name,
+                  " must be an integer that float64 holds, got ", value);
+  return static_cast<int64_t>(value);
+}
+
 // Options as numbers in the order of the schema: a switch is 0 or 1, what is None is NaN.
 class Numbers {
  public:
   explicit Numbers(const std::vector<double>& values) : values_(values) {}
 
   void operator()(const char*, double& option, Range) const { option = next(); }
-  void operator()(const char*, int64_t& option, Range) const { option = static_cast<int64_t>(next()); }
+  void operator()(const char* name, int64_t& option, Range) const { option = whole(name, next()); }
   void operator()(const char*, bool& option, Range) const { option = next() != 0.0; }
   void operator()(const char*, std::optional<double>& option, Range) const {
     const double value = next();

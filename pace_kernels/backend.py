@@ -56,7 +56,11 @@ class Backend:
     @property
     def keeps_plans(self) -> bool:
         """Whether its operators keep the calls of a step for the next one (planning.py)."""
-        return self.name == "cpu"
+        return self.name in _LIBRARIES
+
+    def new_plan(self) -> Any:
+        """An object whose ``handle`` names a plan to the operators; the plan goes when the object does."""
+        return importlib.import_module(_LIBRARIES[self.name], __package__).Plan()
 
     def op(self, name: str) -> Callable[..., None]:
         """The function that does the operator ``name`` (pace_kernels/ops.py) on this backend."""
@@ -157,6 +161,7 @@ def _triton() -> Backend:
     return Backend("triton", True, None, ("cuda",), dtypes, architectures=architectures)
 
 
+_LIBRARIES = {"cpu": "._C", "cuda": "._cuda"}  # of native operators
 # By device: the backends that one would expect there, the fastest first.
 _KERNELS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 

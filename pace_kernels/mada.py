@@ -29,7 +29,8 @@ from .mada_options import (
 from .memory import check_whole
 from .ops import COEFFICIENTS, HYPERGRADIENTS, LAST_SCALARS, NO_GRADIENT
 from .options import make_plain
-from .planning import NO_ROLES, Plan
+from .plan import Plan
+from .planning import NO_ROLES
 from .sharding import local
 from .states import Work, as_state, moved
 from .torch_rules.common import by_graph
@@ -321,6 +322,8 @@ class MADA(MadaCheckpoints):
         learns = any(work.group["learn"] for work in works)
         if learns and (self._ranks() is not None or any(work.axes for work in works)):
             return False  # ranks add up what they learn from
+        if any(w.group["learn"] and w.group["coefficient_values"].device != w.device for w in works):
+            return False  # each step makes a copy
         return super()._can_plan(works)
 
     def _planned(self, works: list[Work], mask: list[bool], roles: Mapping[str, str] = NO_ROLES) -> Plan:

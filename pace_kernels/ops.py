@@ -71,14 +71,13 @@ _LIBRARY.define(
 )
 # Plans: the calls of a step, kept for the next one (planning.py). `plan` is the handle of a Plan of the device's
 # module.
-# plan_add_ adds a part, which is a call of `rule`: its lists one after the other without that of the gradients (of
-# pullback_: the weights before), their lengths, the optional tensors up to lr_tensor, the options as numbers. Weights
-# before that are kept are among the lists, with their length negative; plan_before_ copies the weights into them, after
-# it looked at all that plan_step_ may refuse.
-# plan_learn_ adds the mada_learn_ of such parts. plan_step_ takes the missing lists of all parts one after the other,
-# looks whether all that it keeps lies where it did, and takes the step, or raises with nothing changed; `options` are
-# those of all parts where some changed, or none. Their schemas
-# mark nothing as written: they are not for tracing, the operators above are.
+# plan_add_ adds a part, which is a call of `rule`: its lists one after the other but for the gradients, the lengths of
+# all of them, the optional tensors up to lr_tensor, the options as numbers.
+# plan_before_ copies the weights into a pullback's weights before, after it looked at all that plan_step_ may refuse.
+# plan_learn_ adds the mada_learn_ of such parts. plan_step_ takes the gradients of all parts one after the other, looks
+# whether all that it keeps lies where it did, and takes the step, or raises with nothing changed; `options` are those
+# of all parts where some changed, or none. Their schemas mark nothing as written: they are not for tracing, the
+# operators above are.
 for _schema in (
     "plan_add_(int plan, str rule, Tensor[] tensors, int[] lengths, Tensor?[] extras, float[] options) -> ()",
     "plan_learn_(int plan, Tensor[] learned, int[] parts, float[] options) -> ()",
@@ -153,6 +152,17 @@ def _resolve_negative(name: str) -> None:
 
 for _name in (*DEFINITIONS, "mada_learn_"):
     _resolve_negative(_name)
+
+
+def _refuse(*arguments: Any) -> None:
+    raise RuntimeError("a plan must not hold negative views, or zeros without memory: pass copies")
+
+
+# torch's fallbacks would hand them copies, which the plan would then keep and write. plan_step_ reads what it is given,
+# so that there they are right.
+for _name in ("plan_add_", "plan_learn_"):
+    for _key in ("Negative", "ZeroTensor"):
+        _LIBRARY.impl(_name, _refuse, _key)
 
 # The libraries that hold the kernels register them when they are loaded; why one can't be, backends() says.
 with contextlib.suppress(ImportError):

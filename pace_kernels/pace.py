@@ -18,7 +18,8 @@ from .launching import Prepared, of_c
 from .ops import PACE_STATS
 from .optimizer import KernelOptimizer
 from .options import make_plain
-from .planning import NO_ROLES, Plan
+from .plan import Plan
+from .planning import NO_ROLES
 from .sharding import Axes, gathered_rows
 from .states import Work
 from .torch_rules.pace import PaceOptions, average_weight, merge_stats

@@ -17,19 +17,18 @@ import operator
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import chain, repeat
-from typing import Any, ClassVar, TypeAlias
+from itertools import repeat
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
 from .checks import Group
-from .definitions import DEFINITIONS
-from .definitions.kit import Definition
-from .launching import Launching, Prepared, of_c
+from .launching import Launching, Prepared
+from .plan import Change, Plan
 from .sharding import PLAIN, is_sharded, local
-from .states import Work
+from .states import Work, moved
 from .torch_rules.common import at_hand
 from .whole import at_once, each
 
@@ -42,154 +41,6 @@ _is_profiling = torch._C._autograd._profiler_enabled
 _MOST_PLANS = 4  # of an optimizer: one for each set of parameters that have gradients
 _NOT_A_NUMBER = float("nan")
 NO_ROLES: Mapping[str, str] = {}
-
-
-def _numbers(definition: Definition, given: Group) -> list[float]:
-    """Options as plans take them: None is NaN."""
-    names = [option.name for option in definition.options] + ["capturable"]
-    return [_NOT_A_NUMBER if (value := given[name]) is None else float(value) for name in names]
-
-
-class _Part:
-    """A call of a step's operator: its options as numbers, and where its states are."""
-
-    def __init__(
-        self, definition: Definition, work: Work, names: tuple[str, ...], now: tuple[str, ...], call: partial[None]
-    ) -> None:
-        """``now``: the names that the states have at present, where they have changed places when this plan's turn
-        comes."""
-        self.group = work.group
-        self.numbers = _numbers(definition, call.keywords)
-        self.place = {option.name: k for k, option in enumerate(definition.options)}
-        self.dicts = list(work.records)
-        source = dict(zip(names, now, strict=True))
-        self.values = [record[source.get(name, name)] for record in self.dicts for name in record]
-
-
-class _Options:
-    """A group's dict as the plan last saw it."""
-
-    def __init__(self, group: Group) -> None:
-        self.group, self.params = group, list(group["params"])
-        self.names, self.values = list(group), list(group.values())
-        # What may change and stay the same object: lists by their copies, and a learning rate that is a tensor.
-        self.lists = {k: list(v) for k, v in group.items() if type(v) is list and k != "params"}
-        self.lr = isinstance(group["lr"], Tensor)
-        self.size, self.steady = len(group), not self.lists and not self.lr
-
-    def changed(self) -> Sequence[str] | None:
-        """The names of options that were replaced, or edited; None where the group has others than it had."""
-        group = self.group
-        if list(group) != self.names:
-            return None
-        same = map(operator.is_, group.values(), self.values)
-        found = [name for name, kept in zip(self.names, same, strict=True) if not kept]
-        if self.lists:
-            found += [name for name, kept in self.lists.items() if group[name] != kept and name not in found]
-        return [*found, "lr"] if self.lr and "lr" not in found else found
-
-    def keep(self, names: Sequence[str]) -> None:
-        for name in names:
-            value = self.values[self.names.index(name)] = self.group[name]
-            self.lists.pop(name, None)
-            if type(value) is list:
-                self.lists[name] = list(value)
-            if name == "lr":
-                self.lr = isinstance(value, Tensor)
-        self.steady = not self.lists and not self.lr
-
-
-# A group's dict, the names of its options that changed, and the operator's names and values of them.
-Change: TypeAlias = tuple[_Options, Sequence[str], dict[str, float]]
-
-
-class Plan:
-    """One step's calls. ``after``: the plan of the step that follows, where that is another one; it takes this one's
-    place then, and has this one after it. So they hold each other in no circle."""
-
-    def __init__(self, optimizer: Planning, works: list[Work], mask: list[bool], rows: list[tuple[Any, ...]]) -> None:
-        from . import _C  # a plan is made once kernels have run
-
-        definition = DEFINITIONS[optimizer.OPERATOR]
-        self.options = [_Options(group) for group in optimizer.param_groups]
-        self.all_params = params = [param for options in self.options for param in options.params]
-        self.requires_grad = list(map(_requires_grad, params))
-        self.owners = [owner for work in works for owner in work.owners]
-        self.params = [param for work in works for param in work.params]
-        self.sharded = any(map(is_sharded, self.owners))
-        self.placed = list(map(_placed, self.owners)) if self.sharded else []
-        self.mask, self.key = mask, tuple(mask)
-        self.parts = [_Part(definition, work, *row) for work, row in zip(works, rows, strict=True)]
-        self.keys, self.states = list(optimizer.state), list(optimizer.state.values())
-        self.dicts = list(chain.from_iterable(part.dicts for part in self.parts))
-        self.values = list(chain.from_iterable(part.values for part in self.parts))
-        # Works take the parameters of a group by device and dtype: where that is another order, gradients follow it.
-        place = {id(param): i for i, param in enumerate(params)}
-        self.order = [place[id(owner)] for owner in self.owners]
-        self.takes_all = self.order == list(range(len(params))) and not self.sharded
-        self.held = _C.Plan()
-        self.step = partial(of_c(torch.ops.pace_kernels.plan_step_.default), self.held.handle, self.params[0])
-        self.after: Plan | None = None
-        self.turned: tuple[list[dict[str, Any]], list[dict[str, Any]]] | None = None  # states, and what they get
-        self.left: list[Any] = []  # what get_step_stats() reads
-        add = torch.ops.pace_kernels.plan_add_.default
-        count = len(definition.lists) + 1
-        fresh = definition.lists_of("gradient")
-        for part, (*_, call) in zip(self.parts, rows, strict=True):
-            lists = list(call.args[:count])
-            tensors = chain.from_iterable(
-                tensors for entry, tensors in zip([*definition.lists, None], lists, strict=True)
-                if entry is None or entry.list not in fresh
-            )  # fmt: skip
-            extras = [*call.args[count:], call.keywords.get("lr_tensor")]
-            add(self.held.handle, definition.op, list(tensors), list(map(len, lists)), extras, part.numbers)
-
-    def has_its_states(self, state: Mapping[Tensor, Any]) -> bool:
-        """Whether the optimizer's states are those of the plan: told without a hash, which of a tensor takes 90 ns."""
-        return (
-            len(state) == len(self.keys)
-            and all(map(operator.is_, state, self.keys))
-            and all(map(operator.is_, state.values(), self.states))
-            and sum(map(len, self.dicts)) == len(self.values)
-            and all(map(operator.is_, chain.from_iterable(map(dict.values, self.dicts)), self.values))
-        )
-
-    def with_options(self, changes: list[Change]) -> list[float]:
-        """The options of all parts, changed. A plan that did not take them is of no use any more."""
-        for part in self.parts:
-            for kept, _, numbers in changes:
-                if part.group is kept.group:
-                    for name, number in numbers.items():
-                        part.numbers[part.place[name]] = number
-        return list(chain.from_iterable(part.numbers for part in self.parts))
-
-    def learn(self, learned: list[Tensor], parts: list[int], options: Group) -> None:
-        """Adds what ``mada_learn_`` does after the step."""
-        lists = (options[name] for name in ("hyper_lr", "hyper_momentum", "lower", "upper"))
-        numbers = [float(options["learn"]), options["clip"], float(options["warmup"]), *chain.from_iterable(lists)]
-        torch.ops.pace_kernels.plan_learn_.default(self.held.handle, learned, parts, numbers)
-
-    def fresh(self, grads: list[Any]) -> list[Tensor] | None:
-        """The gradients as the call takes them; None where one is not placed as its parameter."""
-        given = [grads[i] for i in self.order]
-        if self.sharded:
-            if list(map(_placed, given)) != self.placed:
-                return None
-            if not all(map(operator.is_, map(_local, self.owners), self.params)):
-                return None
-            given = list(map(_local, given))
-        return given
-
-    def is_of(self, optimizer: Planning) -> bool:
-        """Whether parameters and states are those of the plan."""
-        groups = [(group, group["params"]) for group in optimizer.param_groups]
-        return (
-            len(groups) == len(self.options)
-            and all(group is kept.group for (group, _), kept in zip(groups, self.options, strict=True))
-            and all(len(now) == len(kept.params) for (_, now), kept in zip(groups, self.options, strict=True))
-            and all(map(operator.is_, chain.from_iterable(now for _, now in groups), self.all_params))
-            and self.has_its_states(optimizer.state)
-        )
 
 
 class Plans:
@@ -272,6 +123,8 @@ class Planning(Launching):
         plan = plans.next
         if plan is None or self._unfinished or torch._C._len_torch_dispatch_stack():
             return False
+        if plan.device.type == "cuda" and not plan.on_device and torch.cuda.is_current_stream_capturing():
+            return False  # the usual step refuses it
         if len(plans.by_mask) > 1:
             params = [param for group in self.param_groups for param in group["params"]]
             plan = plans.by_mask.get(tuple(param.grad is None for param in params), plan)
@@ -290,9 +143,11 @@ class Planning(Launching):
         except (AttributeError, KeyError):  # a state is gone, or a gradient is no DTensor
             return False
         found_inf = scaling.get("found_inf")
-        if fresh is None or not (found_inf is None or at_hand(found_inf)):
+        if fresh is None or (found_inf is not None and not plan.can_skip(found_inf)):
             return False
-        turned = None if found_inf is not None and bool(found_inf) else plan.turned
+        turned = None if found_inf is not None and at_hand(found_inf) and bool(found_inf) else plan.turned
+        if scaling:
+            scaling = {name: moved(value, plan.device) for name, value in scaling.items()}
         # Before: a handler in between must not find new weights of an old version.
         _increment_version(plan.params)
         if plan.sharded:
@@ -401,11 +256,13 @@ class Planning(Launching):
             return False
         if any(group["skip_nonfinite"] or group["swapped"] for group in self.param_groups):
             return False
+        if len({(work.backend.name, work.device, work.on_device) for work in works}) > 1:
+            return False
         for work in works:
             lr = work.group["lr"]
             if not work.backend.keeps_plans or work.copies or work.left_undone():
                 return False
-            if isinstance(lr, Tensor) and not at_hand(lr):
+            if isinstance(lr, Tensor) and not (at_hand(lr) or lr.device == work.device):
                 return False
             kinds = set(map(type, work.owners))
             if not (kinds <= PLAIN or all(map(is_sharded, work.owners))):

@@ -25,7 +25,6 @@ _requires_grad = operator.attrgetter("requires_grad")
 _local = operator.attrgetter("_local_tensor")
 _DEFINITION = DEFINITIONS["pullback_"]
 _NAMES = [option.name for option in _DEFINITION.options] + ["capturable"]
-_OPS = torch.ops.pace_kernels
 
 
 def _looked_at(group: Group) -> tuple[list[Any], bool]:
@@ -42,8 +41,6 @@ class PullPlan:
     """What a step pulled, for the next one. ``pulls`` are single calls, and ``rows`` their statistics."""
 
     def __init__(self, optimizer: Pulling, pulls: list[Pull], rest: list[Tensor], rows: list[Row]) -> None:
-        from . import _C
-
         base = optimizer.base
         self.pulls, self.rest, self.rows = pulls, rest, rows
         self.groups = [(group, list(group["params"]), *_looked_at(group)) for group in base.param_groups]
@@ -76,16 +73,16 @@ class PullPlan:
         self.wrappers = list(filter(is_sharded, chain(self.owners, self.values)))
         self.locals = list(map(_local, self.wrappers))
         self.numbers = [self._numbers_of(optimizer, pull) for pull in pulls]
-        self.held = _C.Plan()
-        handle = self.held.handle
-        self.copy = partial(of_c(_OPS.plan_before_.default), handle, self.params[0])
-        self.pull = partial(of_c(_OPS.plan_step_.default), handle, self.params[0], (), ())
+        backend = pulls[0].backend
+        self.held = backend.new_plan()
+        handle, add = self.held.handle, backend.op("plan_add_")
+        self.copy = partial(of_c(backend.op("plan_before_")), handle, self.params[0])
+        self.pull = partial(of_c(backend.op("plan_step_")), handle, self.params[0], (), ())
         for pull, row, numbers in zip(pulls, self._rows_by_pull(), self.numbers, strict=True):
             emas = list(map(local, pull.emas))
             lists = [pull.params, pull.befores, pull.seconds, emas, pull.steps]
-            lengths = [len(tensors) * (-1 if tensors is pull.befores else 1) for tensors in lists]
             extras = [None if row is None else row.stats, None]
-            _OPS.plan_add_.default(handle, _DEFINITION.op, list(chain.from_iterable(lists)), lengths, extras, numbers)
+            add(handle, _DEFINITION.op, list(chain.from_iterable(lists)), list(map(len, lists)), extras, numbers)
         self.seen = versions(self.counts)
 
     @classmethod
@@ -93,6 +90,10 @@ class PullPlan:
         """None where a step has to look closer."""
         if not pulls or optimizer._scratch.unsure:
             return None
+        if len({(pull.backend.name, pull.params[0].device) for pull in pulls}) > 1:
+            return None  # one call a device
+        if pulls[0].device.type != "cpu" and any(pull.befores for pull in pulls):
+            return None  # kept, the weights before would take 4 bytes per float32 parameter of a GPU
         for pull in pulls:
             kinds = set(map(type, pull.owners))
             if (

@@ -14,12 +14,12 @@ from .averaging import Averaging
 from .backend import backends, choose, say_once
 from .checks import Group, check_average_options, check_defined, check_lr, plain_number, require
 from .definitions.pullback import PULLBACK
+from .last_pull import LastPull
 from .launching import ASKEW
 from .memory import aligned, as_bytes, check_whole, is_askew, overlapping
 from .operands import check_placed, check_step
 from .ops import PACE_STATS
 from .planning import WITH_PLANS, Plans
-from .plans import Plan
 from .pull_plan import PullPlan
 from .pulls import (
     AT_REST,
@@ -376,7 +376,7 @@ class Pulling(Averaging):
                 plans[key].note()
             elif pull.group is last:  # in several calls
                 plans.pop(key, None)
-            elif (plan := Plan.of(pull, self.base.state)) is not None:
+            elif (plan := LastPull.of(pull, self.base.state)) is not None:
                 plans[key] = plan
             last = pull.group
 

@@ -91,7 +91,7 @@ class Pull:
     alone: bool = False  # wrappers of other tensors: no operator takes them in a list
     sharded: bool = False  # DTensors
     askew: bool = False  # some lie at addresses that are no multiple of their element size
-    planned: bool = False  # by a Plan, which has checked it
+    planned: bool = False  # by a LastPull, which has checked it
 
     def parts(self) -> Iterator[Pull]:
         """As a rule itself; offsets and rounds get calls of their own."""
@@ -118,7 +118,7 @@ class Scratch:
     def __init__(self) -> None:
         # Copies of weights, on the CPU, where new memory costs page faults; by id of the parameter, and gone with it.
         self.befores: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
-        self.plans: dict[int, Any] = {}  # of class Plan, by id of the group
+        self.plans: dict[int, Any] = {}  # of class LastPull, by id of the group
         self.step_plans = Plans()
         self.rows: list[Row] = []
         self.own: dict[int, tuple[list[Any], Own]] = {}  # by id of the group

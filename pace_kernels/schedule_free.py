@@ -19,7 +19,7 @@ from .fitting import NO_STATE
 from .launching import Prepared, of_c
 from .optimizer import KernelOptimizer
 from .options import make_plain
-from .planning import Change, Plan
+from .plan import Change, Plan
 from .sharding import axes, is_wrapper, local, reduce_
 from .states import LAST_STEP, Work, empty_state, moved
 from .torch_rules.common import at_hand, by_graph, data

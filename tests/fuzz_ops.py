@@ -25,7 +25,7 @@ import re
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pace_kernels import ops
+from pace_kernels import _C, ops
+from pace_kernels.definitions import DEFINITIONS
 
 Rng = random.Random
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -525,6 +526,37 @@ CHANGES = (change_tensor, change_tensor, change_tensor, change_list, change_opti
 # ---- running a call --------------------------------------------------------------------------------------------------
 
 
+KINDS = {"bool": bool, "int": int, "float": (int, float), "float?": (int, float, type(None))}
+
+
+def by_plan(name: str) -> Callable[..., None]:
+    """The operator's call as a plan takes it: kept first, then run with the gradients."""
+    definition = DEFINITIONS[name]
+    later = [entry.list in definition.lists_of("gradient") for entry in definition.lists] + [False]
+    kinds = {option.name: option.type for option in definition.options} | {"capturable": "bool"}
+
+    def function(*positional: Any, **keywords: Any) -> None:
+        if not all(isinstance(keywords[key], KINDS[kind]) for key, kind in kinds.items()):
+            raise TypeError("options of another type, as the operator refuses them")
+        numbers = [math.nan if keywords[key] is None else float(keywords[key]) for key in kinds]
+        lists, rest = positional[: len(later)], positional[len(later) :]
+        extras, scaling = rest[: len(definition.extras) + 1], rest[len(definition.extras) + 1 :]
+        kept = [t for tensors, fresh in zip(lists, later, strict=True) if not fresh for t in tensors]
+        grads = [t for tensors, fresh in zip(lists, later, strict=True) if fresh for t in tensors]
+        plan = _C.Plan()
+        torch.ops.pace_kernels.plan_add_(plan.handle, name, kept, list(map(len, lists)), list(extras), numbers)
+        torch.ops.pace_kernels.plan_step_(
+            plan.handle, lists[0][0], grads, [], **dict(zip(definition.scaling, scaling, strict=True))
+        )
+
+    return function
+
+
+# The operators, each called as it is; and those of steps by plans too.
+WAYS: list[tuple[str, Callable[..., None] | None]] = [(name, None) for name in OPERATORS]
+WAYS += [(name, by_plan(name)) for name in DEFINITIONS]
+
+
 def tensors_of(call: dict[str, Any]) -> list[tuple[str, Tensor]]:
     flat = [(name, t) for name, v in call.items() for t in (v if isinstance(v, list) else [v])]
     return [(name, t.inner if isinstance(t, Wrapper) else t) for name, t in flat if isinstance(t, Tensor)]
@@ -595,11 +627,12 @@ def run_case(
 ) -> tuple[str, str, list[str]]:
     """The operator, the outcome and what was done to the call. ``function``: in place of the operator."""
     rng = Rng(f"{seed}/{number}")
-    name = list(OPERATORS)[number % len(OPERATORS)]
+    name, by = WAYS[number % len(WAYS)]
     operator = OPERATORS[name]
     call = operator.call(rng)
     changes = [rng.choice(CHANGES)(rng, call) for _ in range(rng.choice((0, 1, 1, 1, 1, 2, 3)))]
     op = getattr(torch.ops.pace_kernels, name).default
+    label = name if by is None else f"{name} by a plan"
     schema = op._schema.arguments
     written = {a.name for a in schema if a.alias_info is not None and a.alias_info.is_write}
     if verbose:
@@ -635,20 +668,20 @@ def run_case(
 
     positional, keywords = split(call)
     try:
-        (function or op)(*positional, **keywords)
+        (function or by or op)(*positional, **keywords)
     except Exception as error:
         for key, s in storages.items():
             if not torch.equal(bytes_of(s), before[key]):
-                raise Failure(f"case {number}: {name} refused ({error}), and had written; {changes}") from error
-        return name, f"refused: {reason(error)}", changes
+                raise Failure(f"case {number}: {label} refused ({error}), and had written; {changes}") from error
+        return label, f"refused: {reason(error)}", changes
     if len({t.device.type for _, t in tensors_of(call)}) > 1:
-        raise Failure(f"case {number}: {name} took tensors on several devices for a call that it can do; {changes}")
+        raise Failure(f"case {number}: {label} took tensors on several devices for a call that it can do; {changes}")
     for key, s in storages.items():
         changed = bytes_of(s) != before[key]
         if (changed & ~covered[key]).any():
-            raise Failure(f"case {number}: {name} wrote beside its tensors; {changes}")
+            raise Failure(f"case {number}: {label} wrote beside its tensors; {changes}")
     if twin is None:
-        return name, "computed", changes
+        return label, "computed", changes
     positional, keywords = split(twin)
     op(*positional, **keywords)
     for argument in written - set(operator.sums):
@@ -656,9 +689,9 @@ def run_case(
         for a, b in zip(*(v if isinstance(v, list) else [v] for v in (ours, theirs)), strict=True):
             if isinstance(a, Tensor) and not same_bits(a, b):
                 raise Failure(
-                    f"case {number}: {name} computed other bits than with plain copies, {argument}; {changes}"
+                    f"case {number}: {label} computed other bits than with plain copies, {argument}; {changes}"
                 )
-    return name, "computed, as with plain copies", changes
+    return label, "computed, as with plain copies", changes
 
 
 def main() -> None:
@@ -679,7 +712,7 @@ def main() -> None:
         print(run_case(arguments.seed, arguments.only, verbose=True))
         return
     end = time.monotonic() + arguments.seconds
-    outcomes: dict[str, Counter[str]] = {name: Counter() for name in OPERATORS}
+    outcomes: dict[str, Counter[str]] = defaultdict(Counter)
     made: Counter[str] = Counter()
     total, failures = 0, []
     for number in itertools.count():

@@ -6,22 +6,40 @@
 namespace pace {
 namespace {
 
-template <class Host>
+struct CpuDevice {
+  template <class D>
+  static std::unique_ptr<Part> part(Call<D> call, const Place&, int fresh) {
+    return std::make_unique<PartOf<decltype(host_of(std::declval<D>()))>>(std::move(call), fresh);
+  }
+  static Place place_of(const char*, const Tensor&) { return kCpu; }  // the dispatcher has seen to it
+  struct Guard {
+    explicit Guard(const Place&) {}
+  };
+  static bool skipped(const std::optional<Tensor>& found_inf) { return pace::skipped(found_inf); }
+  static void check_learn(const LearnArguments& a, const Place& place) { check_call(a, place); }
+  static void learn(const LearnArguments& a) { pace::learn(a); }
+};
+
+template <class D>
 void step(StableIValue* stack, uint64_t, uint64_t) {
-  using D = typename Host::D;
-  const Call<D> call = read_call<D>(stack);
-  PartOf<Host> part(call);
-  part.prepare(call.scaling);
-  part.run(skipped(call.scaling.found_inf));
+  Call<D> call = read_call<D>(stack);
+  const GradScaling scaling = call.scaling;
+  const auto part = CpuDevice::part(std::move(call), kCpu, -1);
+  part->prepare(scaling);
+  part->run(skipped(scaling.found_inf));
 }
 
 }  // namespace
+
+PACE_PLANS_OF(CpuDevice)
+
 }  // namespace pace
 
 STABLE_TORCH_LIBRARY_IMPL(pace_kernels, CPU, m) {
-  m.impl(pace::PaceDefinition::kOp, &pace::step<pace::PaceHost>);
-  m.impl(pace::MadaDefinition::kOp, &pace::step<pace::MadaHost>);
-  m.impl(pace::PullbackDefinition::kOp, &pace::step<pace::PullbackHost>);
-  m.impl(pace::ScheduleFreeDefinition::kOp, &pace::step<pace::ScheduleFreeHost>);
+  m.impl(pace::PaceDefinition::kOp, &pace::step<pace::PaceDefinition>);
+  m.impl(pace::MadaDefinition::kOp, &pace::step<pace::MadaDefinition>);
+  m.impl(pace::PullbackDefinition::kOp, &pace::step<pace::PullbackDefinition>);
+  m.impl(pace::ScheduleFreeDefinition::kOp, &pace::step<pace::ScheduleFreeDefinition>);
   m.impl("mada_learn_", TORCH_BOX(&pace::mada_learn_<pace::learn>));
+  PACE_IMPLEMENT_PLANS(m, pace::CpuDevice);
 }

@@ -1,5 +1,5 @@
 // A call of a step's operator on the CPU: its tensors checked and laid out, then run. An operator makes one and runs it
-// (ops.cpp); a plan keeps several, and looks again at all that may have changed before the next step (plans.cpp).
+// (ops.cpp); a plan keeps several (../plans.h).
 #pragma once
 
 #include <array>
@@ -9,104 +9,12 @@
 #include <utility>
 #include <vector>
 
+#include "../kept.h"
+#include "../plans.h"
 #include "isa.h"
 #include "steps.h"
 
 namespace pace {
-
-// Where kept tensors lie, and of what shape they are, by which it is told whether they still are.
-class Memory {
- public:
-  // `shaped`: the shape counts too; of single numbers and rows of them the memory is all.
-  void add(const Tensor& t, bool shaped) {
-    Seen seen = look(t.get());
-    seen.tensor = t.get();
-    if (shaped) {
-      seen.dim = t.dim();
-      const auto sizes = t.sizes(), strides = t.strides();
-      shapes_.insert(shapes_.end(), sizes.begin(), sizes.end());
-      shapes_.insert(shapes_.end(), strides.begin(), strides.end());
-    }
-    seen_.push_back(seen);
-  }
-
-  bool same() const {
-    const int64_t* shape = shapes_.data();
-    for (const Seen& seen : seen_) {
-      const Seen now = look(seen.tensor);
-      if (now.address != seen.address || now.bytes != seen.bytes || now.dtype != seen.dtype) return false;
-      if (seen.dim < 0) continue;
-      int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
-      TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(seen.tensor, &dim));
-      if (dim != seen.dim) return false;
-      TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(seen.tensor, &sizes));
-      TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(seen.tensor, &strides));
-      if (!std::equal(sizes, sizes + dim, shape) || !std::equal(strides, strides + dim, shape + dim)) return false;
-      shape += 2 * dim;
-    }
-    return true;
-  }
-
- private:
-  struct Seen {
-    AtenTensorHandle tensor = nullptr;  // held by the part
-    void* address = nullptr;
-    int64_t bytes = 0;
-    int64_t dim = -1;  // −1: the shape does not count
-    int32_t dtype = 0;
-  };
-
-  static Seen look(AtenTensorHandle t) {
-    Seen seen;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &seen.address));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t, &seen.bytes));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &seen.dtype));
-    return seen;
-  }
-
-  std::vector<Seen> seen_;
-  std::vector<int64_t> shapes_;  // sizes, then strides, of each that counts
-};
-
-// A step count on the CPU, where it lies.
-class Count {
- public:
-  Count() = default;
-  explicit Count(const Tensor& t) : address_(t.data_ptr()), is_double_(t.scalar_type() == ScalarType::Double) {}
-
-  // The steps taken so far, where the count can go on.
-  double taken(size_t i) const {
-    const double taken = is_double_ ? *static_cast<double*>(address_) : *static_cast<float*>(address_);
-    STD_TORCH_CHECK(taken < kFloat32Counts || is_double_, entry("steps", i),
-                    " is float32, which counts to 2^24, and is there: make it float64");
-    return taken;
-  }
-  void write(double t) const {
-    if (is_double_) {
-      *static_cast<double*>(address_) = t;
-    } else {
-      *static_cast<float*>(address_) = static_cast<float>(t);
-    }
-  }
-
- private:
-  void* address_ = nullptr;
-  bool is_double_ = false;
-};
-
-class Part {
- public:
-  virtual ~Part() = default;
-  virtual size_t fresh_tensors() const = 0;
-  // Each of these may raise, and writes nothing. A plan that raised is not taken up again.
-  virtual void check_kept() const = 0;
-  virtual void take(const Tensor* fresh) = 0;
-  virtual void prepare(const GradScaling& scaling) = 0;
-  virtual void replace_options(const Numbers& options) = 0;
-  virtual void copy_weights() = 0;
-  virtual void run(bool skip) = 0;
-  virtual const std::optional<Tensor>& hypergradients() const = 0;
-};
 
 template <class Host>
 class PartOf final : public Part {
@@ -136,7 +44,7 @@ class PartOf final : public Part {
   size_t fresh_tensors() const override { return fresh_ < 0 ? 0 : works_.size(); }
 
   // From here on `check_kept` can tell what has changed.
-  void keep() {
+  void keep() override {
     for (const TensorList& list : call_.lists) keep(list, true);
     keep(call_.rows, false);
     keep(call_.steps, false);
@@ -145,7 +53,7 @@ class PartOf final : public Part {
     }
     if (call_.lr) kept_.add(*call_.lr, false);
     if constexpr (std::is_same_v<D, PullbackDefinition>) {
-      for (size_t i = 0; i < works_.size() && fresh_ < 0 && call_.has(D::kBefore); ++i) {
+      for (size_t i = 0; i < works_.size() && call_.has(D::kBefore); ++i) {
         const Stream &from = works_[i].streams[D::kX], &to = works_[i].streams[D::kBefore];
         STD_TORCH_CHECK(from.ndim == 0 && to.ndim == 0 && from.format == to.format, entry("befores", i),
                         " must lie as its parameter, without gaps");
@@ -200,7 +108,7 @@ class PartOf final : public Part {
   // Into the weights of before another optimizer's step, where the part keeps them.
   void copy_weights() override {
     if constexpr (std::is_same_v<D, PullbackDefinition>) {
-      if (fresh_ == D::kBefore || !call_.has(D::kBefore)) return;
+      if (!call_.has(D::kBefore)) return;
       blocks_->run([&](size_t i, int64_t begin, int64_t end, int64_t) {
         const Stream &from = works_[i].streams[D::kX], &to = works_[i].streams[D::kBefore];
         const int64_t size = from.format == Format::kFloat32 ? 4 : 2;

@@ -218,6 +218,12 @@ struct MadaHost {
   }
 };
 
+// By the definition, its host; they are declared alone.
+PaceHost host_of(const PaceDefinition&);
+MadaHost host_of(const MadaDefinition&);
+PullbackHost host_of(const PullbackDefinition&);
+ScheduleFreeHost host_of(const ScheduleFreeDefinition&);
+
 // mada_learn_.
 inline void learn(const LearnArguments& a) {
   check_call(a, kCpu);

@@ -2,6 +2,7 @@
 // only. It needs no GPU and no driver to be imported.
 #include <Python.h>
 
+#include "../plan_type.h"
 #include "kernels.h"
 
 namespace {
@@ -23,4 +24,4 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, methods, 
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__cuda() { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit__cuda() { return pace::with_plan_type(PyModule_Create(&definition), "pace_kernels._cuda.Plan"); }

@@ -51,9 +51,10 @@ void plan_step(const std::vector<SweepTensor>& tensors, const StepRequest<Rule>&
   // Tensors of the same formats and the same step count side by side.
   std::vector<const SweepTensor*> order(tensors.size());
   std::transform(tensors.begin(), tensors.end(), order.begin(), [](const SweepTensor& t) { return &t; });
-  std::stable_sort(order.begin(), order.end(), [](const SweepTensor* a, const SweepTensor* b) {
+  const auto before = [](const SweepTensor* a, const SweepTensor* b) {
     return std::make_tuple(a->x, a->g, a->steps_taken) < std::make_tuple(b->x, b->g, b->steps_taken);
-  });
+  };
+  if (!std::is_sorted(order.begin(), order.end(), before)) std::stable_sort(order.begin(), order.end(), before);
   const unsigned flags = Rule::flags(r.options, r.lists, r.result != nullptr);
   const bool remembers = Rule::remembers(flags);
   const double* const numbers = Rule::reads_numbers(flags) ? r.numbers : nullptr;

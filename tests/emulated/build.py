@@ -6,6 +6,7 @@ All is kept in build/cuda; setup.py compiles again only what has changed.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import os
@@ -142,6 +143,26 @@ def machine_code(arch: str) -> dict[str, MachineCode]:
                 int(fields["SHARED"]),
             )
     return found
+
+
+@functools.cache
+def operators() -> ctypes.CDLL:
+    """The CUDA operators (csrc/cuda/ops.cpp) on the device of device.cpp, registered as torch.ops.pace_emulated."""
+    sources = [
+        ROOT / "tests" / "emulated" / "device.cpp",
+        *(ROOT / "csrc" / "cuda" / f"{n}.cpp" for n in ("ops", "plan")),
+    ]
+    out = BUILD / "operators" / "emulated.so"
+    torch = SETTINGS["find_torch"]()
+    defines = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in SETTINGS["DEFINES"]]
+    flags = [flag for flag in SETTINGS["COMMON_FLAGS"] if flag != "-O3"]
+    includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in torch.includes)]
+    newest = max(p.stat().st_mtime for p in [*sources, *(ROOT / h for h in SETTINGS["HEADERS"])])
+    with locked(out.parent):
+        if not out.exists() or out.stat().st_mtime < newest:
+            libraries = [f"-L{torch.libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
+            run(["c++", "-shared", "-fPIC", "-O1", *flags, *defines, *includes, *sources, *libraries, "-o", out])
+    return ctypes.CDLL(str(out))
 
 
 @functools.cache

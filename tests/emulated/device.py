@@ -1,14 +1,17 @@
-"""The CUDA operators on the CPU: the real plan of launches (csrc/cuda/plan.cpp), and the kernels' real PTX in the
-interpreter of tests/ptx. A device of its own: tensors are uploaded before a call, and what may be written comes back.
+"""The CUDA operators on the CPU: the real operators and the real plan of launches (csrc/cuda/ops.cpp and plan.cpp) on a
+device whose memory is the CPU's (device.cpp beside this file), and the kernels' real PTX in the interpreter of
+tests/ptx. The interpreter has a memory of its own: a launch's tensors are uploaded before it, and what may be written
+comes back.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -20,10 +23,14 @@ from torch import Tensor
 from emulated import build
 from pace_kernels.backend import Backend
 from pace_kernels.definitions import DEFINITIONS
-from pace_kernels.definitions.kit import Definition, Operand
 
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-GARBAGE = 0xA5  # what a workspace holds before anything is written to it
+GARBAGE = 0xA5  # what device.cpp fills memory with before anything is written to it
+PLAN_OPS = ("plan_add_", "plan_learn_", "plan_before_", "plan_step_")
+OPS = (*DEFINITIONS, "mada_learn_", *PLAN_OPS)
+SYMBOLS = {operand.symbol for definition in DEFINITIONS.values() for operand in definition.operands}
+_NAMESPACE = torch.library.Library("pace_emulated", "DEF")
+for _name in OPS:
+    _NAMESPACE.define(str(getattr(torch.ops.pace_kernels, _name).default._schema).removeprefix("pace_kernels::"))
 
 
 RULES = {op.removesuffix("_").removesuffix("_step"): op for op in DEFINITIONS}
@@ -44,174 +51,212 @@ def kernel_name(call: dict[str, Any]) -> str:
     return "pace::learn_kernel"
 
 
-def as_array(tensor: Tensor) -> np.ndarray:
-    flat = tensor.detach().reshape(-1)
-    return flat.view(torch.int16).numpy().view(np.uint16) if tensor.element_size() == 2 else flat.numpy()
+_LAUNCH = ctypes.CFUNCTYPE(
+    ctypes.c_int, *[ctypes.c_char_p] * 4, ctypes.c_uint, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t
+)
+_running: list[Device] = []  # the device whose operator runs
+
+
+@_LAUNCH
+def _launch(*arguments: Any) -> int:
+    kind, rule, x, g = (text.decode() for text in arguments[:4])
+    flags, blocks, threads, parameters, size = arguments[4:]
+    call = {"kind": kind, "rule": rule, "formats": (x, g), "flags": flags, "blocks": blocks, "threads": threads}
+    try:
+        _running[-1]._launched({**call, "parameters": ctypes.string_at(parameters, size)})
+    except BaseException as error:  # which can't pass through C++
+        _running[-1].failure = error
+        return 1
+    return 0
+
+
+@cache
+def library() -> ctypes.CDLL:
+    found = build.operators()
+    found.emulated_set_launch(_launch)
+    found.emulated_new_plan.restype = found.emulated_allocated.restype = ctypes.c_int64
+    found.emulated_allocated.argtypes = [ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)]
+    found.emulated_drop_plan.argtypes = [ctypes.c_int64]
+    return found
+
+
+class Plan:
+    """As ``pace_kernels._cuda.Plan``."""
+
+    def __init__(self) -> None:
+        self.handle = library().emulated_new_plan()
+
+    def __del__(self) -> None:
+        library().emulated_drop_plan(self.handle)
+
+
+def bytes_at(address: int, size: int) -> np.ndarray:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+
+@dataclass
+class Operand:
+    """A tensor of a call, or memory that the operator took: where it lies in the CPU's memory."""
+
+    name: str
+    address: int
+    size: int
+    written: bool
+    item: int = 0  # bytes of an element of an array; 0: none that may lie askew
+    there: int = 0  # its address in the interpreter's memory
+
+
+def _operand(name: str, tensor: Any, written: bool) -> Iterator[Operand]:
+    """Nothing where there is no memory, or where kernels walk a copy: of a tensor with gaps."""
+    if not isinstance(tensor, Tensor) or tensor.numel() == 0:
+        return
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if extent == tensor.numel():
+        item = tensor.element_size() if name in SYMBOLS else 0
+        yield Operand(name, tensor.data_ptr(), tensor.numel() * tensor.element_size(), written, item)
+
+
+def translated(parameters: bytes, operands: list[Operand]) -> bytes:
+    """A launch's parameters with the addresses that the operands have in the interpreter's memory, sorted by
+    address. No count, and no float64 but a subnormal, looks like an address."""
+    words = np.frombuffer(parameters + bytes(-len(parameters) % 8), np.uint64).copy()
+    starts = np.array([operand.address for operand in operands], np.uint64)
+    ends = starts + np.array([operand.size for operand in operands], np.uint64)
+    there = np.array([operand.there for operand in operands], np.uint64)
+    if starts.size:
+        k = np.searchsorted(starts, words, "right").astype(np.int64) - 1
+        inside = (k >= 0) & (words < ends[np.maximum(k, 0)])
+        words[inside] += there[k[inside]] - starts[k[inside]]
+    return words.tobytes()[: len(parameters)]
 
 
 @dataclass
 class Device:
-    """Runs plans. ``rng`` shuffles the blocks of every launch; with ``warp_serial`` one warp runs at a time, up to its
-    next barrier. ``misalign`` puts every operand that many bytes behind a multiple of 256."""
+    """Runs operators. ``rng`` shuffles the blocks of every launch; with ``warp_serial`` one warp runs at a time, up to
+    its next barrier. ``misalign`` puts every operand that many bytes behind a multiple of 256."""
 
     arch: str = build.ptx_archs()[0]
     rng: np.random.Generator | None = None
     warp_serial: bool = False
     misalign: int = 0
     launches: list[str] = field(default_factory=list)  # names of kernels
+    calls: Counter[str] = field(default_factory=Counter)  # of operators
     # Bytes moved, by (family of the kernel, name of the operand, "ld" or "st").
     moved: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     widths: Counter[tuple[str, str, int]] = field(default_factory=Counter)  # by (family, "ld" or "st", access)
-
-    @property
-    def plan(self) -> Any:
-        return build.plan_module()
+    kept: dict[int, list[Operand]] = field(default_factory=dict)  # operands of plans, by handle
+    failure: BaseException | None = None
 
     @contextmanager
-    def in_place_of_the_cpu(self) -> Iterator[Device]:
+    def in_place_of_the_cpu(self, plans: bool = True) -> Iterator[Device]:
         """Whatever the front-end asks of a backend, it gets from here."""
         with (
+            mock.patch.object(Backend, "name", property(lambda _: "cuda"), create=True),
             mock.patch.object(Backend, "op", lambda _, name: getattr(self, name)),
-            mock.patch.object(Backend, "keeps_plans", False),  # those of the CPU would take the next steps there
+            mock.patch.object(Backend, "new_plan", lambda _: Plan()),
+            mock.patch.object(Backend, "keeps_plans", plans),
         ):
             yield self
 
     def __getattr__(self, name: str) -> Any:
-        if name not in DEFINITIONS:
+        if name not in OPS:
             raise AttributeError(name)
-        return partial(self._step_of, DEFINITIONS[name])
+        return lambda *arguments, **named: self._call(name, *arguments, **named)  # no partial: plans look into those
 
-    # ---- memory ----------------------------------------------------------------------------------------------------
+    # ---- operators --------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
-        self.memory = Memory()
-        self.uploaded: list[tuple[Tensor, int]] = []
-        self.names: dict[int, str] = {}  # by address
-        self.skipped = False
+    def _call(self, name: str, *arguments: Any, **named: Any) -> None:
+        library()
+        op = getattr(torch.ops.pace_emulated, name).default
+        given = dict(zip((argument.name for argument in op._schema.arguments), arguments, strict=False)) | named
+        self.calls[name] += 1
+        self.operands = [*self._operands(name, given), *self.kept.get(given.get("plan", -1), [])]
+        if name in ("plan_add_", "plan_learn_"):
+            self.kept[given["plan"]] = self.operands
+        found_inf = given.get("found_inf")
+        skipped = found_inf is not None and bool(found_inf)
+        self.failure = None
+        _running.append(self)
+        try:
+            op(*arguments, **named)
+            assert skipped or not self._unwritten_words()
+        except RuntimeError as error:
+            raise (self.failure or error) from None
+        finally:
+            _running.pop()
+            library().emulated_free()
 
-    def _up(self, name: str, tensor: Tensor | None, written: bool = True, aligned: bool = False) -> int | None:
-        if tensor is None:
-            return None
-        if tensor.numel() == 0:
-            return None  # as torch has it
-        shift = 0 if aligned else self.misalign // tensor.element_size() * tensor.element_size()
-        address = self.memory.upload(as_array(tensor), readonly=not written, misalign=shift)
-        self.names[address] = name
-        if written:
-            self.uploaded.append((tensor, address))
-        return address
+    def _operands(self, name: str, given: dict[str, Any]) -> Iterator[Operand]:
+        """The tensors of a call by the names of the definitions."""
+        if name in PLAN_OPS:
+            yield from self._of_plan(name, given)
+            return
+        definition = DEFINITIONS.get(name)
+        symbols = {} if definition is None else {entry.list: entry for entry in definition.lists}
+        # The pullback of nothing reads its weights alone.
+        reads = name == "pullback_" and not (given["lambda_pullback"] if given["gain"] is None else given["gain"])
+        for argument in getattr(torch.ops.pace_emulated, name).default._schema.arguments:
+            value, alias = given.get(argument.name), argument.alias_info
+            written = alias is not None and alias.is_write and not (reads and argument.name == "params")
+            entry = symbols.get(argument.name)
+            label = getattr(entry, "symbol", "row") if entry is not None else argument.name
+            for tensor in value if isinstance(value, list) else [value]:
+                yield from _operand(label, tensor, written)
 
-    def _small(self, name: str, tensor: Tensor | None, written: bool = True) -> int | None:
-        return self._up(name, tensor, written, aligned=True)
+    def _of_plan(self, name: str, given: dict[str, Any]) -> Iterator[Operand]:
+        if name == "plan_add_":
+            definition = DEFINITIONS[given["rule"]]
+            fresh = definition.lists_of("gradient")
+            tensors = iter(given["tensors"])
+            for entry, length in zip([*definition.lists, None], given["lengths"], strict=True):
+                if entry is not None and entry.list in fresh:
+                    continue
+                label = "steps" if entry is None else getattr(entry, "symbol", "row")
+                for _ in range(length):
+                    yield from _operand(label, next(tensors), True)
+        for label in ("extras", "learned", "fresh"):
+            for tensor in given.get(label, ()):
+                yield from _operand("g" if label == "fresh" else label, tensor, label != "fresh")
+        for label in ("grad_scale", "clip_coef", "found_inf"):
+            yield from _operand(label, given.get(label), False)
 
-    def _workspace(self, size: int) -> int:
-        address = self.memory.upload(np.full(max(size, 1), GARBAGE, np.uint8))
-        self.names[address] = "workspace"
-        return address
+    # ---- launches ---------------------------------------------------------------------------------------------------
+
+    def _workspaces(self) -> Iterator[Operand]:
+        for k in range(1 << 30):
+            address = ctypes.c_void_p()
+            size = library().emulated_allocated(k, ctypes.byref(address))
+            if size < 0:
+                return
+            if size > 0:
+                yield Operand("workspace", address.value or 0, size, True)
 
     def _unwritten_words(self) -> int:
         """Of the call's workspaces: what compute-sanitizer's initcheck would find to be read, since all of it is."""
-        contents = [self.memory.download(a) for a, name in self.names.items() if name == "workspace"]
         garbage = int.from_bytes(bytes([GARBAGE]) * 4, "little")
-        return sum(int((c.view(np.uint32) == garbage).sum()) for c in contents if c.size % 4 == 0)
+        contents = [bytes_at(w.address, w.size) for w in self._workspaces() if w.size % 4 == 0]
+        return sum(int((c.view(np.uint32) == garbage).sum()) for c in contents)
 
-    def _run(self, calls: list[dict[str, Any]]) -> None:
-        for call in calls:
-            name = kernel_name(call)
-            self.launches.append(name)
-            text, entry = build.kernels(self.arch)[name]
-            done = run(
-                text,
-                entry,
-                call["blocks"],
-                call["threads"],
-                [call["parameters"]],
-                self.memory,
-                order=self.rng,
-                warp_serial=self.rng if self.warp_serial else None,
-            )
-            family = call["rule"] if call["kind"] == "sweep" else f"{call['rule']}_{call['kind']}"
-            for kind in ("ld", "st"):
-                for address, count in done[f"{kind}_bytes_by_buffer"].items():
-                    self.moved[family, self.names[address], kind] += count
-                for width, count in done[f"{kind}_bytes_by_width"].items():
-                    self.widths[family, kind, width] += count
-        assert self.skipped or not self._unwritten_words()
-        for tensor, address in self.uploaded:
-            out = torch.from_numpy(np.ascontiguousarray(self.memory.download(address)))
-            if tensor.element_size() == 2:
-                out = out.view(torch.int16).view(tensor.dtype)
-            tensor.detach().copy_(out.view(tensor.shape))
-
-    # ---- operators -------------------------------------------------------------------------------------------------
-
-    def _step_of(self, definition: Definition, *arguments: Any, **named: Any) -> None:
-        self._begin()
-        lists, optional = [e.list for e in definition.lists], definition.optional_tensors
-        given: dict[str, Any] = dict.fromkeys(optional) | dict(
-            zip((*lists, "steps", *optional), arguments, strict=False)
-        )
-        given |= {name: named.pop(name) for name in list(named) if name in given or name == "steps"}
-        on_device, found_inf = named["capturable"], given["found_inf"]
-        given["capturable"] = on_device
-        assert on_device or found_inf is None  # as the operator requires
-        self.skipped = found_inf is not None and bool(found_inf)
-        # The pullback of nothing reads its weights alone.
-        written = "gain" not in named or bool(named["lambda_pullback"] if named["gain"] is None else named["gain"])
-        tensors = [self._tensor(definition, given, i, written) for i in range(len(given["params"]))]
-        lr, extras = given["lr_tensor"], definition.extras
-        request: dict[str, Any] = dict.fromkeys(("grad_scale", "clip_coef", "numbers", "result"))
-        request |= {name: self._small(name, given[name], False) for name in ("lr_tensor", *definition.scaling)}
-        for extra in extras:
-            place = "result" if extra.written else "numbers"
-            request[place] = self._small(place, given[extra.name], extra.written)
-        request["lr_is_double"] = lr is not None and lr.dtype == torch.float64
-        request["lists"] = sum(bool(given[operand.list]) << k for k, operand in enumerate(definition.operands))
-        self._run(getattr(self.plan, definition.op)(tensors, named, request, self._workspace))
-        if not on_device:
-            for step in given["steps"]:
-                step += 1
-
-    def _tensor(self, definition: Definition, given: dict[str, Any], i: int, stepped: bool) -> dict[str, Any]:
-        param, step = given["params"][i], given["steps"][i]
-        formats = {"x_format": DTYPES[param.dtype], "g_format": DTYPES[param.dtype]}
-        operands: list[int | None] = []
-        row = None
-        for entry in definition.lists:
-            if not given[entry.list]:
-                operands += [None] if isinstance(entry, Operand) else []
-            elif not isinstance(entry, Operand):
-                row = self._small("row", given[entry.list][i])
-            else:
-                tensor = given[entry.list][i]
-                written = entry.mutable and (entry.role != "weight" or stepped)
-                operands.append(self._up(entry.symbol, tensor, written))
-                if entry.role in ("gradient", "moment"):
-                    formats["g_format"] = DTYPES[tensor.dtype]
-        counted = {"step": None, "steps_taken": step.item()}
-        if given["capturable"]:  # the address's lowest bit is set where it is float64
-            address = (self._small("step", step) or 0) | (step.dtype == torch.float64)
-            counted = {"step": address, "steps_taken": 0.0}
-        return {"operands": operands, "row": row, "numel": param.numel(), **formats, **counted}
-
-    def mada_learn_(
-        self,
-        coefficients: Tensor,
-        momenta: Tensor,
-        hypergradients: Tensor,
-        hyper_step: Tensor,
-        sums: list[Tensor],
-        found_inf: Tensor | None = None,
-        **options: Any,
-    ) -> None:
-        self._begin()
-        request = {
-            "sums": [self._small("sums", row, False) for row in sums],
-            "coefficients": self._small("coefficients", coefficients),
-            "momenta": self._small("momenta", momenta),
-            "hypergradients": self._small("hypergradients", hypergradients),
-            "hyper_step": self._small("hyper_step", hyper_step),
-            "found_inf": self._small("found_inf", found_inf, False),
-            **options,
-        }
-        self._run(self.plan.learn(request))
+    def _launched(self, call: dict[str, Any]) -> None:
+        name = kernel_name(call)
+        self.launches.append(name)
+        memory = Memory()
+        operands = sorted([*self.operands, *self._workspaces()], key=lambda operand: operand.address)
+        for operand in operands:
+            shift = self.misalign // operand.item * operand.item if operand.item else 0
+            contents = bytes_at(operand.address, operand.size)
+            operand.there = memory.upload(contents, readonly=not operand.written, misalign=shift)
+        names = {operand.there: operand.name for operand in operands}
+        text, entry = build.kernels(self.arch)[name]
+        parameters = [translated(call["parameters"], operands)]
+        serial = self.rng if self.warp_serial else None
+        done = run(text, entry, call["blocks"], call["threads"], parameters, memory, order=self.rng, warp_serial=serial)
+        family = call["rule"] if call["kind"] == "sweep" else f"{call['rule']}_{call['kind']}"
+        for kind in ("ld", "st"):
+            for address, count in done[f"{kind}_bytes_by_buffer"].items():
+                self.moved[family, names[address], kind] += count
+            for width, count in done[f"{kind}_bytes_by_width"].items():
+                self.widths[family, kind, width] += count
+        for operand in operands:
+            if operand.written:
+                bytes_at(operand.address, operand.size)[:] = memory.download(operand.there)

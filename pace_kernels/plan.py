@@ -1,0 +1,192 @@
+"""A plan: what a step was made of, in C++ already, and by what it is told whether all is as it was (planning.py)."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor
+
+from .backend import Backend
+from .checks import Group
+from .definitions import DEFINITIONS
+from .definitions.kit import Definition
+from .launching import of_c
+from .sharding import is_sharded
+from .states import Work
+from .torch_rules.common import at_hand
+
+if TYPE_CHECKING:
+    from .planning import Planning
+
+_requires_grad = operator.attrgetter("requires_grad")
+_local = operator.attrgetter("_local_tensor")
+_placed = operator.attrgetter("_spec.placements", "_spec.mesh")
+_NOT_A_NUMBER = float("nan")
+
+
+def _numbers(definition: Definition, given: Group) -> list[float]:
+    """Options as plans take them: None is NaN."""
+    names = [option.name for option in definition.options] + ["capturable"]
+    return [_NOT_A_NUMBER if (value := given[name]) is None else float(value) for name in names]
+
+
+def plan_op(backend: Backend, name: str) -> Any:
+    return of_c(backend.op(name))
+
+
+class _Part:
+    """A call of a step's operator: its options as numbers, and where its states are."""
+
+    def __init__(
+        self, definition: Definition, work: Work, names: tuple[str, ...], now: tuple[str, ...], call: partial[None]
+    ) -> None:
+        """``now``: the names that the states have at present, where they have changed places when this plan's turn
+        comes."""
+        self.group = work.group
+        self.numbers = _numbers(definition, call.keywords)
+        self.place = {option.name: k for k, option in enumerate(definition.options)}
+        self.dicts = list(work.records)
+        source = dict(zip(names, now, strict=True))
+        self.values = [record[source.get(name, name)] for record in self.dicts for name in record]
+
+
+def _may_change(lr: Any) -> bool:
+    """Whether the same object may be another number at the next step. One on a device is read there, at each step."""
+    return isinstance(lr, Tensor) and at_hand(lr)
+
+
+class _Options:
+    """A group's dict as the plan last saw it."""
+
+    def __init__(self, group: Group) -> None:
+        self.group, self.params = group, list(group["params"])
+        self.names, self.values = list(group), list(group.values())
+        # What may change and stay the same object: lists by their copies, and a learning rate that is a tensor.
+        self.lists = {k: list(v) for k, v in group.items() if type(v) is list and k != "params"}
+        self.lr = _may_change(group["lr"])
+        self.size, self.steady = len(group), not self.lists and not self.lr
+
+    def changed(self) -> Sequence[str] | None:
+        """The names of options that were replaced, or edited; None where the group has others than it had."""
+        group = self.group
+        if list(group) != self.names:
+            return None
+        same = map(operator.is_, group.values(), self.values)
+        found = [name for name, kept in zip(self.names, same, strict=True) if not kept]
+        if self.lists:
+            found += [name for name, kept in self.lists.items() if group[name] != kept and name not in found]
+        return [*found, "lr"] if self.lr and "lr" not in found else found
+
+    def keep(self, names: Sequence[str]) -> None:
+        for name in names:
+            value = self.values[self.names.index(name)] = self.group[name]
+            self.lists.pop(name, None)
+            if type(value) is list:
+                self.lists[name] = list(value)
+            if name == "lr":
+                self.lr = _may_change(value)
+        self.steady = not self.lists and not self.lr
+
+
+# A group's dict, the names of its options that changed, and the operator's names and values of them.
+Change: TypeAlias = tuple[_Options, Sequence[str], dict[str, float]]
+
+
+class Plan:
+    """One step's calls. ``after``: the plan of the step that follows, where that is another one; it takes this one's
+    place then, and has this one after it. So they hold each other in no circle."""
+
+    def __init__(self, optimizer: Planning, works: list[Work], mask: list[bool], rows: list[tuple[Any, ...]]) -> None:
+        definition = DEFINITIONS[optimizer.OPERATOR]
+        self.options = [_Options(group) for group in optimizer.param_groups]
+        self.all_params = params = [param for options in self.options for param in options.params]
+        self.requires_grad = list(map(_requires_grad, params))
+        self.owners = [owner for work in works for owner in work.owners]
+        self.params = [param for work in works for param in work.params]
+        self.sharded = any(map(is_sharded, self.owners))
+        self.placed = list(map(_placed, self.owners)) if self.sharded else []
+        self.mask, self.key = mask, tuple(mask)
+        self.parts = [_Part(definition, work, *row) for work, row in zip(works, rows, strict=True)]
+        self.keys, self.states = list(optimizer.state), list(optimizer.state.values())
+        self.dicts = list(chain.from_iterable(part.dicts for part in self.parts))
+        self.values = list(chain.from_iterable(part.values for part in self.parts))
+        # Works take the parameters of a group by device and dtype: where that is another order, gradients follow it.
+        place = {id(param): i for i, param in enumerate(params)}
+        self.order = [place[id(owner)] for owner in self.owners]
+        self.takes_all = self.order == list(range(len(params))) and not self.sharded
+        backend = works[0].backend
+        self.held = backend.new_plan()
+        self.op = partial(plan_op, backend)
+        self.step = partial(self.op("plan_step_"), self.held.handle, self.params[0])
+        self.device = self.params[0].device
+        self.on_device = any(work.on_device for work in works)
+        self.after: Plan | None = None
+        self.turned: tuple[list[dict[str, Any]], list[dict[str, Any]]] | None = None  # states, and what they get
+        self.left: list[Any] = []  # what get_step_stats() reads
+        add = self.op("plan_add_")
+        count = len(definition.lists) + 1
+        fresh = definition.lists_of("gradient")
+        for part, (*_, call) in zip(self.parts, rows, strict=True):
+            lists = list(call.args[:count])
+            tensors = chain.from_iterable(
+                tensors for entry, tensors in zip([*definition.lists, None], lists, strict=True)
+                if entry is None or entry.list not in fresh
+            )  # fmt: skip
+            extras = [*call.args[count:], call.keywords.get("lr_tensor")]
+            add(self.held.handle, definition.op, list(tensors), list(map(len, lists)), extras, part.numbers)
+
+    def has_its_states(self, state: Mapping[Tensor, Any]) -> bool:
+        """Whether the optimizer's states are those of the plan: told without a hash, which of a tensor takes 90 ns."""
+        return (
+            len(state) == len(self.keys)
+            and all(map(operator.is_, state, self.keys))
+            and all(map(operator.is_, state.values(), self.states))
+            and sum(map(len, self.dicts)) == len(self.values)
+            and all(map(operator.is_, chain.from_iterable(map(dict.values, self.dicts)), self.values))
+        )
+
+    def with_options(self, changes: list[Change]) -> list[float]:
+        """The options of all parts, changed. A plan that did not take them is of no use any more."""
+        for part in self.parts:
+            for kept, _, numbers in changes:
+                if part.group is kept.group:
+                    for name, number in numbers.items():
+                        part.numbers[part.place[name]] = number
+        return list(chain.from_iterable(part.numbers for part in self.parts))
+
+    def can_skip(self, found_inf: Tensor) -> bool:
+        """Whether a step by this plan can be left undone: told by the host or, where nothing but the device's memory
+        depends on it, there."""
+        return at_hand(found_inf) or (self.on_device and self.turned is None)
+
+    def learn(self, learned: list[Tensor], parts: list[int], options: Group) -> None:
+        """Adds what ``mada_learn_`` does after the step."""
+        lists = (options[name] for name in ("hyper_lr", "hyper_momentum", "lower", "upper"))
+        numbers = [float(options["learn"]), options["clip"], float(options["warmup"]), *chain.from_iterable(lists)]
+        self.op("plan_learn_")(self.held.handle, learned, parts, numbers)
+
+    def fresh(self, grads: list[Any]) -> list[Tensor] | None:
+        """The gradients as the call takes them; None where one is not placed as its parameter."""
+        given = [grads[i] for i in self.order]
+        if self.sharded:
+            if list(map(_placed, given)) != self.placed:
+                return None
+            if not all(map(operator.is_, map(_local, self.owners), self.params)):
+                return None
+            given = list(map(_local, given))
+        return given
+
+    def is_of(self, optimizer: Planning) -> bool:
+        """Whether parameters and states are those of the plan."""
+        groups = [(group, group["params"]) for group in optimizer.param_groups]
+        return (
+            len(groups) == len(self.options)
+            and all(group is kept.group for (group, _), kept in zip(groups, self.options, strict=True))
+            and all(len(now) == len(kept.params) for (_, now), kept in zip(groups, self.options, strict=True))
+            and all(map(operator.is_, chain.from_iterable(now for _, now in groups), self.all_params))
+            and self.has_its_states(optimizer.state)
+        )
