@@ -2,7 +2,8 @@
 # A second environment, .venv-cuda (5.7 GB), has torch's CUDA build and a CUDA compiler, for the tests of the CUDA
 # library, which need no GPU: make test CUDA=0 goes without. A third, .venv-xla (7 GB), has torch 2.9 and torch_xla, for
 # tests/xla on the CPU: make test XLA=0 goes without. A fourth, .venv-peers (1.2 GB), has the optimizers of others for
-# make bench-peers, so that what they bring along stays out of the tests.
+# make bench-peers, so that what they bring along stays out of the tests. A fifth, .venv-docs (0.2 GB), builds the site
+# of the documentation and needs no torch.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv
@@ -17,6 +18,7 @@ XLA ?= 1
 XLA_TORCH ?= 2.9
 XLA_VENV := $(VENV)-xla
 PEERS_VENV := $(VENV)-peers
+DOCS_VENV := $(VENV)-docs
 # Headers of the oldest torch that the kernels build against and of the next: of the smallest package that has them.
 HEADERS := build/headers
 HEADERS_TORCH := 2.10.0 2.11.0
@@ -26,12 +28,12 @@ NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 
 CSRC := $(shell find csrc -not -name definitions.h -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(CSRC) $(shell find tests -name '*.cpp')
 
-.PHONY: demo quick test test-full lint format bench bench-peers convex theory pace mada results roofline occupancy gpu wheel clean
+.PHONY: demo quick test test-full lint format bench bench-peers convex theory pace mada results roofline occupancy gpu wheel docs clean
 
 demo: $(VENV)/.bench
 	$(BIN)/python examples/train_lm.py
 
-test: lint $(HEADERS)/.ready $(if $(filter 1,$(CUDA)),$(CUDA_VENV)/.torch-$(CUDA_TORCH)) $(if $(filter 1,$(XLA)),$(XLA_VENV)/.ready)
+test: lint $(HEADERS)/.ready $(DOCS_VENV)/.ready $(if $(filter 1,$(CUDA)),$(CUDA_VENV)/.torch-$(CUDA_TORCH)) $(if $(filter 1,$(XLA)),$(XLA_VENV)/.ready)
 	$(PYTEST)
 
 # Every case of the products of which `make test` takes all pairs of values and a sample (tests/products.py).
@@ -74,7 +76,7 @@ pace: $(VENV)/.bench
 mada: $(VENV)/.bench
 	$(BIN)/python research/mada.py
 
-# bench/results/README.md, its figures and the tables in README.md that come from there, from the JSON files alone.
+# bench/results/README.md, its figures and the tables in README.md and docs/ that come from there, from the JSON files alone.
 results: $(VENV)/.bench
 	$(BIN)/python bench/results_page.py
 
@@ -95,8 +97,12 @@ WHEEL_VENV := $(if $(filter 1,$(CUDA)),$(CUDA_VENV),$(VENV))
 wheel: $(WHEEL_VENV)/.wheel
 	PACE_CUDA=$(CUDA) $(WHEEL_VENV)/bin/python tools/wheel.py
 
+# The site, into out/site; python -m http.server -d out/site shows it with its search.
+docs: $(DOCS_VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) $(XLA_VENV) $(PEERS_VENV) build dist out *.egg-info pace_kernels/*.so pace_kernels/_not_built.json
+	rm -rf $(VENV) $(CUDA_VENV) $(XLA_VENV) $(PEERS_VENV) $(DOCS_VENV) build dist out *.egg-info pace_kernels/*.so pace_kernels/_not_built.json
 
 # torch first, since the extension is built against it; then the package, in place.
 $(VENV)/.torch-$(TORCH): Makefile
@@ -143,6 +149,12 @@ $(PEERS_VENV)/.torch-$(TORCH): Makefile
 $(PEERS_VENV)/.peers: $(PEERS_VENV)/.torch-$(TORCH) pyproject.toml setup.py bench/install_peers.py $(CSRC)
 	PACE_CUDA=0 $(PEERS_VENV)/bin/pip install --quiet --no-build-isolation --editable ".[bench]"
 	$(PEERS_VENV)/bin/python bench/install_peers.py
+	touch $@
+
+# The extra alone: the package itself would bring torch.
+$(DOCS_VENV)/.ready: Makefile pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | sed 's/", "/" "/g')
 	touch $@
 
 $(VENV)/.wheel: $(VENV)/.torch-$(TORCH)

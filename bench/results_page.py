@@ -3,8 +3,8 @@
     python bench/results_page.py [--folder bench/results]
 
 Every section names the command that measures it. What has no JSON file yet is left out, and said so. JSON files of more
-than 10 kB are packed: `x.json` becomes `x.json.xz`. The figures are drawn anew, and so are the tables of the project's
-README.md between the comments `<!-- results: NAME -->` and `<!-- end -->`.
+than 10 kB are packed: `x.json` becomes `x.json.xz`. The figures are drawn anew. The tables of README.md and docs/
+between the comments `<!-- results: NAME -->` and `<!-- end -->` are written too.
 """
 
 from __future__ import annotations
@@ -174,9 +174,9 @@ def sharded(kept: dict[str, Any], path: Path) -> str:
     return "\n".join(lines)
 
 
-# --- the tables of the project's README -----------------------------------------------------------------------------
+# --- the tables of README.md and of docs/ ---------------------------------------------------------------------------
 
-README_PEERS = {
+PEERS = {
     "pace": "**PACE**",
     "adamw-fused": "`AdamW(fused=True)`",
     "adamw-foreach": "`AdamW(foreach=True)`",
@@ -201,8 +201,8 @@ README_PEERS = {
 }
 
 
-def readme_peers(folder: Path) -> str:
-    """GPT-2 in float32. Milliseconds are the ratio times PACE's median, so that rows of several waves compare."""
+def gpt2_of_peers(folder: Path) -> tuple[dict[str, Any], Case, float]:
+    """What was kept, the case of GPT-2 in float32, and PACE's milliseconds in it."""
     import bench_peers as command
 
     kept = load(folder / "peers.json")
@@ -211,10 +211,15 @@ def readme_peers(folder: Path) -> str:
         for saved in kept["cases"]
         if (saved["size"], saved["dtype"]) == ("gpt2", "float32")
     )
-    pace = 1e3 * quartiles(case.result("pace").samples)[1]
+    return kept, case, 1e3 * quartiles(case.result("pace").samples)[1]
+
+
+def peers_of_docs(folder: Path) -> str:
+    """GPT-2 in float32. Milliseconds are the ratio times PACE's median, so that rows of several waves compare."""
+    kept, case, pace = gpt2_of_peers(folder)
     lines = [f"| GPT-2 124M, float32 | × PACE | ms, where PACE takes {pace:.0f} | state, bytes / parameter |"]
     lines.append("| --- | ---: | ---: | ---: |")
-    for key, name in README_PEERS.items():
+    for key, name in PEERS.items():
         result = case.result(key)
         ratio = result and case.against(result, "pace")
         if result and not ratio:
@@ -225,7 +230,7 @@ def readme_peers(folder: Path) -> str:
     return f"{where}\n\n" + "\n".join(lines)
 
 
-def readme_pace(folder: Path) -> str:
+def pace_of_docs(folder: Path) -> str:
     """Losses on the seeds that have chosen nothing; bold where one is better than AdamW + EMA by Student's t."""
     import pace as experiment
 
@@ -245,14 +250,41 @@ def readme_pace(folder: Path) -> str:
     return "\n".join(lines)
 
 
-README_TABLES = {"peers": readme_peers, "pace": readme_pace}
+COSTS = {
+    "adamw-fused": "`AdamW(fused=True)`",
+    "adamw-ema": "`AdamW(fused=True)` + `AveragedModel`",
+    "pace": "**PACE**",
+    "mada-adamw": "MADA, preset `adamw`",
+    "mada": "**MADA**, all six learned",
+    "schedulefree": "schedulefree's `AdamWScheduleFree`",
+}
 
 
-def with_tables(readme: str, folder: Path) -> str:
+def costs(folder: Path) -> str:
+    """What a step takes and holds: alone on a CPU, as in `peers`, and within a training step on a GPU."""
+    kept, case, pace = gpt2_of_peers(folder)
+    gpu = load(folder / "throughput-nvidia-h100-80gb-hbm3.json")
+    cpu = kept["machine"]
+    lines = ["| | CPU, ms per step | H100, ms per training step | state, bytes per parameter |"]
+    lines.append("| --- | ---: | ---: | ---: |")
+    for key, name in COSTS.items():
+        result, row = case.result(key), gpu["rows"].get(key)
+        alone = f"{case.against(result, 'pace') * pace:,.0f}"
+        whole = f"{1e3 * row['seconds_median']:.2f}" if row else "–"
+        lines.append(f"| {name} | {alone} | {whole} | {result.state_bytes / case.numel:.0f} |")
+    where = f"CPU: {cpu['cpu']}, {cpu['threads']} threads, {cpu['cpu_isa']}, torch {cpu['torch'].partition('+')[0]}."
+    return "\n".join(lines) + f"\n\n{where} H100: torch {gpu['machine']['torch'].partition('+')[0]}, bfloat16 autocast."
+
+
+TABLES = {"peers": peers_of_docs, "pace": pace_of_docs, "costs": costs}
+PAGES = ("README.md", "docs/benchmarks.md")
+
+
+def with_tables(text: str, folder: Path) -> str:
     def table(found: re.Match[str]) -> str:
-        return f"{found[1]}\n\n{README_TABLES[found[2]](folder)}\n\n{found[3]}"
+        return f"{found[1]}\n\n{TABLES[found[2]](folder)}\n\n{found[3]}"
 
-    return re.sub(r"(<!-- results: (\w+) -->)\n.*?\n(<!-- end -->)", table, readme, flags=re.S)
+    return re.sub(r"(<!-- results: (\w+) -->)\n.*?\n(<!-- end -->)", table, text, flags=re.S)
 
 
 # --- the page -------------------------------------------------------------------------------------------------------
@@ -305,9 +337,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     path.write_text(page(arguments.folder), encoding="utf-8")
     print(f"written: {path}")
     if arguments.folder.resolve() == BENCH / "results":
-        readme = BENCH.parent / "README.md"
-        readme.write_text(with_tables(readme.read_text(encoding="utf-8"), arguments.folder), encoding="utf-8")
-        print(f"written: {readme}, its tables")
+        for name in PAGES:
+            text = BENCH.parent / name
+            text.write_text(with_tables(text.read_text(encoding="utf-8"), arguments.folder), encoding="utf-8")
+            print(f"written: {text}, its tables")
     return 0
 
 

@@ -40,6 +40,7 @@ SLOW = (
     "test_results.py",
     "test_sanitizers.py",
     "test_sharded*.py",
+    "test_site.py",
     "test_theory.py",
     "test_trainers_*.py",
     "test_triton*.py",

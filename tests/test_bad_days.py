@@ -1,5 +1,5 @@
 """Promise: on a bad day PACE and MADA do what torch.optim.AdamW does, or say what they do: numbers that are not finite,
-or at the ends of a format's range; tensors beyond 2^31 elements; threads, forks and exceptions. README, "Bad days"."""
+or at the ends of a format's range; tensors beyond 2^31 elements; threads, forks and exceptions. docs/bad-days.md."""
 
 from __future__ import annotations
 

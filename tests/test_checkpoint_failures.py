@@ -104,8 +104,8 @@ def test_a_truncated_file_does_not_load(script: str) -> None:
 
 @pytest.mark.slow
 def test_a_flipped_bit_is_found() -> None:
-    """torch.load does not look at the checksums of the file, and finds only what it can't read. The README says what
-    to do: zipfile finds all of them. What does not load changes nothing."""
+    """torch.load does not look at the checksums of the file, and finds only what it can't read. docs/checkpoints.md
+    says what to do: zipfile finds all of them. What does not load changes nothing."""
     training = training_of("MADA, pulled")
     content = file_of(training)
     assert zipfile.ZipFile(io.BytesIO(content)).testzip() is None
@@ -154,8 +154,8 @@ while True:
 @pytest.mark.parametrize("atomic", [True, False])
 @pytest.mark.slow
 def test_a_save_that_is_killed(atomic: bool, tmp_path: Path) -> None:
-    """With the README's recipe, a whole checkpoint is there at any time. Without it, a file that was cut off: that is
-    what the test below loads, at every length."""
+    """With the recipe of docs/checkpoints.md, a whole checkpoint is there at any time. Without it, a file that was
+    cut off: that is what the test below loads, at every length."""
     path = tmp_path / "checkpoint.pt"
     root = str(Path(pace_kernels.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": root}

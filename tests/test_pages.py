@@ -1,43 +1,221 @@
-"""Promise: the examples of the pages beside the code run, and what their tables say of names is so."""
+"""Promise: README and the pages of docs say what is so: their code runs when it is pasted alone, their links lead
+somewhere, and what their tables say of names holds."""
 
 from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from pace_kernels import PACE
+from pace_kernels import PACE, ScheduleFreeAdamW
 
-PAGES = Path(__file__).parents[1] / "pace_kernels"
+ROOT = Path(__file__).parents[1]
+WRITTEN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*WRITTEN, ROOT / "CHANGELOG.md", ROOT / "bench/results/README.md", ROOT / "tests/gpu/README.md"]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+each_written = pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+
+# ---- code ------------------------------------------------------------------------------------------------------------
+
+# Imported by a block: it takes seconds, and is skipped where the package is not there.
+HEAVY = ("accelerate", "datasets", "deepspeed", "lightning", "transformers", "trl")
+# Blocks that leave something behind in their process: a process group, an engine, an accelerator.
+APART = re.compile(r"init_process_group|import deepspeed|Accelerator\(|SFTTrainer")
+
+
+@dataclass(frozen=True)
+class Block:
+    page: str
+    line: int
+    language: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+    @property
+    def needs(self) -> list[str]:
+        return [name for name in HEAVY if re.search(rf"^(from|import) {name}\b", self.code, re.M)]
+
+
+def blocks() -> Iterator[Block]:
+    for path in WRITTEN:
+        text = path.read_text(encoding="utf-8")
+        for found in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M):
+            yield Block(name_of(path), text[: found.start()].count("\n") + 2, found[1], found[2])
+
+
+BLOCKS = list(blocks())
+PYTHON = [
+    pytest.param(block, id=str(block), marks=[pytest.mark.slow] if block.needs or APART.search(block.code) else [])
+    for block in BLOCKS
+    if block.language == "python"
+]
+# What is so after a block, beside that it ran to its end: by a page and a name that only this block makes.
+AFTER: dict[tuple[str, str], str] = {
+    ("README.md", "optimizer"): "same(torch.load('averaged.pt'), optimizer.ema_state_dict(model))",
+    ("docs/mixed-precision.md", "norm"): "norm > 0 and all(s['step'] == 1 for s in optimizer.state.values())",
+    ("docs/checkpoints.md", "saved"): "same(saved['optimizer'], optimizer.state_dict())",
+    ("docs/moving.md", "validation"): "validation < before and not optimizer.param_groups[0].get('swapped', False)",
+    ("docs/moving.md", "shipped"): "same(shipped['weight'], optimizer.state[model.weight]['ema'])",
+    ("docs/moving.md", "clamped"): "0 <= clamped <= 1",
+    ("docs/transformers.md", "trainer"): "same(model.state_dict(), optimizer.ema_state_dict(model))",
+    ("docs/lightning.md", "trainer"): "same(model.state_dict(), trainer.optimizers[0].ema_state_dict(model))",
+    ("docs/trl.md", "trainer"): "same(model.state_dict(), optimizer.ema_state_dict(model))",
+    ("docs/accelerate.md", "averages"): "averages.keys() == model.state_dict().keys()",
+    ("docs/deepspeed.md", "averages"): "averages.keys() == model.state_dict().keys()",
+    ("docs/sharding.md", "averages"): "averages.keys() == model.state_dict().keys()",
+    ("docs/mada.md", "optimizer"): "not optimizer.param_groups[0]['learn']",
+}
+SAME = """
+def same(a, b):
+    import torch
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+"""
+
+
+def checks(block: Block) -> list[str]:
+    return [
+        check
+        for (page, name), check in AFTER.items()
+        if page == block.page and re.search(rf"\b{name}\b.* = |as {name}:", block.code)
+    ]
+
+
+@pytest.mark.parametrize("block", PYTHON)
+@pytest.mark.filterwarnings("ignore")
+def test_a_block_runs_alone(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in block.needs:
+        if find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    monkeypatch.chdir(tmp_path)
+    if APART.search(block.code):
+        run_apart(block)
+        return
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile("\n" * (block.line - 1) + block.code, str(ROOT / block.page), "exec"), names)
+    if "validation" in names:
+        torch.manual_seed(0)
+        names["before"] = torch.nn.Linear(4, 1)(names["batches"][0]).square().mean().item()
+    exec(SAME, names)
+    for check in checks(block):
+        assert eval(check, names), check
+
+
+def run_apart(block: Block) -> None:
+    code = "\n".join([block.code, SAME, *(f"assert {check}" for check in checks(block))])
+    if "deepspeed" in block.needs:  # it would compile an operator for the CPU for half a minute
+        code = f"import sys, deepspeed\nsys.modules['deepspeed.comm.torch'].build_shm_op = lambda: None\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_check_belongs_to_a_block() -> None:
+    found = [check for block in BLOCKS if block.language == "python" for check in checks(block)]
+    assert set(AFTER.values()) <= set(found)
+
+
+def test_each_block_says_its_language() -> None:
+    assert {block.language for block in BLOCKS} <= {"python", "sh", "text"}, [
+        str(block) for block in BLOCKS if not block.language
+    ]
+    assert sum(block.language == "python" for block in BLOCKS) > 20
+
+
+def test_commands_are_there() -> None:
+    targets = set(re.findall(r"^([\w-]+):", text_of("Makefile"), re.M))
+    lines = [line.partition("#")[0].split() for b in BLOCKS if b.language == "sh" for line in b.code.splitlines()]
+    written = "".join(path.read_text(encoding="utf-8") for path in WRITTEN)
+    lines += [found.split() for found in re.findall(r"`((?:make|python) [^`]+)`", written)]
+    for words in filter(None, lines):
+        while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+            del words[0]
+        tool, *rest = words
+        tool = Path(tool).name
+        assert tool in ("make", "python", "pip", "uv"), words
+        if tool == "make":
+            assert rest[0] in targets, words
+        elif tool == "python" and not rest[0].startswith("-"):
+            assert (ROOT / rest[0]).exists(), words
+        elif tool in ("pip", "uv"):
+            assert "install" in rest and rest[-1] in (".", '"setuptools>=77"'), words
+
+
+# ---- links -----------------------------------------------------------------------------------------------------------
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M))
+
+
+def anchors(path: Path) -> set[str]:
+    """Those of the headings, as GitHub and mkdocs.yml make them."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", path.read_text("utf-8"), flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]*)\)", without_code(text).replace("[]", "[.]"))
+    assert not re.search(r"\]\[|^\[[^]]+\]:", without_code(text), re.M), "links are written in place"
+    for link in links:
+        if re.match(r"\w+:", link):
+            assert re.fullmatch(r"https://[a-z0-9.-]+\.[a-z]{2,}(/[\w./~%#?=&-]*)?", link), link
+            assert "arxiv" not in link or re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{5}", link), link
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists() and target.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@each_written
+def test_files_in_the_text_are_there(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    folders = "bench|csrc|docs|examples|pace_kernels|research|tests|tools|triton_kernels"
+    for found in re.findall(rf"`((?:{folders})/[^\s`:,]+)", text):
+        assert list(ROOT.glob(found.rstrip("/"))) or found == "csrc/definitions.h", found
+
+
+def test_the_first_screen_is_short() -> None:
+    readme = text_of("README.md")
+    assert len(readme.splitlines()) <= 150
+    linked = set(re.findall(r"\]\(docs/([\w-]+\.md)", readme))
+    assert linked == {path.name for path in WRITTEN if path.parent.name == "docs"}
+    example = next(block for block in BLOCKS if block.page == "README.md" and block.language == "python")
+    assert len(example.code.splitlines()) <= 12
+
+
+# ---- Moving ----------------------------------------------------------------------------------------------------------
 
 
 def sections(name: str) -> list[str]:
-    return re.split(r"^## ", (PAGES / name).read_text(), flags=re.M)[1:]
-
-
-@pytest.mark.parametrize("section", sections("MOVING.md"), ids=lambda text: text.partition("\n")[0])
-def test_moving(section: str) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
-    torch.manual_seed(0)
-    model, target = torch.nn.Linear(4, 1), torch.randn(4, 1)
-    inputs = [torch.randn(16, 4) for _ in range(40)]
-    names = {
-        "torch": torch,
-        "model": model,
-        "batches": inputs,
-        "loss_of": lambda m, x: (m(x) - x @ target).square().mean(),
-    }
-    before = names["loss_of"](model, inputs[-1]).item()
-    exec(compile(code, "MOVING.md", "exec"), names)
-    assert names["validation"] < before
-    optimizer = names["optimizer"]
-    assert isinstance(optimizer, PACE) and not optimizer.param_groups[0].get("swapped", False)
-    if "shipped" in names:
-        weight = optimizer.state[model.weight]["ema"]
-        assert torch.equal(names["shipped"]["weight"], weight) and not torch.equal(model.weight, weight)
+    return re.split(r"^## ", text_of(name), flags=re.M)[1:]
 
 
 def by_position(kind: type) -> dict[str, object]:
@@ -46,7 +224,7 @@ def by_position(kind: type) -> dict[str, object]:
 
 
 def test_the_arguments_by_position_are_as_named() -> None:
-    assert f"`PACE({', '.join(by_position(PACE))})`" in (PAGES / "MOVING.md").read_text()
+    assert f"`PACE({', '.join(by_position(PACE))})`" in text_of("docs/moving.md")
 
 
 # Of the published pace-optimizer, which is on no package index that CI has: its source, read in 2026.
@@ -62,35 +240,34 @@ def test_the_defaults_that_differ_are_told() -> None:
     assert [*ours][1:] == [*PUBLISHED]
     differ = [name for name, default in PUBLISHED.items() if ours[name] != default]
     rows = [", ".join(f"{name}={values[name]}" for name in differ) for values in (PUBLISHED, ours)]
-    (told,) = [line for line in sections("MOVING.md")[1].splitlines() if "by default |" in line]
+    (told,) = [line for line in sections("docs/moving.md")[1].splitlines() if "by default |" in line]
     assert told.replace("1e-4", "0.0001").startswith(f"| `{rows[0]}` by default | `{rows[1]}` by default;")
 
 
 def test_what_is_told_of_schedulefree() -> None:
     module = pytest.importorskip("schedulefree")
-    theirs, ours, section = by_position(module.AdamWScheduleFree), by_position(PACE), sections("MOVING.md")[2]
+    theirs, ours, section = by_position(module.AdamWScheduleFree), by_position(PACE), sections("docs/moving.md")[2]
     names = [name for name in theirs if name != "foreach"]
     assert f"`AdamWScheduleFree({', '.join(names)})`" in section and theirs["weight_lr_power"] == 2
     row = " | ".join(f"`lr={x['lr']}`, `weight_decay={x['weight_decay']}` by default" for x in (theirs, ours))
     assert f"| {row} |" in section
+    assert [*by_position(ScheduleFreeAdamW)] == [*theirs]
 
 
 # ---- With other software ---------------------------------------------------------------------------------------------
 
-OTHER_SOFTWARE = (PAGES.parent / "docs" / "with-other-software.md").read_text()
 
-
-def tests_named() -> list[tuple[str, str]]:
-    return re.findall(r"`([\w/]+\.py)::(\w+)`", OTHER_SOFTWARE)
+def named_tests() -> list[tuple[str, str]]:
+    return re.findall(r"`([\w/]+\.py)::(\w+)`", text_of("docs/with-other-software.md"))
 
 
 def test_each_test_that_the_page_names_is_there() -> None:
-    assert len(tests_named()) > 30
-    for file, name in tests_named():
+    assert len(named_tests()) > 30
+    for file, name in named_tests():
         assert re.search(rf"^def {name}\(", (Path(__file__).parent / file).read_text(), re.M), (file, name)
 
 
 def test_each_row_names_its_test() -> None:
-    rows = [line for line in OTHER_SOFTWARE.split("\n## ")[1].splitlines() if line.startswith("| ")]
+    rows = [line for line in sections("docs/with-other-software.md")[0].splitlines() if line.startswith("| ")]
     for row in rows[2:]:
         assert re.fullmatch(r"(`[\w/]+\.py::\w+`(, )?)+", row.rstrip(" |").rpartition(" | ")[2]), row

@@ -40,10 +40,13 @@ def test_the_page_is_made_of_the_json_alone(results_page: ModuleType, tmp_path: 
         assert (RESULTS / name).exists(), name
 
 
-def test_the_tables_of_the_readme_are_those_of_the_json(results_page: ModuleType) -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert re.findall(r"<!-- results: (\w+) -->", readme) == list(results_page.README_TABLES)
-    assert results_page.with_tables(readme, RESULTS) == readme, "make results"
+def test_the_tables_of_the_pages_are_those_of_the_json(results_page: ModuleType) -> None:
+    found = []
+    for name in results_page.PAGES:
+        page = (ROOT / name).read_text()
+        found += re.findall(r"<!-- results: (\w+) -->", page)
+        assert results_page.with_tables(page, RESULTS) == page, "make results"
+    assert sorted(found) == sorted(results_page.TABLES)
 
 
 def test_bold_is_what_is_better_than_the_average_of_adamw(
@@ -59,7 +62,7 @@ def test_bold_is_what_is_better_than_the_average_of_adamw(
     monkeypatch.setattr(pace, "best_cells", lambda kept, size: cells)
     monkeypatch.setattr(pace, "of_seeds", lambda kept, size, cell: losses[cell.method])
     (tmp_path / "pace.json").write_text("{}")
-    (row,) = [line for line in results_page.readme_pace(tmp_path).splitlines() if line.startswith("| constant")]
+    (row,) = [line for line in results_page.pace_of_docs(tmp_path).splitlines() if line.startswith("| constant")]
     bold = [method for method, text in zip(pace.METHODS, row.split(" | ")[1:], strict=True) if "**" in text]
     assert bold == ["PACE, default λ", "schedule-free"]
 

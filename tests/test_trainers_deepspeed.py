@@ -102,7 +102,7 @@ def exported(stage: int, dtype: torch.dtype, rule: str) -> tuple[dict[str, Tenso
         step(engine, t, dtype)
         w = (
             1 + next(iter(state.values()))["step"].item()
-        ) ** -0.2  # README, with the defaults of PACE and MADA: γ = 1, ρ = 0, κ = 0.2
+        ) ** -0.2  # docs/pace.md, with the defaults of PACE and MADA: γ = 1, ρ = 0, κ = 0.2
         for name, value in weights().items():
             averages[name] += w * (value - averages[name])
 

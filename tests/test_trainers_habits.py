@@ -75,7 +75,7 @@ def test_the_averaging_weight_counts_steps_that_were_taken(micro: int, skipped: 
             model[0].weight.grad.fill_(float("inf"))
         scaler.step(optimizer)
         scaler.update()
-    assert optimizer.get_ema_beta_t() == pytest.approx((1 + 4) ** -0.2, rel=1e-6)  # README: γ = 1, ρ = 0, κ = 0.2
+    assert optimizer.get_ema_beta_t() == pytest.approx((1 + 4) ** -0.2, rel=1e-6)  # docs/pace.md: γ = 1, ρ = 0, κ = 0.2
     assert {optimizer.state[p]["step"].item() for p in model.parameters()} == {4.0}
 
 

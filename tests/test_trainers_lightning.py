@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_cases import AVERAGING, OPTIMIZERS, averages_of, readme_example, same, state_of, weights_of
+from trainer_cases import AVERAGING, OPTIMIZERS, averages_of, same, state_of, weights_of
 
 lightning = pytest.importorskip("lightning.pytorch")
 
@@ -332,12 +332,3 @@ def test_it_warns_of_nothing(tmp_path: Path) -> None:
         warnings.filterwarnings("ignore", category=lightning.utilities.warnings.PossibleUserWarning)
         warnings.filterwarnings("ignore", message=".*LeafSpec")
         fit(Tiny(), trainer_of(tmp_path, UseAverage(), val_check_interval=2), validate=True)
-
-
-@pytest.mark.filterwarnings("ignore:Starting from v1.9.0:UserWarning")
-def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # where it logs and saves by default
-    model = Tiny()
-    ran: dict[str, Any] = {"model": model, "data": Batches(4, seed=1)}
-    exec(readme_example("lightning.pytorch"), ran)
-    assert same(weights_of(model), averages_of(model, ran["trainer"].optimizers[0]))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_cases import AVERAGING, OPTIMIZERS, averages_of, readme_example, same, state_of, weights_of
+from trainer_cases import AVERAGING, OPTIMIZERS, averages_of, same, state_of, weights_of
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -341,11 +341,3 @@ def test_one_line_changes(line: str, tmp_path: Path) -> None:
     ran: dict[str, Any] = {**globals(), "directory": tmp_path}
     exec(script, ran)
     assert ran["after"] < 0.8 * ran["before"]
-
-
-def test_the_example_of_the_readme(tmp_path: Path) -> None:
-    model = tiny_model()
-    ran: dict[str, Any] = {"model": model, "args": arguments(tmp_path), "data": TRAIN, "PACE": PACE}
-    exec(readme_example("transformers"), ran)
-    ran["trainer"].train()
-    assert same(weights_of(model), averages_of(model, ran["optimizer"]))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,10 +42,3 @@ def same(a: Any, b: Any) -> bool:
 def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """A copy of the whole state, options included."""
     return copy.deepcopy(optimizer.state_dict())
-
-
-def readme_example(name: str) -> str:
-    """The README's code in which this is imported."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", (Path(__file__).parents[1] / "README.md").read_text(), re.S | re.M)
-    (example,) = [block for block in blocks if f"from {name} import" in block]
-    return example
