@@ -40,7 +40,7 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
     "lines.solid_capstyle": "round",
-    "figure.dpi": 85,
+    "figure.dpi": 75,
 }
 
 
