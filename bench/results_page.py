@@ -87,7 +87,7 @@ def gpu(kept: dict[str, Any], path: Path) -> str:
     image = path.with_suffix(".png")
     command.draw(kept, rows, image)
     stages = [f"- {name}: {stage['summary']}" for name, stage in kept["stages"].items()]
-    stages += [f"  - failed: `{name}`" for name in kept["stages"].get("tests", {}).get("failures", [])]
+    stages += [f"    - failed: `{name}`" for name in kept["stages"].get("tests", {}).get("failures", [])]
     shown = [key for key in ("gpt2:float32:main", "gpt2:bfloat16:main", "1.7b:bfloat16:main") if key in cases]
     parts = [command.notice(kept), "\n".join(stages), *kept.get("notes", [])]
     parts += [markdown(cases[key], command.headings(rows)) for key in shown]

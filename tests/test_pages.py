@@ -146,6 +146,11 @@ def test_each_block_says_its_language() -> None:
     assert sum(block.language == "python" for block in BLOCKS) > 20
 
 
+def test_no_line_of_code_is_cut_off_on_the_site() -> None:
+    for block in BLOCKS:
+        assert all(len(line) <= 92 or block.language == "text" for line in block.code.splitlines()), str(block)
+
+
 def test_commands_are_there() -> None:
     targets = set(re.findall(r"^([\w-]+):", text_of("Makefile"), re.M))
     lines = [line.partition("#")[0].split() for b in BLOCKS if b.language == "sh" for line in b.code.splitlines()]
@@ -163,6 +168,16 @@ def test_commands_are_there() -> None:
             assert (ROOT / rest[0]).exists(), words
         elif tool in ("pip", "uv"):
             assert "install" in rest and rest[-1] in (".", '"setuptools>=77"'), words
+
+
+@each_page
+def test_lists_are_lists_on_the_site_too(page: Path) -> None:
+    """GitHub takes a list behind a line of text, and one that is indented by 2; Python-Markdown takes neither."""
+    lines = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M).splitlines()
+    for before, line in zip(["", *lines], lines, strict=False):
+        if found := re.match(r"( *)([-*]|\d+\.) ", line):
+            assert len(found[1]) % 4 == 0, line
+            assert found[1] or not before.strip() or re.match(r" |([-*]|\d+\.) ", before), line
 
 
 # ---- links -----------------------------------------------------------------------------------------------------------
