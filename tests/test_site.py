@@ -72,6 +72,7 @@ def test_it_is_built_strictly(site: Path) -> None:
         assert f'href="#{name.lower()}"' in api
     # What is written for help() is Markdown here.
     assert "[formula" not in api and ":class:" not in api and "<p>::" not in api and "lambda_pullback" in api
+    assert "&gt;&gt;&gt;" not in api and "doctest" not in api and "2**" not in api
 
 
 def test_a_link_that_leads_nowhere_ends_the_build(tmp_path: Path) -> None:

@@ -58,17 +58,26 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 class Docstrings(griffe.Extension):
     """The docstrings are written for help(): a paragraph `::` before an indented block, roles such as :class:`PACE`,
-    and formulas between two lines that tests/test_formula.py looks for."""
+    doctests, powers with `**`, and formulas between two lines that tests/test_formula.py looks for."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
             text = re.sub(r"^ *\[(formula: .*|end)\]\n", "", obj.docstring.value, flags=re.M)
             text = re.sub(r"^::\n(\n(?: {2}.*\n|\n)+)", block, text, flags=re.M)
+            text = re.sub(r"^>>> .*\n?(?:.+\n?)*", example, text, flags=re.M)
+            text = re.sub(r"(\d)\*\*(-?\d)", r"\1^\2", text)
             obj.docstring.value = ROLE.sub(role, text)
 
 
 def block(found: re.Match[str]) -> str:
     return f"```text\n{textwrap.dedent(found[1]).strip()}\n```\n\n"
+
+
+def example(found: re.Match[str]) -> str:
+    """A doctest as code to copy, what it prints as comments."""
+    lines = [re.sub(r" +# doctest: .*", "", line) for line in found[0].splitlines()]
+    code = [line[4:] if line.startswith((">>> ", "... ")) else f"# {line}" for line in lines]
+    return "\n".join(["```python", *code, "```", ""])
 
 
 def role(found: re.Match[str]) -> str:
