@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import pace_kernels
 from pace_kernels import PACE, ScheduleFreeAdamW
 
 ROOT = Path(__file__).parents[1]
@@ -267,6 +268,24 @@ def test_what_is_told_of_schedulefree() -> None:
     row = " | ".join(f"`lr={x['lr']}`, `weight_decay={x['weight_decay']}` by default" for x in (theirs, ours))
     assert f"| {row} |" in section
     assert [*by_position(ScheduleFreeAdamW)] == [*theirs]
+
+
+# ---- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_states_take_the_bytes_of_the_table() -> None:
+    rows = [line.split(" | ") for line in text_of("docs/memory.md").splitlines() if line.startswith("| `")]
+    assert len(rows) > 10
+    for what, held, _ in rows:
+        weight = torch.nn.Parameter(torch.ones(1000))
+        weight.grad = torch.ones(1000)
+        code = what.split("`")[1]
+        optimizer = eval(code, {**vars(pace_kernels), "torch": torch, "params": [weight]})
+        for _ in range(2):
+            optimizer.step()
+        states = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
+        found = sum(value.numel() * value.element_size() for value in states if value.numel() == 1000)
+        assert found == 1000 * int(re.match(r"\d+", held)[0]), what
 
 
 # ---- With other software ---------------------------------------------------------------------------------------------
