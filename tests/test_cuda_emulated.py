@@ -128,6 +128,26 @@ def test_misaligned_tensors(dtype: torch.dtype, misalign: int) -> None:
             assert not any(width == 16 for family, _, width in on.widths if family in ("pace", "mada", "schedule_free"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_where_one_tensor_is_not_aligned_each_is_read_once_and_written_once(dtype: torch.dtype) -> None:
+    """As gradients in the buckets of DDP and FSDP2. The same bytes, an element an access."""
+    numel = 3 * build.plan_module().CHUNK + 1030
+    param = torch.nn.Parameter(torch.randn(numel).to(dtype))
+    on = device(misalign=param.element_size())
+    with on.in_place_of_the_cpu():
+        optimizer = PACE([param], backend="cpu")
+        for _ in range(2):
+            param.grad = torch.randn(numel).to(dtype)
+            on.moved.clear()
+            on.widths.clear()
+            optimizer.step()
+    moved = {(name, kind): count for (family, name, kind), count in on.moved.items() if family == "pace"}
+    sizes = {name: param.element_size() if name in "xg" else 4 for name in "xgmve"}
+    reads = {(name, "ld"): numel * size for name, size in sizes.items()}
+    writes = {(name, "st"): numel * size for name, size in sizes.items() if name != "g"}
+    assert {key: count for key, count in moved.items() if key[0] in sizes} == reads | writes
+
+
 @pytest.mark.parametrize("arch", build.ptx_archs())
 @pytest.mark.parametrize("kind", [PACE, MADA, ScheduleFreeAdamW])
 def test_one_warp_at_a_time_in_every_ptx(kind: type, arch: str) -> None:

@@ -76,6 +76,24 @@ def test_all_loads_of_a_round_come_before_the_first_use(arch: str) -> None:
                 filled |= set(range(target, target + 4))
 
 
+@pytest.mark.parametrize("arch", build.ARCHS)
+def test_tensors_that_are_not_aligned_have_as_many_loads_under_way(arch: str) -> None:
+    """Somewhere as many elements of each operand as in vectors are loaded, one an access, before the first is used."""
+    for name, sweep, code in sweeps(arch):
+        filled: set[int] = set()
+        most = 0
+        for line in code.instructions:
+            target, sources = registers(line)
+            if filled & set(sources) or re.search(r"\bBRA\b", line):
+                filled = set()
+            if re.search(r"\bLDG\.E(\.U16)?(\.CONSTANT)? ", line):
+                filled.add(target)
+            most = max(most, len(filled))
+        resting = sweep.on | dict.fromkeys(NOW[sweep.definition.name], False)
+        arrays = sum(does(operand.reads, resting) for operand in sweep.definition.operands)
+        assert most >= arrays * (8 if sweep.narrow else 4), (name, most)
+
+
 def registers(line: str) -> tuple[int, list[int]]:
     """The number of the register that an instruction writes, -1 where its first operand is none (a store, a comparison
     that sets a predicate), and those that it reads; R64 of an address stands for R64 and R65."""

@@ -1,6 +1,7 @@
 // The CUDA sweep: a block finds its stretch of a tensor, each thread takes vectors of 16 bytes a memory access, all
-// loads of a round before the first use; what is left over, and tensors that are not aligned to 16 bytes, element by
-// element, through the same function.
+// loads of a round before the first use. Where an operand is not aligned to 16 bytes, as gradients in the buckets of
+// DDP and FSDP2 are not, a thread takes as many elements a round, one a memory access, kThreads apart. What is left
+// over goes element by element. All through the same function.
 #pragma once
 
 #include <type_traits>
@@ -11,8 +12,9 @@
 
 namespace pace {
 
-// N consecutive elements of a format, in registers as they lie in memory. N = 1, or as many as fill 16 bytes or more.
-template <class F, int N>
+// N elements of a format, packed in registers: consecutive ones, N = 1 or as many as fill 16 bytes or more; or kSpread,
+// kThreads apart, so that the threads of a warp read side by side.
+template <class F, int N, bool kSpread>
 struct Vector {
   static constexpr int kBytes = N * static_cast<int>(sizeof(typename F::Element));
   static_assert(N == 1 || kBytes % 16 == 0);
@@ -21,12 +23,9 @@ struct Vector {
   __device__ __forceinline__ void load(const void* data, int64_t at) {
     const auto* const p = static_cast<const typename F::Element*>(data) + at;
     __builtin_assume(__isGlobal(p));
-    if constexpr (N == 1) {
-      if constexpr (kBytes == 4) {
-        words[0] = bits_of(*p);
-      } else {
-        words[0] = *p;
-      }
+    if constexpr (N == 1 || kSpread) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) pack(j, bits(p[j * kThreads]));
     } else {
 #pragma unroll
       for (int k = 0; k < kBytes / 16; ++k) {
@@ -39,11 +38,14 @@ struct Vector {
   __device__ __forceinline__ void store(void* data, int64_t at) const {
     auto* const p = static_cast<typename F::Element*>(data) + at;
     __builtin_assume(__isGlobal(p));
-    if constexpr (N == 1) {
-      if constexpr (kBytes == 4) {
-        *p = float_of(words[0]);
-      } else {
-        *p = static_cast<typename F::Element>(words[0]);
+    if constexpr (N == 1 || kSpread) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        if constexpr (kWide) {
+          p[j * kThreads] = float_of(words[j]);
+        } else {
+          p[j * kThreads] = static_cast<typename F::Element>(words[j / 2] >> (16 * (j % 2)));
+        }
       }
     } else {
 #pragma unroll
@@ -54,7 +56,7 @@ struct Vector {
   }
 
   __device__ __forceinline__ float get(int j) const {
-    if constexpr (sizeof(typename F::Element) == 4) {
+    if constexpr (kWide) {
       return float_of(words[j]);
     } else {
       return F::load(static_cast<uint16_t>(words[j / 2] >> (16 * (j % 2))));
@@ -62,11 +64,28 @@ struct Vector {
   }
 
   __device__ __forceinline__ void set(int j, float value) {
-    if constexpr (sizeof(typename F::Element) == 4) {
+    if constexpr (kWide) {
       words[j] = bits_of(value);
     } else {
-      const uint32_t half = F::store(value);
-      words[j / 2] = j % 2 == 0 ? (words[j / 2] & 0xffff0000u) | half : (words[j / 2] & 0xffffu) | half << 16;
+      pack(j, F::store(value));
+    }
+  }
+
+ private:
+  static constexpr bool kWide = sizeof(typename F::Element) == 4;
+
+  static __device__ __forceinline__ uint32_t bits(typename F::Element element) {
+    if constexpr (kWide) {
+      return bits_of(element);
+    } else {
+      return element;
+    }
+  }
+  __device__ __forceinline__ void pack(int j, uint32_t value) {
+    if constexpr (kWide || N == 1) {
+      words[j] = value;
+    } else {
+      words[j / 2] = j % 2 == 0 ? (words[j / 2] & 0xffff0000u) | value : (words[j / 2] & 0xffffu) | value << 16;
     }
   }
 };
@@ -198,10 +217,10 @@ __device__ __forceinline__ V& held(Slot<k, V>& s) {
   return s.held;
 }
 
-template <int N, class Operands, class... F>
+template <int N, bool kSpread, class Operands, class... F>
 struct Registers;
-template <int N, int... k, class... F>
-struct Registers<N, std::integer_sequence<int, k...>, F...> : Slot<k, Vector<F, N>>... {};
+template <int N, bool kSpread, int... k, class... F>
+struct Registers<N, kSpread, std::integer_sequence<int, k...>, F...> : Slot<k, Vector<F, N, kSpread>>... {};
 
 // A round of a sweep: of operands of the formats F..., loads, the rule's element, stores.
 template <class Element, class Operands, class... F>
@@ -253,11 +272,11 @@ struct Round<Element, std::integer_sequence<int, k...>, F...> {
     }
   }
 
-  template <int N>
+  template <int N, bool kSpread>
   __device__ __forceinline__ void run(int64_t at) const {
     if constexpr (Element::kScalarsAnew) asm volatile("" ::: "memory");  // instead of kept in registers
     const Now now(scalars, launched);  // for each round: for a block, MADA's switches spill
-    Registers<N, std::integer_sequence<int, k...>, F...> r;
+    Registers<N, kSpread, std::integer_sequence<int, k...>, F...> r;
     (load<k, When::always>(now, r, at), ...);
     (load<k, When::sometimes>(now, r, at), ...);
     loads_end();
@@ -273,18 +292,26 @@ struct Round<Element, std::integer_sequence<int, k...>, F...> {
   }
 };
 
-// Calls round.run<N> for vectors of N elements, or of 1.
+// Calls round.run for N elements a thread, consecutive or spread, and for 1.
 template <int N, class Round>
 __device__ __forceinline__ void walk(const Stretch& part, bool aligned, const Round& round) {
   int done = 0;
   if (aligned) {
     done = part.count / N * N;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x) * N; i < done; i += kThreads * N) round.template run<N>(part.begin + i);
+    for (int i = static_cast<int>(threadIdx.x) * N; i < done; i += kThreads * N) {
+      round.template run<N, false>(part.begin + i);
+    }
+  } else {
+    done = part.count / (kThreads * N) * (kThreads * N);
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < done; i += kThreads * N) {
+      round.template run<N, true>(part.begin + i);
+    }
   }
 #pragma unroll 1
   for (int i = done + static_cast<int>(threadIdx.x); i < part.count; i += kThreads) {
-    round.template run<1>(part.begin + i);
+    round.template run<1, false>(part.begin + i);
   }
 }
 
