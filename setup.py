@@ -85,9 +85,9 @@ not_built: dict[str, str] = {}
 runpy.run_path(os.path.join(HERE, "csrc", "definitions.py"))["write"]()
 HEADERS = sorted(path for end in ("h", "cuh") for path in glob(f"csrc/**/*.{end}", root_dir=HERE, recursive=True))
 
-# Ampere (A100; RTX 30), Hopper, Blackwell (B200; RTX 50), and PTX for what lies between (8.7, 11.0) and comes after.
-# Ada (8.9) runs 8.6's code.
-CUDA_ARCHS = "8.0+PTX;8.6;9.0;10.0;12.0+PTX"
+# Turing (T4), Ampere (A100; RTX 30), Hopper, Blackwell (B200; RTX 50), and PTX for what lies between (8.7, 11.0) and
+# comes after. Ada (8.9) runs 8.6's code.
+CUDA_ARCHS = "7.5;8.0+PTX;8.6;9.0;10.0;12.0+PTX"
 # -fmad=false is the arithmetic contract again. The kernels' parameters, up to 32,764 bytes, need CUDA >= 12.1.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xfatbin=-compress-all"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]

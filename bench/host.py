@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
-from pace_kernels import MADA, PACE, Pullback
+from pace_kernels import MADA, PACE, Pullback, ScheduleFreeAdamW
 
 Build = Callable[[list[Any]], Optimizer]
 REFERENCE = "AdamW fused"
@@ -33,6 +33,7 @@ ROWS: dict[str, Build] = {
     "MADA adamw": lambda params: MADA.preset("adamw", params),
     "MADA lion": lambda params: MADA.preset("lion", params),
     "MADA, all learned": MADA,
+    "ScheduleFreeAdamW": ScheduleFreeAdamW,
     "Pullback(AdamW fused)": lambda params: Pullback(AdamW(params, fused=True)),
 }
 COUNTS = (1, 10, 148, 2000)

@@ -174,6 +174,27 @@ def sharded(kept: dict[str, Any], path: Path) -> str:
     return "\n".join(lines)
 
 
+def host(kept: dict[str, Any], path: Path) -> str:
+    """A table a case: µs of a step, and its ratio to AdamW(fused=True)'s, by the number of tensors."""
+    parts = [f"{machine_line(kept['machine'])} One thread; the thread's own time, medians; ratios round by round."]
+    cases: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for result in kept["results"]:
+        cases.setdefault(result["case"], {}).setdefault(result["row"], {})[result["tensors"]] = result
+    for title, rows in cases.items():
+        counts = sorted({count for row in rows.values() for count in row})
+        lines = [f"| {title} | {' | '.join(f'{count:,} tensors' for count in counts)} |"]
+        lines.append("| --- |" + " ---: |" * len(counts))
+        for name, row in rows.items():
+            cells = []
+            for count in counts:
+                found = row[count]
+                low, middle, high = found["against_adamw_fused"]
+                cells.append(f"{found['microseconds'][1]:,.1f} µs, {middle:.2f} ({low:.2f} to {high:.2f})")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 # --- the tables of README.md and of docs/ ---------------------------------------------------------------------------
 
 PEERS = {
@@ -292,6 +313,7 @@ def with_tables(text: str, folder: Path) -> str:
 SECTIONS = (
     Section("Against every peer", "peers.json", "make bench-peers PEERS='--out bench/results --fresh'", peers),
     Section("Steps on a CPU", "step.json", "python bench/bench_step.py --out bench/results", step),
+    Section("What a step costs the host", "host.json", "python bench/bench_step.py --host --out bench/results", host),
     Section("Steps on a GPU", "gpu-*.json", "make gpu", gpu),
     Section("Whole training steps", "throughput-*.json", "python bench/throughput.py --out bench/results", throughput),
     Section("PACE at small scale", "pace.json", "python research/pace.py --out bench/results", pace),

@@ -49,7 +49,6 @@ constexpr int fresh_operand() {
 //   static Place place_of(const char* name, const Tensor& t);     raises where it is of another device
 //   struct Guard { explicit Guard(const Place&); };                makes the device the current one
 //   static bool skipped(const std::optional<Tensor>& found_inf);   as far as the host knows
-//   static void check_learn(const LearnArguments&, const Place&);
 //   static void learn(const LearnArguments&);
 template <class Device>
 class PlansOf {
@@ -112,7 +111,7 @@ class PlansOf {
       STD_TORCH_CHECK(sums, "part ", part, " learns nothing");
       a.sums.push_back(*sums);
     }
-    Device::check_learn(a, Device::place_of("coefficients", a.coefficients));
+    check_call(a, Device::place_of("coefficients", a.coefficients));
     plan->learning.push_back(std::move(a));
   }
 
@@ -144,7 +143,7 @@ class PlansOf {
     STD_TORCH_CHECK(at == fresh.size(), "the plan needs ", at, " tensors, got ", fresh.size());
     for (LearnArguments& learning : plan->learning) {
       learning.found_inf = scaling.found_inf;
-      Device::check_learn(learning, place);
+      check_call(learning, place);
     }
     for (const auto& part : plan->parts) part->prepare(scaling);
     const bool skip = Device::skipped(scaling.found_inf);

@@ -72,12 +72,18 @@ class Backend:
         return getattr(torch.ops.pace_kernels, name).default  # type: ignore[no-any-return]
 
 
+# GPUs on one chip with the CPU, for which NVIDIA compiles apart (CUDA C++ Programming Guide, binary compatibility).
+_TEGRA = {(5, 3), (6, 2), (7, 2), (8, 7), (11, 0)}
+
+
 def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether kernels for ``architectures`` ("8.0;9.0+PTX") run on a GPU of that compute capability: machine code does
-    within a major version from its minor one on, PTX on everything later."""
+    within a major version from its minor one on, but not on a Tegra that it was not made for; PTX on everything
+    later."""
     for entry in architectures.split(";"):
         major, minor = map(int, entry.removesuffix("+PTX").split("."))
-        if major == capability[0] and minor <= capability[1]:
+        same = (major, minor) == capability
+        if same or (major == capability[0] and minor <= capability[1] and capability not in _TEGRA):
             return True
         if entry.endswith("+PTX") and (major, minor) <= capability:
             return True

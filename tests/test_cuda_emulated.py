@@ -320,6 +320,22 @@ def test_sums_over_more_blocks_than_one_launch_adds_up() -> None:
         assert Counter(on.launches)["pace::sum_kernel<pace::PaceRow>"] == 2
 
 
+@pytest.mark.parametrize("count", [3000, 3001, 6500])
+def test_learning_from_more_sums_than_a_launch_has_room_for(count: int) -> None:
+    """As with a group for each parameter."""
+    found = []
+    for op in (device().mada_learn_, torch.ops.pace_kernels.mada_learn_):
+        generator = torch.Generator().manual_seed(0)
+        learned = [torch.full((6,), 0.5, dtype=torch.float64) for _ in range(3)] + [
+            torch.zeros((), dtype=torch.float64)
+        ]
+        sums = list(torch.rand(count, 7, dtype=torch.float64, generator=generator) - 0.3)
+        lists = {"hyper_lr": [1e-4] * 6, "hyper_momentum": [0.5] * 6, "lower": [0.0] * 6, "upper": [1.0] * 6}
+        op(*learned, sums, learn=63, **lists, clip=1e6, warmup=0)
+        found.append(torch.cat([tensor.reshape(-1) for tensor in learned]))
+    assert torch.equal(*found)
+
+
 # ---- mixed precision ------------------------------------------------------------------------------------------------
 
 

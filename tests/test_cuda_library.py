@@ -158,6 +158,11 @@ def test_an_nvcc_that_is_a_wrapper_leads_to_its_toolkit(tmp_path: Path) -> None:
         ("8.0;9.0+PTX", (7, 5), False),
         ("8.0;9.0+PTX", (12, 0), True),
         ("8.6;9.0", (8, 0), False),
+        ("8.6;9.0", (8, 7), False),
+        ("8.0+PTX;8.6", (8, 7), True),
+        ("8.7", (8, 7), True),
+        ("7.5;8.0+PTX", (7, 5), True),
+        ("7.5;8.0+PTX", (7, 0), False),
         ("8.6;9.0", (10, 0), False),
     ],
 )

@@ -16,7 +16,6 @@ struct CpuDevice {
     explicit Guard(const Place&) {}
   };
   static bool skipped(const std::optional<Tensor>& found_inf) { return pace::skipped(found_inf); }
-  static void check_learn(const LearnArguments& a, const Place& place) { check_call(a, place); }
   static void learn(const LearnArguments& a) { pace::learn(a); }
 };
 

@@ -101,9 +101,13 @@ struct SumLaunch {
 
 // ---- learning -------------------------------------------------------------------------------------------------------
 
+// Of more sums than a launch has room for, each launch hands its total to the next, which goes on adding: the same
+// additions in the same order. The last one learns.
 struct LearnLaunch {
   static constexpr int kCapacity = 3000;
   const double* sums[kCapacity];
+  const double* before;  // null: 0
+  double* total;         // null: learn
   double *coefficients, *momenta, *hypergradients, *hyper_step;
   const float* found_inf;
   HyperOptions options[kCoefficients];

@@ -12,11 +12,6 @@ struct CudaDevice {
   static Place place_of(const char* name, const Tensor& t) { return pace::place_of(name, t); }
   using Guard = DeviceGuard;
   static bool skipped(const std::optional<Tensor>&) { return false; }
-  static void check_learn(const LearnArguments& a, const Place& place) {
-    check_call(a, place);
-    STD_TORCH_CHECK(a.sums.size() <= LearnLaunch::kCapacity, "sums must have at most ", LearnLaunch::kCapacity,
-                    " entries, got ", a.sums.size());
-  }
   static void learn(const LearnArguments& a) {
     const auto doubles = [](const Tensor& t) { return static_cast<double*>(t.data_ptr()); };
     LearnRequest request{};
@@ -27,7 +22,9 @@ struct CudaDevice {
     for (size_t k = 0; k < kCoefficients; ++k) request.options[k] = a.options(k);
     request.warmup = static_cast<double>(a.warmup);
     request.learn = a.learn;
-    plan_learn(request, launcher(place_of("coefficients", a.coefficients)));
+    const Place place = place_of("coefficients", a.coefficients);
+    DeviceWorkspace workspace(place);
+    plan_learn(request, workspace.give(), launcher(place));
   }
 };
 
@@ -47,7 +44,7 @@ void step(StableIValue* stack, uint64_t, uint64_t) {
 void mada_learn(const LearnArguments& a) {
   const Place place = place_of("coefficients", a.coefficients);
   const DeviceGuard guard(place);
-  CudaDevice::check_learn(a, place);
+  check_call(a, place);
   CudaDevice::learn(a);
 }
 

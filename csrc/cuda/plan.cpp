@@ -144,17 +144,23 @@ void plan_step(const std::vector<SweepTensor>& tensors, const StepRequest<Rule>&
 PACE_CUDA_RULES(PLAN)
 #undef PLAN
 
-void plan_learn(const LearnRequest& r, const Emit& emit) {
+void plan_learn(const LearnRequest& r, const Workspace& workspace, const Emit& emit) {
   LearnLaunch launch{};
-  std::copy(r.sums.begin(), r.sums.end(), launch.sums);
   launch.coefficients = r.coefficients, launch.momenta = r.momenta;
   launch.hypergradients = r.hypergradients, launch.hyper_step = r.hyper_step;
   launch.found_inf = r.found_inf;
   std::copy(r.options, r.options + kCoefficients, launch.options);
   launch.warmup = r.warmup;
   launch.learn = r.learn;
-  launch.calls = static_cast<int32_t>(r.sums.size());
-  emit({KernelKind::kLearn, RuleName::kMada}, 1, 32, &launch, sizeof launch);
+  auto next = r.sums.begin();
+  for (bool last = false; !last; launch.before = launch.total) {
+    launch.calls = static_cast<int32_t>(std::min<int64_t>(LearnLaunch::kCapacity, r.sums.end() - next));
+    std::copy(next, next + launch.calls, launch.sums);
+    next += launch.calls;
+    last = next == r.sums.end();
+    launch.total = last ? nullptr : static_cast<double*>(workspace((kCoefficients + 1) * sizeof(double)));
+    emit({KernelKind::kLearn, RuleName::kMada}, 1, 32, &launch, sizeof launch);
+  }
 }
 
 }  // namespace pace

@@ -55,6 +55,6 @@ struct LearnRequest {
   int64_t learn;
 };
 
-void plan_learn(const LearnRequest& request, const Emit& emit);
+void plan_learn(const LearnRequest& request, const Workspace& workspace, const Emit& emit);
 
 }  // namespace pace

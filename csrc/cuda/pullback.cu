@@ -16,8 +16,6 @@ struct Pullback {
   // Blocks a multiprocessor, so that 30 KB are in flight (tests/test_cuda_machine_code.py): the fewer operands, the
   // more blocks. A 16-bit format has 8 elements of each in flight, float32 has 4.
   static constexpr int blocks(int vector) {
-    // With room for more registers sm_90 waits for the first of four loads before it sends the last.
-    if (Uses::stats && vector == 8 && Uses::before && !Uses::moment) return 7;
     const bool most = Uses::stats && (vector == 8 || (Uses::before && Uses::moment));
     return most ? 4 : (Uses::before || Uses::moment || vector == 8 ? 5 : 8);
   }

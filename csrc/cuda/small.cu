@@ -65,8 +65,11 @@ __global__ void __launch_bounds__(32) learn_kernel(const __grid_constant__ Learn
   if (skipped(launch.found_inf)) return;
   double total = 0.0;
   if (k <= kCoefficients) {
+    if (launch.before != nullptr) total = launch.before[k];
     for (int call = 0; call < launch.calls; ++call) total += launch.sums[call][k];
+    if (launch.total != nullptr) launch.total[k] = total;
   }
+  if (launch.total != nullptr) return;
   const bool steps = __shfl_sync(0xffffffffu, total, kCoefficients) > 0.0;
   double step = *launch.hyper_step;
   step += steps ? 1.0 : 0.0;

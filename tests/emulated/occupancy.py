@@ -16,6 +16,7 @@ THREADS = 128  # of a block; csrc/cuda/launches.h
 SWEEP = r"pace::sweep_kernel<pace::(\w+)<(\d+)u>,(.*)>"
 # Of a multiprocessor: registers, threads, shared memory in KiB (CUDA C++ Programming Guide, compute capabilities).
 MULTIPROCESSOR = {
+    "75": (65536, 1024, 64),
     "80": (65536, 2048, 164),
     "86": (65536, 1536, 100),
     "90": (65536, 2048, 228),

@@ -101,26 +101,6 @@ py::list plan_step(const py::list& tensors, const py::dict& options, const py::d
   return calls;
 }
 
-py::list plan_learn(const py::dict& r) {
-  pace::LearnRequest request{};
-  for (const uintptr_t row : value<std::vector<uintptr_t>>(r, "sums")) {
-    request.sums.push_back(reinterpret_cast<const double*>(row));
-  }
-  request.coefficients = pointer<double>(r, "coefficients"), request.momenta = pointer<double>(r, "momenta");
-  request.hypergradients = pointer<double>(r, "hypergradients"), request.hyper_step = pointer<double>(r, "hyper_step");
-  request.found_inf = pointer<float>(r, "found_inf");
-  const auto lists = [&](const char* name) { return value<std::vector<double>>(r, name); };
-  for (size_t k = 0; k < pace::kCoefficients; ++k) {
-    request.options[k] = {lists("hyper_lr")[k], lists("hyper_momentum")[k], lists("lower")[k], lists("upper")[k],
-                          value<double>(r, "clip")};
-  }
-  request.warmup = value<double>(r, "warmup");
-  request.learn = value<int64_t>(r, "learn");
-  py::list calls;
-  pace::plan_learn(request, append_to(calls));
-  return calls;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(cuda_plan, m) {
@@ -129,7 +109,6 @@ PYBIND11_MODULE(cuda_plan, m) {
   m.def(pace::Rule::D::kOp, &plan_step<pace::Rule>); \
   sizes[pace::Rule::D::kOp] = py::make_tuple(sizeof(pace::Rule::Scalars), sizeof(pace::Rule::Row));
   PACE_CUDA_RULES(PLAN)
-  m.def("learn", &plan_learn);
   m.attr("CHUNK") = pace::kChunk;
   m.attr("PARAMETER_BYTES") = pace::kParameterBytes;
   m.attr("CAPACITY") = py::cpp_function(&pace::SweepLaunch::capacity);
