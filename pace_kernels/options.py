@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from .checks import Group, plain_number
@@ -118,6 +118,12 @@ class Record:
         self._params_at = self._names.index("params")
         self._values[self._params_at] = None
         self._lists = {name: list(value) for name, value in group.items() if type(value) is list and name != "params"}
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Takes these options for changed, whatever they are at the next look."""
+        for name in names:
+            if name in self._names:
+                self._values[self._names.index(name)] = _nothing
 
     def changed(self, group: Group) -> list[str]:
         """The names of options that were replaced since ``keep``, or edited in place. It takes 1 µs where none was."""

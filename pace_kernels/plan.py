@@ -68,15 +68,19 @@ class _Options:
         # What may change and stay the same object: lists by their copies, and a learning rate that is a tensor.
         self.lists = {k: list(v) for k, v in group.items() if type(v) is list and k != "params"}
         self.lr = _may_change(group["lr"])
+        self.lr_away = isinstance(group["lr"], Tensor) and not self.lr  # on a device: an operand of the plan
         self.size, self.steady = len(group), not self.lists and not self.lr
 
     def changed(self) -> Sequence[str] | None:
-        """The names of options that were replaced, or edited; None where the group has others than it had."""
+        """The names of options that were replaced, or edited; None where the group has others than it had, or no more
+        the lr on a device that the plan holds."""
         group = self.group
         if list(group) != self.names:
             return None
         same = map(operator.is_, group.values(), self.values)
         found = [name for name, kept in zip(self.names, same, strict=True) if not kept]
+        if self.lr_away and "lr" in found:
+            return None
         if self.lists:
             found += [name for name, kept in self.lists.items() if group[name] != kept and name not in found]
         return [*found, "lr"] if self.lr and "lr" not in found else found
@@ -114,6 +118,8 @@ class Plan:
         self.keys, self.states = list(optimizer.state), list(optimizer.state.values())
         self.dicts = list(chain.from_iterable(part.dicts for part in self.parts))
         self.values = list(chain.from_iterable(part.values for part in self.parts))
+        self.wrappers = list(filter(is_sharded, chain(self.owners, self.values))) if self.sharded else []
+        self.locals = list(map(_local, self.wrappers))
         # Works take the parameters of a group by device and dtype: where that is another order, gradients follow it.
         place = {id(param): i for i, param in enumerate(params)}
         self.order = [place[id(owner)] for owner in self.owners]
@@ -147,6 +153,7 @@ class Plan:
             and all(map(operator.is_, state.values(), self.states))
             and sum(map(len, self.dicts)) == len(self.values)
             and all(map(operator.is_, chain.from_iterable(map(dict.values, self.dicts)), self.values))
+            and all(map(operator.is_, map(_local, self.wrappers), self.locals))
         )
 
     def with_options(self, changes: list[Change]) -> list[float]:
@@ -174,8 +181,6 @@ class Plan:
         given = [grads[i] for i in self.order]
         if self.sharded:
             if list(map(_placed, given)) != self.placed:
-                return None
-            if not all(map(operator.is_, map(_local, self.owners), self.params)):
                 return None
             given = list(map(_local, given))
         return given

@@ -17,7 +17,7 @@ import operator
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from .checks import Group
 from .launching import Launching, Prepared
+from .options import Record
 from .plan import Change, Plan
 from .sharding import PLAIN, is_sharded, local
 from .states import Work, moved
@@ -34,8 +35,6 @@ from .whole import at_once, each
 
 _grad = operator.attrgetter("grad")
 _requires_grad = operator.attrgetter("requires_grad")
-_local = operator.attrgetter("_local_tensor")
-_placed = operator.attrgetter("_spec.placements", "_spec.mesh")
 _increment_version = torch.autograd.graph.increment_version
 _is_profiling = torch._C._autograd._profiler_enabled
 _MOST_PLANS = 4  # of an optimizer: one for each set of parameters that have gradients
@@ -112,7 +111,11 @@ class Planning(Launching):
         super().__setstate__(state)
 
     def _option_numbers(self, group: Group) -> Group:
-        """The operator's options of a group, as they were prepared; those of SCHEDULED are replaced in it."""
+        """The operator's options of a group, as a usual step prepared them."""
+        raise NotImplementedError
+
+    def _record(self, group: Group) -> Record:
+        """What the last usual step knew of the group's options."""
         raise NotImplementedError
 
     # ---- the next step ----------------------------------------------------------------------------------------------
@@ -161,8 +164,10 @@ class Planning(Launching):
         except (RuntimeError, TypeError, NotImplementedError):
             plans.end()  # the usual step says why, or does it otherwise
             return False
-        for kept, names, numbers in changes:  # once the plan has them: what it refuses is nowhere
-            self._option_numbers(kept.group).update((k, number) for k, number in numbers.items() if k != "lr")
+        for kept, names, _ in changes:
+            # What a usual step made of options is of before, also where they come back to what they were.
+            if other := [name for name in names if name != "lr"]:
+                self._record(kept.group).forget(other)
             kept.keep(names)
         self._taken_by(plan)
         if turned and plan.after is not None:
@@ -240,15 +245,22 @@ class Planning(Launching):
     def _planned(self, works: list[Work], mask: list[bool], roles: Mapping[str, str] = NO_ROLES) -> Plan:
         """A plan of these works. ``roles``: by the name of a state, the present name of what it will be then."""
         rows = []
+        counts: list[Tensor] = []
         for work in works:
             work.records = [self.state[owner] for owner in work.owners]
+            if not all(isinstance(record, dict) for record in work.records):
+                raise RuntimeError("a state is no dict, and comparisons in C know no other")
             names = ("step", *self._state_tensors(work.group))
             now = tuple(roles.get(name, name) for name in names)
             columns = [[record[name] for record in work.records] for name in now]
             if is_sharded(work.owners[0]):
                 columns = [list(map(local, column)) for column in columns]
             states = dict(zip(names, columns, strict=True))
+            counts += chain.from_iterable(states[name] for name in ("step", *self.STATE_ROWS) if name in states)
             rows.append((names, now, self._launch(work, states)))
+        # A plan reads those of all parts before the first part moves its own.
+        if len(set(map(Tensor.data_ptr, counts))) < len(counts):
+            raise RuntimeError("parameters share a step count")
         return Plan(self, works, mask, rows)
 
     def _can_plan(self, works: list[Work]) -> bool:

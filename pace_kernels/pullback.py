@@ -222,7 +222,7 @@ class Pullback(PullbackCheckpoints):
 
     def _again(self) -> bool:
         """Takes the step by the plan of the last one; False where it does not fit, and nothing has changed."""
-        scratch, scaled = self._scratch, self.__dict__.keys() & {"grad_scale", "found_inf"}
+        scratch, scaled = self._scratch, hasattr(self, "grad_scale") or hasattr(self, "found_inf")
         plan = scratch.step_plans.next
         if plan is None or self._unfinished or scaled or scratch.unsure or torch._C._len_torch_dispatch_stack():
             return False

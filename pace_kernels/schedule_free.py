@@ -226,7 +226,10 @@ class ScheduleFreeAdamW(KernelOptimizer):
         groups, counted = [], []
         changes = []
         for kept in plan.options:
-            turn, share = self._turn(kept.group, [], None)
+            try:
+                turn, share = self._turn(kept.group, [], None)
+            except (ArithmeticError, TypeError, ValueError):
+                return None  # the usual step says why
             if isinstance(share, Tensor):
                 return None
             names, numbers = found.get(id(kept), ((), {}))

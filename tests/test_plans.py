@@ -12,6 +12,7 @@ import os
 import pickle
 import threading
 import weakref
+from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +24,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from pace_kernels import MADA, PACE, ScheduleFreeAdamW
+from pace_kernels.plan import _Options
 
 SHAPES = [(3,), (4, 5), (), (2, 3, 4)]
 BUILDS: dict[str, Callable[..., Any]] = {
@@ -206,6 +208,13 @@ def clear_states(o: Any) -> None:
     o.state.clear()
 
 
+def share_counts(o: Any) -> None:
+    """One count of all parameters, which each group moves on."""
+    step = torch.tensor(7.0)
+    for state in o.state.values():
+        state["step"] = step
+
+
 def other_memory(o: Any) -> None:
     first(o).data = first(o).data.clone()
 
@@ -323,13 +332,46 @@ def test_a_tensor_lr_and_lists_are_read_at_each_step() -> None:
     pair.step()
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("by_mask", [False, True])
+def test_options_that_come_back_to_what_they_were(name: str, by_mask: bool) -> None:
+    """A plan takes other options, which no usual step sees; a usual step has the old objects again."""
+    pair = Pair(BUILDS[name], in_two_groups).under_plan()
+    if by_mask:
+        for _ in range(4):
+            pair.step(without=(0,))
+    before = [[(g["weight_decay"], g["betas"]) for g in o.param_groups] for o in pair.both]
+    pair.do(lambda o: [g.update(weight_decay=0.7, betas=(0.5, 0.6)) for g in o.param_groups])
+    pair.step()
+    for optimizer, options in zip(pair.both, before, strict=True):
+        for group, (weight_decay, betas) in zip(optimizer.param_groups, options, strict=True):
+            group.update(weight_decay=weight_decay, betas=betas)
+    if by_mask:
+        pair.step(without=(0,))
+    pair.do(replace_state_dict)
+    assert pair.step() is False
+    pair.step()
+
+
+def test_a_learning_rate_on_a_device_ends_the_plan_that_holds_it() -> None:
+    group = {"params": [], "lr": torch.ones((), device="meta"), "eps": 1e-8}
+    kept = _Options(group)
+    assert kept.changed() == []
+    group["lr"] = 0.1
+    assert kept.changed() is None
+
+
+@pytest.mark.parametrize("name", [*SOME, "schedule-free"])
 @pytest.mark.parametrize(
-    "option, value", [("weight_decay", -1.0), ("lr", float("nan")), ("betas", (0.9, 1.0)), ("eps", 0.0), ("lr", "1")]
+    "option, value",
+    [
+        *(("weight_decay", -1.0), ("lr", float("nan")), ("betas", (0.9, 1.0)), ("eps", 0.0), ("lr", "1")),
+        *(("lr", float("inf")), ("lr", None)),
+    ],
 )
 def test_a_bad_option_is_refused_by_name_and_changes_nothing(name: str, option: str, value: Any) -> None:
     def build(params: Any) -> Any:
-        return MADA(params, learn=("rho",)) if name == "MADA" else PACE(params)
+        return MADA(params, learn=("rho",)) if name == "MADA" else BUILDS[name](params)
 
     pair = Pair(build, in_two_groups).under_plan()
     before = pair.optimizer.param_groups[1][option]
@@ -427,6 +469,26 @@ def test_loaded_states_are_stepped_and_old_ones_are_gone(name: str) -> None:
     assert pair.step() is False
     for _ in range(3):
         pair.step()
+    assert pair.step()
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_groups_that_share_a_step_count(name: str) -> None:
+    """A plan reads the counts of all groups before the first group steps."""
+    pair = Pair(BUILDS[name], in_two_groups).under_plan()
+    pair.do(share_counts)
+    for _ in range(4):
+        assert pair.step() is False
+
+
+def test_states_that_are_no_dicts() -> None:
+    pair = Pair(PACE).under_plan()
+    pair.do(lambda o: o.state.update({first(o): UserDict(o.state[first(o)])}))
+    for _ in range(3):
+        assert pair.step() is False
+    gc.collect()
+    pair.do(lambda o: o.state.update({first(o): OrderedDict(o.state[first(o)])}))
+    pair.step()
     assert pair.step()
 
 
@@ -533,6 +595,20 @@ def test_a_hook_that_replaces_arguments_is_heard() -> None:
     pair.do(lambda o: o.register_step_pre_hook(lambda o, args, kwargs: (args, {**kwargs, "clip_coef": 0.5})))
     assert pair.step()
     assert pair.step(clip_coef=0.25)
+
+
+@pytest.mark.parametrize("name", ["PACE", "MADA"])
+def test_what_a_subclass_says_of_its_gradients(name: str) -> None:
+    kind = {"PACE": PACE, "MADA": MADA}[name]
+    scaled = type("Scaled", (kind,), {"grad_scale": property(lambda o: torch.tensor(o.scale)), "scale": 1.0})
+    pair = Pair(scaled).under_plan()
+    pair.do(lambda o: setattr(o, "scale", 8.0))
+    assert pair.step()
+    before = [param.detach().clone() for param in pair.optimizer.param_groups[0]["params"]]
+    pair.do(lambda o: setattr(o, "found_inf", torch.ones(())))
+    pair.step()
+    for one, other in zip(before, pair.optimizer.param_groups[0]["params"], strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -821,7 +897,13 @@ def test_sharded_parameters(mesh: Any, name: str) -> None:
         param = o.param_groups[0]["params"][0]
         param._local_tensor = param._local_tensor.clone()
 
-    with torch.no_grad():
-        pair.do(other_local)
-    assert step() is False
-    step()
+    def other_local_state(o: Any) -> None:
+        for state in o.state.values():
+            name = next(name for name in state if name.startswith("exp_avg"))
+            state[name]._local_tensor = state[name]._local_tensor * 2
+
+    for change in (other_local, other_local_state):
+        with torch.no_grad():
+            pair.do(change)
+        assert step() is False
+        assert [step() for _ in range(3)][-1]
