@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pulls import AVERAGE, OURS, STEP, Own, Pull, count_of, is_fake, versions
+from .pulls import AVERAGE, OURS, STEP, Moves, Own, Pull, ahead, count_of, is_fake, versions
 from .second_moments import SecondMoment
 from .states import FLOAT32_LAST
+from .torch_rules.common import at_hand
 
 _call = operator.methodcaller("__call__")
 _local = operator.attrgetter("_local_tensor")
@@ -51,8 +52,8 @@ class LastPull:
         self.memory = _memory(pull.params), _memory(_locals(pull.emas, pull.sharded))
         # A float32 count has to become float64 before it stops. On a device nobody reads it.
         short = [step for step in pull.steps if step.is_cpu and step.dtype is torch.float32]
-        self.left = FLOAT32_LAST - max(map(count_of, short), default=0)
-        self.note()
+        self.left = FLOAT32_LAST - max(map(count_of, short), default=0) - 1
+        self.moves = Moves(self._versions())
 
     @classmethod
     def of(cls, pull: Pull, states: Any) -> LastPull | None:
@@ -77,12 +78,25 @@ class LastPull:
                 return None
             if moment.beta2 != 0.0 and not all(isinstance(entry.get("step"), Tensor) for entry in entries):
                 return None
-        return cls(pull, entries)
+        plan = cls(pull, entries)
+        return plan if plan._offsets_stay() else None
 
     def note(self) -> None:
-        """Remembers the versions of the step counts: as long as nobody else moves them, the offsets stay."""
-        self.versions = versions(map(_call, chain(self.steps, self.base_steps)))
+        """Remembers the versions of the step counts: as long as they move as ever, the offsets stay."""
+        self.moves.note(self._versions(), self._offsets_stay)
         self.left -= 1
+
+    def _versions(self) -> list[int]:
+        return versions(map(_call, chain(self.steps, self.base_steps)))
+
+    def _offsets_stay(self) -> bool:
+        """As far as that can be told without waiting for a device."""
+        if not self.base_steps:
+            return True
+        ours, theirs = (list(map(_call, refs)) for refs in (self.steps, self.base_steps))
+        if any(step is None for step in chain(ours, theirs)):
+            return False
+        return not all(map(at_hand, chain(ours, theirs))) or ahead(ours, theirs) == self.template.offsets
 
     def again(self, group: dict[str, Any], own: Own, moment: SecondMoment | None, states: Any) -> Pull | None:
         """The pull, if all is as it was."""
@@ -107,7 +121,7 @@ class LastPull:
         params = _locals(owners, old.sharded)
         if (_memory(params), _memory(_locals(emas, old.sharded))) != self.memory:
             return None
-        if versions(chain(steps, base_steps)) != self.versions:
+        if versions(chain(steps, base_steps)) != self.moves.seen:
             return None
         befores = list(map(_call, self.befores))
         return replace(

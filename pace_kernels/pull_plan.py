@@ -14,7 +14,7 @@ from torch import Tensor
 from .checks import Group, check_lr
 from .definitions import DEFINITIONS
 from .launching import of_c
-from .pulls import AVERAGE, STEP, SWAPPED, Pull, Row, versions
+from .pulls import AVERAGE, STEP, SWAPPED, Moves, Pull, Row, ahead, versions
 from .sharding import PLAIN, is_sharded, local
 
 if TYPE_CHECKING:
@@ -37,6 +37,23 @@ def _is_at_hand(lr: Any) -> bool:
     return not isinstance(lr, Tensor) or lr.is_cpu
 
 
+def _is_as_it_was(optimizer: Pulling, pulls: list[Pull], rest: list[Tensor]) -> bool:
+    """Whether the next step would pull the same: a base may change options, or which parameters have gradients or
+    require them, in its step."""
+    groups = [(group, optimizer._own(group)) for group in optimizer.base.param_groups]
+    kept = [param for group, own in groups if own.keeps for param in group["params"]]
+    owners = {id(owner) for pull in pulls for owner in pull.owners}
+    if {id(p) for p in kept if p.grad is not None} != owners:
+        return False
+    if {id(p) for p in kept if not p.requires_grad} != set(map(id, rest)):
+        return False
+    now = {id(group): own for group, own in groups}
+    return all(
+        now.get(id(pull.group)) is pull.own and optimizer._moment(pull.group, pull.own, pull.dtype) == pull.moment
+        for pull in pulls
+    )
+
+
 class PullPlan:
     """What a step pulled, for the next one. ``pulls`` are single calls, and ``rows`` their statistics."""
 
@@ -50,6 +67,8 @@ class PullPlan:
         self.keys, self.states = list(base.state), list(base.state.values())
         self.owners = [owner for pull in pulls for owner in pull.owners]
         self.dicts = [base.state[owner] for owner in self.owners]
+        if not all(isinstance(state, dict) for state in self.dicts):
+            raise RuntimeError("a state is no dict, and comparisons in C know no other")
         self.lengths = list(map(len, self.dicts))
         self.params = [param for pull in pulls for param in pull.params]
         self.sharded = any(pull.sharded for pull in pulls)
@@ -57,6 +76,7 @@ class PullPlan:
         self.aside = [(p, state) for p, state in zip(self.owners, self.dicts, strict=True) if id(p) in hidden]
         self.values_of: list[tuple[Any, list[Any]]] = []
         self.counts: list[Tensor] = []  # by whose versions it is told that offsets stay
+        self.counted: list[tuple[list[Tensor], list[Any], list[int]]] = []  # ours, the base's, the offsets
         start = 0
         for pull in pulls:
             dicts = self.dicts[start : start + len(pull.owners)]
@@ -65,30 +85,36 @@ class PullPlan:
             names = [AVERAGE, STEP, *([pull.moment.name] if pull.moment else []), *(["step"] if corrected else [])]
             self.values_of.append((operator.itemgetter(*names), dicts))
             if corrected:
-                self.counts += chain(pull.steps, (state["step"] for state in dicts))
+                theirs = [state["step"] for state in dicts]
+                self.counts += chain(pull.steps, theirs)
+                self.counted.append((pull.steps, theirs, pull.offsets))
             if pull.moment and not all(map(operator.is_, pull.seconds, (local(d[pull.moment.name]) for d in dicts))):
                 raise RuntimeError("the second moment is in a dtype of its own")
             pull.new, pull.found_inf = [], None
+        steps = [step.data_ptr() for pull in pulls for step in pull.steps]
+        if len(set(steps)) < len(steps) or not self._offsets_stay():
+            raise RuntimeError("parameters share a step count, or the base does not count by one in each step")
         self.values = list(self._values())
         self.wrappers = list(filter(is_sharded, chain(self.owners, self.values)))
         self.locals = list(map(_local, self.wrappers))
-        self.numbers = [self._numbers_of(optimizer, pull) for pull in pulls]
+        self.numbers: list[list[float]] = []
+        self._changed_numbers(optimizer)
         backend = pulls[0].backend
         self.held = backend.new_plan()
         handle, add = self.held.handle, backend.op("plan_add_")
         self.copy = partial(of_c(backend.op("plan_before_")), handle, self.params[0])
-        self.pull = partial(of_c(backend.op("plan_step_")), handle, self.params[0], (), ())
+        self.pull = partial(of_c(backend.op("plan_step_")), handle, self.params[0], ())
         for pull, row, numbers in zip(pulls, self._rows_by_pull(), self.numbers, strict=True):
             emas = list(map(local, pull.emas))
             lists = [pull.params, pull.befores, pull.seconds, emas, pull.steps]
             extras = [None if row is None else row.stats, None]
             add(handle, _DEFINITION.op, list(chain.from_iterable(lists)), list(map(len, lists)), extras, numbers)
-        self.seen = versions(self.counts)
+        self.moves = Moves(versions(self.counts))
 
     @classmethod
     def of(cls, optimizer: Pulling, pulls: list[Pull], rest: list[Tensor], rows: list[Row]) -> PullPlan | None:
         """None where a step has to look closer."""
-        if not pulls or optimizer._scratch.unsure:
+        if not pulls or optimizer._scratch.unsure or not _is_as_it_was(optimizer, pulls, rest):
             return None
         if len({(pull.backend.name, pull.params[0].device) for pull in pulls}) > 1:
             return None  # one call a device
@@ -125,6 +151,18 @@ class PullPlan:
         options = optimizer._options(pull, pull.offsets[0] if pull.offsets else 0)
         return [float("nan") if options[name] is None else float(options[name]) for name in _NAMES]
 
+    def _changed_numbers(self, optimizer: Pulling) -> Sequence[float]:
+        """The options of all pulls, where some are others than the plan has."""
+        self.lrs = [pull.group.get("lr") for pull in self.pulls]
+        numbers = [self._numbers_of(optimizer, pull) for pull in self.pulls]
+        if numbers == self.numbers:
+            return ()
+        self.numbers = numbers
+        return list(chain.from_iterable(numbers))
+
+    def _offsets_stay(self) -> bool:
+        return all(ahead(ours, theirs) == offsets for ours, theirs, offsets in self.counted)
+
     def _has_its_states(self, state: dict[Any, Any]) -> bool:
         return (
             len(state) == len(self.keys)
@@ -159,7 +197,6 @@ class PullPlan:
             changed |= not (steady and len(group) == len(values) and all(map(operator.is_, group.values(), values)))
         if not changed:
             return ()
-        numbers = []
         if any(group[SWAPPED] or not _is_at_hand(group.get("lr")) for group in groups):
             return None
         for pull in self.pulls:
@@ -172,12 +209,8 @@ class PullPlan:
             if own.by_moment:
                 check_lr(group["lr"])
             pull.moment = moment
-            numbers.append(self._numbers_of(optimizer, pull))
         self.groups = [(group, params, *_looked_at(group)) for group, params, *_ in self.groups]
-        if numbers == self.numbers:
-            return ()
-        self.numbers = numbers
-        return list(chain.from_iterable(numbers))
+        return self._changed_numbers(optimizer)
 
     def fits(self, optimizer: Pulling) -> bool:
         """Whether all is as it was; the weights are copied then, and nothing else has changed. A plan that does not fit
@@ -191,7 +224,7 @@ class PullPlan:
                 list(map(operator.is_, grads, repeat(None))) != self.unused
                 or list(map(_requires_grad, self.all_params)) != self.trained
                 or not self._has_its_states(optimizer.base.state)
-                or versions(self.counts) != self.seen
+                or versions(self.counts) != self.moves.seen
             ):
                 return False
             self.copy(options)
@@ -207,13 +240,17 @@ class PullPlan:
         """Pulls, behind the base's step; False where that left other states than there were."""
         if not self._has_its_states(optimizer.base.state):
             return False
+        lrs = [pull.group.get("lr") for pull in self.pulls]
+        if not all(map(_is_at_hand, lrs)):
+            return False
         torch.autograd.graph.increment_version(self.params)
         if self.sharded:
             torch.autograd.graph.increment_version(self.owners)
-        try:
-            self.pull()
-        except RuntimeError:  # the usual way says why
+        try:  # a base may set lr in its step, also within the tensor that it is
+            same = all(map(operator.is_, lrs, self.lrs)) and not any(isinstance(lr, Tensor) for lr in lrs)
+            self.pull(() if same else self._changed_numbers(optimizer))
+        except (RuntimeError, TypeError, ValueError):  # the usual way says why
             return False
         optimizer._scratch.rows = self.rows
-        self.seen = versions(self.counts)
+        self.moves.note(versions(self.counts), self._offsets_stay)
         return True

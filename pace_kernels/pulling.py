@@ -331,7 +331,8 @@ class Pulling(Averaging):
             if pull.moment is None:
                 continue
             entries, name, seconds = [states.get(p) or {} for p in pull.owners], pull.moment.name, pull.seconds
-            if all(map(operator.is_, map(dict.get, entries, repeat(name)), seconds)):
+            found = list(map(dict.get, entries, repeat(name)))
+            if all(map(operator.is_, found, seconds)) and all(map(operator.is_not, found, repeat(None))):
                 continue
             try:
                 for k, state in enumerate(entries):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -160,6 +160,27 @@ def count_of(step: Any) -> int:
     if isinstance(step, Tensor):
         return 0 if is_fake(step) else int(step.item())
     return int(step)
+
+
+def ahead(ours: Iterable[Tensor], theirs: Iterable[Any]) -> list[int]:
+    """How many steps a base has taken more than the average."""
+    return [count_of(their) - count_of(our) for our, their in zip(ours, theirs, strict=True)]
+
+
+class Moves:
+    """The versions of step counts, by which it is told whether a base counts in each step as in the one before. In the
+    first, where nothing can be told by them, ``offsets_stay`` is asked."""
+
+    def __init__(self, seen: list[int]) -> None:
+        self.seen: list[int] | None = seen
+        self._by: int | None = None
+
+    def note(self, now: list[int], offsets_stay: Callable[[], bool]) -> None:
+        """None is seen where the base counted in another way: offsets are to be looked at again."""
+        by = sum(now) - sum(self.seen or ())
+        if self._by is None and offsets_stay():
+            self._by = by
+        self.seen = now if by == self._by else None
 
 
 def versions(tensors: Iterable[Any]) -> list[int]:

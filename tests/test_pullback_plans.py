@@ -88,3 +88,98 @@ def test_hooks_run_once_for_the_pullback_and_its_base() -> None:
     pair.optimizer.base.register_step_post_hook(lambda o, args, kwargs: heard.append("base"))
     assert pair.step()
     assert heard == ["base", "pullback"]
+
+
+def set_lr(o: Any) -> None:
+    for group in o.param_groups:
+        group["lr"] = 0.01 / o.taken
+
+
+def fill_lr(o: Any) -> None:
+    for group in o.param_groups:
+        if not isinstance(group["lr"], torch.Tensor):
+            group["lr"] = torch.tensor(0.01)
+        group["lr"].mul_(0.5)
+
+
+def set_betas(o: Any) -> None:
+    for group in o.param_groups:
+        group["betas"] = (0.9, 0.99 - 0.01 * o.taken)
+
+
+def step_once_more(o: Any) -> None:
+    torch.optim.AdamW.step(o)
+
+
+def begin_anew(o: Any) -> None:
+    for state in o.state.values():
+        if "step" in state:
+            state["step"].zero_()
+
+
+def drop_a_gradient(o: Any) -> None:
+    first(o).grad = None
+
+
+def freeze(o: Any) -> None:
+    first(o).requires_grad_(False)
+
+
+def replace_states(o: Any) -> None:
+    for state in o.state.values():
+        if "exp_avg_sq" in state:
+            state["exp_avg_sq"] = state["exp_avg_sq"] * 2
+
+
+def replace_memory(o: Any) -> None:
+    first(o).data = first(o).data.clone()
+
+
+class Odd(torch.optim.AdamW):
+    """A base that does more than AdamW in some of its steps, before or behind AdamW's."""
+
+    def __init__(self, params: Any, more: Callable[[Any], None], behind: bool, every: int) -> None:
+        super().__init__(params, lr=0.01)
+        self.taken, self.more, self.behind, self.every = 0, more, behind, every
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.taken += 1
+        if not self.behind and self.taken % self.every == 0:
+            self.more(self)
+        super().step()
+        if self.behind and self.taken % self.every == 0:
+            self.more(self)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *(set_lr, fill_lr, set_betas, step_once_more, begin_anew, drop_a_gradient, freeze, replace_states),
+        replace_memory,
+    ],
+)
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("every", [1, 5])
+def test_bases_that_do_more_in_their_step(more: Callable[[Any], None], behind: bool, every: int) -> None:
+    """The twin remembers nothing at all of its last step."""
+    if more is drop_a_gradient and (every, behind) == (1, False):
+        pytest.skip("AdamW makes no state of that parameter, which is refused")
+    pair = Pair(lambda params: Pullback(Odd(params, more, behind, every), 3.0), in_two_groups)
+    whole, remembered = pair.twin.step, pair.twin._scratch.plans
+    pair.twin.step = lambda: (remembered.clear(), whole())[1]
+    taken = [pair.step() for _ in range(14)]
+    if more in (set_lr, replace_memory):
+        assert all(taken[2:])
+    if every == 5:
+        assert any(taken)
+
+
+def test_a_base_without_states_is_refused_by_name() -> None:
+    """Its first step keeps no second moment."""
+    base = torch.optim.AdamW(weights())
+    base.step = lambda: None  # type: ignore[method-assign]
+    optimizer = Pullback(base)
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match="AdamW keeps no state 'exp_avg_sq' of a parameter, but none"):
+        optimizer.step()
