@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -147,8 +148,14 @@ class PlansOf {
     }
     for (const auto& part : plan->parts) part->prepare(scaling);
     const bool skip = Device::skipped(scaling.found_inf);
-    for (const auto& part : plan->parts) part->run(skip);
-    for (const LearnArguments& learning : plan->learning) Device::learn(learning);
+    size_t taken = 0;
+    try {
+      for (const auto& part : plan->parts) part->run(skip), ++taken;
+      for (const LearnArguments& learning : plan->learning) Device::learn(learning);
+    } catch (const std::exception& error) {  // a launch failed, or there was no memory for one
+      if (taken == 0) throw;
+      throw std::domain_error(error.what());  // a ValueError to Python: some parts have stepped, and must not again
+    }
   }
 
  private:

@@ -8,6 +8,7 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from .backend import Backend
@@ -26,6 +27,7 @@ _requires_grad = operator.attrgetter("requires_grad")
 _local = operator.attrgetter("_local_tensor")
 _placed = operator.attrgetter("_spec.placements", "_spec.mesh")
 _NOT_A_NUMBER = float("nan")
+CAPTURED = -1
 
 
 def _numbers(definition: Definition, given: Group) -> list[float]:
@@ -36,6 +38,16 @@ def _numbers(definition: Definition, given: Group) -> list[float]:
 
 def plan_op(backend: Backend, name: str) -> Any:
     return of_c(backend.op(name))
+
+
+def stream_of(device: torch.device) -> int:
+    """The stream of a GPU that work is sent to at present; −1 where a graph is captured, 0 elsewhere.
+
+    A plan has memory of its own, of sums and statistics, which goes with it in the order of the stream that it was made
+    on. Kernels on another one, and those that a captured graph launches again, could write there later."""
+    if device.type != "cuda":
+        return 0
+    return CAPTURED if torch.cuda.is_current_stream_capturing() else torch._C._cuda_getCurrentRawStream(device.index)
 
 
 class _Part:
@@ -129,6 +141,7 @@ class Plan:
         self.op = partial(plan_op, backend)
         self.step = partial(self.op("plan_step_"), self.held.handle, self.params[0])
         self.device = self.params[0].device
+        self.stream = stream_of(self.device)
         self.on_device = any(work.on_device for work in works)
         self.after: Plan | None = None
         self.turned: tuple[list[dict[str, Any]], list[dict[str, Any]]] | None = None  # states, and what they get

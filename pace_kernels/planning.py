@@ -27,7 +27,7 @@ from torch.optim import optimizer as torch_optimizer
 from .checks import Group
 from .launching import Launching, Prepared
 from .options import Record
-from .plan import Change, Plan
+from .plan import CAPTURED, Change, Plan, stream_of
 from .sharding import PLAIN, is_sharded, local
 from .states import Work, moved
 from .torch_rules.common import at_hand
@@ -126,8 +126,8 @@ class Planning(Launching):
         plan = plans.next
         if plan is None or self._unfinished or torch._C._len_torch_dispatch_stack():
             return False
-        if plan.device.type == "cuda" and not plan.on_device and torch.cuda.is_current_stream_capturing():
-            return False  # the usual step refuses it
+        if plan.device.type == "cuda" and stream_of(plan.device) != plan.stream:
+            return False
         if len(plans.by_mask) > 1:
             params = [param for group in self.param_groups for param in group["params"]]
             plan = plans.by_mask.get(tuple(param.grad is None for param in params), plan)
@@ -164,6 +164,10 @@ class Planning(Launching):
         except (RuntimeError, TypeError, NotImplementedError):
             plans.end()  # the usual step says why, or does it otherwise
             return False
+        except ValueError as error:  # some parts have stepped, and the usual step would step them again
+            plans.end()
+            self._unfinished.append("step")
+            raise RuntimeError(str(error)) from error
         for kept, names, _ in changes:
             # What a usual step made of options is of before, also where they come back to what they were.
             if other := [name for name in names if name != "lr"]:
@@ -269,6 +273,8 @@ class Planning(Launching):
         if any(group["skip_nonfinite"] or group["swapped"] for group in self.param_groups):
             return False
         if len({(work.backend.name, work.device, work.on_device) for work in works}) > 1:
+            return False
+        if stream_of(works[0].device) == CAPTURED:
             return False
         for work in works:
             lr = work.group["lr"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from .checks import Group, check_lr
 from .definitions import DEFINITIONS
 from .launching import of_c
+from .plan import CAPTURED, stream_of
 from .pulls import AVERAGE, STEP, SWAPPED, Moves, Pull, Row, ahead, versions
 from .sharding import PLAIN, is_sharded, local
 
@@ -100,6 +101,8 @@ class PullPlan:
         self.numbers: list[list[float]] = []
         self._changed_numbers(optimizer)
         backend = pulls[0].backend
+        self.device = self.params[0].device
+        self.stream = stream_of(self.device)
         self.held = backend.new_plan()
         handle, add = self.held.handle, backend.op("plan_add_")
         self.copy = partial(of_c(backend.op("plan_before_")), handle, self.params[0])
@@ -115,6 +118,8 @@ class PullPlan:
     def of(cls, optimizer: Pulling, pulls: list[Pull], rest: list[Tensor], rows: list[Row]) -> PullPlan | None:
         """None where a step has to look closer."""
         if not pulls or optimizer._scratch.unsure or not _is_as_it_was(optimizer, pulls, rest):
+            return None
+        if stream_of(pulls[0].device) == CAPTURED:
             return None
         if len({(pull.backend.name, pull.params[0].device) for pull in pulls}) > 1:
             return None  # one call a device
@@ -225,6 +230,7 @@ class PullPlan:
                 or list(map(_requires_grad, self.all_params)) != self.trained
                 or not self._has_its_states(optimizer.base.state)
                 or versions(self.counts) != self.moves.seen
+                or stream_of(self.device) != self.stream
             ):
                 return False
             self.copy(options)
@@ -246,10 +252,15 @@ class PullPlan:
         torch.autograd.graph.increment_version(self.params)
         if self.sharded:
             torch.autograd.graph.increment_version(self.owners)
-        try:  # a base may set lr in its step, also within the tensor that it is
-            same = all(map(operator.is_, lrs, self.lrs)) and not any(isinstance(lr, Tensor) for lr in lrs)
-            self.pull(() if same else self._changed_numbers(optimizer))
-        except (RuntimeError, TypeError, ValueError):  # the usual way says why
+        # A base may set lr in its step, also within the tensor that it is.
+        same = all(map(operator.is_, lrs, self.lrs)) and not any(isinstance(lr, Tensor) for lr in lrs)
+        try:
+            options = () if same else self._changed_numbers(optimizer)
+        except (TypeError, ValueError):  # the usual way says why
+            return False
+        try:
+            self.pull(options)
+        except RuntimeError:  # so it does here; a ValueError says that some parts have stepped
             return False
         optimizer._scratch.rows = self.rows
         self.moves.note(versions(self.counts), self._offsets_stay)

@@ -19,6 +19,7 @@ from .launching import ASKEW
 from .memory import aligned, as_bytes, check_whole, is_askew, overlapping
 from .operands import check_placed, check_step
 from .ops import PACE_STATS
+from .plan import CAPTURED, stream_of
 from .planning import WITH_PLANS, Plans
 from .pull_plan import PullPlan
 from .pulls import (
@@ -245,6 +246,10 @@ class Pulling(Averaging):
             return
         away = [i for i, step in enumerate(pull.steps) if step.device.type == "cpu"]
         pull.on_device = pull.on_device or pull.found_inf is not None or len(away) < len(pull.steps)
+        if not pull.on_device and stream_of(pull.device) == CAPTURED:
+            raise RuntimeError(
+                "a CUDA graph captures the step: without capturable=True in the group replays do not count"
+            )
         if pull.on_device:
             for i in away:
                 pull.steps[i] = moved(pull.steps[i], pull.device)

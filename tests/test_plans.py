@@ -24,7 +24,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from pace_kernels import MADA, PACE, ScheduleFreeAdamW
-from pace_kernels.plan import _Options
+from pace_kernels.plan import CAPTURED, _Options
 
 SHAPES = [(3,), (4, 5), (), (2, 3, 4)]
 BUILDS: dict[str, Callable[..., Any]] = {
@@ -854,6 +854,37 @@ def test_a_checkpoint_has_nothing_of_a_plan() -> None:
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=True)
     assert loaded["param_groups"][0].keys() == pair.twin.state_dict()["param_groups"][0].keys()
+
+
+# ---- streams, which a CPU has not ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_plan_stays_on_the_stream_that_it_was_made_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(BUILDS[name]).under_plan()
+    now, capturing = 7, False
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: now, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+    def step() -> bool:
+        for plan in (pair.optimizer._plans.next, pair.optimizer._plans.next.after):
+            if plan is not None:
+                plan.device, plan.stream = torch.device("cuda", 0), 7
+        return pair.step()
+
+    assert step()
+    now = 8
+    assert step() is False
+    now, capturing = 7, True
+    assert step() is False
+    capturing = False
+    assert step()
+
+
+def test_no_plan_is_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pace_kernels.planning.stream_of", lambda device: CAPTURED)
+    pair = Pair(PACE)
+    assert not any(pair.step() for _ in range(3))
 
 
 # ---- DTensors --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from test_plans import CHANGES, Pair, first, in_two_groups, weights
 
 from pace_kernels import Pullback
+from pace_kernels.plan import CAPTURED
 
 BASES: dict[str, Callable[[Any], Pullback]] = {
     "AdamW, fused": lambda params: Pullback(torch.optim.AdamW(params, lr=0.01, fused=True), 3.0, log_stats=True),
@@ -183,3 +185,12 @@ def test_a_base_without_states_is_refused_by_name() -> None:
         param.grad = torch.ones_like(param)
     with pytest.raises(RuntimeError, match="AdamW keeps no state 'exp_avg_sq' of a parameter, but none"):
         optimizer.step()
+
+
+def test_a_captured_step_that_does_not_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pace_kernels.pulling.stream_of", lambda device: CAPTURED)
+    optimizer = BASES["SGD"](weights())
+    steps = [torch.zeros(())]
+    pull = SimpleNamespace(group={}, device=torch.device("cuda", 0), steps=steps, found_inf=None)
+    with pytest.raises(RuntimeError, match="without capturable=True"):
+        optimizer._place_steps(pull)  # type: ignore[arg-type]
