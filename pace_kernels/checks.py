@@ -34,9 +34,9 @@ def overlaps_itself(tensor: Tensor) -> bool:
     if dims[0][0] == 0:
         return True
     # Interleaved strides, as in as_strided((2, 3), (3, 2)), may or may not overlap: count the places.
-    places = torch.zeros((), dtype=torch.int64)
+    places = torch.zeros((), dtype=torch.int64, device="cpu")
     for stride, size in dims:
-        places = places.unsqueeze(-1) + stride * torch.arange(size)
+        places = places.unsqueeze(-1) + stride * torch.arange(size, device="cpu")
     return int(torch.unique(places).numel()) < tensor.numel()
 
 

@@ -216,7 +216,7 @@ class Launching(Checkpoints):
         for number, ((work, states), call) in enumerate(zip(prepared, calls, strict=True)):
             native = isinstance(call, partial) and isinstance(call.func, BuiltinFunctionType)
             if native and work.backend.name == "cpu" and number > 0:
-                undone = torch.ones(())  # with which the operator returns where it would write
+                undone = torch.ones((), device="cpu")  # with which the operator returns where it would write
                 call.func(*call.args, **{**call.keywords, "found_inf": undone})  # type: ignore[attr-defined]
             elif work.backend.name == "torch" or number > 0:
                 check_operands(work, states, self.STATE_ROWS)

@@ -118,7 +118,7 @@ def _overlap_in_part(group: list[Tensor]) -> tuple[int, int] | None:
     # Who has which place, in units that every element begins at: 4 bytes an element of one dtype.
     base = min(start for _, start, _ in firsts)
     unit = math.gcd(*(group[k].element_size() for k in firsts.values()), *(start - base for _, start, _ in firsts))
-    owners = torch.full(((max(end for *_, end in firsts) - base) // unit,), -1, dtype=torch.int32)
+    owners = torch.full(((max(end for *_, end in firsts) - base) // unit,), -1, dtype=torch.int32, device="cpu")
     for (_, start, _), k in firsts.items():
         tensor = group[k]
         parts = tensor.element_size() // unit

@@ -184,7 +184,7 @@ class KernelOptimizer(Fitting):
                 continue
             if not isinstance(value, Tensor):
                 check_number(name, value, "finite and >= 0", lambda a: a >= 0)
-                value = torch.tensor(float(value), dtype=torch.float32)
+                value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
             require(value.numel() == 1, name, "a number or a tensor with one element", value)
             check_whole((value,))
             scaling[name] = value.detach().to(torch.float32)
@@ -318,7 +318,7 @@ class KernelOptimizer(Fitting):
         ranks = self._ranks() if any(group["skip_nonfinite"] for group in self.param_groups) else None
         if not watched and ranks is None:
             return
-        found = [self._largest(work) for work in watched] or [torch.zeros(())]
+        found = [self._largest(work) for work in watched] or [torch.zeros((), device="cpu")]
         reduce_(((value, work.axes) for value, work in zip(found, watched, strict=False)), "MAX")
         home = found[0].device
         bad = torch.stack([moved(value, home) for value in found]).max()
@@ -329,7 +329,7 @@ class KernelOptimizer(Fitting):
             if "found_inf" in scaling:
                 bad = torch.maximum(bad, (moved(scaling["found_inf"], home) != 0).to(bad.dtype).reshape(()))
         count = next((g["skipped_steps"] for g in self.param_groups if g["skipped_steps"] is not None), None)
-        count = torch.zeros((), dtype=torch.int64) if count is None else count
+        count = torch.zeros((), dtype=torch.int64, device="cpu") if count is None else count
         check_whole((count,))
         count = moved(count, home)
         others = [group for group in self.param_groups if group["skipped_steps"] is not count]

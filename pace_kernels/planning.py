@@ -63,13 +63,13 @@ class Plans:
 
 # A plan holds parameters and states. Where an optimizer let go of some, and takes no step that would find out, the next
 # full garbage collection frees them.
-WITH_PLANS: weakref.WeakSet[Any] = weakref.WeakSet()
+WITH_PLANS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # by id: some have no hash
 
 
 def _end_stale(phase: str, info: dict[str, int]) -> None:
     if phase != "stop" or info["generation"] != 2:
         return
-    for optimizer in list(WITH_PLANS):
+    for optimizer in list(WITH_PLANS.values()):
         plans = optimizer.plans()
         with contextlib.suppress(AttributeError, KeyError):  # of groups or states that are being replaced
             if plans.next is not None and all(plan.is_of(optimizer) for plan in [plans.next, *plans.by_mask.values()]):
@@ -242,7 +242,7 @@ class Planning(Launching):
         plans.by_mask = others if len(others) < _MOST_PLANS else {}
         try:
             plans.next = plans.by_mask[tuple(mask)] = self._planned(works, mask)
-            WITH_PLANS.add(self)
+            WITH_PLANS[id(self)] = self
         except (KeyError, RuntimeError):  # the next usual step tells, if there is something to tell
             plans.end()
 

@@ -276,7 +276,7 @@ class Pulling(Averaging):
         if pull.backend.name == "cpu" and not is_fake(pull.params[0]):
             stand_in = list(map(_real, pull.params)) if pull.moment is not None else []
             try:  # the operator checks all and then finds that the step is to be left undone
-                self._call(pull, stand_in, None, torch.ones(()), max(0, pull.offsets[0]))
+                self._call(pull, stand_in, None, torch.ones((), device="cpu"), max(0, pull.offsets[0]))
                 return
             except RuntimeError as error:
                 if self._lengthen(pull):
@@ -369,7 +369,7 @@ class Pulling(Averaging):
         seldom = step_plans.vain > 8 and step_plans.vain % 64 != 0  # something changes at each step
         step_plans.next = None if seldom else PullPlan.of(self, parts, rest, scratch.rows)
         if step_plans.next is not None:
-            WITH_PLANS.add(self)
+            WITH_PLANS[id(self)] = self
             scratch.plans.clear()
             return
         plans = self._scratch.plans

@@ -699,6 +699,29 @@ def test_threads_and_grad_modes() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.parametrize("name", [*SOME, "schedule-free"])
+def test_a_default_device_changes_nothing(name: str) -> None:
+    def make() -> list[dict[str, Any]]:
+        w = torch.empty_strided((3, 4), (4, 1), device="cpu").fill_(0.5)
+        more = [nn.Parameter(w[:, :2]), nn.Parameter(w[:, 2:])]  # in between each other: their elements are counted
+        return [*in_two_groups(), {"params": more}]
+
+    pair = Pair(partial(BUILDS[name], skip_nonfinite=name == "PACE"), make)
+    for _ in range(4):
+        pair.gradients()
+        with torch.device("meta"):
+            for optimizer in pair.both:
+                optimizer.step(clip_coef=0.5)
+        assert_same_bits(*pair.both)
+
+
+def test_an_optimizer_without_a_hash() -> None:
+    kind = type("Equal", (PACE,), {"__eq__": lambda a, b: a is b, "__hash__": None})
+    pair = Pair(kind).under_plan()
+    gc.collect()
+    assert pair.step()
+
+
 def test_a_fork_steps_for_itself() -> None:
     pair = Pair(PACE).under_plan()
     pair.gradients()
