@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,16 +12,16 @@ from torch._compile import _disable_dynamo
 
 from .backend import requested
 from .checks import Group
-from .ops import PACE_STATS
 from .optimizer import KernelOptimizer
 from .planning import is_observed
 from .pull_plan import PullPlan
+from .pull_stats import Averager, statistics
 from .pullback_checkpoints import PullbackCheckpoints
-from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, STEP, Pull, Row, Scratch, count_of, is_fake, versions
+from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, STEP, Pull, Scratch, count_of, is_fake, versions
 from .second_moments import refuse
-from .sharding import agree, axes, gathered_rows, local
+from .sharding import agree, axes, local
 from .states import FORMAT
-from .torch_rules.pace import average_weight, merge_stats
+from .torch_rules.pace import average_weight
 from .torch_rules.pullback import PullbackOptions
 
 
@@ -369,26 +368,9 @@ class Pullback(PullbackCheckpoints):
         base's step ``base_step_norm``. Where no second moment takes part there is no ``raw_lambda_*``, and where
         the weights before the step are not at hand (``pullback_from="step"``, or no pull) no ``base_step_norm`` and no
         ``update_norm``."""
-        rows, stats = self._scratch.rows, {}
-        s, raw = _merged(rows), _merged([r for r in rows if r.moment])
-        if not s:
-            if not any(self._option(group, "log_stats") for group in self.param_groups):
-                self._say("get_step_stats() is empty: no group has log_stats=True")
-            return {}
-        for key, name, of in (
-            ("raw", "raw_lambda", raw),
-            ("effective", "effective_lambda", s),
-            ("lambda", "lambda", s),
-        ):
-            if of:
-                stats[f"{name}_mean"] = of[f"{key}_sum"] / of["count"]
-                stats[f"{name}_max"] = of[f"{key}_max"]
-                stats[f"{name}_min"] = of[f"{key}_min"]
-        stats["lambda_clipped_frac"] = s["clipped"] / s["count"]
-        stats["pullback_norm"] = math.sqrt(s["pullback_sq"])
-        if all(r.before for r in rows):
-            stats["base_step_norm"] = math.sqrt(s["adam_sq"])
-            stats["update_norm"] = math.sqrt(s["update_sq"])
+        stats = statistics(self._scratch.rows)
+        if not stats and not any(self._option(group, "log_stats") for group in self.param_groups):
+            self._say("get_step_stats() is empty: no group has log_stats=True")
         return stats
 
     def get_ema_beta_t(self) -> float | None:
@@ -424,39 +406,3 @@ class Pullback(PullbackCheckpoints):
     def __repr__(self) -> str:
         own = {name: self._defaults[name] for name in ("lambda_pullback", "gain", "pullback_from")}
         return f"Pullback({self.base!r}, {', '.join(f'{k}={v!r}' for k, v in own.items())})"
-
-
-class Averager(Mapping[Tensor, dict[str, Any]]):
-    """What a Pullback keeps of each parameter that has an average: a view of the base's states."""
-
-    def __init__(self, optimizer: Pullback) -> None:
-        self._optimizer = optimizer
-
-    @property
-    def state(self) -> Averager:
-        return self
-
-    @property
-    def _buffers(self) -> list[Tensor]:
-        """The copies of the weights of before a step."""
-        return [copy for _, copy in self._optimizer._scratch.befores.values()]
-
-    def __getitem__(self, param: Tensor) -> dict[str, Any]:
-        state = self._optimizer.state.get(param) or {}
-        found = {"step": state.get(STEP, torch.zeros(()))}
-        return found | {name: state[name] for name in (AVERAGE, "live") if name in state}
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter([p for p, state in self._optimizer.state.items() if STEP in state])
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
-
-
-def _merged(rows: list[Row]) -> dict[str, float]:
-    found = [row for r in rows for row in gathered_rows(r.stats, r.axes)]
-    if not found:
-        return {}
-    values = merge_stats([row.to("cpu", torch.float64) for row in found]).tolist()
-    s = dict(zip(PACE_STATS, values, strict=True))
-    return s if s["count"] > 0 else {}

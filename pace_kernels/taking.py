@@ -1,0 +1,168 @@
+"""What a pull is made of: a group's options, and averages, step counts and second moments from the base's states."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .averaging import Averaging
+from .backend import backends, choose
+from .checks import Group, check_average_options, check_defined, check_lr, require
+from .definitions.pullback import PULLBACK
+from .memory import aligned, check_whole
+from .pulls import AVERAGE, OURS, STEP, Own, Pull, Scratch, count_of
+from .second_moments import SecondMoment, lacks, require_second_moment, second_moment_of
+from .sharding import PLAIN, Axes, axes, is_sharded, is_wrapper, local, placed_alike
+from .states import as_state, state_dtype
+
+_NO_AXES: Axes = ()
+
+
+class Taking(Averaging):
+    """A Pullback that knows its base's groups and states. Not for direct use."""
+
+    base: torch.optim.Optimizer
+    _defaults: Group  # the pullback's options
+    _backend_name: str | None
+    _scratch: Scratch
+
+    # ---- options ---------------------------------------------------------------------------------------------------
+
+    def _own(self, group: Group) -> Own:
+        """The pullback's options of a group, checked where they changed. A name that the base has as an option of its
+        own means that one."""
+        theirs = self.base.defaults
+        values = [d if name in theirs else group.get(name, d) for name, d in self._defaults.items()]
+        seen = self._scratch.own.get(id(group))
+        if seen is not None and all(map(operator.is_, values, seen[0])):
+            return seen[1]
+        own = self._checked(group, dict(zip(self._defaults, values, strict=True)))
+        self._scratch.own[id(group)] = (values, own)
+        return own
+
+    def _checked(self, group: Group, values: Group) -> Own:
+        check_defined(values, PULLBACK.options)
+        check_average_options(values)
+        name = values["second_moment"]
+        require(name is None or isinstance(name, str), "second_moment", "None or the name of a state", name)
+        require(isinstance(values["log_stats"], bool), "log_stats", "True or False", values["log_stats"])
+        own = Own.of(values)
+        if own.by_moment:
+            if "lr" not in group:
+                raise ValueError(f"{type(self.base).__name__} has no option lr, which the gain takes: give gain=")
+            check_lr(group["lr"])
+            require_second_moment(self.base, group, name)
+        return own
+
+    # ---- states ----------------------------------------------------------------------------------------------------
+
+    def _bucketed(self, group: Group, own: Own) -> list[Pull]:
+        """The parameters of a group that have a gradient, by where and how they lie."""
+        buckets: dict[Any, Pull] = {}
+        for i, owner in enumerate(group["params"]):
+            if owner.grad is None:
+                continue
+            param, over, alone = owner, _NO_AXES, False
+            sharded = type(owner) not in PLAIN and is_sharded(owner)
+            if type(owner) not in PLAIN:
+                param, over = local(owner), axes(owner)
+                alone = is_wrapper(param)
+            key = (param.device, param.dtype, over, sharded, alone)
+            pull = buckets.get(key)
+            if pull is None:
+                device, real = param.device, param.dtype.to_real()
+                backend = backends()["torch"] if alone else choose(self._backend_name, device, real)
+                moment = self._moment(group, own, param.dtype)
+                pull = Pull(group, own, backend, device, param.dtype, over, moment, alone=alone, sharded=sharded)
+                buckets[key] = pull
+            self._take(pull, i, owner, param)
+        return list(buckets.values())
+
+    def _moment(self, group: Group, own: Own, dtype: torch.dtype) -> SecondMoment | None:
+        """None where the gain is a constant, or nothing pulls."""
+        if not own.by_moment:
+            return None
+        return second_moment_of(self.base, group, own.values["second_moment"], dtype.to_real())
+
+    def _take(self, pull: Pull, i: int, owner: Tensor, param: Tensor) -> None:
+        state = self.base.state.get(owner) or {}
+        ema, step = state.get(AVERAGE), state.get(STEP)
+        if step is not None and (not isinstance(step, Tensor) or step.numel() != 1):
+            name = self._name(pull.group, i)
+            raise RuntimeError(f"the state {STEP!r} of {name} must be a tensor with one element, got {step!r}")
+        if (
+            ema is None
+            or step is None
+            or ema.dtype is not state_dtype(param)
+            or ema.shape != owner.shape
+            or (type(ema) is not Tensor and is_sharded(ema) and not (is_sharded(owner) and placed_alike(ema, owner)))
+            or (type(ema) is Tensor and type(owner) not in PLAIN and is_sharded(owner))
+        ):
+            ema, step = self._started(pull.group, i, owner, ema, step)
+            pull.new.append(len(pull.owners))
+        offset, theirs = 0, any(name not in OURS for name in state)
+        if state and not theirs:
+            pull.hidden.append(owner)
+        if pull.moment is not None:
+            pull.seconds.append(self._second(pull.moment, state, pull.group, i, param) if theirs else None)
+            if pull.moment.beta2 != 0.0:  # without a state of its own the base starts with this step
+                offset = count_of(state.get("step", 0) if theirs else 0) - count_of(step)
+        pull.places.append(i)
+        pull.owners.append(owner)
+        pull.params.append(param)
+        pull.emas.append(ema)
+        pull.steps.append(step)
+        pull.offsets.append(offset)
+        pull.rounds.append(0)
+
+    def _started(self, group: Group, i: int, owner: Tensor, ema: Any, step: Any) -> tuple[Tensor, Tensor]:
+        """The average of a parameter that has none that fits, and its step count."""
+        if ema is not None and step is None:
+            raise RuntimeError(f"{type(self.base).__name__} has a state {AVERAGE!r} of its own, as the average has")
+        if ema is not None and ema.shape != owner.shape:
+            self._say(
+                f"{self._name(group, i)} has shape {tuple(owner.shape)}, its average {tuple(ema.shape)}: averages of "
+                "parameters that were replaced by others of another shape start anew"
+            )
+            ema = step = None
+        elif ema is not None and ema.dtype is not state_dtype(owner) and ema.dtype is owner.dtype:
+            self._say(
+                f"{self._name(group, i)} has an average in {ema.dtype}: the base's own load_state_dict rounded it; "
+                "load by that of the Pullback"
+            )
+            step = step.to(torch.float32)
+        if step is None:
+            on_device = bool(group.get("capturable", False))
+            step = torch.zeros((), dtype=torch.float32, device=owner.device if on_device else "cpu")
+        if ema is None:
+            check_whole((local(owner),))
+            ema = owner if is_sharded(owner) else aligned(owner)
+        return as_state(owner, ema), step
+
+    def _say(self, message: str) -> None:
+        kind = message.partition(": ")[2]
+        if kind not in self._scratch.said:
+            self._scratch.said.add(kind)
+            warnings.warn(message, stacklevel=3)
+
+    def _second(self, moment: SecondMoment, state: Group, group: Group, i: int, param: Tensor) -> Tensor:
+        """The base's second moment of a parameter, as the operator takes it."""
+        value = state.get(moment.name)
+        if value is None:
+            raise lacks(self.base, moment.name, {k: v for k, v in state.items() if k not in OURS})
+        v = local(value) if isinstance(value, Tensor) else value
+        fits = isinstance(v, Tensor) and v.shape == param.shape and v.layout is torch.strided
+        if not fits or not (v.is_floating_point() or v.is_complex()) or v.device != param.device:
+            came = f"a {v.dtype} tensor of shape {tuple(v.shape)} on {v.device}" if isinstance(v, Tensor) else repr(v)
+            raise RuntimeError(
+                f"the state {moment.name!r} of {self._name(group, i)} is {came}: a second moment of each coordinate is "
+                f"needed, of shape {tuple(param.shape)}, or gain="
+            )
+        if param.is_complex():
+            v = torch.view_as_real(v) if v.is_complex() else torch.stack([v, v], -1)
+        real = param.dtype.to_real()
+        return v if v.dtype is real or v.dtype is torch.float32 else v.to(state_dtype(param).to_real())
