@@ -101,7 +101,7 @@ class Averaging(Whole, torch.optim.Optimizer):
 
     @torch.no_grad()
     def eval(self, model: torch.nn.Module | None = None) -> None:
-        """Puts the average in place of the weights, in groups with ``use_ema_eval``; again is harmless.
+        """Puts the average in place of the weights, in groups with ``use_ema_eval``; a second call does nothing.
 
         Until ``train()`` the live weights are kept as the state `live`: 4 bytes a float32 parameter, about what its
         gradient takes in training.
@@ -135,7 +135,7 @@ class Averaging(Whole, torch.optim.Optimizer):
 
     @torch.no_grad()
     def train(self, model: torch.nn.Module | None = None, *, keep: str | None = None) -> None:
-        """Puts the weights back that ``eval()`` took out; again is harmless.
+        """Puts the weights back that ``eval()`` took out; a second call does nothing.
 
         Arguments:
             model: as in :meth:`eval`.

@@ -223,8 +223,8 @@ class PACE(KernelOptimizer):
         )
 
     def get_step_stats(self) -> dict[str, float]:
-        """Statistics of the last step, over all groups with ``log_stats``; empty where there are none, which is warned
-        of once where no group has it.
+        """Statistics of the last step, over all groups with ``log_stats``; empty before the first step and, with a
+        warning once, where no group has ``log_stats``.
 
         ``raw_lambda_{mean,max,min}``: the gain before α c, w_t / D. ``effective_lambda_*``: α c w_t / D.
         ``lambda_*``: Λ, after the clamp. ``lambda_clipped_frac``: the share of coordinates where α c w_t / D ≥ 1.
