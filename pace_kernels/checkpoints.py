@@ -20,6 +20,8 @@ from .torch_rules.common import has_values
 
 # Options that torch.optim.Adam and AdamW keep in their groups and that mean nothing here.
 _FOREIGN_OPTIONS = ("amsgrad", "foreach", "fused", "differentiable", "decoupled_weight_decay")
+# Options of torch's other optimizers: lr and weight_decay mean something else there.
+_OF_OTHERS = ("momentum", "dampening", "nesterov", "alpha", "centered", "rho", "lr_decay", "lambd", "etas", "max_iter")
 # State of the published pace-optimizer: the same tensors under other names. `theta` is its copy of the live weights.
 _FOREIGN_NAMES = {"m": "exp_avg", "v": "exp_avg_sq"}
 _FOREIGN_STATE = {"theta", "last_ema_step", "max_exp_avg_sq"}
@@ -260,6 +262,11 @@ class Checkpoints(Averaging):
     def _loaded_options(self, saved: Group, group: Group, number: int) -> Group:
         """The options of a group after loading, checked."""
         self._check_format(saved, number)
+        if "betas" not in saved and (foreign := [name for name in _OF_OTHERS if name in saved]):
+            raise ValueError(
+                f"param_groups[{number}] of the checkpoint has {', '.join(foreign)} and no betas: it is neither of "
+                f"{type(self).__name__} nor of Adam or AdamW"
+            )
         check_given(saved, self.defaults, f"param_groups[{number}] of the checkpoint", type(self).__name__)
         try:
             options = self._merged(saved, group) | {"format_version": FORMAT}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -128,6 +128,9 @@ class Plan:
         self.mask, self.key = mask, tuple(mask)
         self.parts = [_Part(definition, work, *row) for work, row in zip(works, rows, strict=True)]
         self.keys, self.states = list(optimizer.state), list(optimizer.state.values())
+        # Of parameters that do not train: a step that finds an average there drops it.
+        frozen = (optimizer.state.get(param) for param in params if not param.requires_grad)
+        self.at_rest = [state for state in frozen if state is not None]
         self.dicts = list(chain.from_iterable(part.dicts for part in self.parts))
         self.values = list(chain.from_iterable(part.values for part in self.parts))
         self.wrappers = list(filter(is_sharded, chain(self.owners, self.values))) if self.sharded else []
@@ -166,6 +169,7 @@ class Plan:
             and all(map(operator.is_, state.values(), self.states))
             and sum(map(len, self.dicts)) == len(self.values)
             and all(map(operator.is_, chain.from_iterable(map(dict.values, self.dicts)), self.values))
+            and not any(map(operator.contains, self.at_rest, repeat("ema")))
             and all(map(operator.is_, map(_local, self.wrappers), self.locals))
         )
 

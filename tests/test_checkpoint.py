@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from pace_kernels import PACE
+from pace_kernels import MADA, PACE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -325,3 +325,14 @@ def test_steps_with_a_learning_rate_of_zero_are_counted() -> None:
     for p in model.parameters():
         assert optimizer.state[p]["step"].item() == 2
         assert optimizer.state[p]["exp_avg"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("other", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adadelta, torch.optim.Rprop])
+@pytest.mark.parametrize("kind", [PACE, MADA])
+def test_a_checkpoint_of_another_kind_of_optimizer_is_refused(kind: Any, other: Any) -> None:
+    """Even where it has no states that could tell."""
+    saved = other([torch.nn.Parameter(torch.ones(3))], lr=0.1).state_dict()
+    optimizer = kind([torch.nn.Parameter(torch.ones(3))], lr=1e-3)
+    with pytest.raises(ValueError, match=r"param_groups\[0\] of the checkpoint has .* and no betas"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 1e-3

@@ -631,6 +631,23 @@ def test_gradient_scalers_clipping_and_closures(name: str) -> None:
         scaler.update()
 
 
+@pytest.mark.parametrize("name", ["PACE", "MADA by group", "schedule-free"])
+def test_a_layer_that_is_frozen_again_and_again(name: str) -> None:
+    """A plan of the first freezing knows nothing of the average that the layer got since."""
+    pair = Pair(BUILDS[name])
+
+    def frozen(yes: bool) -> None:
+        for optimizer in pair.both:
+            for param in optimizer.param_groups[0]["params"][:2]:
+                param.requires_grad_(not yes)
+
+    for _ in range(3):
+        for yes, steps in ((False, 3), (True, 3)):
+            frozen(yes)
+            for _ in range(steps):
+                pair.step(without=(0, 1) if yes else ())
+
+
 @pytest.mark.parametrize("name", SOME)
 def test_steps_with_skip_nonfinite(name: str) -> None:
     pair = Pair(partial(BUILDS[name], skip_nonfinite=True))
