@@ -126,11 +126,11 @@ class Planning(Launching):
         plan = plans.next
         if plan is None or self._unfinished or torch._C._len_torch_dispatch_stack():
             return False
-        if plan.device.type == "cuda" and stream_of(plan.device) != plan.stream:
-            return False
         if len(plans.by_mask) > 1:
             params = [param for group in self.param_groups for param in group["params"]]
             plan = plans.by_mask.get(tuple(param.grad is None for param in params), plan)
+        if plan.device.type == "cuda" and stream_of(plan.device) != plan.stream:
+            return False
         changes = self._changes_since(plan)
         if changes is None:
             return False
