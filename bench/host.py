@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import machine
+from harness import machine, significant
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
@@ -147,9 +147,10 @@ def measured(title: str, count: int, rounds: int, rows: dict[str, Build]) -> lis
             "case": title,
             "tensors": count,
             "row": name,
-            "microseconds": [1e6 * value for value in three(own)],
-            "against_adamw_fused": three([a / b for a, b in zip(own, base, strict=True)]),
-            "over_adamw_fused": three([(a - b) / b for a, b in zip(own, base, strict=True)]),
+            "microseconds": [significant(1e6 * value) for value in three(own)],
+            "against_adamw_fused": [
+                significant(value) for value in three([a / b for a, b in zip(own, base, strict=True)])
+            ],
         }
         for name, own in samples.items()
     ]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_whole import Stop, kept, same, set_grads, traced
 
-from pace_kernels import Pullback, pulling
+from pace_kernels import Pullback, taking
 
 
 def emptied(tensor: torch.Tensor) -> None:
@@ -102,8 +102,8 @@ def test_running_out_of_memory_in_the_first_step_leaves_nothing(kind: str, monke
             raise torch.OutOfMemoryError("no memory left")
         return as_state(*args)
 
-    as_state = pulling.as_state
-    monkeypatch.setattr(pulling, "as_state", until)
+    as_state = taking.as_state
+    monkeypatch.setattr(taking, "as_state", until)
     with pytest.raises(torch.OutOfMemoryError):
         optimizer.step()
     assert same(kept(model, optimizer), before)
