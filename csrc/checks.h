@@ -120,23 +120,6 @@ inline double read_number(const Tensor& t) {
 // float32 holds every integer up to here, and this plus 1 is this.
 constexpr double kFloat32Counts = 16777216.0;  // 2^24
 
-// The steps taken so far, where the count is on the CPU, and can go on.
-inline double checked_steps_taken(const char* name, size_t i, const Tensor& t) {
-  check_step(name, i, t, kCpu);
-  const double taken = read_number(t);
-  STD_TORCH_CHECK(taken < kFloat32Counts || t.scalar_type() == ScalarType::Double, entry(name, i),
-                  " is float32, which counts to 2^24, and is there: make it float64");
-  return taken;
-}
-
-inline void write_step(const Tensor& step, double t) {
-  if (step.scalar_type() == ScalarType::Double) {
-    *static_cast<double*>(step.data_ptr()) = t;
-  } else {
-    *static_cast<float*>(step.data_ptr()) = static_cast<float>(t);
-  }
-}
-
 inline void check_one(const char* name, const std::optional<Tensor>& t, const Place& place) {
   if (!t) return;
   STD_TORCH_CHECK(place.holds(*t) && t->numel() == 1 && t->scalar_type() == ScalarType::Float, name, " must be ",

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "call.h"
+#include "kept.h"
 
 namespace pace {
 
@@ -34,6 +35,54 @@ class Part {
   // After `prepare`; `skip`: found_inf says that the step is to be left undone, as far as the host knows.
   virtual void run(bool skip) = 0;
   virtual const std::optional<Tensor>& hypergradients() const = 0;
+};
+
+// What parts are on every device: the call, and where that which it holds lies.
+template <class D>
+class PartOfCall : public Part {
+ public:
+  // `fresh`: the operand that comes with each step anew; −1: all are in the call.
+  PartOfCall(Call<D> call, const Place& place, int fresh) : call_(std::move(call)), fresh_(fresh) {
+    check_call(call_, place, fresh);
+  }
+
+  size_t fresh_tensors() const override { return fresh_ < 0 ? 0 : call_.params().size(); }
+
+  // From here on `check_kept` can tell what has changed.
+  void keep() override {
+    for (const TensorList& list : call_.lists) keep(list, true);
+    keep(call_.rows, false);
+    keep(call_.steps, false);
+    for (const auto& extra : call_.extras) {
+      if (extra) kept_.add(*extra, false);
+    }
+    if (call_.lr) kept_.add(*call_.lr, false);
+  }
+
+  void check_kept() const override { STD_TORCH_CHECK(kept_.same(), "a tensor of the plan lies elsewhere now"); }
+
+  void replace_options(const Numbers& options) override {
+    call_.options.visit(options);
+    call_.options.visit(RangeCheck{});
+    check_rule(call_);
+  }
+
+  const std::optional<Tensor>& hypergradients() const override {
+    static const std::optional<Tensor> none;
+    if constexpr (std::is_same_v<D, MadaDefinition>) return call_.extras[D::kHypergradients];
+    return none;
+  }
+
+ protected:
+  Call<D> call_;
+  const int fresh_;
+
+ private:
+  void keep(const TensorList& list, bool shaped) {
+    for (const Tensor& t : list) kept_.add(t, shaped);
+  }
+
+  Memory kept_;
 };
 
 // The operand that comes with each step anew: the gradients; −1: there are none.

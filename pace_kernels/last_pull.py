@@ -58,16 +58,14 @@ class LastPull:
     @classmethod
     def of(cls, pull: Pull, states: Any) -> LastPull | None:
         """None where a step has to look closer."""
-        first = pull.params[0]
         if (
             pull.alone
             or pull.askew
             or pull.dtype.is_complex
             or pull.device.type not in ("cpu", "cuda")
-            or is_fake(first)
+            or is_fake(pull.params[0])
+            or any(pull.rounds)
         ):
-            return None
-        if is_fake(pull.params[0]) or any(pull.rounds):
             return None
         entries = list(map(states.get, pull.owners))
         if not all(type(entry) is dict for entry in entries) or len(set(map(_is_bare, entries))) > 1:

@@ -326,7 +326,7 @@ class MADA(MadaCheckpoints):
             return False  # each step makes a copy
         return super()._can_plan(works)
 
-    def _planned(self, works: list[Work], mask: list[bool], roles: Mapping[str, str] = NO_ROLES) -> Plan:
+    def _planned(self, works: list[Work], mask: tuple[bool, ...], roles: Mapping[str, str] = NO_ROLES) -> Plan:
         """Where gradients change places, two plans, each of them followed by the other."""
         plan = self._learning_plan(works, mask, roles)
         turned = [] if works[0].on_device else [r for part in plan.parts for r in part.dicts if "older_grad" in r]
@@ -339,7 +339,7 @@ class MADA(MadaCheckpoints):
             plan.after = other
         return plan
 
-    def _learning_plan(self, works: list[Work], mask: list[bool], roles: Mapping[str, str]) -> Plan:
+    def _learning_plan(self, works: list[Work], mask: tuple[bool, ...], roles: Mapping[str, str]) -> Plan:
         self._sums = []
         try:
             plan = super()._planned(works, mask, roles)

@@ -193,7 +193,7 @@ class PACE(KernelOptimizer):
             record.prepared = self._options(group)
         return record.prepared  # type: ignore[no-any-return]
 
-    def _planned(self, works: list[Work], mask: list[bool], roles: Mapping[str, str] = NO_ROLES) -> Plan:
+    def _planned(self, works: list[Work], mask: tuple[bool, ...], roles: Mapping[str, str] = NO_ROLES) -> Plan:
         self._new_stats = []
         plan = super()._planned(works, mask, roles)
         plan.left = self._new_stats

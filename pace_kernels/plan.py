@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .backend import Backend
 from .checks import Group
 from .definitions import DEFINITIONS
 from .definitions.kit import Definition
@@ -30,14 +29,10 @@ _NOT_A_NUMBER = float("nan")
 CAPTURED = -1
 
 
-def _numbers(definition: Definition, given: Group) -> list[float]:
+def numbers_of(definition: Definition, given: Group) -> list[float]:
     """Options as plans take them: None is NaN."""
     names = [option.name for option in definition.options] + ["capturable"]
     return [_NOT_A_NUMBER if (value := given[name]) is None else float(value) for name in names]
-
-
-def plan_op(backend: Backend, name: str) -> Any:
-    return of_c(backend.op(name))
 
 
 def stream_of(device: torch.device) -> int:
@@ -59,7 +54,7 @@ class _Part:
         """``now``: the names that the states have at present, where they have changed places when this plan's turn
         comes."""
         self.group = work.group
-        self.numbers = _numbers(definition, call.keywords)
+        self.numbers = numbers_of(definition, call.keywords)
         self.place = {option.name: k for k, option in enumerate(definition.options)}
         self.dicts = list(work.records)
         source = dict(zip(names, now, strict=True))
@@ -116,7 +111,9 @@ class Plan:
     """One step's calls. ``after``: the plan of the step that follows, where that is another one; it takes this one's
     place then, and has this one after it. So they hold each other in no circle."""
 
-    def __init__(self, optimizer: Planning, works: list[Work], mask: list[bool], rows: list[tuple[Any, ...]]) -> None:
+    def __init__(
+        self, optimizer: Planning, works: list[Work], mask: tuple[bool, ...], rows: list[tuple[Any, ...]]
+    ) -> None:
         definition = DEFINITIONS[optimizer.OPERATOR]
         self.options = [_Options(group) for group in optimizer.param_groups]
         self.all_params = params = [param for options in self.options for param in options.params]
@@ -125,7 +122,7 @@ class Plan:
         self.params = [param for work in works for param in work.params]
         self.sharded = any(map(is_sharded, self.owners))
         self.placed = list(map(_placed, self.owners)) if self.sharded else []
-        self.mask, self.key = mask, tuple(mask)
+        self.mask = mask
         self.parts = [_Part(definition, work, *row) for work, row in zip(works, rows, strict=True)]
         self.keys, self.states = list(optimizer.state), list(optimizer.state.values())
         # Of parameters that do not train: a step that finds an average there drops it.
@@ -139,17 +136,16 @@ class Plan:
         place = {id(param): i for i, param in enumerate(params)}
         self.order = [place[id(owner)] for owner in self.owners]
         self.takes_all = self.order == list(range(len(params))) and not self.sharded
-        backend = works[0].backend
-        self.held = backend.new_plan()
-        self.op = partial(plan_op, backend)
-        self.step = partial(self.op("plan_step_"), self.held.handle, self.params[0])
+        self.backend = works[0].backend
+        self.held = self.backend.new_plan()
+        self.step = partial(of_c(self.backend.op("plan_step_")), self.held.handle, self.params[0])
         self.device = self.params[0].device
         self.stream = stream_of(self.device)
         self.on_device = any(work.on_device for work in works)
         self.after: Plan | None = None
         self.turned: tuple[list[dict[str, Any]], list[dict[str, Any]]] | None = None  # states, and what they get
         self.left: list[Any] = []  # what get_step_stats() reads
-        add = self.op("plan_add_")
+        add = self.backend.op("plan_add_")
         count = len(definition.lists) + 1
         fresh = definition.lists_of("gradient")
         for part, (*_, call) in zip(self.parts, rows, strict=True):
@@ -191,7 +187,7 @@ class Plan:
         """Adds what ``mada_learn_`` does after the step."""
         lists = (options[name] for name in ("hyper_lr", "hyper_momentum", "lower", "upper"))
         numbers = [float(options["learn"]), options["clip"], float(options["warmup"]), *chain.from_iterable(lists)]
-        self.op("plan_learn_")(self.held.handle, learned, parts, numbers)
+        self.backend.op("plan_learn_")(self.held.handle, learned, parts, numbers)
 
     def fresh(self, grads: list[Any]) -> list[Tensor] | None:
         """The gradients as the call takes them; None where one is not placed as its parameter."""

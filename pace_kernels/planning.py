@@ -38,7 +38,6 @@ _requires_grad = operator.attrgetter("requires_grad")
 _increment_version = torch.autograd.graph.increment_version
 _is_profiling = torch._C._autograd._profiler_enabled
 _MOST_PLANS = 4  # of an optimizer: one for each set of parameters that have gradients
-_NOT_A_NUMBER = float("nan")
 NO_ROLES: Mapping[str, str] = {}
 
 
@@ -137,7 +136,7 @@ class Planning(Launching):
         grads = list(map(_grad, plan.all_params))
         try:
             if (
-                list(map(operator.is_, grads, repeat(None))) != plan.mask
+                tuple(map(operator.is_, grads, repeat(None))) != plan.mask
                 or list(map(_requires_grad, plan.all_params)) != plan.requires_grad
                 or not plan.has_its_states(self.state)
             ):
@@ -177,7 +176,7 @@ class Planning(Launching):
         if turned and plan.after is not None:
             following, plan.after = plan.after, None
             following.after = plan
-            plans.by_mask[plan.key] = plan = following
+            plans.by_mask[plan.mask] = plan = following
         plans.next, plans.vain = plan, 0
         return True
 
@@ -237,16 +236,16 @@ class Planning(Launching):
         if seldom or not self._can_plan(works):
             plans.end()
             return
-        mask = [param.grad is None for group in self.param_groups for param in group["params"]]
-        others = {key: plan for key, plan in plans.by_mask.items() if key != tuple(mask) and plan.is_of(self)}
+        mask = tuple(param.grad is None for group in self.param_groups for param in group["params"])
+        others = {key: plan for key, plan in plans.by_mask.items() if key != mask and plan.is_of(self)}
         plans.by_mask = others if len(others) < _MOST_PLANS else {}
         try:
-            plans.next = plans.by_mask[tuple(mask)] = self._planned(works, mask)
+            plans.next = plans.by_mask[mask] = self._planned(works, mask)
             WITH_PLANS[id(self)] = self
         except (KeyError, RuntimeError):  # the next usual step tells, if there is something to tell
             plans.end()
 
-    def _planned(self, works: list[Work], mask: list[bool], roles: Mapping[str, str] = NO_ROLES) -> Plan:
+    def _planned(self, works: list[Work], mask: tuple[bool, ...], roles: Mapping[str, str] = NO_ROLES) -> Plan:
         """A plan of these works. ``roles``: by the name of a state, the present name of what it will be then."""
         rows = []
         counts: list[Tensor] = []

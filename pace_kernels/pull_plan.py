@@ -14,7 +14,7 @@ from torch import Tensor
 from .checks import Group, check_lr
 from .definitions import DEFINITIONS
 from .launching import of_c
-from .plan import CAPTURED, stream_of
+from .plan import CAPTURED, numbers_of, stream_of
 from .pulls import AVERAGE, STEP, SWAPPED, Moves, Pull, Row, ahead, versions
 from .sharding import PLAIN, is_sharded, local
 
@@ -25,7 +25,6 @@ _grad = operator.attrgetter("grad")
 _requires_grad = operator.attrgetter("requires_grad")
 _local = operator.attrgetter("_local_tensor")
 _DEFINITION = DEFINITIONS["pullback_"]
-_NAMES = [option.name for option in _DEFINITION.options] + ["capturable"]
 
 
 def _looked_at(group: Group) -> tuple[list[Any], bool]:
@@ -153,8 +152,7 @@ class PullPlan:
         return chain.from_iterable(chain.from_iterable(map(values_of, dicts)) for values_of, dicts in self.values_of)
 
     def _numbers_of(self, optimizer: Pulling, pull: Pull) -> list[float]:
-        options = optimizer._options(pull, pull.offsets[0] if pull.offsets else 0)
-        return [float("nan") if options[name] is None else float(options[name]) for name in _NAMES]
+        return numbers_of(_DEFINITION, optimizer._options(pull, pull.offsets[0] if pull.offsets else 0))
 
     def _changed_numbers(self, optimizer: Pulling) -> Sequence[float]:
         """The options of all pulls, where some are others than the plan has."""

@@ -9,7 +9,6 @@
 #include <utility>
 #include <vector>
 
-#include "../kept.h"
 #include "../plans.h"
 #include "isa.h"
 #include "steps.h"
@@ -17,14 +16,12 @@
 namespace pace {
 
 template <class Host>
-class PartOf final : public Part {
+class PartOf final : public PartOfCall<typename Host::D> {
  public:
   using D = typename Host::D;
   using Scalars = typename Host::Scalars;
 
-  // `fresh`: the operand that comes with each step anew; −1: all are in the call.
-  explicit PartOf(Call<D> call, int fresh = -1) : call_(std::move(call)), fresh_(fresh) {
-    check_call(call_, kCpu, fresh);
+  PartOf(Call<D> call, int fresh) : PartOfCall<D>(std::move(call), kCpu, fresh) {
     const TensorList& params = call_.params();
     works_.resize(params.size());
     orders_.reserve(params.size());
@@ -41,17 +38,8 @@ class PartOf final : public Part {
     blocks_ = std::make_unique<Blocks>(params);
   }
 
-  size_t fresh_tensors() const override { return fresh_ < 0 ? 0 : works_.size(); }
-
-  // From here on `check_kept` can tell what has changed.
   void keep() override {
-    for (const TensorList& list : call_.lists) keep(list, true);
-    keep(call_.rows, false);
-    keep(call_.steps, false);
-    for (const auto& extra : call_.extras) {
-      if (extra) kept_.add(*extra, false);
-    }
-    if (call_.lr) kept_.add(*call_.lr, false);
+    PartOfCall<D>::keep();
     if constexpr (std::is_same_v<D, PullbackDefinition>) {
       for (size_t i = 0; i < works_.size() && call_.has(D::kBefore); ++i) {
         const Stream &from = works_[i].streams[D::kX], &to = works_[i].streams[D::kBefore];
@@ -60,8 +48,6 @@ class PartOf final : public Part {
       }
     }
   }
-
-  void check_kept() const override { STD_TORCH_CHECK(kept_.same(), "a tensor of the plan lies elsewhere now"); }
 
   void take(const Tensor* fresh) override {
     if (fresh_ < 0) return;
@@ -72,18 +58,6 @@ class PartOf final : public Part {
       STD_TORCH_CHECK(its.format == Format::kFloat32 || its.format == works_[i].streams[0].format,
                       entry(D::kLists[fresh_].name, i), " must be of its parameter's dtype, or float32");
     }
-  }
-
-  void replace_options(const Numbers& options) override {
-    call_.options.visit(options);
-    call_.options.visit(RangeCheck{});
-    check_rule(call_);
-  }
-
-  const std::optional<Tensor>& hypergradients() const override {
-    static const std::optional<Tensor> none;
-    if constexpr (std::is_same_v<D, MadaDefinition>) return call_.extras[D::kHypergradients];
-    return none;
   }
 
   void prepare(const GradScaling& scaling) override {
@@ -151,16 +125,12 @@ class PartOf final : public Part {
     check_operand(list.name, i, t, call_.params()[i], is_written(call_, k), kCpu);
     return order.stream(t, format_of(list.name, i, t, list.role == Role::state), layouts);
   }
-  void keep(const TensorList& list, bool shaped) {
-    for (const Tensor& t : list) kept_.add(t, shaped);
-  }
 
-  Call<D> call_;
-  int fresh_;
+  using PartOfCall<D>::call_;
+  using PartOfCall<D>::fresh_;
   std::vector<Work> works_;
   std::vector<MemoryOrder> orders_;
   Layouts layouts_, fresh_layouts_;  // sizes and strides that streams point to
-  Memory kept_;
   std::unique_ptr<Blocks> blocks_;
   std::unique_ptr<Host> host_;  // of this step
   std::vector<double> counts_;

@@ -11,7 +11,6 @@
 #include <utility>
 #include <vector>
 
-#include "../kept.h"
 #include "../plans.h"
 #include "device.h"
 
@@ -109,14 +108,12 @@ PACE_CUDA_RULES(RULE_OF)
 inline float* address(const std::optional<Tensor>& t) { return t ? static_cast<float*>(t->data_ptr()) : nullptr; }
 
 template <class Rule>
-class PartOf final : public Part {
+class PartOf final : public PartOfCall<typename Rule::D> {
  public:
   using D = typename Rule::D;
 
-  // `fresh`: the operand that comes with each step anew; −1: all are in the call.
   PartOf(Call<D> call, const Place& place, int fresh)
-      : call_(std::move(call)), place_(place), fresh_(fresh), copies_(place) {
-    check_call(call_, place, fresh);
+      : PartOfCall<D>(std::move(call), place, fresh), place_(place), copies_(place) {
     const TensorList& params = call_.params();
     tensors_.resize(params.size());
     counts_.resize(params.size());
@@ -139,20 +136,10 @@ class PartOf final : public Part {
     }
   }
 
-  size_t fresh_tensors() const override { return fresh_ < 0 ? 0 : tensors_.size(); }
-
   void keep() override {
     STD_TORCH_CHECK(!copies_.any(), "a plan keeps no tensor that lies otherwise than its parameter, or with gaps");
-    for (const TensorList& list : call_.lists) keep(list, true);
-    keep(call_.rows, false);
-    keep(call_.steps, false);
-    for (const auto& extra : call_.extras) {
-      if (extra) kept_.add(*extra, false);
-    }
-    if (call_.lr) kept_.add(*call_.lr, false);
+    PartOfCall<D>::keep();
   }
-
-  void check_kept() const override { STD_TORCH_CHECK(kept_.same(), "a tensor of the plan lies elsewhere now"); }
 
   void take(const Tensor* fresh) override {
     copies_.drop();
@@ -161,16 +148,8 @@ class PartOf final : public Part {
 
   void replace_options(const Numbers& options) override {
     const bool capturable = call_.options.capturable;
-    call_.options.visit(options);
+    PartOfCall<D>::replace_options(options);
     STD_TORCH_CHECK(call_.options.capturable == capturable, "capturable is another one than the plan's");
-    call_.options.visit(RangeCheck{});
-    check_rule(call_);
-  }
-
-  const std::optional<Tensor>& hypergradients() const override {
-    static const std::optional<Tensor> none;
-    if constexpr (std::is_same_v<D, MadaDefinition>) return call_.extras[D::kHypergradients];
-    return none;
   }
 
   void prepare(const GradScaling& scaling) override {
@@ -236,18 +215,14 @@ class PartOf final : public Part {
                     " must be of its parameter's dtype, or float32");
     to.g = format;
   }
-  void keep(const TensorList& list, bool shaped) {
-    for (const Tensor& t : list) kept_.add(t, shaped);
-  }
 
-  Call<D> call_;
+  using PartOfCall<D>::call_;
+  using PartOfCall<D>::fresh_;
   Place place_;
-  int fresh_;
   Copies copies_;
   std::vector<std::optional<Tensor>> orders_;  // of parameters with gaps: their copies
   std::vector<SweepTensor> tensors_;
   std::vector<Count> counts_;  // where they are the host's
-  Memory kept_;
   StepRequest<Rule> request_{};
 };
 

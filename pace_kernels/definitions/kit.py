@@ -45,9 +45,7 @@ class Operand:
 
     symbol: str  # in rules and kernels
     list: str  # of the operator
-    role: str = (
-        "state"  # "weight"; "gradient" and "moment": the weight's format or float32; "copy": the weight's format
-    )
+    role: str = "state"
     reads: str = "true"
     writes: str = "true"
     mutable: bool = True  # by the schema

@@ -145,6 +145,11 @@ def machine_code(arch: str) -> dict[str, MachineCode]:
     return found
 
 
+def is_stale(out: Path, sources: list[Path]) -> bool:
+    headers = [ROOT / "tests" / "emulated" / "names.h", *(ROOT / header for header in SETTINGS["HEADERS"])]
+    return not out.exists() or out.stat().st_mtime < max(path.stat().st_mtime for path in [*sources, *headers])
+
+
 @functools.cache
 def operators() -> ctypes.CDLL:
     """The CUDA operators (csrc/cuda/ops.cpp) on the device of device.cpp, registered as torch.ops.pace_emulated."""
@@ -157,9 +162,8 @@ def operators() -> ctypes.CDLL:
     defines = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in SETTINGS["DEFINES"]]
     flags = [flag for flag in SETTINGS["COMMON_FLAGS"] if flag != "-O3"]
     includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in torch.includes)]
-    newest = max(p.stat().st_mtime for p in [*sources, *(ROOT / h for h in SETTINGS["HEADERS"])])
     with locked(out.parent):
-        if not out.exists() or out.stat().st_mtime < newest:
+        if is_stale(out, sources):
             libraries = [f"-L{torch.libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
             run(["c++", "-shared", "-fPIC", "-O1", *flags, *defines, *includes, *sources, *libraries, "-o", out])
     return ctypes.CDLL(str(out))
@@ -170,9 +174,8 @@ def plan_module() -> Any:
     """The module cuda_plan: csrc/cuda/plan.cpp behind tests/emulated/plan_module.cpp."""
     sources = [ROOT / "tests" / "emulated" / "plan_module.cpp", ROOT / "csrc" / "cuda" / "plan.cpp"]
     out = BUILD / "plan" / f"cuda_plan{sysconfig.get_config_var('EXT_SUFFIX')}"
-    newest = max(p.stat().st_mtime for p in [*sources, *(ROOT / h for h in SETTINGS["HEADERS"])])
     with locked(BUILD / "plan"):
-        if not out.exists() or out.stat().st_mtime < newest:
+        if is_stale(out, sources):
             includes = run([sys.executable, "-m", "pybind11", "--includes"]).split()
             flags = [flag for flag in SETTINGS["COMMON_FLAGS"] if flag != "-O3"]
             run(["c++", "-shared", "-fPIC", "-O1", *flags, *includes, f"-I{ROOT / 'csrc'}", *sources, "-o", out])

@@ -1,6 +1,7 @@
 // The device of the CUDA operators (csrc/cuda/device.h), for tests: its memory is the CPU's, and a launch is a call of
 // Python, which runs the kernel's PTX (device.py beside this file). The operators and the plan are the real ones.
 #include "cuda/device.h"
+#include "names.h"
 #include "plans.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -16,10 +17,6 @@ using Launch = int (*)(const char* kind, const char* rule, const char* x, const 
 
 Launch launch = nullptr;
 std::vector<pace::Tensor> allocated;  // until an operator's call is over, so that what kernels left can be looked at
-
-const char* name_of(pace::Format f) {
-  return f == pace::Format::kFloat32 ? "Float32" : (f == pace::Format::kBFloat16 ? "BFloat16" : "Float16");
-}
 
 }  // namespace
 
@@ -47,10 +44,8 @@ Tensor device_empty(const std::vector<int64_t>& sizes, const std::vector<int64_t
 
 Emit launcher(const Place&) {
   return [](const KernelId& id, int64_t blocks, int threads, const void* parameters, size_t bytes) {
-    static const char* const kinds[] = {"scalars", "sweep", "sum", "learn"};
-    static const char* const rules[] = {"pace", "mada", "pullback", "schedule_free"};
-    const int failed = launch(kinds[static_cast<int>(id.kind)], rules[static_cast<int>(id.rule)], name_of(id.x),
-                              name_of(id.g), id.flags, blocks, threads, parameters, bytes);
+    const int failed = launch(name_of(id.kind), name_of(id.rule), name_of(id.x), name_of(id.g), id.flags, blocks,
+                              threads, parameters, bytes);
     STD_TORCH_CHECK(failed == 0, "the kernel failed in the interpreter");
   };
 }

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cuda/plan.h"
+#include "names.h"
 
 namespace py = pybind11;
 
@@ -28,10 +29,6 @@ T value(const py::handle& source, const char* name) {
 Format format(const std::string& name) {
   if (name == "float32") return Format::kFloat32;
   return name == "bfloat16" ? Format::kBFloat16 : Format::kFloat16;
-}
-
-const char* format_name(Format f) {
-  return f == Format::kFloat32 ? "Float32" : (f == Format::kBFloat16 ? "BFloat16" : "Float16");
 }
 
 // Options by their names.
@@ -57,12 +54,10 @@ pace::Workspace workspace(const std::function<uintptr_t(size_t)>& take) {
 
 pace::Emit append_to(py::list& calls) {
   return [&calls](const pace::KernelId& id, int64_t blocks, int threads, const void* parameters, size_t bytes) {
-    static const char* const kinds[] = {"scalars", "sweep", "sum", "learn"};
-    static const char* const rules[] = {"pace", "mada", "pullback", "schedule_free"};
     py::dict call;
-    call["kind"] = kinds[static_cast<int>(id.kind)];
-    call["rule"] = rules[static_cast<int>(id.rule)];
-    call["formats"] = py::make_tuple(format_name(id.x), format_name(id.g));
+    call["kind"] = pace::name_of(id.kind);
+    call["rule"] = pace::name_of(id.rule);
+    call["formats"] = py::make_tuple(pace::name_of(id.x), pace::name_of(id.g));
     call["flags"] = id.flags;
     call["blocks"] = blocks;
     call["threads"] = threads;
