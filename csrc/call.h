@@ -33,6 +33,7 @@ struct Call {
 
   std::array<TensorList, D::kOperands> lists;
   TensorList rows, steps;
+  TensorList remainders;  // int16, of bfloat16 parameters that are float32 with them (codes.h); as a rule none
   std::array<std::optional<Tensor>, D::kExtras> extras;
   std::optional<Tensor> lr;  // in place of the option, on the device of the parameters
   GradScaling scaling;
@@ -77,6 +78,9 @@ Call<D> read_call(StableIValue* stack) {
   call.lr = reader.take<Optional>();
   if (D::kScales) call.scaling.grad_scale = reader.take<Optional>(), call.scaling.clip_coef = reader.take<Optional>();
   call.scaling.found_inf = reader.take<Optional>();
+  if (D::kRemainders != nullptr) {
+    if (auto given = reader.take<std::optional<TensorList>>()) call.remainders = std::move(*given);
+  }
   call.options.visit(reader);
   return call;
 }
@@ -191,6 +195,10 @@ void check_call(Call<D>& a, const Place& place, int fresh = -1) {
     check_length(list.name, a.lists[static_cast<size_t>(k)], a.params(), may_be_empty(a, k) ? list.empty : nullptr);
   }
   check_length("steps", a.steps, a.params());
+  if (!a.remainders.empty()) {
+    STD_TORCH_CHECK(!place.cuda, D::kRemainders, " are read on the CPU alone, as yet: on CUDA there must be none");
+    check_length(D::kRemainders, a.remainders, a.params());
+  }
   for (size_t i = 0; i < a.rows.size(); ++i) {
     if (are_doubles(a.rows[i], D::kRows.numbers, place)) continue;  // or else its name, which takes a string
     check_doubles(entry(D::kRows.name, i).c_str(), a.rows[i], D::kRows.numbers, place);

@@ -49,6 +49,7 @@ def lines_of(d: Definition) -> list[str]:
     out += [f"  enum Extra : int {{ {', '.join([*extras, 'kExtras'])} }};"]
     infos = ", ".join(f'{{"{e.name}", {e.numbers}}}' for e in d.extras)
     out += [f"  static constexpr RowInfo kExtraInfo[] = {{{infos}}};"]
+    out += [f"  static constexpr const char* kRemainders = {text(d.remainders)};"]
     out += [f"  static constexpr bool kScales = {'true' if 'grad_scale' in d.scaling else 'false'};"]
     out += [f"  struct Flag {{ enum : unsigned {{ {bits}values = {1 << len(d.flags)} }}; }};"]
     out += ["", "  template <unsigned kFlags>", "  struct Uses {"]

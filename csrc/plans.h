@@ -53,6 +53,7 @@ class PartOfCall : public Part {
     for (const TensorList& list : call_.lists) keep(list, true);
     keep(call_.rows, false);
     keep(call_.steps, false);
+    keep(call_.remainders, true);
     for (const auto& extra : call_.extras) {
       if (extra) kept_.add(*extra, false);
     }
@@ -220,7 +221,7 @@ class PlansOf {
     return found->second;
   }
 
-  // The lists of a call, one after the other but for the fresh one.
+  // The lists of a call, one after the other but for the fresh one; remainders last, where there are any.
   template <class D>
   static std::unique_ptr<Part> make_part(TensorList tensors, const std::vector<int64_t>& lengths,
                                          const std::vector<std::optional<Tensor>>& extras,
@@ -244,6 +245,7 @@ class PlansOf {
       }
     }
     next(call.steps);
+    if (D::kRemainders != nullptr && list < lengths.size()) next(call.remainders);
     STD_TORCH_CHECK(list == lengths.size() && at == tensors.size(), "the lengths of lists do not add up");
     STD_TORCH_CHECK(!call.params().empty(), "a plan needs parameters");
     STD_TORCH_CHECK(extras.size() == D::kExtras + 1, D::kOp, " has ", D::kExtras + 1, " extra tensors, got ",

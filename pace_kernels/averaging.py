@@ -23,6 +23,7 @@ from .backend import say_once
 from .checks import Group, require
 from .memory import check_whole, overlapping, region, share_memory
 from .sharding import is_sharded, local
+from .states import REMAINDER
 from .whole import Whole, at_once, each
 
 # The versions of a parameter, wrapper and local part.
@@ -162,6 +163,9 @@ class Averaging(Whole, torch.optim.Optimizer):
         before = {param: was for param, (was, _) in self._versions.items()}
         self._versions.clear()
         self._swap_out(back, [*entries, *back], [group for group in self.param_groups if self._MARK in group])
+        for entry in entries:
+            if id(entry.param) in loaded and REMAINDER in entry.state:  # of the weights that were there
+                entry.state[REMAINDER].zero_()
         _restored.update({e.param: (_version(e.param), before[e.param]) for e in back if e.param in before})
         self._forget_derived(model)
 

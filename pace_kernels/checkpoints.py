@@ -15,7 +15,7 @@ from .checks import Group, checked_count, require, shortened
 from .memory import is_whole
 from .options import Record, check_given, make_plain
 from .sharding import local
-from .states import FLOATING, FORMAT, GROUP_STATE, LAST_STEP, as_state, holds, step_dtype
+from .states import FLOATING, FORMAT, GROUP_STATE, LAST_STEP, REMAINDER, as_state, dtype_of, holds, step_dtype
 from .torch_rules.common import has_values
 
 # Options that torch.optim.Adam and AdamW keep in their groups and that mean nothing here.
@@ -47,7 +47,10 @@ def check_saved(state: str, name: str, value: Any, shape: tuple[int, ...], param
         came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{state}: {name} must be a tensor of shape {shape}, got {came}")
     complex_too = param.is_complex()
-    if not (value.is_complex() if complex_too else value.dtype in FLOATING) or value.layout is not torch.strided:
+    if name == REMAINDER:
+        if value.dtype != torch.int16 or value.layout is not torch.strided:
+            raise ValueError(f"{state}: {name} must be dense, of torch.int16, got {value.dtype}, {value.layout}")
+    elif not (value.is_complex() if complex_too else value.dtype in FLOATING) or value.layout is not torch.strided:
         kind = value.dtype if value.layout is torch.strided else value.layout
         allowed = "a complex dtype" if complex_too else ", ".join(map(str, FLOATING))
         raise ValueError(f"{state}: {name} must be dense, of {allowed}, got {kind}")
@@ -349,7 +352,7 @@ class Checkpoints(Averaging):
             if key in self.STATE_ROWS:
                 ours[key] = self._initial(key, param, group).copy_(value)
             else:
-                ours[key] = as_state(param, value, value.dtype if key == "live" else None)
+                ours[key] = as_state(param, value, value.dtype if key == "live" else dtype_of(key, param))
         return ours
 
     @staticmethod

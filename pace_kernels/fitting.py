@@ -14,7 +14,8 @@ from .checks import Group
 from .memory import aligned, check_whole
 from .planning import Planning
 from .sharding import is_sharded, local, placed_alike
-from .states import Work, as_state, empty_state, exact_on, moved, state_dtype
+from .states import REMAINDER, Work, as_state, dtype_of, empty_state, exact_on, moved, state_dtype
+from .torch_rules.codes import joined
 
 NO_STATE: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -102,7 +103,7 @@ class Fitting(Planning):
         if "ema" in kept and kept["ema"].shape != param.shape:
             del kept["ema"]
         check_whole(map(local, kept.values()))
-        return {key: as_state(param, value) for key, value in kept.items()}
+        return {key: as_state(param, value, dtype_of(key, param)) for key, value in kept.items()}
 
     def _initial(self, name: str, param: Tensor, group: Group, state: Mapping[str, Tensor] = NO_STATE) -> Tensor:
         """A state at a parameter's first step; ``state`` has those before it."""
@@ -110,7 +111,8 @@ class Fitting(Planning):
             return torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
         if name == "ema":
             check_whole((local(param),))
-            return as_state(param, param if is_sharded(param) else aligned(param))
-        zeros = empty_state(param)
+            here = param if is_sharded(param) else aligned(param)
+            return as_state(param, joined(here.detach(), aligned(state[REMAINDER])) if REMAINDER in state else here)
+        zeros = empty_state(param, dtype_of(name, param))
         local(zeros).zero_()
         return zeros

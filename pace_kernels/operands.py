@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .memory import is_askew, is_whole
 from .sharding import local
-from .states import Work, counts_no_further, state_dtype
+from .states import Work, counts_no_further, dtype_of
 
 
 def check_operands(work: Work, states: dict[str, list[Tensor]], rows: Mapping[str, int]) -> None:
@@ -31,7 +31,8 @@ def check_operands(work: Work, states: dict[str, list[Tensor]], rows: Mapping[st
                 _require(value.device == work.device, entry, f"must be on {work.device}")
             else:
                 _check_dense(entry, value, param, written=True)
-                _require(value.dtype == state_dtype(param), entry, f"must be {state_dtype(param)}, is {value.dtype}")
+                dtype = dtype_of(name, param)
+                _require(value.dtype == dtype, entry, f"must be {dtype}, is {value.dtype}")
                 continue
             _check_memory(entry, value)
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .checks import Group, check_average_options, check_common_options, check_switch, check_torchs_options
+from .backend import choose
+from .checks import Group, check_average_options, check_common_options, check_switch, check_torchs_options, require
 from .definitions import DEFINITIONS
 from .launching import Prepared, of_c
 from .ops import PACE_STATS
@@ -20,10 +21,12 @@ from .optimizer import KernelOptimizer
 from .options import make_plain
 from .plan import Plan
 from .planning import NO_ROLES
-from .sharding import Axes, gathered_rows
-from .states import Work
+from .sharding import PLAIN, Axes, gathered_rows
+from .states import REMAINDER, Work
 from .torch_rules.pace import PaceOptions, average_weight, merge_stats
 from .whole import Call
+
+_WITHOUT_REMAINDERS = ("cuda", "triton")
 
 
 class PACE(KernelOptimizer):
@@ -64,6 +67,13 @@ class PACE(KernelOptimizer):
         log_stats: whether each step leaves the statistics of ``get_step_stats()``, computed in the same pass.
         pullback_from: "weights" measures the pullback from the weights before the step, as above; "step" from the
             stepped ones: x₊ = x' + Λ (e − x').
+        master_weight_bits: 32 trains bfloat16 parameters as float32 ones: the 16 bits that bfloat16 leaves over are
+            kept as the int16 state `remainder`, and steps have the bits of float32 parameters with the same gradients.
+            4 bytes a parameter for the model's weight and its master together. None: parameters are what they are.
+            All parameters of the group must be plain bfloat16 tensors; the backends are "cpu" and "torch", which takes
+            temporaries. The remainder is the optimizer's: load its checkpoint beside the model's, and weights that
+            others write come out half a bfloat16's place off at most. An optimizer without the option drops the
+            remainders of a checkpoint.
         maximize: whether to maximize the objective.
         capturable: whether the step counts live on the parameters' device, for CUDA graphs. What changes between
             replays must be a tensor there too: lr, and the clip_coef of ``step()``.
@@ -96,9 +106,9 @@ class PACE(KernelOptimizer):
     """
 
     OPERATOR = "pace_step_"
-    STATE_TENSORS = ("exp_avg", "exp_avg_sq", "ema")
+    STATE_TENSORS = ("exp_avg", "exp_avg_sq", "ema", REMAINDER)
     OWN_OPTION = "log_stats"
-    ONLY_OPTIONS = ("log_stats",)
+    ONLY_OPTIONS = ("log_stats", "master_weight_bits")
 
     _step_stats: list[tuple[Tensor, Axes]]  # of the last step
     _new_stats: list[tuple[Tensor, Axes]]  # of the step that is being taken
@@ -122,6 +132,7 @@ class PACE(KernelOptimizer):
         log_stats: bool = False,
         *,
         pullback_from: str = "weights",
+        master_weight_bits: int | None = None,
         maximize: bool = False,
         capturable: bool = False,
         skip_nonfinite: bool = False,
@@ -145,6 +156,7 @@ class PACE(KernelOptimizer):
             "ema_update_freq": ema_update_freq,
             "log_stats": log_stats,
             "pullback_from": pullback_from,
+            "master_weight_bits": master_weight_bits,
             "maximize": maximize,
             "capturable": capturable,
             "skip_nonfinite": skip_nonfinite,
@@ -156,21 +168,69 @@ class PACE(KernelOptimizer):
         self._step_supports_amp_scaling = bool(fused)
         super().__init__(params, defaults, backend)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        # Flattened distributed checkpoints must have all that groups do, and older ones have no such option.
+        if self.param_groups[-1]["master_weight_bits"] is None:
+            del self.param_groups[-1]["master_weight_bits"]
+
     def _check_options(self, group: Group) -> None:
         check_common_options(group, DEFINITIONS[self.OPERATOR].options)
         check_average_options(group)
         check_switch("log_stats", group["log_stats"])
+        bits = group.get("master_weight_bits")
+        require(bits is None or (bits == 32 and type(bits) is int), "master_weight_bits", "None or 32", bits)
+        for i, param in enumerate(group.get("params", ())):  # of a checkpoint's group they are numbers
+            trained = bits is not None and isinstance(param, Tensor) and param.requires_grad
+            if trained and (refusal := self._no_remainder(param)) is not None:
+                raise ValueError(f"{self._name(group, i)} {refusal}")
+
+    def _no_remainder(self, param: Tensor) -> str | None:
+        """Why a parameter can't have master weights; None where it can."""
+        if param.dtype != torch.bfloat16:
+            return f"is {param.dtype}: master_weight_bits=32 is for torch.bfloat16, in groups of their own"
+        if type(param) not in PLAIN:
+            return f"is a {type(param).__name__}: master_weight_bits=32 is for plain tensors as yet"
+        backend = choose(self._backend_name, param.device, param.dtype).name
+        if backend in _WITHOUT_REMAINDERS:
+            return f'is stepped by the backend "{backend}", which has no master_weight_bits: pass backend="torch"'
+        return None
+
+    def _states(self, work: Work) -> dict[str, list[Tensor]]:
+        if work.group.get("master_weight_bits") is not None:  # a parameter may have been changed since it was checked
+            for owner in work.owners:
+                if (refusal := self._no_remainder(owner)) is not None:
+                    raise RuntimeError(f"a parameter of shape {tuple(owner.shape)} {refusal}")
+        return super()._states(work)
+
+    def _separated(self, works: list[Work]) -> list[Work]:
+        parts = super()._separated(works)
+        if len(parts) > len(works) and any(work.group.get("master_weight_bits") is not None for work in works):
+            raise RuntimeError(
+                "two parameters are one memory, and each would have a remainder of its own: with master_weight_bits=32 "
+                "tie them as one parameter"
+            )
+        return parts
+
+    def _translated_state(self, saved: dict[str, Any], param: Tensor, group: Group, *args: Any) -> dict[str, Tensor]:
+        state = super()._translated_state(saved, param, group, *args)
+        if group.get("master_weight_bits") is None:
+            state.pop(REMAINDER, None)
+        return state
 
     def _merged(self, saved: Group, group: Group) -> Group:
         # Of MADA: other rules than AdamW's have states of other names, but for Yogi's, which c mixes in.
         if saved.get("c", 1.0) != 1.0:
             raise ValueError(f"c is {saved['c']!r} in a checkpoint of MADA: PACE is AdamW, where it is 1.0")
-        return super()._merged(saved, group)
+        options = super()._merged(saved, group)
+        options.pop("master_weight_bits", None)  # how states lie is the constructor's
+        return options | {k: v for k, v in group.items() if k == "master_weight_bits"}
 
     def _state_tensors(self, group: Group) -> tuple[str, ...]:
         moment = ("exp_avg",) if group["betas"][0] != 0.0 else ()
         average = ("ema",) if group["lambda_pullback"] > 0.0 or group["use_ema_eval"] else ()
-        return (*moment, "exp_avg_sq", *average)
+        master = (REMAINDER,) if group.get("master_weight_bits") is not None else ()
+        return (*moment, "exp_avg_sq", *average, *master)
 
     def _options(self, group: Group) -> dict[str, Any]:
         """The operator's options. They are the group's, but for a few names."""
@@ -205,6 +265,8 @@ class PACE(KernelOptimizer):
     def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> Call:
         group, device = work.group, work.device
         options = {**self._option_numbers(group), "capturable": work.on_device, **work.lr(), **work.scaling}
+        if REMAINDER in states:
+            options["remainders"] = states[REMAINDER]
         stats = None
         if group["log_stats"]:
             dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64

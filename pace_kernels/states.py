@@ -108,6 +108,14 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
+REMAINDER = "remainder"  # the state of what a bfloat16 parameter leaves over of a float32 one
+
+
+def dtype_of(name: str, param: Tensor) -> torch.dtype:
+    """The dtype of a parameter's state of this name."""
+    return torch.int16 if name == REMAINDER else state_dtype(param)
+
+
 def as_state(param: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A copy of ``value`` as a state of ``param``: its device, memory layout and shards, in the dtype of states."""
     state = empty_state(param, dtype)

@@ -167,6 +167,14 @@ def without_what_nothing_needs(call: dict[str, Any]) -> None:
         call["second_moments"] = []
 
 
+def with_remainders(call: dict[str, Any]) -> None:
+    """Every other call with bfloat16 parameters has them, of another layout."""
+    params = call["params"]
+    if len(params) % 2 and all(param.dtype == torch.bfloat16 for param in params):
+        spread = [torch.arange(2 * p.numel()).mul_(9973).to(torch.int16) for p in params]
+        call["remainders"] = [a.view(*p.shape, 2)[..., 0] for a, p in zip(spread, params, strict=True)]
+
+
 @dataclass
 class Operator:
     """How a valid call is made. ``lists``: a tensor for each parameter of the first list, and those that are named in
@@ -215,6 +223,7 @@ OPERATORS: dict[str, Operator] = {
         options=AVERAGING,
         may_be_empty=("exp_avgs", "emas"),
         sums=("stats",),
+        fit=with_remainders,
     ),
     "mada_step_": Operator(
         lists={
@@ -543,10 +552,12 @@ def by_plan(name: str) -> Callable[..., None]:
         extras, scaling = rest[: len(definition.extras) + 1], rest[len(definition.extras) + 1 :]
         kept = [t for tensors, fresh in zip(lists, later, strict=True) if not fresh for t in tensors]
         grads = [t for tensors, fresh in zip(lists, later, strict=True) if fresh for t in tensors]
+        if definition.remainders and scaling[-1] is not None:
+            kept, lists = [*kept, *scaling[-1]], (*lists, scaling[-1])
         plan = _C.Plan()
         torch.ops.pace_kernels.plan_add_(plan.handle, name, kept, list(map(len, lists)), list(extras), numbers)
         torch.ops.pace_kernels.plan_step_(
-            plan.handle, lists[0][0], grads, [], **dict(zip(definition.scaling, scaling, strict=True))
+            plan.handle, lists[0][0], grads, [], **dict(zip(definition.scaling, scaling, strict=False))
         )
 
     return function

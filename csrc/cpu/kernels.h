@@ -18,6 +18,7 @@ struct Stream {
   int ndim;
   const int64_t* sizes;
   const int64_t* strides;
+  const Stream* remainder = nullptr;  // int16, of bfloat16 elements that are float32 with it: codes.h
 };
 
 // The scalars of MADA's step of one tensor.

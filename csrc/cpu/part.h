@@ -34,6 +34,7 @@ class PartOf final : public PartOfCall<typename Host::D> {
         const TensorList& list = call_.lists[static_cast<size_t>(k)];
         if (!list.empty()) works_[i].streams[k] = stream(k, i, list[i], order, layouts_);
       }
+      if (!call_.remainders.empty()) add_remainder(i, order);
     }
     blocks_ = std::make_unique<Blocks>(params);
   }
@@ -115,6 +116,7 @@ class PartOf final : public PartOfCall<typename Host::D> {
   struct Work {
     Count step;
     std::array<Stream, D::kOperands> streams{};
+    Stream remainder{};
     const Scalars* scalars = nullptr;
     unsigned flags = 0;
   };
@@ -124,6 +126,15 @@ class PartOf final : public PartOfCall<typename Host::D> {
     const ListInfo& list = D::kLists[k];
     check_operand(list.name, i, t, call_.params()[i], is_written(call_, k), kCpu);
     return order.stream(t, format_of(list.name, i, t, list.role == Role::state), layouts);
+  }
+  void add_remainder(size_t i, const MemoryOrder& order) {
+    const Tensor &param = call_.params()[i], &remainder = call_.remainders[i];
+    check_operand(D::kRemainders, i, remainder, param, true, kCpu);
+    STD_TORCH_CHECK(param.scalar_type() == ScalarType::BFloat16, entry("params", i),
+                    " must be bfloat16, with a remainder");
+    STD_TORCH_CHECK(remainder.scalar_type() == ScalarType::Short, entry(D::kRemainders, i), " must be int16");
+    works_[i].remainder = order.stream(remainder, Format::kBFloat16, layouts_);  // of two bytes too
+    works_[i].streams[0].remainder = &works_[i].remainder;
   }
 
   using PartOfCall<D>::call_;

@@ -5,6 +5,7 @@
 
 #include <utility>
 
+#include "../codes.h"
 #include "elements.h"
 
 namespace pace {
@@ -68,14 +69,43 @@ void store_tile(const Stream& s, int64_t begin, int64_t n, const float* in) {
   });
 }
 
+// A float32 as bfloat16 and remainder, which may lie in other ways.
+struct HighPart {
+  using Element = uint16_t;
+  PACE_RULE uint16_t store(float a) { return high_part(settled(a)); }
+};
+struct Remainder {
+  using Element = int16_t;
+  PACE_RULE int16_t store(float a) { return rest_of_32(settled(a)); }
+};
+
+void load_joined(const Stream& s, int64_t begin, int64_t n, float* out) {
+  load_tile<BFloat16>(s, begin, n, out);
+  for_each_run(*s.remainder, begin, n, [&](int64_t at, int64_t stride, int64_t done, int64_t count) {
+    const int16_t* const rest = static_cast<const int16_t*>(s.remainder->data) + at;
+    float* const to = out + done;
+    if (stride == 1) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) to[i] = joined(static_cast<uint16_t>(bits_of(to[i]) >> 16), rest[i]);
+    } else {
+      for (int64_t i = 0; i < count; ++i) to[i] = joined(static_cast<uint16_t>(bits_of(to[i]) >> 16), rest[i * stride]);
+    }
+  });
+}
+
+void prefetch_bytes(const void* data, int64_t first, int64_t bytes) {
+  const uintptr_t from = reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(first);
+  for (int64_t byte = 0; byte < bytes; byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(from + static_cast<uintptr_t>(byte)), 1);
+  }
+}
+
 // Asks for the elements from `at` on. They may lie beyond the tensor: a prefetch never faults.
 void prefetch_tile(const Stream& s, int64_t at) {
   if (s.data == nullptr || s.ndim != 0) return;
   const int64_t size = s.format == Format::kFloat32 ? 4 : 2;
-  const uintptr_t first = reinterpret_cast<uintptr_t>(s.data) + static_cast<uintptr_t>(at * size);
-  for (int64_t byte = 0; byte < kLine * size; byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const void*>(first + static_cast<uintptr_t>(byte)), 1);
-  }
+  prefetch_bytes(s.data, at * size, kLine * size);
+  if (s.remainder != nullptr && s.remainder->ndim == 0) prefetch_bytes(s.remainder->data, at * 2, kLine * 2);
 }
 
 // One operand within one tile.
@@ -87,6 +117,10 @@ struct Tile {
 Tile open_tile(const Stream& s, int64_t begin, int64_t n, float* scratch) {
   if (s.data == nullptr) return {true, nullptr};
   if (s.ndim == 0 && s.format == Format::kFloat32) return {true, static_cast<float*>(s.data) + begin};
+  if (s.remainder != nullptr) {
+    load_joined(s, begin, n, scratch);
+    return {false, scratch};
+  }
   switch (s.format) {
     case Format::kFloat32:
       load_tile<Float32>(s, begin, n, scratch);
@@ -103,6 +137,11 @@ Tile open_tile(const Stream& s, int64_t begin, int64_t n, float* scratch) {
 
 void close_tile(const Stream& s, int64_t begin, int64_t n, const Tile& tile) {
   if (tile.direct) return;
+  if (s.remainder != nullptr) {
+    store_tile<HighPart>(s, begin, n, tile.data);
+    store_tile<Remainder>(*s.remainder, begin, n, tile.data);
+    return;
+  }
   switch (s.format) {
     case Format::kFloat32:
       store_tile<Float32>(s, begin, n, tile.data);

@@ -90,6 +90,9 @@ class Definition:
     extras: tuple[Extra, ...] = ()
     scaling: tuple[str, ...] = SCALING
     sums: int = field(default=0)  # of the terms that a step can sum over coordinates
+    # The list, last of the tensors, of what bfloat16 parameters leave over of float32 ones, int16, which may be None
+    # (csrc/codes.h). It is no operand: rules see the whole weight.
+    remainders: str | None = None
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -116,6 +119,7 @@ class Definition:
         parts.append(f"{marked('Tensor[]', True)} {STEPS}")
         parts += [f"{marked('Tensor?', extra.written)} {extra.name}=None" for extra in self.extras]
         parts += [f"Tensor? {name}=None" for name in ("lr_tensor", *self.scaling)]
+        parts += [f"{marked('Tensor[]', True)}? {self.remainders}=None"] if self.remainders else []
         options = [f"{option.type} {option.name}" for option in self.options]
         return f"{self.op}({', '.join(parts)}, *, {', '.join(options)}, bool capturable) -> ()"
 

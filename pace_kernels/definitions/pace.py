@@ -42,4 +42,5 @@ PACE = Definition(
     ),
     flags=("moment", "pull", "average", "stats"),
     extras=(Extra("stats", len(PACE_STATS), written=True),),
+    remainders="remainders",
 )

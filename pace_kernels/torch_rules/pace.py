@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..definitions import PACE
 from ..definitions.kit import PACE_STATS
+from .codes import joined, split
 from .common import (
     Begun,
     Keep,
@@ -199,6 +200,7 @@ def pace_step_(
     grad_scale: Tensor | None = None,
     clip_coef: Tensor | None = None,
     found_inf: Tensor | None = None,
+    remainders: list[Tensor] | None = None,
     **options: Any,
 ) -> None:
     """What the operator ``pace_step_`` does, tensor by tensor; on any device, and in float64 for float64 parameters.
@@ -217,8 +219,14 @@ def pace_step_(
         m = exp_avgs[i] if momentum else None
         e = emas[i] if emas else None
         s = rounded(its_scalars, v.dtype)
-        new = pace_rule(s, grads[i].to(v.dtype), param.to(v.dtype), m, v, e, pull)
-        keep.copy_(param, new.x)
+        x = joined(param, remainders[i]) if remainders else param.to(v.dtype)
+        new = pace_rule(s, grads[i].to(v.dtype), x, m, v, e, pull)
+        if remainders:
+            high, rest = split(new.x, 32)
+            keep.copy_(param, high)
+            keep.copy_(remainders[i], rest)
+        else:
+            keep.copy_(param, new.x)
         keep.copy_(v, new.v)
         if m is not None:
             keep.copy_(m, new.m)
