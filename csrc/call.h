@@ -33,7 +33,7 @@ struct Call {
 
   std::array<TensorList, D::kOperands> lists;
   TensorList rows, steps;
-  TensorList remainders;  // int16, of bfloat16 parameters that are float32 with them (codes.h); as a rule none
+  std::array<TensorList, D::kOperands> beside;  // what lies beside coded operands; as a rule nothing
   std::array<std::optional<Tensor>, D::kExtras> extras;
   std::optional<Tensor> lr;  // in place of the option, on the device of the parameters
   GradScaling scaling;
@@ -78,8 +78,9 @@ Call<D> read_call(StableIValue* stack) {
   call.lr = reader.take<Optional>();
   if (D::kScales) call.scaling.grad_scale = reader.take<Optional>(), call.scaling.clip_coef = reader.take<Optional>();
   call.scaling.found_inf = reader.take<Optional>();
-  if (D::kRemainders != nullptr) {
-    if (auto given = reader.take<std::optional<TensorList>>()) call.remainders = std::move(*given);
+  for (int k = 0; k < D::kOperands; ++k) {
+    if (D::kLists[k].beside == nullptr) continue;
+    if (auto given = reader.take<std::optional<TensorList>>()) call.beside[static_cast<size_t>(k)] = std::move(*given);
   }
   call.options.visit(reader);
   return call;
@@ -195,9 +196,9 @@ void check_call(Call<D>& a, const Place& place, int fresh = -1) {
     check_length(list.name, a.lists[static_cast<size_t>(k)], a.params(), may_be_empty(a, k) ? list.empty : nullptr);
   }
   check_length("steps", a.steps, a.params());
-  if (!a.remainders.empty()) {
-    STD_TORCH_CHECK(!place.cuda, D::kRemainders, " are read on the CPU alone, as yet: on CUDA there must be none");
-    check_length(D::kRemainders, a.remainders, a.params());
+  for (int k = 0; k < D::kOperands; ++k) {
+    const TensorList& beside = a.beside[static_cast<size_t>(k)];
+    if (!beside.empty()) check_length(D::kLists[k].beside, beside, a.params());
   }
   for (size_t i = 0; i < a.rows.size(); ++i) {
     if (are_doubles(a.rows[i], D::kRows.numbers, place)) continue;  // or else its name, which takes a string
@@ -218,6 +219,20 @@ bool is_written(const Call<D>& a, int k) {
     if (k == D::kX) return pulls(a.options);
   }
   return D::kLists[k].mutable_;
+}
+
+// The format of operand k of parameter i, and that what lies beside it is as it has to be.
+template <class D>
+Format checked_format(const Call<D>& a, int k, size_t i, const Tensor& t, const Place& place) {
+  const ListInfo& list = D::kLists[k];
+  if (list.codec == Codec::none) return format_of(list.name, i, t, list.role == Role::state);
+  const TensorList& lists = a.beside[static_cast<size_t>(k)];
+  const Format format = coded_format(list, i, t, lists.empty() ? nullptr : &lists[i]);
+  if constexpr (D::kCodes) {
+    if (k == 0 && format == Format::kBFloat16 && a.options.stochastic_rounding) return Format::kDithered16;
+  }
+  if (!lists.empty()) check_beside(list, i, t, lists[i], format, a.params()[i], place);
+  return format;
 }
 
 // ---- learning -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "codes.h"
 #include "scalars.h"
 #include "storage.h"
 
@@ -98,6 +99,56 @@ inline void check_operand(const char* name, size_t i, const Tensor& t, const Ten
     STD_TORCH_CHECK(sizes[d] <= 1 || strides[d] != 0, entry(name, i), " overlaps itself: dimension ", d,
                     " has stride 0");
   }
+}
+
+// The format of an operand that may be in codes. `beside`: what lies beside it; null: nothing.
+inline Format coded_format(const ListInfo& list, size_t i, const Tensor& t, const Tensor* beside) {
+  const ScalarType dtype = t.scalar_type();
+  if (list.codec == Codec::weight) {
+    const Format format = format_of(list.name, i, t, false);
+    if (beside == nullptr) return format;
+    STD_TORCH_CHECK(format == Format::kBFloat16, entry(list.name, i), " must be bfloat16, with ", list.beside);
+    const ScalarType rest = beside->scalar_type();
+    STD_TORCH_CHECK(rest == ScalarType::Short || rest == ScalarType::Char, entry(list.beside, i),
+                    " must be int16 or int8");
+    return rest == ScalarType::Short ? Format::kPair32 : Format::kPair24;
+  }
+  const bool average = list.codec == Codec::average;
+  if (beside == nullptr) {
+    if (dtype == ScalarType::Float) return Format::kFloat32;
+    STD_TORCH_CHECK(dtype == ScalarType::BFloat16 && !average, entry(list.name, i), " must be float32",
+                    average ? "" : " or bfloat16", " without ", list.beside);
+    return Format::kDithered16;
+  }
+  if (!average) {
+    STD_TORCH_CHECK(dtype == ScalarType::Byte, entry(list.name, i), " must be uint8, with ", list.beside);
+    return list.codec == Codec::moment ? Format::kMoment8 : Format::kSquare8;
+  }
+  STD_TORCH_CHECK(dtype == ScalarType::Char || dtype == ScalarType::Short || dtype == ScalarType::BFloat16,
+                  entry(list.name, i), " must be int8, int16 or bfloat16, with ", list.beside);
+  return dtype == ScalarType::Char ? Format::kGrid8 : dtype == ScalarType::Short ? Format::kGrid16 : Format::kPair24;
+}
+
+// What lies beside an operand of this format.
+inline void check_beside(const ListInfo& list, size_t i, const Tensor& t, const Tensor& beside, Format format,
+                         const Tensor& param, const Place& place) {
+  if (!in_blocks(format)) {
+    check_operand(list.beside, i, beside, param, true, place);
+    STD_TORCH_CHECK(format != Format::kPair24 || beside.scalar_type() == ScalarType::Char, entry(list.beside, i),
+                    " must be int8");
+    return;
+  }
+  STD_TORCH_CHECK(place.holds(beside), entry(list.beside, i), " must be ", place.tensor());
+  STD_TORCH_CHECK(param.numel() % kCodeBlock == 0, entry("params", i), " must have a multiple of ", kCodeBlock,
+                  " elements, with ", list.beside);
+  STD_TORCH_CHECK(param.is_contiguous() && t.is_contiguous(), entry(list.name, i),
+                  " and its parameter must be contiguous, with ", list.beside);
+  STD_TORCH_CHECK(beside.scalar_type() == ScalarType::Byte && beside.is_contiguous() &&
+                      beside.numel() == param.numel() / kCodeBlock,
+                  entry(list.beside, i), " must be contiguous, uint8, with an element for ", kCodeBlock,
+                  " of its codes");
+  const char* const fault = memory_fault(beside);
+  STD_TORCH_CHECK(fault == nullptr, entry(list.beside, i), fault);
 }
 
 inline bool is_number(const Tensor& t) {

@@ -169,15 +169,15 @@ struct GridCode {
     return {grid(x, b), static_cast<float>(code) * power_of_two(b), 0.0f};
   }
   // e₊ = e + w (x₊ − e), x₊ the weight as it will be read back; x₊ itself where w is 1 (`averaged` in arith.h).
-  PACE_RULE Place moved(const Place& p, float x, float w) {
+  PACE_RULE Place moved(Place p, float x, float w) {
     const bool copy = w == 1.0f;
     return {copy ? x : p.grid, copy ? 0.0f : p.offset, copy ? 0.0f : w * (x - (p.grid + p.offset))};
   }
   // e₊ − x₊, not rounded to the size of e.
-  PACE_RULE float difference(const Place& p, float x) { return ((p.grid - x) + p.offset) + p.increment; }
+  PACE_RULE float difference(Place p, float x) { return ((p.grid - x) + p.offset) + p.increment; }
   // u: unit_of(evenly(...)), or 0.5 for the nearest. The place is on the new grid exactly, as a whole number of steps
   // and a rest; the increment and u are added to the rest alone, which is so small that they keep their places.
-  PACE_RULE int32_t store(const Place& p, float x, int32_t b, float u) {
+  PACE_RULE int32_t store(Place p, float x, int32_t b, float u) {
     const float inverse = power_of_two(254 - b);
     const float a = (p.offset + (p.grid - grid(x, b))) * inverse, whole = nearest_whole(a);
     const float t = whole + floor_of(((a - whole) + p.increment * inverse) + u);

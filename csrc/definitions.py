@@ -42,14 +42,15 @@ def lines_of(d: Definition) -> list[str]:
     out += ["  static constexpr ListInfo kLists[] = {"]
     for o in d.operands:
         mutable = "true" if o.mutable else "false"
-        out.append(f'      {{"{o.list}", Role::{o.role}, {mutable}, {text(o.empty)}}},')
+        codec = f"Codec::{o.codec or 'none'}"
+        out.append(f'      {{"{o.list}", Role::{o.role}, {mutable}, {text(o.empty)}, {codec}, {text(o.beside)}}},')
     out += ["  };", f"  static constexpr int kOrder[] = {{{', '.join(order)}}};"]
     out += [f'  static constexpr RowInfo kRows{{"{row.list}", {row.numbers}}};']
     extras = [f"k{camel(e.name)}" for e in d.extras]
     out += [f"  enum Extra : int {{ {', '.join([*extras, 'kExtras'])} }};"]
     infos = ", ".join(f'{{"{e.name}", {e.numbers}}}' for e in d.extras)
     out += [f"  static constexpr RowInfo kExtraInfo[] = {{{infos}}};"]
-    out += [f"  static constexpr const char* kRemainders = {text(d.remainders)};"]
+    out += [f"  static constexpr bool kCodes = {'true' if d.beside else 'false'};"]
     out += [f"  static constexpr bool kScales = {'true' if 'grad_scale' in d.scaling else 'false'};"]
     out += [f"  struct Flag {{ enum : unsigned {{ {bits}values = {1 << len(d.flags)} }}; }};"]
     out += ["", "  template <unsigned kFlags>", "  struct Uses {"]

@@ -53,7 +53,7 @@ class PartOfCall : public Part {
     for (const TensorList& list : call_.lists) keep(list, true);
     keep(call_.rows, false);
     keep(call_.steps, false);
-    keep(call_.remainders, true);
+    for (const TensorList& list : call_.beside) keep(list, true);
     for (const auto& extra : call_.extras) {
       if (extra) kept_.add(*extra, false);
     }
@@ -63,8 +63,13 @@ class PartOfCall : public Part {
   void check_kept() const override { STD_TORCH_CHECK(kept_.same(), "a tensor of the plan lies elsewhere now"); }
 
   void replace_options(const Numbers& options) override {
+    const typename D::Options before = call_.options;
     call_.options.visit(options);
     call_.options.visit(RangeCheck{});
+    if constexpr (D::kCodes) {
+      STD_TORCH_CHECK(call_.options.stochastic_rounding == before.stochastic_rounding,
+                      "stochastic_rounding is another one than the plan's");
+    }
     check_rule(call_);
   }
 
@@ -221,7 +226,7 @@ class PlansOf {
     return found->second;
   }
 
-  // The lists of a call, one after the other but for the fresh one; remainders last, where there are any.
+  // The lists of a call, one after the other but for the fresh one; those beside them last, all or none.
   template <class D>
   static std::unique_ptr<Part> make_part(TensorList tensors, const std::vector<int64_t>& lengths,
                                          const std::vector<std::optional<Tensor>>& extras,
@@ -245,7 +250,9 @@ class PlansOf {
       }
     }
     next(call.steps);
-    if (D::kRemainders != nullptr && list < lengths.size()) next(call.remainders);
+    for (size_t k = 0; k < D::kOperands && list < lengths.size(); ++k) {
+      if (D::kLists[k].beside != nullptr) next(call.beside[k]);
+    }
     STD_TORCH_CHECK(list == lengths.size() && at == tensors.size(), "the lengths of lists do not add up");
     STD_TORCH_CHECK(!call.params().empty(), "a plan needs parameters");
     STD_TORCH_CHECK(extras.size() == D::kExtras + 1, D::kOp, " has ", D::kExtras + 1, " extra tensors, got ",

@@ -9,6 +9,7 @@
 #include <limits>
 #include <optional>
 
+#include "codes.h"
 #include "definitions.h"
 #include "rules/mada.h"
 #include "rules/pace.h"
@@ -33,6 +34,23 @@ PACE_RULE double average_weight(const Options& o, double t) {
 template <class Options>
 PACE_RULE bool average_moves(const Options& o, double t) {
   return std::fmod(t, static_cast<double>(o.ema_update_freq)) == 0.0;
+}
+
+// What the codes of a step are dithered by, and how far averages move that are kept beside their weights.
+struct Rounding {
+  uint32_t key, moves;
+  float weight;
+};
+
+PACE_RULE uint32_t low_word(double count) {
+  return count >= 0.0 && count < 9007199254740992.0 ? static_cast<uint32_t>(static_cast<uint64_t>(count)) : 0u;  // 2^53
+}
+
+// Moves of an average are counted: those of every other step are not spread evenly by the count of steps.
+template <class Options>
+PACE_RULE Rounding rounding_of(const Options& o, double t) {
+  return {dither_key(low_word(t)), low_word(std::floor(t / static_cast<double>(o.ema_update_freq))),
+          average_moves(o, t) ? static_cast<float>(average_weight(o, t)) : 0.0f};
 }
 
 // `factor` multiplies the gradient: clip coefficient / gradient scale. MADA has these options too.

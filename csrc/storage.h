@@ -9,7 +9,35 @@
 
 namespace pace {
 
-enum class Format : uint8_t { kFloat32, kBFloat16, kFloat16 };
+// Those after kFloat16 are the formats of codes.h. Alone: kDithered16, bfloat16 by stochastic rounding. With a rest
+// beside it: kPair32 and kPair24, bfloat16 and int16 or int8. With scales beside it: kMoment8 and kSquare8, kGrid8 and
+// kGrid16, codes in blocks.
+enum class Format : uint8_t {
+  kFloat32,
+  kBFloat16,
+  kFloat16,
+  kDithered16,
+  kPair24,
+  kPair32,
+  kMoment8,
+  kSquare8,
+  kGrid8,
+  kGrid16
+};
+
+PACE_RULE constexpr bool is_coded(Format format) { return format > Format::kFloat16; }
+PACE_RULE constexpr bool is_grid(Format format) { return format == Format::kGrid8 || format == Format::kGrid16; }
+// How its elements are computed with: the dtype of a weight, and of its gradient.
+PACE_RULE constexpr Format plain_of(Format format) {
+  return format >= Format::kDithered16 && format <= Format::kPair32 ? Format::kBFloat16 : format;
+}
+// An element's, without what lies beside it; and of a pair's rest.
+PACE_RULE constexpr int bytes_of(Format format) {
+  const bool one = format == Format::kMoment8 || format == Format::kSquare8 || format == Format::kGrid8;
+  return format == Format::kFloat32 ? 4 : one ? 1 : 2;
+}
+PACE_RULE constexpr int bytes_of_rest(Format format) { return format == Format::kPair32 ? 2 : 1; }
+PACE_RULE constexpr bool in_blocks(Format format) { return format >= Format::kMoment8; }
 
 #if defined(__CUDA_ARCH__)
 PACE_RULE uint32_t bits_of(float a) { return __float_as_uint(a); }

@@ -10,12 +10,18 @@ namespace pace {
 // float32, `state` is float32.
 enum class Role : uint8_t { weight, gradient, moment, copy, state };
 
-// A list of an operator: what ends the refusal of its length where it may be missing; null where it may not.
+// In which codes it may lie instead (codes.h), with a list of what lies beside them.
+enum class Codec : uint8_t { none, weight, moment, square, average };
+
+// A list of an operator: what ends the refusal of its length where it may be missing, null where it may not; and the
+// list beside it, null where there never is one.
 struct ListInfo {
   const char* name;
   Role role;
   bool mutable_;
   const char* empty;
+  Codec codec;
+  const char* beside;
 };
 
 // A tensor of so many float64 numbers.

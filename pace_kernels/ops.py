@@ -35,8 +35,11 @@ _LIBRARY = torch.library.Library("pace_kernels", "DEF")
 # reads it, it stays there.
 #
 # pace_step_ is one PACE step (csrc/rules/pace.h). `exp_avgs` may be empty where beta1 is 0, `emas` where
-# lambda_pullback is 0. With `remainders` (int16; on the CPU and in plain torch) the parameters are bfloat16, each a
-# float32 together with its remainder (csrc/codes.h).
+# lambda_pullback is 0. Lists may lie in the formats of csrc/codes.h, a format a list and call: with `remainders` (int16
+# or int8) the parameters are bfloat16, each of 32 or 24 bits together with its remainder; exp_avgs and exp_avg_sqs may
+# be bfloat16, or uint8 with `exp_avg_scales` and `exp_avg_sq_scales`; emas bfloat16 with int8 `ema_scales`, or int8 or
+# int16 with uint8 ones. Codes with uint8 scales, one for 32 consecutive elements, are contiguous, and their parameters
+# too. With `stochastic_rounding` bfloat16 parameters without remainders are rounded by the same dither.
 #
 # mada_step_ is one MADA step (csrc/rules/mada.h). A list may be empty where nothing needs it; those that are there say
 # what is in play: `exp_avgs` and `exp_avg_sqs` Adam's moments, `exp_avg_diffs` the differences of gradients,
@@ -72,8 +75,8 @@ _LIBRARY.define(
 )
 # Plans: the calls of a step, kept for the next one (planning.py). `plan` is the handle of a Plan of the device's
 # module.
-# plan_add_ adds a part, which is a call of `rule`: its lists one after the other but for the gradients (remainders
-# last, where there are any), the lengths of all of them, the optional tensors up to lr_tensor, the options as numbers.
+# plan_add_ adds a part, which is a call of `rule`: its lists one after the other but for the gradients (those beside
+# them last, where there are any), the lengths of all of them, the optional tensors up to lr_tensor, the options as numbers.
 # plan_before_ copies the weights into a pullback's weights before, after it looked at all that plan_step_ may refuse.
 # plan_learn_ adds the mada_learn_ of such parts. plan_step_ takes the gradients of all parts one after the other, looks
 # whether all that it keeps lies where it did, and takes the step, or raises with nothing changed; `options` are those

@@ -240,6 +240,7 @@ class PACE(KernelOptimizer):
             "beta1": beta1,
             "beta2": beta2,
             "pullback_from_step": group["pullback_from"] == "step",
+            "stochastic_rounding": group.get("stochastic_rounding", False),
         }
 
     def _launch_all(self, prepared: Prepared) -> None:

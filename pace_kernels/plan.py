@@ -150,14 +150,14 @@ class Plan:
         fresh = definition.lists_of("gradient")
         for part, (*_, call) in zip(self.parts, rows, strict=True):
             lists = list(call.args[:count])
-            remainders = call.keywords.get(definition.remainders)
+            beside = [call.keywords.get(name) or [] for name in definition.beside]
             tensors = chain.from_iterable(
                 tensors for entry, tensors in zip([*definition.lists, None], lists, strict=True)
                 if entry is None or entry.list not in fresh
             )  # fmt: skip
             extras = [*call.args[count:], call.keywords.get("lr_tensor")]
-            if remainders is not None:
-                lists, tensors = [*lists, remainders], chain(tensors, remainders)
+            if any(beside):
+                lists, tensors = [*lists, *beside], chain(tensors, *beside)
             add(self.held.handle, definition.op, list(tensors), list(map(len, lists)), extras, part.numbers)
 
     def has_its_states(self, state: Mapping[Tensor, Any]) -> bool:

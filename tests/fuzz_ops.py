@@ -50,6 +50,8 @@ LENGTHS = (0, 1, 2, 3, 63, 64, 65, 255, 256, 257, 16383, 16384, 16385, 33000)
 def some_shape(rng: Rng) -> tuple[int, ...]:
     if rng.random() < 0.3:
         return (rng.choice(LENGTHS),)
+    if rng.random() < 0.2:
+        return (rng.randint(0, 5), 32 * rng.randint(1, 3))  # whole blocks of codes
     return tuple(
         rng.choice((0, 1, 2, 3, 5, 9)) if rng.random() < 0.15 else rng.randint(1, 9) for _ in range(rng.randint(0, 4))
     )
@@ -158,7 +160,7 @@ SCALING: dict[str, Callable[[Rng], Any]] = {
 }
 
 
-def without_what_nothing_needs(call: dict[str, Any]) -> None:
+def without_what_nothing_needs(_: Rng, call: dict[str, Any]) -> None:
     """pullback_ refuses lists that it would not read."""
     pulls = call["lambda_pullback"] != 0.0 if call["gain"] is None else call["gain"] != 0.0
     if not pulls:
@@ -167,12 +169,37 @@ def without_what_nothing_needs(call: dict[str, Any]) -> None:
         call["second_moments"] = []
 
 
-def with_remainders(call: dict[str, Any]) -> None:
-    """Every other call with bfloat16 parameters has them, of another layout."""
+def with_codes(rng: Rng, call: dict[str, Any]) -> None:
+    """Now and then operands lie in other formats, of any contents: what has no blocks in another layout too."""
     params = call["params"]
-    if len(params) % 2 and all(param.dtype == torch.bfloat16 for param in params):
-        spread = [torch.arange(2 * p.numel()).mul_(9973).to(torch.int16) for p in params]
-        call["remainders"] = [a.view(*p.shape, 2)[..., 0] for a, p in zip(spread, params, strict=True)]
+
+    def some(count: Callable[[Tensor], int], dtype: torch.dtype) -> list[Tensor]:
+        spread = [torch.arange(count(p)).mul_(9973).add_(rng.getrandbits(16)) for p in params]
+        return [a.to(dtype) for a in spread]
+
+    def shaped(dtype: torch.dtype) -> list[Tensor]:
+        if rng.random() < 0.5:
+            return [
+                a.view(*p.shape, 2)[..., 0] for a, p in zip(some(lambda p: 2 * p.numel(), dtype), params, strict=True)
+            ]
+        return [a.view(p.shape) for a, p in zip(some(Tensor.numel, dtype), params, strict=True)]
+
+    def coded(dtype: torch.dtype) -> list[Tensor]:
+        return [a.view(p.shape) for a, p in zip(some(Tensor.numel, dtype), params, strict=True)]
+
+    scales = lambda: some(lambda p: p.numel() // 32, torch.uint8)  # noqa: E731
+    if rng.random() < 0.3 and all(param.dtype == torch.bfloat16 for param in params):
+        call["remainders"] = shaped(rng.choice((torch.int16, torch.int8)))
+    if rng.random() < 0.2:
+        call["exp_avgs"], call["exp_avg_sqs"] = shaped(torch.bfloat16), [a.abs() for a in shaped(torch.bfloat16)]
+    if rng.random() < 0.2 and call["emas"]:
+        call["emas"], call["ema_scales"] = shaped(torch.bfloat16), shaped(torch.int8)
+    if rng.random() < 0.5 and all(p.numel() % 32 == 0 and p.is_contiguous() for p in params):
+        if call["exp_avgs"]:
+            call["exp_avgs"], call["exp_avg_scales"] = coded(torch.uint8), scales()
+        call["exp_avg_sqs"], call["exp_avg_sq_scales"] = coded(torch.uint8), scales()
+        if call["emas"] and rng.random() < 0.7:
+            call["emas"], call["ema_scales"] = coded(rng.choice((torch.int8, torch.int16))), scales()
 
 
 @dataclass
@@ -189,7 +216,7 @@ class Operator:
     likely: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] | None = NARROW  # of the first list; None: it is made like the others
     sums: tuple[str, ...] = ()  # written in the order of memory, so that their last places depend on the layout
-    fit: Callable[[dict[str, Any]], None] | None = None  # what options rule out is left out
+    fit: Callable[[Rng, dict[str, Any]], None] | None = None  # what options rule out is left out
 
     def call(self, rng: Rng) -> dict[str, Any]:
         shapes = [some_shape(rng) for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3, 5)))]
@@ -209,7 +236,7 @@ class Operator:
             call[name] = make(rng) if rng.random() < (0.95 if name in self.likely else 0.4) else None
         call |= {name: make(rng) for name, make in self.options.items()}
         if self.fit is not None and rng.random() < 0.9:
-            self.fit(call)
+            self.fit(rng, call)
         return call
 
 
@@ -220,10 +247,10 @@ OPERATORS: dict[str, Operator] = {
             "steps": step_count,
         },
         optional={"stats": doubles(len(ops.PACE_STATS)), **SCALING},
-        options=AVERAGING,
+        options={**AVERAGING, "stochastic_rounding": numbers(False, True)},
         may_be_empty=("exp_avgs", "emas"),
         sums=("stats",),
-        fit=with_remainders,
+        fit=with_codes,
     ),
     "mada_step_": Operator(
         lists={
@@ -547,13 +574,17 @@ def by_plan(name: str) -> Callable[..., None]:
     def function(*positional: Any, **keywords: Any) -> None:
         if not all(isinstance(keywords[key], KINDS[kind]) for key, kind in kinds.items()):
             raise TypeError("options of another type, as the operator refuses them")
+        if any(kind == "float?" and keywords[key] != keywords[key] for key, kind in kinds.items()):
+            raise ValueError("NaN, which plans take for None")
         numbers = [math.nan if keywords[key] is None else float(keywords[key]) for key in kinds]
         lists, rest = positional[: len(later)], positional[len(later) :]
         extras, scaling = rest[: len(definition.extras) + 1], rest[len(definition.extras) + 1 :]
         kept = [t for tensors, fresh in zip(lists, later, strict=True) if not fresh for t in tensors]
         grads = [t for tensors, fresh in zip(lists, later, strict=True) if fresh for t in tensors]
-        if definition.remainders and scaling[-1] is not None:
-            kept, lists = [*kept, *scaling[-1]], (*lists, scaling[-1])
+        scaling, beside = scaling[: len(definition.scaling)], scaling[len(definition.scaling) :]
+        if any(beside):
+            filled = [side or [] for side in beside] + [[]] * (len(definition.beside) - len(beside))
+            kept, lists = [*kept, *itertools.chain(*filled)], (*lists, *filled)
         plan = _C.Plan()
         torch.ops.pace_kernels.plan_add_(plan.handle, name, kept, list(map(len, lists)), list(extras), numbers)
         torch.ops.pace_kernels.plan_step_(

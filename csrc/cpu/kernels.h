@@ -18,7 +18,8 @@ struct Stream {
   int ndim;
   const int64_t* sizes;
   const int64_t* strides;
-  const Stream* remainder = nullptr;  // int16, of bfloat16 elements that are float32 with it: codes.h
+  const Stream* rest = nullptr;  // of a pair; elements are counted alike
+  uint8_t* scales = nullptr;     // of codes in blocks
 };
 
 // The scalars of MADA's step of one tensor.
@@ -38,9 +39,10 @@ struct BlockSums {
 constexpr BlockSums kEmptySums{{}, 0x7fffffffu, 0};
 
 // Does elements [begin, end) of one tensor. `streams` are the operands by their number in the definition, `scalars`
-// those of the rule, `flags` the definition's; `sums` may be null where they ask for no sums.
-using Sweep = void (*)(const Stream* streams, const void* scalars, unsigned flags, int64_t begin, int64_t end,
-                       BlockSums* sums);
+// those of the rule, `flags` the definition's; `rounding` is null where nothing is coded, `sums` may be null where the
+// flags ask for none.
+using Sweep = void (*)(const Stream* streams, const void* scalars, unsigned flags, const Rounding* rounding,
+                       int64_t begin, int64_t end, BlockSums* sums);
 
 struct Kernels {
   Sweep pace, mada, pullback, schedule_free;

@@ -34,7 +34,7 @@ class PartOf final : public PartOfCall<typename Host::D> {
         const TensorList& list = call_.lists[static_cast<size_t>(k)];
         if (!list.empty()) works_[i].streams[k] = stream(k, i, list[i], order, layouts_);
       }
-      if (!call_.remainders.empty()) add_remainder(i, order);
+      for (int k = 0; k < D::kOperands; ++k) add_beside(k, i, order);
     }
     blocks_ = std::make_unique<Blocks>(params);
   }
@@ -56,7 +56,7 @@ class PartOf final : public PartOfCall<typename Host::D> {
     for (size_t i = 0; i < works_.size(); ++i) {
       const Stream& its = works_[i].streams[fresh_] = stream(fresh_, i, fresh[i], orders_[i], fresh_layouts_);
       // As the optimizers refuse it, which look at dtypes only where there is no plan.
-      STD_TORCH_CHECK(its.format == Format::kFloat32 || its.format == works_[i].streams[0].format,
+      STD_TORCH_CHECK(its.format == Format::kFloat32 || its.format == plain_of(works_[i].streams[0].format),
                       entry(D::kLists[fresh_].name, i), " must be of its parameter's dtype, or float32");
     }
   }
@@ -66,12 +66,17 @@ class PartOf final : public PartOfCall<typename Host::D> {
     const size_t n = works_.size();
     counts_.resize(n);
     scalars_.resize(n);
+    roundings_.resize(D::kCodes ? n : 0);
     for (size_t i = 0; i < n; ++i) {
       Work& w = works_[i];
       const double t = counts_[i] = w.step.taken(i) + 1.0;
       const bool same = i > 0 && t == counts_[i - 1] && host_->same_memory(i);
       w.scalars = same ? works_[i - 1].scalars : &scalars_[i];
       if (!same) host_->fill(scalars_[i], t, i);
+      if constexpr (D::kCodes) {
+        w.rounding = !w.coded ? nullptr : same ? works_[i - 1].rounding : nullptr;
+        if (w.coded && w.rounding == nullptr) *(w.rounding = &roundings_[i]) = host_->rounding(t);
+      }
       if constexpr (std::is_same_v<D, MadaDefinition>) {
         w.flags = same ? works_[i - 1].flags : host_->flags(t, i);
       } else {
@@ -103,7 +108,8 @@ class PartOf final : public PartOfCall<typename Host::D> {
     blocks_->run([&](size_t i, int64_t begin, int64_t end, int64_t block) {
       const Work& w = works_[i];
       if (!Host::walks(w.flags)) return;
-      sweep(w.streams.data(), w.scalars, w.flags, begin, end, sums ? &sums_[static_cast<size_t>(block)] : nullptr);
+      sweep(w.streams.data(), w.scalars, w.flags, w.rounding, begin, end,
+            sums ? &sums_[static_cast<size_t>(block)] : nullptr);
     });
     for (size_t i = 0; i < works_.size(); ++i) {
       works_[i].step.write(counts_[i]);
@@ -116,25 +122,32 @@ class PartOf final : public PartOfCall<typename Host::D> {
   struct Work {
     Count step;
     std::array<Stream, D::kOperands> streams{};
-    Stream remainder{};
+    std::array<Stream, D::kOperands> rests{};
     const Scalars* scalars = nullptr;
+    Rounding* rounding = nullptr;
     unsigned flags = 0;
+    bool coded = false;
   };
   using Layouts = std::deque<std::vector<int64_t>>;
 
   Stream stream(int k, size_t i, const Tensor& t, const MemoryOrder& order, Layouts& layouts) const {
     const ListInfo& list = D::kLists[k];
     check_operand(list.name, i, t, call_.params()[i], is_written(call_, k), kCpu);
-    return order.stream(t, format_of(list.name, i, t, list.role == Role::state), layouts);
+    return order.stream(t, checked_format(call_, k, i, t, kCpu), layouts);
   }
-  void add_remainder(size_t i, const MemoryOrder& order) {
-    const Tensor &param = call_.params()[i], &remainder = call_.remainders[i];
-    check_operand(D::kRemainders, i, remainder, param, true, kCpu);
-    STD_TORCH_CHECK(param.scalar_type() == ScalarType::BFloat16, entry("params", i),
-                    " must be bfloat16, with a remainder");
-    STD_TORCH_CHECK(remainder.scalar_type() == ScalarType::Short, entry(D::kRemainders, i), " must be int16");
-    works_[i].remainder = order.stream(remainder, Format::kBFloat16, layouts_);  // of two bytes too
-    works_[i].streams[0].remainder = &works_[i].remainder;
+  // What lies beside operand k, and whether it is coded.
+  void add_beside(int k, size_t i, const MemoryOrder& order) {
+    Work& w = works_[i];
+    Stream& its = w.streams[k];
+    w.coded = w.coded || is_coded(its.format);
+    const TensorList& list = call_.beside[static_cast<size_t>(k)];
+    if (list.empty() || call_.lists[static_cast<size_t>(k)].empty()) return;
+    if (in_blocks(its.format)) {
+      its.scales = static_cast<uint8_t*>(list[i].data_ptr());
+    } else {
+      w.rests[k] = order.stream(list[i], Format::kFloat32, layouts_);  // of its element type only the sweep knows
+      its.rest = &w.rests[k];
+    }
   }
 
   using PartOfCall<D>::call_;
@@ -146,6 +159,7 @@ class PartOf final : public PartOfCall<typename Host::D> {
   std::unique_ptr<Host> host_;  // of this step
   std::vector<double> counts_;
   std::vector<Scalars> scalars_;
+  std::vector<Rounding> roundings_;
   std::vector<BlockSums> sums_;
 };
 

@@ -68,6 +68,7 @@ struct PaceHost {
   static bool sums(unsigned flags) { return (flags & D::Flag::stats) != 0; }
   static bool same_memory(size_t) { return true; }
   void fill(Scalars& to, double t, size_t) { to = pace_scalars(o, t, factor); }
+  Rounding rounding(double t) const { return rounding_of(o, t); }
   void clear() const {
     if (call.extras[D::kStats]) clear_stats(call.numbers(D::kStats));
   }

@@ -69,30 +69,6 @@ void store_tile(const Stream& s, int64_t begin, int64_t n, const float* in) {
   });
 }
 
-// A float32 as bfloat16 and remainder, which may lie in other ways.
-struct HighPart {
-  using Element = uint16_t;
-  PACE_RULE uint16_t store(float a) { return high_part(settled(a)); }
-};
-struct Remainder {
-  using Element = int16_t;
-  PACE_RULE int16_t store(float a) { return rest_of_32(settled(a)); }
-};
-
-void load_joined(const Stream& s, int64_t begin, int64_t n, float* out) {
-  load_tile<BFloat16>(s, begin, n, out);
-  for_each_run(*s.remainder, begin, n, [&](int64_t at, int64_t stride, int64_t done, int64_t count) {
-    const int16_t* const rest = static_cast<const int16_t*>(s.remainder->data) + at;
-    float* const to = out + done;
-    if (stride == 1) {
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) to[i] = joined(static_cast<uint16_t>(bits_of(to[i]) >> 16), rest[i]);
-    } else {
-      for (int64_t i = 0; i < count; ++i) to[i] = joined(static_cast<uint16_t>(bits_of(to[i]) >> 16), rest[i * stride]);
-    }
-  });
-}
-
 void prefetch_bytes(const void* data, int64_t first, int64_t bytes) {
   const uintptr_t from = reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(first);
   for (int64_t byte = 0; byte < bytes; byte += 64) {
@@ -103,9 +79,10 @@ void prefetch_bytes(const void* data, int64_t first, int64_t bytes) {
 // Asks for the elements from `at` on. They may lie beyond the tensor: a prefetch never faults.
 void prefetch_tile(const Stream& s, int64_t at) {
   if (s.data == nullptr || s.ndim != 0) return;
-  const int64_t size = s.format == Format::kFloat32 ? 4 : 2;
+  const int64_t size = bytes_of(s.format);
   prefetch_bytes(s.data, at * size, kLine * size);
-  if (s.remainder != nullptr && s.remainder->ndim == 0) prefetch_bytes(s.remainder->data, at * 2, kLine * 2);
+  if (s.rest != nullptr && s.rest->ndim == 0)
+    prefetch_bytes(s.rest->data, at * bytes_of_rest(s.format), kLine * bytes_of_rest(s.format));
 }
 
 // One operand within one tile.
@@ -117,19 +94,15 @@ struct Tile {
 Tile open_tile(const Stream& s, int64_t begin, int64_t n, float* scratch) {
   if (s.data == nullptr) return {true, nullptr};
   if (s.ndim == 0 && s.format == Format::kFloat32) return {true, static_cast<float*>(s.data) + begin};
-  if (s.remainder != nullptr) {
-    load_joined(s, begin, n, scratch);
-    return {false, scratch};
-  }
   switch (s.format) {
     case Format::kFloat32:
       load_tile<Float32>(s, begin, n, scratch);
       break;
-    case Format::kBFloat16:
-      load_tile<BFloat16>(s, begin, n, scratch);
-      break;
     case Format::kFloat16:
       load_tile<Float16>(s, begin, n, scratch);
+      break;
+    default:
+      load_tile<BFloat16>(s, begin, n, scratch);
       break;
   }
   return {false, scratch};
@@ -137,23 +110,26 @@ Tile open_tile(const Stream& s, int64_t begin, int64_t n, float* scratch) {
 
 void close_tile(const Stream& s, int64_t begin, int64_t n, const Tile& tile) {
   if (tile.direct) return;
-  if (s.remainder != nullptr) {
-    store_tile<HighPart>(s, begin, n, tile.data);
-    store_tile<Remainder>(*s.remainder, begin, n, tile.data);
-    return;
-  }
   switch (s.format) {
     case Format::kFloat32:
       store_tile<Float32>(s, begin, n, tile.data);
       break;
-    case Format::kBFloat16:
-      store_tile<BFloat16>(s, begin, n, tile.data);
-      break;
     case Format::kFloat16:
       store_tile<Float16>(s, begin, n, tile.data);
       break;
+    default:
+      store_tile<BFloat16>(s, begin, n, tile.data);
+      break;
   }
 }
+
+}  // namespace
+}  // namespace pace
+
+#include "coded.h"
+
+namespace pace {
+namespace {
 
 // ---- the loop around an element -------------------------------------------------------------------------------------
 
@@ -236,26 +212,33 @@ const Instance<typename Rule<0>::Scalars>& instance(unsigned flags, std::integer
 
 // Elements [begin, end) of one tensor: `Sweep` in kernels.h, for every rule.
 template <template <unsigned> class Rule>
-void sweep(const Stream* streams, const void* scalars, unsigned flags, int64_t begin, int64_t end, BlockSums* sums) {
+void sweep(const Stream* streams, const void* scalars, unsigned flags, const Rounding* rounding, int64_t begin,
+           int64_t end, BlockSums* sums) {
   constexpr int kOperands = Rule<0>::kOperands;
   using Scalars = typename Rule<0>::Scalars;
   const Instance<Scalars>& its = instance<Rule>(flags, std::make_integer_sequence<unsigned, Rule<0>::Flag::values>{});
   alignas(64) float scratch[kOperands][kLargestTile];
-  const int64_t step = its.walk.tile;
+  Coded<Rule<0>> coded(streams, rounding, its.read, its.written);
+  const int64_t step = coded.any() ? kLargestTile : its.walk.tile;
   for (int64_t at = begin; at < end; at += step) {
     const int64_t n = end - at < step ? end - at : step;
     for (int64_t ahead = kAhead; its.walk.ahead && ahead < kAhead + step && at + ahead < end; ahead += kLine) {
       for (int k = 0; k < kOperands; ++k) {
-        if ((its.read >> k & 1) != 0) prefetch_tile(streams[k], at + ahead);
+        if ((coded.read >> k & 1) != 0) prefetch_tile(streams[k], at + ahead);
       }
     }
     Tile open[kOperands];
     float* data[kOperands];
     for (int k = 0; k < kOperands; ++k) {
-      open[k] = (its.read >> k & 1) != 0 ? open_tile(streams[k], at, n, scratch[k]) : Tile{true, nullptr};
+      if (coded.has(k)) {
+        open[k] = {true, coded.opened(k, at, n, data, scratch[k])};
+      } else {
+        open[k] = (its.read >> k & 1) != 0 ? open_tile(streams[k], at, n, scratch[k]) : Tile{true, nullptr};
+      }
       data[k] = open[k].data;
     }
     its.tile(*static_cast<const Scalars*>(scalars), n, data, sums);
+    if (coded.any()) coded.close(at, n, data);
     for (int k = 0; k < kOperands; ++k) {
       if ((its.written >> k & 1) != 0) close_tile(streams[k], at, n, open[k]);
     }

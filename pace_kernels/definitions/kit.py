@@ -34,6 +34,7 @@ class Option:
     name: str
     type: str = "float"  # of the schema: float, float?, int, bool
     allowed: Range | None = None
+    default: str | None = None  # of the schema
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ class Operand:
     """A tensor of the parameter's shape. ``reads`` and ``writes`` say when a step does, in terms of the definition's
     flags, as C++ has it. ``empty`` is the sentence that ends the refusal of a list of another length where the list may
     be missing; None: it has to be there. ``role`` says how it lies: a "weight"; a "gradient" or a "moment", in the
-    weight's format or float32; a "copy", in the weight's format; a "state", in float32."""
+    weight's format or float32; a "copy", in the weight's format; a "state", in float32. ``codec`` says in what else it
+    may lie (csrc/codes.h), and ``beside`` names the list of what lies beside it then, which as a rule is None: of a
+    "weight" in bfloat16 what is left over of float32; of a "moment", a "square" or an "average" the scales of its codes.
+    """
 
     symbol: str  # in rules and kernels
     list: str  # of the operator
@@ -50,6 +54,13 @@ class Operand:
     writes: str = "true"
     mutable: bool = True  # by the schema
     empty: str | None = None
+    codec: str | None = None
+
+    @property
+    def beside(self) -> str | None:
+        if self.codec is None:
+            return None
+        return "remainders" if self.codec == "weight" else f"{self.list.removesuffix('s')}_scales"
 
     def uses(self, flags: dict[str, bool]) -> tuple[bool, bool]:
         """Whether a step with these flags reads it, and writes it."""
@@ -90,9 +101,6 @@ class Definition:
     extras: tuple[Extra, ...] = ()
     scaling: tuple[str, ...] = SCALING
     sums: int = field(default=0)  # of the terms that a step can sum over coordinates
-    # The list, last of the tensors, of what bfloat16 parameters leave over of float32 ones, int16, which may be None
-    # (csrc/codes.h). It is no operand: rules see the whole weight.
-    remainders: str | None = None
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -101,6 +109,11 @@ class Definition:
     @property
     def rows(self) -> tuple[Row, ...]:
         return tuple(entry for entry in self.lists if isinstance(entry, Row))
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The lists of what lies beside operands, last of the tensors. Rules see none of it: they see whole numbers."""
+        return tuple(operand.beside for operand in self.operands if operand.beside is not None)
 
     def lists_of(self, *roles: str) -> tuple[str, ...]:
         return tuple(operand.list for operand in self.operands if operand.role in roles)
@@ -119,8 +132,11 @@ class Definition:
         parts.append(f"{marked('Tensor[]', True)} {STEPS}")
         parts += [f"{marked('Tensor?', extra.written)} {extra.name}=None" for extra in self.extras]
         parts += [f"Tensor? {name}=None" for name in ("lr_tensor", *self.scaling)]
-        parts += [f"{marked('Tensor[]', True)}? {self.remainders}=None"] if self.remainders else []
-        options = [f"{option.type} {option.name}" for option in self.options]
+        parts += [f"{marked('Tensor[]', True)}? {name}=None" for name in self.beside]
+        defaults = [f"={option.default}" if option.default is not None else "" for option in self.options]
+        options = [
+            f"{option.type} {option.name}{default}" for option, default in zip(self.options, defaults, strict=True)
+        ]
         return f"{self.op}({', '.join(parts)}, *, {', '.join(options)}, bool capturable) -> ()"
 
 

@@ -17,15 +17,22 @@ PACE = Definition(
     op="pace_step_",
     name="Pace",
     lists=(
-        Operand("x", "params", "weight"),
+        Operand("x", "params", "weight", codec="weight"),
         Operand("g", "grads", "gradient", writes="false", mutable=False),
-        Operand("m", "exp_avgs", reads="moment", writes="moment", empty="; it may be empty, since beta1 is 0"),
-        Operand("v", "exp_avg_sqs"),
+        Operand(
+            *("m", "exp_avgs"),
+            reads="moment",
+            writes="moment",
+            empty="; it may be empty, since beta1 is 0",
+            codec="moment",
+        ),
+        Operand("v", "exp_avg_sqs", codec="square"),
         Operand(
             *("e", "emas"),
             reads="pull || average",
             writes="average",
             empty="; it may be empty, since lambda_pullback is 0",
+            codec="average",
         ),
     ),
     options=(
@@ -39,8 +46,8 @@ PACE = Definition(
         *AVERAGING,
         Option("pullback_from_step", "bool"),
         Option("maximize", "bool"),
+        Option("stochastic_rounding", "bool", default="False"),
     ),
     flags=("moment", "pull", "average", "stats"),
     extras=(Extra("stats", len(PACE_STATS), written=True),),
-    remainders="remainders",
 )

@@ -143,6 +143,9 @@ class Place(NamedTuple):
     offset: Tensor
     increment: Tensor | float
 
+    def value(self) -> Tensor:
+        return self.grid + self.offset
+
     def moved(self, x: Tensor, w: float | Tensor) -> Place:
         """e₊ = e + w (x₊ − e), x₊ the weight as it will be read back."""
         weight = torch.as_tensor(w, dtype=torch.float32, device=x.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -41,8 +42,15 @@ def check_steps(steps: Sequence[Tensor]) -> None:
 
 def options_type(definition: Definition) -> Any:
     """A dataclass of the operator's options, by the names that its definition has for them."""
-    names = [option.name for option in definition.options]
-    return dataclasses.make_dataclass(f"{definition.name}Options", [*names, "capturable"], frozen=True)
+    fields = [
+        (option.name, Any, dataclasses.field(default=json.loads(option.default.lower())))
+        if option.default is not None
+        else (option.name, Any)
+        for option in definition.options
+    ]
+    return dataclasses.make_dataclass(
+        f"{definition.name}Options", [*fields, ("capturable", bool)], frozen=True, kw_only=True
+    )
 
 
 def by_graph(device: torch.device) -> bool:
@@ -58,8 +66,11 @@ def data(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> 
 
 
 def place(states: Sequence[Tensor]) -> tuple[torch.device, torch.dtype]:
-    """Where the states of a call are, and of what dtype."""
-    return (states[0].device, states[0].dtype) if states else (torch.device("cpu"), torch.float32)
+    """Where the states of a call are, and in what dtype they are computed with."""
+    if not states:
+        return torch.device("cpu"), torch.float32
+    coded = states[0].dtype in (torch.bfloat16, torch.uint8)
+    return states[0].device, torch.float32 if coded else states[0].dtype
 
 
 def handed_over(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..definitions import PACE
 from ..definitions.kit import PACE_STATS
-from .codes import joined, split
+from .coded import Coded
 from .common import (
     Begun,
     Keep,
@@ -201,6 +201,9 @@ def pace_step_(
     clip_coef: Tensor | None = None,
     found_inf: Tensor | None = None,
     remainders: list[Tensor] | None = None,
+    exp_avg_scales: list[Tensor] | None = None,
+    exp_avg_sq_scales: list[Tensor] | None = None,
+    ema_scales: list[Tensor] | None = None,
     **options: Any,
 ) -> None:
     """What the operator ``pace_step_`` does, tensor by tensor; on any device, and in float64 for float64 parameters.
@@ -213,25 +216,16 @@ def pace_step_(
     pull, momentum = o.lambda_pullback != 0.0, o.beta1 != 0.0
     scalars = begun.scalars(lambda t: pace_scalars(o, t, begun.factor))
     of_stats = begun.scalars(lambda t: stats_scalars(o, t), torch.float64) if stats is not None else []
+    coded = Coded(o.stochastic_rounding, remainders, exp_avg_scales, exp_avg_sq_scales, ema_scales)
     rows: list[Tensor] = []
     for i, (param, its_scalars) in enumerate(zip(params, scalars, strict=not keep.all)):
-        v = exp_avg_sqs[i]
         m = exp_avgs[i] if momentum else None
         e = emas[i] if emas else None
-        s = rounded(its_scalars, v.dtype)
-        x = joined(param, remainders[i]) if remainders else param.to(v.dtype)
-        new = pace_rule(s, grads[i].to(v.dtype), x, m, v, e, pull)
-        if remainders:
-            high, rest = split(new.x, 32)
-            keep.copy_(param, high)
-            keep.copy_(remainders[i], rest)
-        else:
-            keep.copy_(param, new.x)
-        keep.copy_(v, new.v)
-        if m is not None:
-            keep.copy_(m, new.m)
-        if e is not None and new.e is not None:
-            begun.average(e, new.e, s.moves)
+        s = rounded(its_scalars, begun.dtype)
+        stored = coded.stored(i, param, m, exp_avg_sqs[i], e)
+        was = stored.read()
+        new = pace_rule(s, grads[i].to(was.v.dtype), was.x, was.m, was.v, was.e, pull)
+        stored.write(keep, was, new, s, begun.counts[i], o.ema_update_freq)
         if stats is not None and param.numel() > 0:
             rows.append(summed_stats(new, of_stats[i]).to(stats.dtype))
     write_stats(stats, keep, rows)

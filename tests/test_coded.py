@@ -1,0 +1,115 @@
+"""Promise: a step whose weights and states lie in codes has the same bits in torch and in every kernel, for every
+combination of formats, layout and number of threads, and refuses what does not fit before it writes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from products import FULL, day
+from test_native import processor_isas
+from torch import Tensor
+
+from pace_kernels import torch_rules
+from pace_kernels.torch_rules import codes
+
+OPTIONS: dict[str, Any] = {
+    "lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.01, "lambda_pullback": 1.0,
+    "clamp_pullback": True, "beta_ema": 0.01, "ema_kappa": 0.5, "ema_rho": 0.0, "ema_gamma": 1.0, "ema_update_freq": 1,
+    "pullback_from_step": False, "maximize": False, "stochastic_rounding": False, "capturable": False,
+}  # fmt: skip
+NATIVE = torch.ops.pace_kernels.pace_step_.default
+
+WEIGHTS = ("float32", "bfloat16", "float16", "dithered", "24", "32")
+STATES = (32, 16, 8)
+AVERAGES = (None, 32, 24, 16, 8)
+SHAPES = ((64, 32), (1, 32), (3, 5, 64), (0, 32), (257, 64))  # the last is longer than a block of 16,384
+
+
+def product() -> Iterator[tuple[str, int, int | None]]:
+    every = list(itertools.product(WEIGHTS, STATES, AVERAGES))
+    yield from every if FULL else random.Random(day()).sample(every, 24) + [("32", 8, 8), ("24", 8, 16)]
+
+
+def odd(n: int, dtype: torch.dtype) -> Tensor:
+    """Of no alignment but its element's."""
+    return torch.zeros(n + 1, dtype=dtype)[1:]
+
+
+class Call:
+    """The tensors of a call, new states as the optimizers make them."""
+
+    def __init__(
+        self, weights: str, state_bits: int, ema_bits: int | None, shapes: Any = SHAPES, seed: int = 0
+    ) -> None:
+        self.gen = torch.Generator().manual_seed(seed)
+        dtype = {"float32": torch.float32, "float16": torch.float16}.get(weights, torch.bfloat16)
+        self.params = [self.noise(s).to(dtype) for s in shapes]
+        self.steps = [torch.zeros(()) for _ in shapes]
+        self.beside: dict[str, list[Tensor] | None] = dict.fromkeys(
+            ("remainders", "exp_avg_scales", "exp_avg_sq_scales", "ema_scales")
+        )
+        if weights in ("24", "32"):
+            kind = torch.int8 if weights == "24" else torch.int16
+            self.beside["remainders"] = [odd(p.numel(), kind).view(p.shape) for p in self.params]
+        kinds = {32: torch.float32, 16: torch.bfloat16, 8: torch.uint8}
+        m, v = ([odd(p.numel(), kinds[state_bits]).view(p.shape) for p in self.params] for _ in range(2))
+        if state_bits == 8:
+            for name in ("exp_avg_scales", "exp_avg_sq_scales"):
+                self.beside[name] = [odd(p.numel() // codes.BLOCK, torch.uint8) for p in self.params]
+        e: list[Tensor] = []
+        if ema_bits is not None:
+            kinds = {32: torch.float32, 24: torch.bfloat16, 16: torch.int16, 8: torch.int8}
+            e = [odd(p.numel(), kinds[ema_bits]).view(p.shape) for p in self.params]
+            for a, p in zip(e, self.params, strict=True):
+                if ema_bits in (24, 32):
+                    a.copy_(p)
+            if ema_bits == 24:
+                self.beside["ema_scales"] = [odd(p.numel(), torch.int8).view(p.shape) for p in self.params]
+                for a, rest, p in zip(e, self.beside["ema_scales"], self.params, strict=True):
+                    for part, value in zip((a, rest), codes.split(codes.rounded(p.float(), 24, 128), 24), strict=True):
+                        part.copy_(value)
+            elif ema_bits < 24:
+                self.beside["ema_scales"] = [odd(p.numel() // codes.BLOCK, torch.uint8) for p in self.params]
+        self.lists = [m, v, e]
+        self.options = OPTIONS | {"stochastic_rounding": weights == "dithered"}
+        if ema_bits is None:
+            self.options["lambda_pullback"] = 0.0
+
+    def noise(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=self.gen)
+
+    def gradients(self, step: int) -> list[Tensor]:
+        """Of every size, with what no training should meet."""
+        grads = [self.noise(p.shape) * 10.0 ** float(self.noise((1,)) * 3) for p in self.params]
+        if step == 3:
+            for g, value in zip(grads, (torch.inf, torch.nan, 1e30, 0.0, -1e30), strict=False):
+                g.view(-1)[:1] = value
+        if step == 4:
+            grads = [torch.zeros_like(g) for g in grads]
+        return [g.to(p.dtype) if step % 2 else g for g, p in zip(grads, self.params, strict=True)]
+
+    def take(self, function: Any, grads: list[Tensor], **changed: Any) -> None:
+        function(self.params, grads, *self.lists, self.steps, **self.beside, **self.options | changed)
+
+    def everything(self) -> list[Tensor]:
+        lists = [self.params, *self.lists, self.steps, *(side for side in self.beside.values() if side)]
+        flat = (t.reshape(-1) for tensors in lists for t in tensors)
+        settled = (codes.settled(t.float()) if t.is_floating_point() else t for t in flat)
+        return [t.view(torch.uint8) for t in settled]
+
+
+@pytest.mark.parametrize("case", list(product()), ids=str)
+def test_torch_and_the_kernels_have_the_same_bits(case: tuple[str, int, int | None]) -> None:
+    ours, theirs = Call(*case), Call(*case)
+    for step in range(8):
+        grads = ours.gradients(step)
+        changed: dict[str, Any] = {} if step < 6 else {"ema_update_freq": 2, "lambda_pullback": 0.0}
+        ours.take(NATIVE, grads, **changed)
+        theirs.take(torch_rules.pace_step_, [g.clone() for g in grads], **changed)
+        for a, b in zip(ours.everything(), theirs.everything(), strict=True):
+            assert torch.equal(a, b), step
