@@ -8,10 +8,11 @@ live.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import derived
 from .backend import say_once
 from .checks import Group, require
+from .formats import CODED, REMAINDER, average_in, encode_again, state_in, weight_in
 from .memory import check_whole, overlapping, region, share_memory
 from .sharding import is_sharded, local
-from .states import REMAINDER
 from .whole import Whole, at_once, each
 
 # The versions of a parameter, wrapper and local part.
@@ -52,6 +53,8 @@ class Averaging(Whole, torch.optim.Optimizer):
     # The versions of swapped weights before the swap, and as it left them: a later one was written by others.
     # One object for wrappers that copy attributes, such as Lightning's, and never part of a checkpoint.
     _versions: dict[Tensor, tuple[Version, Version]]
+    # The versions of weights beside which averages lie, as the last step or swap left them.
+    _left: Any = MappingProxyType({})
     # The key of a group that says whether its average is swapped in. Groups are shared with wrappers that pass for this
     # optimizer, such as Lightning's; an attribute set through one of them would stay there.
     _MARK = "swapped"
@@ -65,7 +68,9 @@ class Averaging(Whole, torch.optim.Optimizer):
     def _average_of(self, entry: _Entry) -> Any:
         """The average of a parameter whose live weights are in its state `live`, or what writes it into a tensor; of a
         sharded one, the local part will do."""
-        return entry.state[self._AVERAGE]
+        if self._AVERAGE in entry.state:
+            return entry.state[self._AVERAGE]
+        return state_in("ema", entry.state, weight_in(entry.state["live"], entry.state))
 
     def _holds_average(self, entry: _Entry) -> bool:
         """Whether the parameter holds its average."""
@@ -161,11 +166,12 @@ class Averaging(Whole, torch.optim.Optimizer):
         loaded = _with_others([e.param for e in entries], [e.param for e in changed] if keep == "loaded" else [])
         back = self._to_put_back(entries, loaded)
         before = {param: was for param, (was, _) in self._versions.items()}
+        kept = [(e, average_in(e.state, weight_in(e.state["live"], e.state))) for e in entries if id(e.param) in loaded]
         self._versions.clear()
         self._swap_out(back, [*entries, *back], [group for group in self.param_groups if self._MARK in group])
-        for entry in entries:
-            if id(entry.param) in loaded and REMAINDER in entry.state:  # of the weights that were there
-                entry.state[REMAINDER].zero_()
+        for entry, average in kept:  # remainders, and codes of averages, were those of the weights of before
+            encode_again(entry.param, entry.state, None, average)
+        self._note_left([entry.param for entry in entries if entry.param in self._left])
         _restored.update({e.param: (_version(e.param), before[e.param]) for e in back if e.param in before})
         self._forget_derived(model)
 
@@ -205,12 +211,12 @@ class Averaging(Whole, torch.optim.Optimizer):
 
     def _entries(self, groups: Sequence[Group], name: str | None = None) -> list[_Entry]:
         """Of the groups' parameters those that have this state; without a name, an average."""
-        name = name or self._AVERAGE
+        names = (name,) if name is not None else (self._AVERAGE, *(("ema_codes",) if self._AVERAGE == "ema" else ()))
         return [
             _Entry(group, i, param, self.state[param])
             for group in groups
             for i, param in enumerate(group["params"])
-            if name in self.state.get(param, ())
+            if not self.state.get(param, {}).keys().isdisjoint(names)
         ]
 
     def _is_changed(self, param: Tensor) -> bool:
@@ -228,15 +234,17 @@ class Averaging(Whole, torch.optim.Optimizer):
                 raise TypeError(f"{what}: model must be a torch.nn.Module, got {type(model).__name__}")
             derived.forget(model, ())  # so that its parameters are the sharded ones again
             _check_trains(model, self._params(), what)
+        self._check_unedited(what, [entry.param for entry in entries if "live" not in entry.state])
         for entry in entries:
-            for name in (self._AVERAGE, "live"):
+            for name in (self._AVERAGE, "ema_codes", "live"):
                 value = entry.state.get(name)
                 if value is not None and local(value).shape != local(entry.param).shape:
                     raise RuntimeError(
                         f"{what}: {self._name(entry.group, entry.place)} has shape {tuple(entry.param.shape)}, its "
                         f"state {name!r} has {tuple(value.shape)}: was it resized?"
                     )
-        values = (t for e in entries for t in (e.param, e.state.get(self._AVERAGE), e.state.get("live")))
+        names = (self._AVERAGE, *CODED, "live")
+        values = (t for e in entries for t in (e.param, *(e.state.get(name) for name in names)))
         check_whole(local(value) for value in values if value is not None)
 
     def _swap_in(self, entries: list[_Entry], groups: Sequence[Group]) -> None:
@@ -264,6 +272,52 @@ class Averaging(Whole, torch.optim.Optimizer):
         else:
             lives = each(dict.__setitem__, states, repeat("live"), copies)
         at_once([lives, each(dict.__setitem__, groups, repeat(self._MARK), repeat(copies is not None))])
+
+    def _note_left(self, params: Iterable[Tensor]) -> None:
+        """Averages lie beside these weights as they are now."""
+        for param in params:
+            self._left[param] = version_of(local(param))
+
+    def _check_unedited(self, what: str, params: Iterable[Tensor]) -> None:
+        """Raises RuntimeError where weights were written since averages were left beside them: they would go along."""
+        for param in params:
+            left = self._left.get(param)
+            if left is not None and version_of(local(param)) != left:
+                raise RuntimeError(
+                    f"{what}: a parameter of shape {tuple(param.shape)} was written since the last step, and with "
+                    "ema_bits of 8 or 16 its average is known only beside its weights. Edit them within `with "
+                    "optimizer.editing_weights():`, or take ema_bits=24, whose averages stand alone"
+                )
+
+    @contextmanager
+    def editing_weights(self) -> Iterator[None]:
+        """Within this context weights may be written between steps, as by ``load_state_dict()`` of the model, a clamp or
+        a mask: averages stay what they are, within half a step of their codes. With ``ema_bits`` of 8 or 16 such writes
+        are refused elsewhere. Until its end it holds averages and weights once more, in float32.
+
+        >>> with optimizer.editing_weights():  # doctest: +SKIP
+        ...     model.weight.clamp_(-1, 1)
+        """
+        self._require_whole("editing_weights()")
+        self._require_live("editing_weights()")
+        entries = [
+            _Entry(group, i, param, self.state[param])
+            for group in self.param_groups
+            for i, param in enumerate(group["params"])
+            if not self.state.get(param, {}).keys().isdisjoint(("ema_scales", REMAINDER))
+        ]
+        with torch.no_grad():
+            self._check_unedited("editing_weights()", [entry.param for entry in entries])
+            kept = [
+                (e, local(e.param).detach().clone(), average_in(e.state, weight_in(e.param, e.state))) for e in entries
+            ]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for entry, before, average in kept:
+                    encode_again(entry.param, entry.state, before, average)
+            self._note_left([entry.param for entry in entries if entry.param in self._left])
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -319,3 +373,8 @@ def _with_others(params: list[Tensor], some: list[Tensor]) -> set[int]:
 
 def _version(param: Tensor) -> Version:
     return param._version, local(param)._version
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often it was written, as far as torch counts that."""
+    return 0 if tensor.is_inference() else tensor._version

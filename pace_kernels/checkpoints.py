@@ -12,10 +12,23 @@ from torch import Tensor
 
 from .averaging import Averaging
 from .checks import Group, checked_count, require, shortened
+from .formats import (
+    CODED,
+    MOMENTS,
+    PARTS,
+    REMAINDER,
+    as_coded,
+    asked,
+    check_parts,
+    has_average,
+    saved_dtypes,
+    scales_shape,
+    whole_name,
+)
 from .memory import is_whole
 from .options import Record, check_given, make_plain
 from .sharding import local
-from .states import FLOATING, FORMAT, GROUP_STATE, LAST_STEP, REMAINDER, as_state, dtype_of, holds, step_dtype
+from .states import CODED_FORMAT, FLOATING, FORMAT, GROUP_STATE, LAST_STEP, as_state, holds, step_dtype
 from .torch_rules.common import has_values
 
 # Options that torch.optim.Adam and AdamW keep in their groups and that mean nothing here.
@@ -47,9 +60,10 @@ def check_saved(state: str, name: str, value: Any, shape: tuple[int, ...], param
         came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{state}: {name} must be a tensor of shape {shape}, got {came}")
     complex_too = param.is_complex()
-    if name == REMAINDER:
-        if value.dtype != torch.int16 or value.layout is not torch.strided:
-            raise ValueError(f"{state}: {name} must be dense, of torch.int16, got {value.dtype}, {value.layout}")
+    if name in CODED:
+        if value.dtype not in saved_dtypes(name) or value.layout is not torch.strided:
+            kinds = " or ".join(map(str, saved_dtypes(name)))
+            raise ValueError(f"{state}: {name} must be dense, of {kinds}, got {value.dtype}, {value.layout}")
     elif not (value.is_complex() if complex_too else value.dtype in FLOATING) or value.layout is not torch.strided:
         kind = value.dtype if value.layout is torch.strided else value.layout
         allowed = "a complex dtype" if complex_too else ", ".join(map(str, FLOATING))
@@ -121,11 +135,14 @@ class Checkpoints(Averaging):
     def _to_save(self, group: Group) -> Group:
         """What a checkpoint has of the group beside its options."""
         states = [self.state[param] for param in group["params"] if self.state.get(param)]
-        averaged = [state for state in states if "ema" in state]
-        names = set.intersection(*map(set, averaged or states)) if states else set()
+        averaged = [state for state in states if has_average(state)]
+        named = [{whole_name(name) for name in state if name != REMAINDER} for state in averaged or states]
+        names = set.intersection(*named) if named else set()
         if 0 < len(averaged) < len(states):
             names.add(_AT_REST)
         saved: Group = {"state_names": tuple(sorted(names)) if states else None}
+        if any(name in CODED for state in states for name in state):
+            saved["format_version"] = CODED_FORMAT
         if group["skipped_steps"] is None:  # distributed checkpoints load no tensor into what is None
             saved["skipped_steps"] = torch.zeros((), dtype=torch.int64)
         return saved
@@ -192,7 +209,7 @@ class Checkpoints(Averaging):
             groups.append(options | {"state_names": None})
             if names is None or self.OWN_OPTION not in saved:
                 names = (*(names or ()), *self._required_states(options))
-            rests = _AT_REST in names and any("ema" in loaded["state"].get(key, ()) for key in saved["params"])
+            rests = _AT_REST in names and any(has_average(loaded["state"].get(key, ())) for key in saved["params"])
             names = [name for name in names if name != _AT_REST]
             ordered, present = saved.get("param_names"), group.get("param_names")
             if ordered and present and ordered != present and sorted(ordered) == sorted(present):
@@ -218,8 +235,8 @@ class Checkpoints(Averaging):
                     "optimizer.zero_grad()"
                 )
             if "ema" in self._state_tensors(options) and _AT_REST not in (names_of_states or ()):
-                without |= any("ema" not in state for state in loaded_here)
-            lost = any("ema" in state and "live" not in state for state in loaded_here)
+                without |= not all(map(has_average, loaded_here))
+            lost = any(has_average(state) and "live" not in state for state in loaded_here)
             if saved.get("swapped") and lost:
                 raise ValueError(
                     f"param_groups[{number}] was saved between eval() and train(), and its live weights did not come "
@@ -299,10 +316,10 @@ class Checkpoints(Averaging):
             raise ValueError(
                 f"param_groups[{number}]: format_version must be an integer >= 0, got {shortened(version)}"
             )
-        if version > FORMAT:
+        if version > CODED_FORMAT:
             raise ValueError(
                 f"param_groups[{number}] was saved in format {shortened(version)} by a later pace_kernels; this one "
-                f"reads formats up to {FORMAT}"
+                f"reads formats up to {CODED_FORMAT}"
             )
 
     def _merged(self, saved: Group, group: Group) -> Group:
@@ -327,7 +344,8 @@ class Checkpoints(Averaging):
         """A parameter's saved state in our names, copied and checked; it must have what is ``required``."""
         state = {_FOREIGN_NAMES.get(k, k): v for k, v in saved.items()}
         for needed in ("step", *required):
-            if needed not in state and needed != "live":  # that one is asked for with "swapped"
+            there = needed in state or any(part in state for part in PARTS.get(needed, ()))
+            if not there and needed != "live":  # that one is asked for with "swapped"
                 raise ValueError(f"{name} lacks {needed}: is it the state of another optimizer, or incomplete?")
         if (
             "max_exp_avg_sq" not in (*self._state_tensors(group), *required)
@@ -344,15 +362,21 @@ class Checkpoints(Averaging):
                 notes.append(f"{name}: the model holds neither its weights nor its average; load the model first")
         step = checked_count(f"{name}: step", state.pop("step"), LAST_STEP)
         step = step.to(step_dtype(step.item()))
+        check_parts(state, name, param)
+        if not asked(group).weight and "ema_scales" not in state:  # codes beside a weight are beside its remainder too
+            state.pop(REMAINDER, None)
         for key, value in state.items():
             shape = (self.STATE_ROWS[key],) if key in self.STATE_ROWS else tuple(param.shape)
-            check_saved(name, key, value, shape, param)
+            check_saved(name, key, value, scales_shape(param) if key.endswith("_scales") else shape, param)
         ours = {"step": step.reshape(()).to(param.device if group["capturable"] else "cpu", copy=True)}
         for key, value in state.items():
             if key in self.STATE_ROWS:
                 ours[key] = self._initial(key, param, group).copy_(value)
-            else:
-                ours[key] = as_state(param, value, value.dtype if key == "live" else dtype_of(key, param))
+            elif key in CODED:
+                ours[key] = as_coded(key, param, value)
+            else:  # those that are to lie otherwise are converted when they are used first
+                narrow = key in MOMENTS and value.dtype == torch.bfloat16 and asked(group).state == 16
+                ours[key] = as_state(param, value, value.dtype if key == "live" or narrow else None)
         return ours
 
     @staticmethod
@@ -368,7 +392,8 @@ class Checkpoints(Averaging):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._records, self._changed = {}, []
         self._unchecked = {id(p) for group in self.param_groups for p in group["params"] if not self.state.get(p)}
-        self.__dict__.setdefault("_versions", {}).clear()
+        for name in ("_versions", "_left"):
+            self.__dict__.setdefault(name, {}).clear()
         self.__dict__.setdefault("_unfinished", [])
         self.__dict__.setdefault("_incoming", None)
         self.__dict__.setdefault("_dry", False)

@@ -11,11 +11,25 @@ import torch
 from torch import Tensor
 
 from .checks import Group
+from .formats import (
+    CODED,
+    MOMENTS,
+    PARTS,
+    REMAINDER,
+    as_coded,
+    converted,
+    dtype_of,
+    formats_in,
+    has_average,
+    names_of,
+    new_state,
+    weight_in,
+    whole_name,
+)
 from .memory import aligned, check_whole
 from .planning import Planning
 from .sharding import is_sharded, local, placed_alike
-from .states import REMAINDER, Work, as_state, dtype_of, empty_state, exact_on, moved, state_dtype
-from .torch_rules.codes import joined
+from .states import PLAIN, Formats, Work, as_state, empty_state, exact_on, moved
 
 NO_STATE: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -24,7 +38,10 @@ class Fitting(Planning):
     """An optimizer that finds the states of its steps, or makes them. Not for direct use."""
 
     def _states(self, work: Work) -> dict[str, list[Tensor]]:
-        names = ("step", *self._state_tensors(work.group))
+        formats = work.formats
+        names = ("step", *names_of(formats, self._state_tensors(work.group)))
+        if formats.on_grid:
+            self._check_unedited("step()", work.owners)
         usual = self._usual_states(work, names)
         if usual is not None:
             return usual
@@ -33,13 +50,14 @@ class Fitting(Planning):
             state = self.state.get(owner)
             work.records.append(work.changes.setdefault(i, {}) if state is None else state)
             if state:
-                for name, fitted in self._fitted(owner, state, names[1], param is owner).items():
+                self._convert(owner, state, formats)
+                for name, fitted in self._fitted(owner, state, names[1], param is owner, formats).items():
                     work.put(i, name, fitted)
             now = {**(state or {}), **work.changes[i]} if i in work.changes else state or {}
             for name in names:
                 value: Tensor | None = now.get(name)
                 if value is None:
-                    value = self._initial(name, owner, work.group, now)
+                    value = self._first(name, owner, work, now)
                     now = {**now, name: value}
                     work.put(i, name, value)
                 columns[name].append(value if type(value) is Tensor else local(value))
@@ -51,12 +69,14 @@ class Fitting(Planning):
         records: list[Any] = list(map(self.state.get, work.owners))
         try:
             columns = {name: [record[name] for record in records] for name in names}
+            more = sum(map(len, records)) > len(names) * len(records)  # as what was kept in other formats
         except (KeyError, TypeError):  # some are missing
             return None
         first = columns[names[1]] if len(names) > 1 else []
         if (
             {kind for column in columns.values() for kind in map(type, column)} != {Tensor}
-            or {value.dtype for value in first} != {state_dtype(work.params[0])}
+            or more
+            or not self._have_dtypes(work, names, columns)
             or [value.shape for value in first] != [param.shape for param in work.params]
             or not all(map(operator.is_, work.owners, work.params))  # local parts of DTensors
         ):
@@ -64,6 +84,40 @@ class Fitting(Planning):
         work.records = records
         self._place_steps(work, columns["step"])
         return columns
+
+    @staticmethod
+    def _have_dtypes(work: Work, names: tuple[str, ...], columns: dict[str, list[Tensor]]) -> bool:
+        """Whether the states are of the dtypes of their formats; plain ones all are of one."""
+        looked_at = names[1:2] if work.formats is PLAIN else names[1:]
+        wanted = {name: dtype_of(name, work.formats, work.params[0]) for name in looked_at}
+        same = ({value.dtype for value in columns[name]} == {dtype} for name, dtype in wanted.items())
+        return bool(wanted) and all(same)
+
+    def _convert(self, param: Tensor, state: dict[str, Tensor], formats: Formats) -> None:
+        """Brings a state that lies in other formats, as one of a checkpoint or of before the options were changed, into
+        these. It means the same afterwards."""
+        if formats is PLAIN and not any(name in CODED for name in state):
+            return
+        there = formats_in(state)
+        moments = any(whole_name(name) in MOMENTS for name in state)
+        if (
+            (there.state == formats.state or not moments)
+            and (there.ema == formats.ema or not has_average(state))
+            and (there.weight in (formats.weight, 0))  # one that is missing is new, as every other state
+        ):
+            return
+        new = converted(state, param, formats)
+        for name in [name for name in state if name in CODED or whole_name(name) in PARTS]:
+            del state[name]
+        state.update(new)
+
+    def _first(self, name: str, param: Tensor, work: Work, state: Mapping[str, Tensor]) -> Tensor:
+        """A state at a parameter's first step; ``state`` has those before it."""
+        coded = name in CODED or (name in MOMENTS and work.formats.state == 16)
+        if not coded:
+            return self._initial(name, param, work.group, state)
+        check_whole((local(param),))
+        return new_state(name, work.formats, param, state)
 
     def _place_steps(self, work: Work, steps: list[Tensor]) -> None:
         """Step counts follow the parameters to their device, and stay there, where only it knows whether a step counts:
@@ -84,16 +138,20 @@ class Fitting(Planning):
                         steps[i] = step.double()
                         work.put(i, "step", steps[i])
 
-    def _fitted(self, param: Tensor, state: dict[str, Tensor], name: str, plain: bool) -> dict[str, Tensor]:
+    def _fitted(
+        self, param: Tensor, state: dict[str, Tensor], name: str, plain: bool, formats: Formats = PLAIN
+    ) -> dict[str, Tensor]:
         """New states where they have to follow a parameter whose dtype or shards were changed by hand; a change of its
         shape is refused."""
         value = state.get(name)
         if value is None:  # options changed: it will be created
-            value = next((state[key] for key in self.STATE_TENSORS if key in state), None)
+            shaped = (key for key in self.STATE_TENSORS if not key.endswith("_scales"))
+            name = next((key for key in shaped if key in state), name)
+            value = state.get(name)
         if value is None:
             return {}
         placed = not is_sharded(value) if plain else is_sharded(value) and placed_alike(value, param)
-        if placed and value.dtype is state_dtype(param) and value.shape == param.shape:
+        if placed and value.dtype is dtype_of(name, formats, param) and value.shape == param.shape:
             return {}
         if value.shape != param.shape:
             raise RuntimeError(
@@ -103,7 +161,10 @@ class Fitting(Planning):
         if "ema" in kept and kept["ema"].shape != param.shape:
             del kept["ema"]
         check_whole(map(local, kept.values()))
-        return {key: as_state(param, value, dtype_of(key, param)) for key, value in kept.items()}
+        return {
+            key: as_coded(key, param, value) if key in CODED else as_state(param, value, dtype_of(key, formats, param))
+            for key, value in kept.items()
+        }
 
     def _initial(self, name: str, param: Tensor, group: Group, state: Mapping[str, Tensor] = NO_STATE) -> Tensor:
         """A state at a parameter's first step; ``state`` has those before it."""
@@ -112,7 +173,7 @@ class Fitting(Planning):
         if name == "ema":
             check_whole((local(param),))
             here = param if is_sharded(param) else aligned(param)
-            return as_state(param, joined(here.detach(), aligned(state[REMAINDER])) if REMAINDER in state else here)
-        zeros = empty_state(param, dtype_of(name, param))
+            return as_state(param, weight_in(here, state) if REMAINDER in state else here)
+        zeros = empty_state(param)
         local(zeros).zero_()
         return zeros

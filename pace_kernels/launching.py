@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from .backend import say_once
 from .checkpoints import Checkpoints
+from .formats import AVERAGE, has_average
 from .memory import aligned, as_bytes, is_askew, overlap_in_part, region
 from .operands import check_operands
 from .sharding import PLAIN, local
@@ -133,6 +134,7 @@ class Launching(Checkpoints):
                 raise
             self._run(works)
             return
+        self._note_left(owner for work in works if work.formats.on_grid for owner in work.owners)
         self._plan_next(prepared)
 
     def _plan_next(self, prepared: Prepared) -> None:
@@ -151,8 +153,10 @@ class Launching(Checkpoints):
                 if "step" in state and counts_no_further(state["step"]):
                     state["step"] = state["step"].double()
                     mended = True
-                if "ema" in state and state["ema"].shape != owner.shape:
-                    del state["ema"]  # as that of a parameter at rest; the step makes a new one
+                average = state.get("ema", state.get("ema_codes"))
+                if average is not None and average.shape != owner.shape:
+                    for name in AVERAGE:  # as that of a parameter at rest; the step makes a new one
+                        state.pop(name, None)
                     mended = True
                     say_once(_RESIZED)
         return mended
@@ -193,9 +197,9 @@ class Launching(Checkpoints):
         frozen = [p for group in self.param_groups for p in group["params"] if not p.requires_grad]
         at_rest = [s for p in frozen if (s := self.state.get(p, fresh.get(p))) is not None]
         stepped = any(p.grad is not None for p in frozen)
-        if stepped or any("ema" in state for state in at_rest):
+        if stepped or any(map(has_average, at_rest)):
             # A parameter at rest is live in the average: where it steps again, its average starts anew.
-            calls.append(each(dict.pop, at_rest, repeat("ema"), repeat(None)))
+            calls += [each(dict.pop, at_rest, repeat(name), repeat(None)) for name in AVERAGE]
         return [*calls, *self._counting]
 
     def _entering(self, works: list[Work]) -> tuple[list[Call], dict[Tensor, dict[str, Tensor]]]:

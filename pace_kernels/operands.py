@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .formats import BLOCK, dtype_of
 from .memory import is_askew, is_whole
 from .sharding import local
-from .states import Work, counts_no_further, dtype_of
+from .states import Work, counts_no_further
 
 
 def check_operands(work: Work, states: dict[str, list[Tensor]], rows: Mapping[str, int]) -> None:
@@ -30,8 +31,15 @@ def check_operands(work: Work, states: dict[str, list[Tensor]], rows: Mapping[st
                 )
                 _require(value.device == work.device, entry, f"must be on {work.device}")
             else:
-                _check_dense(entry, value, param, written=True)
-                dtype = dtype_of(name, param)
+                if name.endswith("_scales"):
+                    elements = param.numel() // BLOCK
+                    _require(
+                        value.numel() == elements and value.is_contiguous(), entry, f"must have {elements} elements"
+                    )
+                    _check_memory(entry, value)
+                else:
+                    _check_dense(entry, value, param, written=True)
+                dtype = dtype_of(name, work.formats, param)
                 _require(value.dtype == dtype, entry, f"must be {dtype}, is {value.dtype}")
                 continue
             _check_memory(entry, value)

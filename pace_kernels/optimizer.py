@@ -21,6 +21,7 @@ from torch.optim.optimizer import ParamsT
 from .backend import choose, requested
 from .checks import Group, check_lr, check_number, overlaps_itself, require
 from .fitting import Fitting
+from .formats import REMAINDER, asked, formats_of, whole_name
 from .memory import check_whole
 from .options import Record, check_given, make_plain
 from .planning import Plans, is_observed
@@ -36,7 +37,7 @@ from .sharding import (
     reduce_,
     unwrapped,
 )
-from .states import FLOATING, GROUP_STATE, Work, moved, state_dtype
+from .states import FLOATING, GROUP_STATE, PLAIN, Formats, Work, moved, state_dtype
 from .torch_rules.common import by_graph, has_values
 from .whole import at_once, each
 
@@ -64,7 +65,7 @@ class KernelOptimizer(Fitting):
         self._dry = False
         self._incoming = None
         self._records, self._changed, self._unchecked = {}, [], set()
-        self._versions = {}
+        self._versions, self._left = {}, {}
         self._unfinished = []
         self._apart, self._twins, self._askew, self._counting = set(), set(), False, []
         self._plans = Plans()
@@ -166,7 +167,8 @@ class KernelOptimizer(Fitting):
 
     def _drop_unused(self, group: Group) -> None:
         """A state that its option was turned off for would be stale when the option comes back: it starts anew then."""
-        unused = {*self.STATE_TENSORS, *self.STATE_ROWS} - set(self._state_tensors(group))
+        used = {*self._state_tensors(group), REMAINDER}
+        unused = {name for name in (*self.STATE_TENSORS, *self.STATE_ROWS) if whole_name(name) not in used}
         for param in group["params"]:
             for name in unused & self.state.get(param, {}).keys():
                 del self.state[param][name]
@@ -197,7 +199,8 @@ class KernelOptimizer(Fitting):
         unchecked = self._unchecked
         for group in self.param_groups:
             self._check_changed(group)
-            buckets: dict[tuple[torch.device, torch.dtype, Axes, bool], Work] = {}
+            wanted, formats = asked(group), PLAIN
+            buckets: dict[tuple[torch.device, torch.dtype, Axes, bool, Formats], Work] = {}
             device, dtype, work = None, None, None
             over: Axes = ()
             wraps = False
@@ -214,20 +217,23 @@ class KernelOptimizer(Fitting):
                     if self.READS_GRADIENTS:
                         grad = self._local_grad(owner, grad, group, i)
                 wrapper = is_wrapper(param)
+                its_formats = PLAIN if wanted is PLAIN else formats_of(wanted, owner)
                 if (
                     work is None
                     or param.dtype is not dtype
                     or param.device != device
                     or its_axes != over
                     or wrapper is not wraps
+                    or its_formats != formats
                 ):
-                    device, dtype, over, wraps = param.device, param.dtype, its_axes, wrapper
-                    work = buckets.get((device, dtype, over, wraps))
+                    device, dtype, over, wraps, formats = param.device, param.dtype, its_axes, wrapper, its_formats
+                    work = buckets.get((device, dtype, over, wraps, formats))
                     if work is None:
                         if device not in here:
                             here[device] = {k: moved(v, device) for k, v in scaling.items()}
                         backend = choose(self._backend_name, device, dtype, wraps)
-                        work = buckets[device, dtype, over, wraps] = Work(group, backend, here[device], over)
+                        work = Work(group, backend, here[device], over, formats)
+                        buckets[device, dtype, over, wraps, formats] = work
                 work.owners.append(owner)
                 work.params.append(param)
                 if not self.READS_GRADIENTS:

@@ -13,20 +13,21 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .backend import choose
-from .checks import Group, check_average_options, check_common_options, check_switch, check_torchs_options, require
+from .checks import Group, check_average_options, check_common_options, check_switch, check_torchs_options
 from .definitions import DEFINITIONS
+from .formats import CODED, OPTIONS, asked, beside, check_format_options
 from .launching import Prepared, of_c
 from .ops import PACE_STATS
 from .optimizer import KernelOptimizer
 from .options import make_plain
 from .plan import Plan
 from .planning import NO_ROLES
-from .sharding import PLAIN, Axes, gathered_rows
-from .states import REMAINDER, Work
+from .sharding import Axes, gathered_rows, is_wrapper, local
+from .states import PLAIN, Work
 from .torch_rules.pace import PaceOptions, average_weight, merge_stats
 from .whole import Call
 
-_WITHOUT_REMAINDERS = ("cuda", "triton")
+_WITHOUT_CODES = ("cuda", "triton")  # backends
 
 
 class PACE(KernelOptimizer):
@@ -106,9 +107,9 @@ class PACE(KernelOptimizer):
     """
 
     OPERATOR = "pace_step_"
-    STATE_TENSORS = ("exp_avg", "exp_avg_sq", "ema", REMAINDER)
+    STATE_TENSORS = ("exp_avg", "exp_avg_sq", "ema", *CODED)
     OWN_OPTION = "log_stats"
-    ONLY_OPTIONS = ("log_stats", "master_weight_bits")
+    ONLY_OPTIONS = ("log_stats", *OPTIONS)
 
     _step_stats: list[tuple[Tensor, Axes]]  # of the last step
     _new_stats: list[tuple[Tensor, Axes]]  # of the step that is being taken
@@ -132,7 +133,10 @@ class PACE(KernelOptimizer):
         log_stats: bool = False,
         *,
         pullback_from: str = "weights",
+        state_bits: int = 32,
+        ema_bits: int | None = None,
         master_weight_bits: int | None = None,
+        stochastic_rounding: bool = False,
         maximize: bool = False,
         capturable: bool = False,
         skip_nonfinite: bool = False,
@@ -156,7 +160,10 @@ class PACE(KernelOptimizer):
             "ema_update_freq": ema_update_freq,
             "log_stats": log_stats,
             "pullback_from": pullback_from,
+            "state_bits": state_bits,
+            "ema_bits": ema_bits,
             "master_weight_bits": master_weight_bits,
+            "stochastic_rounding": stochastic_rounding,
             "maximize": maximize,
             "capturable": capturable,
             "skip_nonfinite": skip_nonfinite,
@@ -170,67 +177,58 @@ class PACE(KernelOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        # Flattened distributed checkpoints must have all that groups do, and older ones have no such option.
-        if self.param_groups[-1]["master_weight_bits"] is None:
-            del self.param_groups[-1]["master_weight_bits"]
+        group = self.param_groups[-1]
+        for name, default in OPTIONS.items():  # formats.py says why
+            if group[name] == default:
+                del group[name]
 
     def _check_options(self, group: Group) -> None:
         check_common_options(group, DEFINITIONS[self.OPERATOR].options)
         check_average_options(group)
         check_switch("log_stats", group["log_stats"])
-        bits = group.get("master_weight_bits")
-        require(bits is None or (bits == 32 and type(bits) is int), "master_weight_bits", "None or 32", bits)
-        for i, param in enumerate(group.get("params", ())):  # of a checkpoint's group they are numbers
-            trained = bits is not None and isinstance(param, Tensor) and param.requires_grad
-            if trained and (refusal := self._no_remainder(param)) is not None:
-                raise ValueError(f"{self._name(group, i)} {refusal}")
+        check_format_options(group)
+        if asked(group) is not PLAIN:
+            for i, param in enumerate(group.get("params", ())):  # of a checkpoint's group they are numbers
+                if isinstance(param, Tensor) and param.requires_grad and (why := self._no_codes(param, group)):
+                    raise ValueError(f"{self._name(group, i)} {why}")
 
-    def _no_remainder(self, param: Tensor) -> str | None:
-        """Why a parameter can't have master weights; None where it can."""
-        if param.dtype != torch.bfloat16:
-            return f"is {param.dtype}: master_weight_bits=32 is for torch.bfloat16, in groups of their own"
-        if type(param) not in PLAIN:
-            return f"is a {type(param).__name__}: master_weight_bits=32 is for plain tensors as yet"
-        backend = choose(self._backend_name, param.device, param.dtype).name
-        if backend in _WITHOUT_REMAINDERS:
-            return f'is stepped by the backend "{backend}", which has no master_weight_bits: pass backend="torch"'
+    def _no_codes(self, param: Tensor, group: Group) -> str | None:
+        """Why a parameter can't be stepped in the formats that the group asks for; None where it can."""
+        if asked(group).weight and param.dtype not in (torch.bfloat16, torch.float32):
+            return f"is {param.dtype}: master_weight_bits is for torch.bfloat16, in groups of their own"
+        backend = choose(self._backend_name, param.device, param.dtype, is_wrapper(local(param))).name
+        if backend in _WITHOUT_CODES:
+            return f'is stepped by the backend "{backend}", which has no compressed states: pass backend="torch"'
         return None
 
     def _states(self, work: Work) -> dict[str, list[Tensor]]:
-        if work.group.get("master_weight_bits") is not None:  # a parameter may have been changed since it was checked
+        if asked(work.group) is not PLAIN:  # a parameter may have been changed since it was checked
             for owner in work.owners:
-                if (refusal := self._no_remainder(owner)) is not None:
-                    raise RuntimeError(f"a parameter of shape {tuple(owner.shape)} {refusal}")
+                if (why := self._no_codes(owner, work.group)) is not None:
+                    raise RuntimeError(f"a parameter of shape {tuple(owner.shape)} {why}")
         return super()._states(work)
 
     def _separated(self, works: list[Work]) -> list[Work]:
         parts = super()._separated(works)
-        if len(parts) > len(works) and any(work.group.get("master_weight_bits") is not None for work in works):
+        if len(parts) > len(works) and any(work.formats.weight or work.formats.on_grid for work in works):
             raise RuntimeError(
-                "two parameters are one memory, and each would have a remainder of its own: with master_weight_bits=32 "
-                "tie them as one parameter"
+                "two parameters are one memory, and each would have a remainder or codes of its own beside it: with "
+                "master_weight_bits, or ema_bits of 8 or 16, tie them as one parameter"
             )
         return parts
-
-    def _translated_state(self, saved: dict[str, Any], param: Tensor, group: Group, *args: Any) -> dict[str, Tensor]:
-        state = super()._translated_state(saved, param, group, *args)
-        if group.get("master_weight_bits") is None:
-            state.pop(REMAINDER, None)
-        return state
 
     def _merged(self, saved: Group, group: Group) -> Group:
         # Of MADA: other rules than AdamW's have states of other names, but for Yogi's, which c mixes in.
         if saved.get("c", 1.0) != 1.0:
             raise ValueError(f"c is {saved['c']!r} in a checkpoint of MADA: PACE is AdamW, where it is 1.0")
         options = super()._merged(saved, group)
-        options.pop("master_weight_bits", None)  # how states lie is the constructor's
-        return options | {k: v for k, v in group.items() if k == "master_weight_bits"}
+        options = {k: v for k, v in options.items() if k not in OPTIONS}  # how states lie is the constructor's
+        return options | {k: v for k, v in group.items() if k in OPTIONS}
 
     def _state_tensors(self, group: Group) -> tuple[str, ...]:
         moment = ("exp_avg",) if group["betas"][0] != 0.0 else ()
         average = ("ema",) if group["lambda_pullback"] > 0.0 or group["use_ema_eval"] else ()
-        master = (REMAINDER,) if group.get("master_weight_bits") is not None else ()
-        return (*moment, "exp_avg_sq", *average, *master)
+        return (*moment, "exp_avg_sq", *average)
 
     def _options(self, group: Group) -> dict[str, Any]:
         """The operator's options. They are the group's, but for a few names."""
@@ -266,8 +264,6 @@ class PACE(KernelOptimizer):
     def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> Call:
         group, device = work.group, work.device
         options = {**self._option_numbers(group), "capturable": work.on_device, **work.lr(), **work.scaling}
-        if REMAINDER in states:
-            options["remainders"] = states[REMAINDER]
         stats = None
         if group["log_stats"]:
             dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
@@ -277,11 +273,10 @@ class PACE(KernelOptimizer):
             of_c(work.backend.op(self.OPERATOR)),
             work.params,
             work.grads,
-            states.get("exp_avg", []),
-            states["exp_avg_sq"],
-            states.get("ema", []),
+            *(states.get(name, states.get(f"{name}_codes", [])) for name in ("exp_avg", "exp_avg_sq", "ema")),
             states["step"],
             stats,
+            **beside(states),
             **options,
         )
 

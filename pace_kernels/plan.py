@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from .checks import Group
 from .definitions import DEFINITIONS
 from .definitions.kit import Definition
+from .formats import has_average
 from .launching import of_c
 from .sharding import is_sharded
 from .states import Work
@@ -120,6 +121,9 @@ class Plan:
         self.requires_grad = list(map(_requires_grad, params))
         self.owners = [owner for work in works for owner in work.owners]
         self.params = [param for work in works for param in work.params]
+        # Parameters beside which averages lie, and their local parts.
+        self.beside = [owner for work in works if work.formats.on_grid for owner in work.owners]
+        self.lie = [param for work in works if work.formats.on_grid for param in work.params]
         self.sharded = any(map(is_sharded, self.owners))
         self.placed = list(map(_placed, self.owners)) if self.sharded else []
         self.mask = mask
@@ -168,7 +172,7 @@ class Plan:
             and all(map(operator.is_, state.values(), self.states))
             and sum(map(len, self.dicts)) == len(self.values)
             and all(map(operator.is_, chain.from_iterable(map(dict.values, self.dicts)), self.values))
-            and not any(map(operator.contains, self.at_rest, repeat("ema")))
+            and not any(map(has_average, self.at_rest))
             and all(map(operator.is_, map(_local, self.wrappers), self.locals))
         )
 

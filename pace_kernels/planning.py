@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
+from .averaging import version_of
 from .checks import Group
+from .formats import names_of
 from .launching import Launching, Prepared
 from .options import Record
 from .plan import CAPTURED, Change, Plan, stream_of
@@ -133,6 +135,8 @@ class Planning(Launching):
         changes = self._changes_since(plan)
         if changes is None:
             return False
+        if plan.beside and not all(map(operator.eq, map(self._left.get, plan.beside), map(version_of, plan.lie))):
+            return False  # the usual step says that weights were edited
         grads = list(map(_grad, plan.all_params))
         try:
             if (
@@ -173,6 +177,8 @@ class Planning(Launching):
                 self._record(kept.group).forget(other)
             kept.keep(names)
         self._taken_by(plan)
+        if plan.beside:
+            self._left.update(zip(plan.beside, map(version_of, plan.lie), strict=True))
         if turned and plan.after is not None:
             following, plan.after = plan.after, None
             following.after = plan
@@ -253,7 +259,7 @@ class Planning(Launching):
             work.records = [self.state[owner] for owner in work.owners]
             if not all(isinstance(record, dict) for record in work.records):
                 raise RuntimeError("a state is no dict, and comparisons in C know no other")
-            names = ("step", *self._state_tensors(work.group))
+            names = ("step", *names_of(work.formats, self._state_tensors(work.group)))
             now = tuple(roles.get(name, name) for name in names)
             columns = [[record[name] for record in work.records] for name in now]
             if is_sharded(work.owners[0]):

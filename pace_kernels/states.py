@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from .sharding import Axes, agree, axes, is_wrapper, local, local_as
 from .torch_rules.common import at_hand
 
 # Of the groups and states in a checkpoint. 1: the first that says so. What has none is of before (0) or of another
-# optimizer; the states of 0 have the same names and meaning.
+# optimizer; the states of 0 have the same names and meaning. 2: some states are in codes.
 FORMAT = 1
+CODED_FORMAT = 2
 # What the groups hold beside options: whether the average is swapped in, the format of a checkpoint, how many steps
 # skip_nonfinite left undone (a tensor that the groups share, once there is something to count), and, in checkpoints
 # alone, the names that all states of the group have: what a checkpoint lost on its way can be told by them.
@@ -30,10 +31,27 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
+class Formats(NamedTuple):
+    """The bits of a parameter's moments, average and master weights (0: none), and how bfloat16 weights are rounded."""
+
+    state: int = 32
+    ema: int = 32
+    weight: int = 0
+    stochastic: bool = False
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether the average is known only together with the weights."""
+        return self.ema in (8, 16)
+
+
+PLAIN = Formats()
+
+
 @dataclass
 class Work:
     """The parameters of one group that step together: on one device, in one dtype, each with a gradient, and sharded
-    over the same ``axes`` of a mesh, if they are.
+    over the same ``axes`` of a mesh, if they are, with weights and states in the same ``formats``.
 
     ``owners`` are the parameters as the group has them, which states belong to; ``params`` and ``grads`` what the
     kernels get: the same tensors, or of DTensors the local parts. ``scaling`` are the arguments grad_scale, clip_coef
@@ -45,6 +63,7 @@ class Work:
     backend: Backend
     scaling: dict[str, Tensor]
     axes: Axes = ()
+    formats: Formats = PLAIN
     owners: list[Tensor] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
@@ -61,7 +80,7 @@ class Work:
 
     def part(self) -> Work:
         """A work of the same kind, without parameters."""
-        return Work(self.group, self.backend, self.scaling, self.axes)
+        return Work(self.group, self.backend, self.scaling, self.axes, self.formats)
 
     @property
     def device(self) -> torch.device:
@@ -106,14 +125,6 @@ def state_dtype(param: Tensor) -> torch.dtype:
     if param.dtype.is_complex:
         return torch.complex128 if param.dtype == torch.complex128 else torch.complex64
     return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-REMAINDER = "remainder"  # the state of what a bfloat16 parameter leaves over of a float32 one
-
-
-def dtype_of(name: str, param: Tensor) -> torch.dtype:
-    """The dtype of a parameter's state of this name."""
-    return torch.int16 if name == REMAINDER else state_dtype(param)
 
 
 def as_state(param: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 import pace_kernels
 from pace_kernels import MADA, PACE
 from pace_kernels.optimizer import KernelOptimizer
-from pace_kernels.states import FORMAT
+from pace_kernels.states import CODED_FORMAT, FORMAT
 
 F32 = torch.float32
 
@@ -260,7 +260,7 @@ BOTH: dict[str, tuple[Change, str]] = {
     "skipped -3": (option(skipped_steps=torch.tensor(-3)), f"{GROUP}skipped_steps must be one whole number"),
     "skipped half": (option(skipped_steps=0.5), f"{GROUP}skipped_steps must be one whole number"),
     "names": (option(state_names="ema"), f"{GROUP}state_names must be None or a tuple"),
-    "the future": (option(format_version=FORMAT + 1), f"was saved in format {FORMAT + 1} by a later"),
+    "the future": (option(format_version=CODED_FORMAT + 1), f"was saved in format {CODED_FORMAT + 1} by a later"),
     "format -1": (option(format_version=-1), r"param_groups\[1\]: format_version must be an integer >= 0, got -1"),
     "format '1'": (option(format_version="1"), "format_version must be an integer >= 0, got '1'"),
     "format True": (option(format_version=True), "format_version must be an integer >= 0, got True"),

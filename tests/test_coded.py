@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from products import FULL, day
-from test_native import processor_isas
 from torch import Tensor
 
 from pace_kernels import torch_rules

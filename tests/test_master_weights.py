@@ -211,7 +211,10 @@ def test_the_option_comes_and_goes() -> None:
     step(ours, [torch.ones_like(p) for p in params(ours)])
     assert all("remainder" in ours.state[p] for p in params(ours))
     ours.param_groups[0]["master_weight_bits"] = 24
-    with pytest.raises(ValueError, match="master_weight_bits must be None or 32, got 24"):
+    step(ours, [torch.ones_like(p) for p in params(ours)])
+    assert all(ours.state[p]["remainder"].dtype == torch.int8 for p in params(ours))
+    ours.param_groups[0]["master_weight_bits"] = 16
+    with pytest.raises(ValueError, match="master_weight_bits must be one of None, 24, 32, got 16"):
         ours.step()
 
 
@@ -260,7 +263,9 @@ def test_checkpoints_of_other_formats() -> None:
     saved = copy.deepcopy(ours.state_dict())
     saved["state"][0]["remainder"] = saved["state"][0]["remainder"].bfloat16()
     before = copy.deepcopy(again.state_dict())
-    with pytest.raises(ValueError, match=r"remainder must be dense, of torch\.int16, got torch\.bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"remainder must be dense, of torch\.int16 or torch\.int8, got torch\.bfloat16"
+    ):
         again.load_state_dict(saved)
     assert str(again.state_dict()) == str(before)
 
@@ -283,15 +288,15 @@ def parameter(dtype: torch.dtype = torch.bfloat16) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.ones(3, dtype=dtype))
 
 
-@pytest.mark.parametrize("bits", (16, 24, "32", 32.0, True))
+@pytest.mark.parametrize("bits", (16, 8, "32", 32.0, True))
 def test_other_bits_are_refused(bits: Any) -> None:
-    with pytest.raises(ValueError, match=f"master_weight_bits must be None or 32, got {bits!r}"):
+    with pytest.raises(ValueError, match=f"master_weight_bits must be one of None, 24, 32, got {bits!r}"):
         PACE([parameter()], master_weight_bits=bits)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.float64))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float64))
 def test_other_parameters_are_refused(dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match=f"is {dtype}: master_weight_bits=32 is for torch.bfloat16, in groups of thei"):
+    with pytest.raises(ValueError, match=f"is {dtype}: master_weight_bits is for torch.bfloat16, in groups of thei"):
         PACE([parameter(), parameter(dtype)], master_weight_bits=32)
     ours = PACE([parameter()], master_weight_bits=32)
     with pytest.raises(ValueError, match=f"is {dtype}"):
@@ -317,18 +322,12 @@ def test_other_optimizers_refuse_it() -> None:
         Pullback(torch.optim.SGD([parameter()], lr=0.1), master_weight_bits=32)
 
 
-def test_tied_memory_and_subclasses() -> None:
+def test_tied_memory() -> None:
     one = torch.ones(3, dtype=torch.bfloat16)
     twins = PACE([torch.nn.Parameter(one), torch.nn.Parameter(one)], master_weight_bits=32)
     with pytest.raises(RuntimeError, match="two parameters are one memory"):
         step(twins, [torch.ones(3).bfloat16()] * 2)
     assert bool((one == 1).all()) and not twins.state
-
-    class Other(torch.nn.Parameter):
-        pass
-
-    with pytest.raises(ValueError, match="is a Other: master_weight_bits=32 is for plain tensors as yet"):
-        PACE([Other(torch.ones(3).bfloat16())], master_weight_bits=32)
 
 
 def test_other_backends_are_refused() -> None:
@@ -337,7 +336,7 @@ def test_other_backends_are_refused() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pace, "choose", lambda *_: Backend("triton", True, None))
-        with pytest.raises(ValueError, match='is stepped by the backend "triton", which has no master_weight_bits'):
+        with pytest.raises(ValueError, match='is stepped by the backend "triton", which has no compressed states'):
             PACE([parameter()], master_weight_bits=32)
 
 

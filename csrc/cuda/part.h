@@ -115,6 +115,13 @@ class PartOf final : public PartOfCall<typename Rule::D> {
   PartOf(Call<D> call, const Place& place, int fresh)
       : PartOfCall<D>(std::move(call), place, fresh), place_(place), copies_(place) {
     const TensorList& params = call_.params();
+    for (int k = 0; k < D::kOperands; ++k) {
+      STD_TORCH_CHECK(call_.beside[static_cast<size_t>(k)].empty(), D::kLists[k].beside,
+                      " are read on the CPU alone, as yet: on CUDA there must be none");
+    }
+    if constexpr (D::kCodes) {
+      STD_TORCH_CHECK(!call_.options.stochastic_rounding, "stochastic_rounding is for the CPU alone, as yet");
+    }
     tensors_.resize(params.size());
     counts_.resize(params.size());
     for (size_t i = 0; i < params.size(); ++i) {

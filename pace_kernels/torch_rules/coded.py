@@ -162,4 +162,4 @@ class Coded:
     def stored(self, i: int, *operands: Tensor | None) -> Stored:
         """``operands`` of parameter i, in the order of the lists."""
         pairs = [(a, scales[i] if scales else None) for a, scales in zip(operands, self.beside, strict=True)]
-        return Stored(*[part for pair in pairs for part in pair], self.stochastic)  # type: ignore[arg-type]
+        return Stored(*[part for pair in pairs for part in pair], self.stochastic)  # type: ignore[arg-type, call-arg]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 32
+NEAREST_24, NEAREST_16 = 0x80, 0x8000  # what rounded() is dithered by to round to the nearest
 _WORD = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B1 - 2**32  # signed: products with it fit into int64
 _INFINITY, _NAN = 0x7F800000, 0x7FC00000
@@ -104,7 +105,7 @@ class _MuLaw:
         return float_of((codes << self.DROPPED) + (b << 23)) - _power_of_two(b)
 
 
-class _MCode(_MuLaw):
+class MCode(_MuLaw):
     def store(self, m: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
         """Codes and scales of first moments, dithered by ``h``; None: the nearest codes."""
         scales = self.scales(m)
@@ -118,7 +119,7 @@ class _MCode(_MuLaw):
         return float_of(bits_of(self.decoded(c & 0x7F, _each(scales))) | (c & 0x80) << 24)
 
 
-class _VCode(_MuLaw):
+class VCode(_MuLaw):
     def store(self, v: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
         """Codes and scales of second moments, dithered by ``h``; None: the nearest codes. None is that of 0."""
         v = settled_square(v)
@@ -130,7 +131,7 @@ class _VCode(_MuLaw):
         return torch.where(codes == 0xFF, torch.inf, self.decoded(codes.to(torch.int64), _each(scales)))
 
 
-M_CODE, V_CODE = _MCode(7), _VCode(8)
+M_CODE, V_CODE = MCode(7), VCode(8)
 
 
 # ---- e ---------------------------------------------------------------------------------------------------------------
