@@ -9,7 +9,7 @@ learning rate. :func:`backends` tells what computes here.
 from . import ops
 from .backend import backends
 from .clipping import clip_coefficient
-from .exports import averaged, ema_state_dict
+from .exports import averaged, ema_state_dict, master_state_dict
 from .mada import MADA
 from .pace import PACE
 from .pullback import Pullback
@@ -24,6 +24,7 @@ __all__ = [
     "backends",
     "clip_coefficient",
     "ema_state_dict",
+    "master_state_dict",
     "ops",
 ]
 __version__ = "0.1.0"

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import derived
 from .backend import say_once
 from .checks import Group, require
-from .formats import CODED, REMAINDER, average_in, encode_again, state_in, weight_in
+from .formats import AVERAGES_BESIDE, CODED, HASH, REMAINDER, average_in, encode_again, hash_of, state_in, weight_in
 from .memory import check_whole, overlapping, region, share_memory
 from .sharding import is_sharded, local
 from .whole import Whole, at_once, each
@@ -278,15 +278,26 @@ class Averaging(Whole, torch.optim.Optimizer):
         for param in params:
             self._left[param] = version_of(local(param))
 
-    def _check_unedited(self, what: str, params: Iterable[Tensor]) -> None:
-        """Raises RuntimeError where weights were written since averages were left beside them: they would go along."""
+    def _check_unedited(self, what: str, params: Iterable[Tensor], loaded: bool = True) -> None:
+        """Raises RuntimeError where weights were written since averages were left beside them, which would go along;
+        and, with ``loaded``, where averages of a checkpoint are beside other weights than they were."""
         for param in params:
+            state = self.state.get(param, {})
+            if loaded and HASH in state:
+                if int(state[HASH]) != hash_of(param):
+                    raise RuntimeError(
+                        f"{what}: the checkpoint has an average of {AVERAGES_BESIDE}, and a parameter of shape "
+                        f"{tuple(param.shape)} holds other weights than it did there. Load the model that was saved "
+                        "with it; or load_state_dict(..., reset_average=True); or save with ema_bits=24, whose averages "
+                        "stand alone"
+                    )
+                del state[HASH]
             left = self._left.get(param)
             if left is not None and version_of(local(param)) != left:
                 raise RuntimeError(
-                    f"{what}: a parameter of shape {tuple(param.shape)} was written since the last step, and with "
-                    "ema_bits of 8 or 16 its average is known only beside its weights. Edit them within `with "
-                    "optimizer.editing_weights():`, or take ema_bits=24, whose averages stand alone"
+                    f"{what}: a parameter of shape {tuple(param.shape)} was written since the last step, and it has an "
+                    f"average of {AVERAGES_BESIDE}. Edit weights within `with optimizer.editing_weights():`, or "
+                    "take ema_bits=24, whose averages stand alone"
                 )
 
     @contextmanager
@@ -332,6 +343,12 @@ class Averaging(Whole, torch.optim.Optimizer):
         from .exports import ema_state_dict
 
         return ema_state_dict(model, self, full=full)
+
+    def master_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
+        """A copy of ``model.state_dict()`` with master weights in float32. See :func:`master_state_dict`."""
+        from .exports import master_state_dict
+
+        return master_state_dict(model, self)
 
 
 def _check_trains(model: torch.nn.Module, params: list[Tensor], what: str) -> None:

@@ -13,17 +13,23 @@ from torch import Tensor
 from .averaging import Averaging
 from .checks import Group, checked_count, require, shortened
 from .formats import (
+    AVERAGE,
     CODED,
+    HASH,
     MOMENTS,
+    OPTIONS,
     PARTS,
     REMAINDER,
     as_coded,
     asked,
     check_parts,
     has_average,
+    in_floats,
+    is_beside,
     saved_dtypes,
     scales_shape,
     whole_name,
+    with_hash,
 )
 from .memory import is_whole
 from .options import Record, check_given, make_plain
@@ -60,7 +66,7 @@ def check_saved(state: str, name: str, value: Any, shape: tuple[int, ...], param
         came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{state}: {name} must be a tensor of shape {shape}, got {came}")
     complex_too = param.is_complex()
-    if name in CODED:
+    if name in CODED or name == HASH:
         if value.dtype not in saved_dtypes(name) or value.layout is not torch.strided:
             kinds = " or ".join(map(str, saved_dtypes(name)))
             raise ValueError(f"{state}: {name} must be dense, of {kinds}, got {value.dtype}, {value.layout}")
@@ -87,6 +93,7 @@ class Checkpoints(Averaging):
     ONLY_OPTIONS: ClassVar[tuple[str, ...]] = ()
 
     _backend_name: str | None
+    _drops_averages = False  # while a checkpoint is loaded
     _dry: bool  # the states come from a dry run: the first real step creates them anew
     _incoming: dict[Tensor, dict[str, Tensor]] | None
     _records: dict[int, Record]  # by id of a group
@@ -119,12 +126,15 @@ class Checkpoints(Averaging):
         changes: save them, or ``copy.deepcopy`` them, before it."""
 
         self._require_whole("state_dict()")
+        self._check_unedited("state_dict()", [param for param, state in self.state.items() if is_beside(state)], False)
 
         # First of the hooks, so that those of the user see all of it.
         def complete(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
             for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
                 packed.update(self._to_save(group))
-            saved["state"] = {key: with_short_count(state, "step") for key, state in saved["state"].items()}
+            states = {key: with_short_count(state, "step") for key, state in saved["state"].items()}
+            numbers = enumerate(param for group in self.param_groups for param in group["params"])
+            saved["state"] = states | {k: with_hash(states[k], p) for k, p in numbers if is_beside(states.get(k, ()))}
 
         handle = self.register_state_dict_post_hook(complete, prepend=True)
         try:
@@ -136,7 +146,7 @@ class Checkpoints(Averaging):
         """What a checkpoint has of the group beside its options."""
         states = [self.state[param] for param in group["params"] if self.state.get(param)]
         averaged = [state for state in states if has_average(state)]
-        named = [{whole_name(name) for name in state if name != REMAINDER} for state in averaged or states]
+        named = [{whole_name(name) for name in state if name not in (REMAINDER, HASH)} for state in averaged or states]
         names = set.intersection(*named) if named else set()
         if 0 < len(averaged) < len(states):
             names.add(_AT_REST)
@@ -147,8 +157,24 @@ class Checkpoints(Averaging):
             saved["skipped_steps"] = torch.zeros((), dtype=torch.int64)
         return saved
 
+    def float_state_dict(self) -> dict[str, Any]:
+        """``state_dict()`` with all states in float32 under the names of AdamW, and without remainders: for
+        ``torch.optim``, and for versions that know no codes. Of bfloat16 parameters with master weights it leaves out
+        what is beyond bfloat16: :meth:`master_state_dict` has that."""
+        saved = self.state_dict()
+        params = [param for group in self.param_groups for param in group["params"]]
+        for key, state in saved["state"].items():
+            if isinstance(key, int) and any(name in CODED for name in state):
+                self._check_unedited("float_state_dict()", params[key : key + 1])
+                saved["state"][key] = in_floats(state, params[key])
+        for group in saved["param_groups"]:
+            for name in OPTIONS:
+                group.pop(name, None)
+            group["format_version"] = FORMAT
+        return saved
+
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, reset_average: bool = False) -> None:
         """Loads a state of this class, of ``torch.optim.Adam`` / ``AdamW``, or of the published ``pace-optimizer``;
         MADA one of PACE, and PACE one of a MADA that is AdamW.
 
@@ -158,8 +184,12 @@ class Checkpoints(Averaging):
         ``torch.optim``. A state saved between ``eval()`` and ``train()`` comes back swapped. The weights themselves are
         the model's, and are not touched (but for live ones that ``eval()`` took out, which come back): load the model
         too, and, for a checkpoint of ``pace-optimizer`` saved in eval
-        mode, load it first.
+        mode, load it first. States in codes go into every other format, when they are used first: averages of
+        ``ema_bits`` 8 or 16 mean something beside their weights alone, which may be loaded before or after; with others
+        than those of the checkpoint the next use raises RuntimeError. ``reset_average`` drops these averages, and they
+        begin at the weights that the next step finds.
         """
+        self._drops_averages = reset_average
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
 
@@ -178,6 +208,7 @@ class Checkpoints(Averaging):
         finally:
             handle.remove()
             self._incoming = None
+            self._drops_averages = False
         self._unfinished.clear()
         self._live_again(unwritten)
         for note in notes:
@@ -270,7 +301,7 @@ class Checkpoints(Averaging):
         return groups
 
     def _check_names(self, states: Mapping[Any, Mapping[str, Any]], saved_groups: list[Group]) -> None:
-        known = {"step", "live", *self.STATE_TENSORS, *self.STATE_ROWS, *_FOREIGN_NAMES, *_FOREIGN_STATE}
+        known = {"step", "live", *self.STATE_TENSORS, HASH, *self.STATE_ROWS, *_FOREIGN_NAMES, *_FOREIGN_STATE}
         for saved, group in zip(saved_groups, self.param_groups, strict=True):
             for i, key in enumerate(saved["params"]):
                 if unknown := sorted(map(str, states.get(key, {}).keys() - known)):
@@ -362,16 +393,21 @@ class Checkpoints(Averaging):
                 notes.append(f"{name}: the model holds neither its weights nor its average; load the model first")
         step = checked_count(f"{name}: step", state.pop("step"), LAST_STEP)
         step = step.to(step_dtype(step.item()))
+        if self._drops_averages and "ema_scales" in state:
+            state = {key: value for key, value in state.items() if key not in (*AVERAGE, HASH)}
         check_parts(state, name, param)
         if not asked(group).weight and "ema_scales" not in state:  # codes beside a weight are beside its remainder too
             state.pop(REMAINDER, None)
         for key, value in state.items():
             shape = (self.STATE_ROWS[key],) if key in self.STATE_ROWS else tuple(param.shape)
-            check_saved(name, key, value, scales_shape(param) if key.endswith("_scales") else shape, param)
+            shape = () if key == HASH else scales_shape(param) if key.endswith("_scales") else shape
+            check_saved(name, key, value, shape, param)
         ours = {"step": step.reshape(()).to(param.device if group["capturable"] else "cpu", copy=True)}
         for key, value in state.items():
             if key in self.STATE_ROWS:
                 ours[key] = self._initial(key, param, group).copy_(value)
+            elif key == HASH:
+                ours[key] = value.detach().cpu().clone()
             elif key in CODED:
                 ours[key] = as_coded(key, param, value)
             else:  # those that are to lie otherwise are converted when they are used first

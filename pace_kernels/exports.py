@@ -13,6 +13,7 @@ from torch import Tensor
 from . import derived
 from .averaging import Averaging
 from .batchnorm import Batches, recomputed
+from .formats import asked, formats_of, in_float
 from .memory import check_whole, share_memory
 from .sharding import gathered, is_sharded, local, on_first_rank
 
@@ -100,6 +101,39 @@ def ema_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer, f
             exported: dict[str, Any] = _exported(model.state_dict(), full)
         derived.forget(model, ())
     return exported if not full or on_first_rank() else {}
+
+
+@torch.no_grad()
+def master_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Any]:
+    """A copy of ``model.state_dict()`` in which bfloat16 parameters with master weights come as these, in float32; all
+    else comes as it is. Sharded weights come sharded.
+
+    Arguments:
+        model: the model whose parameters the optimizers step.
+        optimizers: :class:`PACE` with ``master_weight_bits``.
+
+    Raises:
+        RuntimeError: in the middle of a step; while averages are swapped in.
+
+    >>> import pace_kernels
+    >>> model = torch.nn.Linear(4, 1).bfloat16()
+    >>> optimizer = pace_kernels.PACE(model.parameters(), master_weight_bits=32)
+    >>> pace_kernels.master_state_dict(model, optimizer)["weight"].dtype
+    torch.float32
+    """
+    masters: dict[int, Tensor] = {}
+    for optimizer in _checked(optimizers, "master_state_dict()"):
+        optimizer._require_whole("master_state_dict()")
+        optimizer._require_live("master_state_dict()")
+        for group in optimizer.param_groups:
+            wanted = asked(group)
+            for param in group["params"]:
+                if formats_of(wanted, param).weight:
+                    masters[id(param)] = in_float(param, optimizer.state.get(param, {}))
+    saved: dict[str, Any] = model.state_dict(keep_vars=True)
+    for name, value in list(saved.items()):
+        saved[name] = masters[id(value)] if id(value) in masters else _exported(value, False)
+    return saved
 
 
 def _exported(value: Any, full: bool) -> Any:

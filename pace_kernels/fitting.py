@@ -21,6 +21,7 @@ from .formats import (
     dtype_of,
     formats_in,
     has_average,
+    is_beside,
     names_of,
     new_state,
     weight_in,
@@ -40,7 +41,7 @@ class Fitting(Planning):
     def _states(self, work: Work) -> dict[str, list[Tensor]]:
         formats = work.formats
         names = ("step", *names_of(formats, self._state_tensors(work.group)))
-        if formats.on_grid:
+        if formats is not PLAIN or self._left:
             self._check_unedited("step()", work.owners)
         usual = self._usual_states(work, names)
         if usual is not None:
@@ -106,6 +107,8 @@ class Fitting(Planning):
             and (there.weight in (formats.weight, 0))  # one that is missing is new, as every other state
         ):
             return
+        if is_beside(state):
+            self._check_unedited("step()", (param,))
         new = converted(state, param, formats)
         for name in [name for name in state if name in CODED or whole_name(name) in PARTS]:
             del state[name]

@@ -24,6 +24,8 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 REMAINDER = "remainder"
+HASH = "weights_hash"  # in checkpoints, of the weights beside which an average lies; it stays until that is used first
+AVERAGES_BESIDE = "ema_bits 8 or 16, which is known only beside its weights"
 MOMENTS: dict[str, codes.MCode | codes.VCode] = {"exp_avg": codes.M_CODE, "exp_avg_sq": codes.V_CODE}
 # Each state that may be coded, with the names that it may have then.
 PARTS = {
@@ -174,6 +176,8 @@ def saved_dtypes(name: str) -> tuple[torch.dtype, ...]:
         return tuple(_EMA_DTYPES.values())
     if name == REMAINDER:
         return torch.int16, torch.int8
+    if name == HASH:
+        return (torch.int64,)
     return (torch.int8,) if name == "ema_remainder" else (torch.uint8,)
 
 
@@ -251,6 +255,38 @@ def beside(states: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
     return {lists[name]: tensors for name, tensors in states.items() if name in lists}
 
 
+def is_beside(state: Collection[str]) -> bool:
+    """Whether there is an average that is known only beside its weights."""
+    return "ema_scales" in state
+
+
+def hash_of(param: Tensor) -> int:
+    """Of the bits of all elements and their places. Of a plain tensor: the shards of others would have to be added up,
+    and not all ranks may save."""
+    flat = param.detach().contiguous().view(-1)
+    bits = flat.view(torch.int32 if flat.element_size() == 4 else torch.int16)
+    total = 0
+    for begin in range(0, flat.numel(), 2**22):  # eight bytes of temporaries for each element of such a part
+        total += int(codes.hashed(bits[begin : begin + 2**22], begin))
+    return total % 2**63
+
+
+def with_hash(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """A state as it is saved."""
+    if HASH in state or is_sharded(param) or "live" in state:
+        return state
+    return {**state, HASH: torch.tensor(hash_of(param))}
+
+
+def in_floats(state: Mapping[str, Tensor], param: Tensor) -> dict[str, Tensor]:
+    """A state in float32, under the names of AdamW."""
+    plain = {key: value for key, value in state.items() if key not in CODED and key not in (*PARTS, HASH)}
+    weight = weight_in(state.get("live", param), state)
+    there = [name for name in PARTS if any(whole_name(key) == name for key in state)]
+    floats = {name: _filled(name, param, state_in(name, state, weight)) for name in there}
+    return plain | floats
+
+
 # ---- floats and back -------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +296,13 @@ def weight_in(param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     if REMAINDER in state and here.dtype == torch.bfloat16:
         return codes.joined(aligned(here), local(state[REMAINDER]))
     return here.to(state_dtype(param))
+
+
+def in_float(param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """A copy of the parameter with its remainder, sharded as it is."""
+    whole = empty_state(param, torch.float32)
+    local(whole).copy_(weight_in(param, state))
+    return whole
 
 
 def state_in(name: str, state: Mapping[str, Tensor], weight: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from .formats import REMAINDER, asked, formats_of, whole_name
 from .memory import check_whole
 from .options import Record, check_given, make_plain
 from .planning import Plans, is_observed
+from .report import Memory, memory_of
 from .sharding import (
     Axes,
     all_reduce_,
@@ -255,6 +256,15 @@ class KernelOptimizer(Fitting):
 
     def _keeps_average(self, group: Group) -> bool:
         return "ema" in self._state_tensors(group)
+
+    def memory(self) -> Memory:
+        """The bytes of weights, gradients and states by tensor, on this rank; which states are compressed, and why the
+        others are not. Before the first step, what they will be. Printed, it is a summary.
+
+        >>> optimizer = pace_kernels.PACE(torch.nn.Linear(64, 64).parameters(), state_bits=8)  # doctest: +SKIP
+        >>> print(optimizer.memory())  # doctest: +SKIP
+        """
+        return memory_of(self)
 
     # ---- the step --------------------------------------------------------------------------------------------------
 

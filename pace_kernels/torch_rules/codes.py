@@ -63,6 +63,12 @@ def dither(x: Tensor, v: Tensor, key: Tensor) -> Tensor:
     return _mixed((settled(x) * _GOLDEN & _WORD) ^ bits_of(settled_square(v)) ^ key)
 
 
+def hashed(bits: Tensor, begin: int) -> Tensor:
+    """The sum of the hashes of integers at the places from ``begin`` on, which tells what is where."""
+    place = torch.arange(begin, begin + bits.numel(), device=bits.device)
+    return _mixed(((bits.to(torch.int64) & _WORD) * _GOLDEN ^ _mixed(place & _WORD)) & _WORD).sum()
+
+
 def evenly(moves: Tensor, n: int) -> Tensor:
     """What n elements of an average are dithered by, at so many moves of it."""
     place = torch.arange(n, device=moves.device) % BLOCK

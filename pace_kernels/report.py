@@ -1,0 +1,124 @@
+"""What an optimizer holds: bytes by tensor, what is compressed, and why not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .backend import choose
+from .formats import BLOCK, asked, dtype_of, formats_of, names_of, why_float32
+from .sharding import is_wrapper, local
+
+if TYPE_CHECKING:
+    from .optimizer import KernelOptimizer
+
+
+@dataclass(frozen=True)
+class TensorMemory:
+    """One parameter: its elements on this rank, and bytes. ``states`` has a number of bytes for each state that it has
+    or, before its first step, will have. ``why_float32``: why its states are not compressed, although its group asks
+    for it; None otherwise."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    backend: str
+    elements: int
+    weight: int
+    gradient: int
+    states: Mapping[str, int]
+    why_float32: str | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What ``optimizer.memory()`` returns; printed, it is a summary."""
+
+    kind: str
+    tensors: tuple[TensorMemory, ...]
+
+    @property
+    def elements(self) -> int:
+        return sum(tensor.elements for tensor in self.tensors)
+
+    @property
+    def weights(self) -> int:
+        return sum(tensor.weight for tensor in self.tensors)
+
+    @property
+    def gradients(self) -> int:
+        return sum(tensor.gradient for tensor in self.tensors)
+
+    @property
+    def states(self) -> int:
+        return sum(sum(tensor.states.values()) for tensor in self.tensors)
+
+    def __str__(self) -> str:
+        backends = ", ".join(sorted({tensor.backend for tensor in self.tensors}))
+        by_state: Counter[str] = Counter()
+        for tensor in self.tensors:
+            by_state.update(tensor.states)
+        of_states = ", ".join(f"{name} {_size(count)}" for name, count in by_state.items() if count)
+        each = (self.weights + self.gradients + self.states) / max(self.elements, 1)
+        lines = [
+            f"{self.kind}: {self.elements:,} elements in {len(self.tensors)} tensors, backend {backends}",
+            f"  weights {_size(self.weights)}, gradients {_size(self.gradients)}, states {_size(self.states)}: "
+            f"{each:.2f} bytes an element",
+            f"  {of_states}",
+        ]
+        plain = [tensor for tensor in self.tensors if tensor.why_float32 is not None]
+        for why, count in Counter(tensor.why_float32 for tensor in plain).most_common():
+            lines.append(f"  {count} keep{'s' if count == 1 else ''} float32 states: {why}")
+        return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
+def _bytes(tensor: Tensor | None) -> int:
+    if tensor is None:
+        return 0
+    here = local(tensor)
+    return here.numel() * here.element_size()
+
+
+def memory_of(optimizer: KernelOptimizer) -> Memory:
+    found = []
+    for group in optimizer.param_groups:
+        wanted = asked(group)
+        for i, param in enumerate(group["params"]):
+            formats, here = formats_of(wanted, param), local(param)
+            state = optimizer.state.get(param)
+            if state:
+                states = {name: _bytes(value) for name, value in state.items()}
+            elif param.requires_grad:
+                states = {"step": 4}
+                for name in names_of(formats, optimizer._state_tensors(group)):
+                    if name in optimizer.STATE_ROWS:
+                        states[name] = 8 * optimizer.STATE_ROWS[name]
+                        continue
+                    size = dtype_of(name, formats, param).itemsize
+                    states[name] = here.numel() * size // (BLOCK if name.endswith("_scales") else 1)
+            else:
+                states = {}
+            asks = wanted.state < 32 or wanted.ema < 32
+            found.append(
+                TensorMemory(
+                    optimizer._name(group, i),
+                    tuple(param.shape),
+                    param.dtype,
+                    choose(optimizer._backend_name, param.device, param.dtype, is_wrapper(here)).name,
+                    here.numel(),
+                    _bytes(param),
+                    _bytes(param.grad),
+                    states,
+                    why_float32(param) if asks else None,
+                )
+            )
+    return Memory(type(optimizer).__name__, tuple(found))
