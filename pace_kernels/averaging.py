@@ -283,6 +283,8 @@ class Averaging(Whole, torch.optim.Optimizer):
         and, with ``loaded``, where averages of a checkpoint are beside other weights than they were."""
         for param in params:
             state = self.state.get(param, {})
+            if "live" in state:  # where the averages lie beside
+                continue
             if loaded and HASH in state:
                 if int(state[HASH]) != hash_of(param):
                     raise RuntimeError(

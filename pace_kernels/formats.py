@@ -329,7 +329,9 @@ def average_in(state: Mapping[str, Tensor], weight: Tensor) -> Tensor | None:
 
 def encode_again(param: Tensor, state: Mapping[str, Tensor], before: Tensor | None, average: Tensor | None) -> None:
     """After others wrote a parameter: elements that differ from ``before``, or without that all, have no remainder, and
-    its ``average``, if that lay beside it, lies beside what it holds now."""
+    ``average``, if that lay beside it, lies beside what it holds now."""
+    if before is not None and torch.equal(before, local(param)):
+        return
     if REMAINDER in state:
         rest = local(state[REMAINDER])
         rest.zero_() if before is None else rest.masked_fill_(before != local(param), 0)
@@ -393,10 +395,9 @@ def encoded(name: str, value: Tensor, weight: Tensor, formats: Formats) -> tuple
 
 
 def _within(place: codes.Place, weight: Tensor) -> codes.Place:
-    """Averages of blocks that start anew at their weights where the largest difference is more than 2^6 times the
-    weights' root mean square: one such outlier, of weights that were edited or loaded, would take all places of its
-    neighbours' grid."""
-    apart = (place.grid - weight).view(-1, BLOCK)
-    size = weight.view(-1, BLOCK).square().mean(1, keepdim=True).sqrt()
-    far = (apart.abs().nan_to_num(posinf=0.0).amax(1, keepdim=True) > 64 * size).expand_as(apart).reshape(-1)
-    return place._replace(grid=torch.where(far, weight, place.grid))
+    """Averages that start anew at their weight where they are further from it than 2^6 times the median magnitude of
+    their block: one such outlier, of weights that were edited or loaded, would take all places of its neighbours."""
+    e, x = place.grid.view(-1, BLOCK), weight.view(-1, BLOCK)
+    usual = torch.maximum(e.abs().nanmedian(1, keepdim=True).values, x.abs().nanmedian(1, keepdim=True).values)
+    far = ((e - x).abs() > 64 * usual) & (usual > 0)
+    return place._replace(grid=torch.where(far.reshape(-1), weight, place.grid))

@@ -1,0 +1,500 @@
+"""Promise: with state_bits, ema_bits, master_weight_bits and stochastic_rounding an optimizer holds and saves what it
+says, goes on with the same bits, converts from each format to each other, and never takes an average for one of other
+weights."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import pickle
+import random
+from typing import Any
+
+import pytest
+import torch
+from products import FULL, day
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from pace_kernels import MADA, PACE, ema_state_dict, master_state_dict
+from pace_kernels.formats import OPTIONS, converted, formats_in, in_floats, weight_in
+from pace_kernels.states import CODED_FORMAT, Formats
+
+EVERY = [
+    {"state_bits": state, "ema_bits": ema, **weights}
+    for state, ema in itertools.product((32, 16, 8), (None, 32, 24, 16, 8))
+    for weights in ({}, {"master_weight_bits": 24}, {"master_weight_bits": 32}, {"stochastic_rounding": True})
+]
+CASES = EVERY if FULL else random.Random(day()).sample(EVERY, 8)
+CASES += [{"state_bits": 8, "master_weight_bits": 32}, {"state_bits": 8, "ema_bits": 24, "master_weight_bits": 24}]
+PACKED = {"state_bits": 8, "master_weight_bits": 32}
+
+
+def named(options: dict[str, Any]) -> str:
+    return ",".join(f"{name.split('_')[0]}={value}" for name, value in options.items())
+
+
+def net(dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
+    """Two weights that are compressed, and a few that are not: too small, of odd rows, of one dimension."""
+    torch.manual_seed(0)
+    layers = (
+        nn.Linear(96, 64),
+        nn.LayerNorm(64),
+        nn.Conv2d(32, 16, 3),
+        nn.Linear(33, 128),
+        nn.Linear(32, 64, bias=False),
+    )
+    return nn.Sequential(*layers).to(dtype)
+
+
+def step(optimizer: PACE, t: int, **given: Any) -> None:
+    gen = torch.Generator().manual_seed(t)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.randn(param.shape, generator=gen).to(param.dtype)
+    optimizer.step(**given)
+
+
+def trained(options: dict[str, Any], count: int = 3, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, PACE]:
+    model = net(dtype)
+    optimizer = PACE(model.parameters(), lr=1e-2, ema_kappa=0.5, **options)
+    for t in range(count):
+        step(optimizer, t)
+    return model, optimizer
+
+
+def bits(optimizer: PACE) -> list[Any]:
+    """All weights and states, by name."""
+    found = []
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            state = {"weight": param, **optimizer.state[param]}
+            found.append(
+                {k: v.detach().contiguous().reshape(-1).view(torch.uint8).tolist() for k, v in sorted(state.items())}
+            )
+    return found
+
+
+def floats(optimizer: PACE) -> list[dict[str, Tensor]]:
+    return [in_floats(optimizer.state[p], p) for group in optimizer.param_groups for p in group["params"]]
+
+
+# ---- what lies where -------------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_change_nothing() -> None:
+    _, optimizer = trained({})
+    assert OPTIONS.keys().isdisjoint(optimizer.param_groups[0])
+    assert {key for state in optimizer.state.values() for key in state} == {"step", "exp_avg", "exp_avg_sq", "ema"}
+    assert optimizer.state_dict()["param_groups"][0]["format_version"] == 1
+
+
+@pytest.mark.parametrize("options", CASES, ids=named)
+def test_bits_of_torch_plans_and_what_memory_says(options: dict[str, Any]) -> None:
+    before = PACE(net().parameters(), **options).memory()
+    _, ours = trained(options, 6)
+    _, theirs = trained({**options, "backend": "torch"}, 6)
+    assert bits(ours) == bits(theirs)
+    assert ours._plans.next is not None
+    report = ours.memory()
+    held = sum(value.numel() * value.element_size() for state in ours.state.values() for value in state.values())
+    assert report.states == before.states == held
+    assert report.weights == report.gradients == 2 * report.elements
+    compressed = [tensor.name for tensor in report.tensors if tensor.why_float32 is None]
+    plain = options["state_bits"] == 32 and options["ema_bits"] in (None, 32) if "ema_bits" in options else False
+    assert len(compressed) == (len(report.tensors) if plain else 2)
+    assert plain or ("fewer than 4096" in str(report) and "no multiple of 32" in str(report))
+
+
+def test_bytes_of_the_table() -> None:
+    """STORAGE.md, section 7: bytes a parameter that are held with a bfloat16 gradient."""
+    for options, wanted in {
+        (8, None, 32): 9.1, (8, 16, 32): 10.1, (8, 24, 32): 11.1, (8, None, 24): 8.1, (8, None, None): 7.1, (16, None, 32): 12.03,
+    }.items():  # fmt: skip
+        model = nn.Linear(1024, 1024, bias=False).bfloat16()
+        optimizer = PACE(
+            model.parameters(), **dict(zip(("state_bits", "ema_bits", "master_weight_bits"), options, strict=True))
+        )
+        step(optimizer, 0)
+        report = optimizer.memory()
+        total = (report.weights + report.gradients + report.states) / report.elements
+        assert total == pytest.approx(wanted, abs=0.05)
+
+
+def test_the_shape_decides() -> None:
+    shapes = {
+        (64, 64): None, (2, 2048): None, (128, 8, 4): None, (66, 63): "no multiple of 32", (4096,): "fewer than 2",
+        (64, 32): "fewer than 4096", (2048, 2): "no multiple of 32", (8, 16, 33, 2): None,
+    }  # fmt: skip
+    optimizer = PACE([torch.ones(shape) for shape in shapes], state_bits=8)
+    for tensor, why in zip(optimizer.memory().tensors, shapes.values(), strict=True):
+        assert (tensor.why_float32 is None) if why is None else why in (tensor.why_float32 or "")
+    away = torch.ones(128, 64).t()
+    for param, why in ((away, "not contiguous"), (torch.ones(64, 64).double(), "float64")):
+        assert why in (PACE([param], state_bits=8).memory().tensors[0].why_float32 or "")
+    float32, wide = nn.Parameter(torch.ones(64, 64)), nn.Parameter(torch.ones(64, 64).double())
+    mixed = PACE([float32, wide], state_bits=8, ema_bits=16)
+    step(mixed, 0)
+    assert "ema_codes" in mixed.state[float32] and mixed.state[wide]["ema"].dtype == torch.float64
+
+
+def test_groups_have_formats_of_their_own_and_may_change_them() -> None:
+    model = net()
+    first, *others = model.parameters()
+    optimizer = PACE([{"params": [first], "state_bits": 8}, {"params": others}], lr=1e-2)
+    for t in range(3):
+        step(optimizer, t)
+    assert "exp_avg_codes" in optimizer.state[first] and "exp_avg" in optimizer.state[others[2]]
+    before = floats(optimizer)[0]
+    optimizer.param_groups[0]["state_bits"] = 32
+    optimizer.param_groups[0]["lr"] = 0.0
+    weights = first.detach().clone()
+    step(optimizer, 3)
+    state = optimizer.state[first]
+    assert set(state) == {"step", "exp_avg", "exp_avg_sq", "ema"} and torch.equal(first, weights)
+    assert state["exp_avg"].dtype == torch.float32 and not torch.equal(before["exp_avg"], state["exp_avg"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    (
+        ({"state_bits": 4}, "state_bits must be one of 32, 16, 8, got 4"),
+        ({"state_bits": None}, "state_bits must be one of 32, 16, 8, got None"),
+        ({"ema_bits": 12}, "ema_bits must be one of None, 32, 24, 16, 8, got 12"),
+        ({"ema_bits": True}, "ema_bits must be one of"),
+        ({"stochastic_rounding": 1}, "stochastic_rounding must be True or False, got 1"),
+        (
+            {"stochastic_rounding": True, "master_weight_bits": 32},
+            "stochastic_rounding is for bfloat16 parameters without",
+        ),
+    ),
+)
+def test_other_values_are_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        PACE(net().parameters(), **options)
+    optimizer = PACE(net().parameters())
+    optimizer.param_groups[0].update(options)
+    before = bits(optimizer) if optimizer.state else None
+    with pytest.raises(ValueError, match=sentence):
+        step(optimizer, 0)
+    assert before is None and not optimizer.state
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def through_a_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return torch.load(io.BytesIO(file.getvalue()))
+
+
+@pytest.mark.parametrize("way", ("file", "pickle", "deepcopy", "nested", "flat"))
+@pytest.mark.parametrize("model_first", (True, False), ids=("model first", "optimizer first"))
+@pytest.mark.parametrize("options", CASES[-4:], ids=named)
+def test_what_was_saved_goes_on_with_the_same_bits(options: dict[str, Any], way: str, model_first: bool) -> None:
+    model, first = trained(options)
+    weights = copy.deepcopy(model.state_dict())
+    first.zero_grad()
+    other = net()
+    with torch.no_grad():
+        for param in other.parameters():
+            param.fill_(9)
+    second = PACE(other.parameters(), lr=1e-2, **options)
+    if way == "pickle":
+        second = pickle.loads(pickle.dumps(first))
+    elif way in ("file", "deepcopy"):
+        saved = (through_a_file if way == "file" else copy.deepcopy)(first.state_dict())
+        load = lambda: second.load_state_dict(saved)  # noqa: E731
+    else:
+        dcp = StateDictOptions(flatten_optimizer_state_dict=way == "flat")
+        saved = through_a_file(get_optimizer_state_dict(model, first, options=dcp))
+        load = lambda: set_optimizer_state_dict(other, second, saved, options=dcp)  # noqa: E731
+    if way != "pickle":
+        orders = [lambda: other.load_state_dict(weights), load]
+        for call in orders if model_first else orders[::-1]:
+            call()
+    for optimizer in (first, second):
+        for t in (7, 8):
+            step(optimizer, t)
+    assert bits(first) == bits(second)
+
+
+def test_keys_of_checkpoints() -> None:
+    _, optimizer = trained(PACKED)
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["format_version"] == CODED_FORMAT  # older versions refuse it
+    assert not {"exp_avg", "exp_avg_sq", "ema"} & saved["state"][0].keys()  # nobody takes codes for floats
+    assert (
+        "weights_hash" in saved["state"][0]
+        and "weights_hash" not in optimizer.state[optimizer.param_groups[0]["params"][0]]
+    )
+
+
+PLACES = {32: 0.0, 24: 2.0**-16, 16: 2.0**-8}  # of a float: half a place, relative
+
+
+@pytest.mark.parametrize("to", CASES[-5:] + [{}], ids=named)
+@pytest.mark.parametrize("options", CASES[-5:] + [{}], ids=named)
+def test_every_format_goes_into_every_other(options: dict[str, Any], to: dict[str, Any]) -> None:
+    model, first = trained(options, 4)
+    second = PACE(model.parameters(), lr=0.0, lambda_pullback=0.0, ema_kappa=None, beta_ema=0.0, weight_decay=0.0, **to)
+    second.load_state_dict(first.state_dict())
+    for group in second.param_groups:
+        group |= {"lr": 0.0, "beta_ema": 0.0, "ema_kappa": None, "betas": (0.5, 0.5)}
+    wanted = floats(first)
+    for param, before in zip(model.parameters(), wanted, strict=True):
+        state = second.state[param]
+        formats = Formats(*formats_of_options(to, param))
+        new = converted(state, param, formats)
+        after = in_floats({**new, "step": state["step"]}, param)
+        assert formats_in(new)._replace(stochastic=False) == formats._replace(stochastic=False)
+        for name, value in after.items():
+            if name == "step":
+                continue
+            apart = (value - before[name]).abs()
+            assert bool((apart <= allowed(name, before[name], weight_in(param, state), formats)).all()), name
+
+
+def formats_of_options(options: dict[str, Any], param: Tensor) -> Formats:
+    from pace_kernels.formats import asked, formats_of
+
+    return formats_of(asked(options), param)
+
+
+def allowed(name: str, value: Tensor, weight: Tensor, formats: Formats) -> Tensor:
+    """Half a place of each element's format; of codes in blocks, of the largest of its block at least."""
+    bits = formats.ema if name == "ema" else formats.state
+    if bits in PLACES and not (name == "ema" and bits == 16):
+        return value.abs() * PLACES[bits] + 1e-45
+    blocks = value.reshape(-1, 32)
+    if name == "ema":
+        # δ is 2^-6 (8 bits) or 2^-14 of the largest difference at most: half of it, and a rounding of e beside x.
+        apart = (value - weight).reshape(-1, 32).abs().amax(1, keepdim=True)
+        step = apart * 2.0 ** -(formats.ema - 2)
+        return (step + blocks.abs() * 2**-23).view(value.shape)
+    # 16 codes a binade of |m| + o: half of one is (|m| + o) 2^-5, where o is 2^-6.8 of the largest (v: 2^-14.8) or less.
+    smallest = blocks.abs().amax(1, keepdim=True) * (2.0**-11.7 if name == "exp_avg" else 2.0**-19)
+    return (blocks.abs() * 2.0**-5 + smallest).view(value.shape)
+
+
+def test_floats_for_torch_and_older_versions() -> None:
+    model, optimizer = trained(PACKED)
+    saved = optimizer.float_state_dict()
+    assert saved["param_groups"][0]["format_version"] == 1 and OPTIONS.keys().isdisjoint(saved["param_groups"][0])
+    assert set(saved["state"][0]) == {"step", "exp_avg", "exp_avg_sq", "ema"}
+    assert saved["state"][0]["exp_avg"].dtype == torch.float32
+    adamw = torch.optim.AdamW(model.parameters())
+    adamw.load_state_dict(
+        {**saved, "param_groups": [{**adamw.param_groups[0], "params": saved["param_groups"][0]["params"]}]}
+    )
+    PACE(model.parameters()).load_state_dict(saved)
+    exported = ema_state_dict(model, optimizer)
+    assert torch.equal(exported["0.weight"], saved["state"][0]["ema"].bfloat16())
+    masters = master_state_dict(model, optimizer)
+    assert masters["0.weight"].dtype == torch.float32 and torch.equal(masters["0.weight"].bfloat16(), model[0].weight)
+    assert not torch.equal(masters["0.weight"], model[0].weight.float()) and masters.keys() == model.state_dict().keys()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model, optimizer = trained(PACKED)
+    for change, sentence in (
+        (lambda state: state.pop("exp_avg_scales"), "exp_avg is in codes with exp_avg_codes, exp_avg_scales"),
+        (
+            lambda state: state.update(ema_codes=state["ema_codes"].float()),
+            "ema_codes must be dense, of torch.bfloat16 or",
+        ),
+        (
+            lambda state: state.update(exp_avg_scales=torch.zeros(3, dtype=torch.uint8)),
+            "exp_avg_scales must be a tensor",
+        ),
+        (lambda state: state.update(weights_hash=torch.zeros(())), "weights_hash must be dense, of torch.int64"),
+    ):
+        saved = copy.deepcopy(optimizer.state_dict())
+        change(saved["state"][0])
+        other = PACE(net().parameters(), **PACKED)
+        with pytest.raises(ValueError, match=sentence):
+            other.load_state_dict(saved)
+        assert not other.state
+    with pytest.raises(ValueError, match="which is no state of MADA"):
+        MADA(model.parameters()).load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="can't have such: it is not contiguous"):
+        PACE([p.detach().t().contiguous().t() if p.dim() == 2 else p for p in net().parameters()]).load_state_dict(
+            optimizer.state_dict()
+        )
+
+
+# ---- averages beside weights -----------------------------------------------------------------------------------------
+
+
+def averages(model: nn.Module, optimizer: PACE) -> list[Tensor]:
+    return [state["ema"] for state in floats(optimizer)]
+
+
+def uses(model: nn.Module, optimizer: PACE) -> dict[str, Any]:
+    return {
+        "step()": lambda: step(optimizer, 9),
+        "eval()": optimizer.eval,
+        "ema_state_dict()": lambda: ema_state_dict(model, optimizer),
+        "state_dict()": optimizer.state_dict,
+        "float_state_dict()": optimizer.float_state_dict,
+        "editing_weights()": lambda: optimizer.editing_weights().__enter__(),
+    }
+
+
+@pytest.mark.parametrize("use", uses(nn.Linear(1, 1), PACE([torch.ones(1)])))
+@pytest.mark.parametrize("ema_bits", (8, 16))
+def test_edited_weights_are_refused(ema_bits: int, use: str) -> None:
+    model, optimizer = trained({"ema_bits": ema_bits})
+    assert optimizer._plans.next is not None
+    with torch.no_grad():
+        model[0].weight.clamp_(-0.05, 0.05)
+    before = bits(optimizer)
+    with pytest.raises(RuntimeError, match=r"was written since the last step.*editing_weights\(\).*ema_bits=24"):
+        uses(model, optimizer)[use]()
+    assert bits(optimizer) == before
+
+
+@pytest.mark.parametrize("ema_bits", (24, 32))
+def test_averages_that_stand_alone_let_weights_be_edited(ema_bits: int) -> None:
+    model, optimizer = trained({"state_bits": 8, "ema_bits": ema_bits})
+    before = averages(model, optimizer)
+    with torch.no_grad():
+        model[0].weight.clamp_(-0.05, 0.05)
+    assert all(map(torch.equal, before, averages(model, optimizer)))
+    step(optimizer, 9)
+
+
+@pytest.mark.parametrize("ema_bits", (8, 16))
+def test_editing_weights_keeps_averages_and_untouched_remainders(ema_bits: int) -> None:
+    model, optimizer = trained({"ema_bits": ema_bits, "master_weight_bits": 32})
+    before, rest = averages(model, optimizer), optimizer.state[model[0].weight]["remainder"].clone()
+    weight = model[0].weight.detach().clone()
+    with optimizer.editing_weights(), torch.no_grad():
+        model[0].weight[:2].mul_(1.25)
+    state = optimizer.state[model[0].weight]
+    changed = model[0].weight != weight
+    assert bool(changed[:2].any()) and not changed[2:].any()
+    assert torch.equal(state["remainder"], torch.where(changed, 0, rest)) and bool(rest.any())
+    after = averages(model, optimizer)
+    apart = (before[0] - weight_in(model[0].weight, state)).view(-1, 32).abs().amax(1, keepdim=True)
+    assert bool(((after[0] - before[0]).view(-1, 32).abs() <= apart * 2.0 ** -(ema_bits - 1) * 1.033).all())
+    assert all(map(torch.equal, before[1:], after[1:]))
+    step(optimizer, 9)
+    with optimizer.averaged(model):
+        assert torch.equal(model[0].weight, averages(model, optimizer)[0].bfloat16())
+
+
+def test_an_outlier_among_edited_weights_leaves_its_neighbours_their_averages() -> None:
+    model, optimizer = trained({"ema_bits": 8}, dtype=torch.float32)
+    before = averages(model, optimizer)[0].view(-1, 32)[0]
+    with optimizer.editing_weights(), torch.no_grad():
+        model[0].weight[0, 0] = 1e6
+    block = averages(model, optimizer)[0].view(-1, 32)[0]
+    assert block[0] == 1e6 and bool(((block - before).abs()[1:] < 1e-3).all())
+
+
+@pytest.mark.parametrize("use", uses(nn.Linear(1, 1), PACE([torch.ones(1)])))
+def test_averages_of_other_weights_are_refused(use: str) -> None:
+    _, first = trained(PACKED)
+    saved = through_a_file(first.state_dict())
+    other = net()
+    second = PACE(other.parameters(), lr=1e-2, **PACKED)
+    second.load_state_dict(saved)
+    if use == "state_dict()":  # it says of which weights they were
+        assert second.state_dict()["state"][0]["weights_hash"] == saved["state"][0]["weights_hash"]
+        return
+    with pytest.raises(RuntimeError, match=r"holds other weights than it did there.*reset_average=True.*ema_bits=24"):
+        uses(other, second)[use]()
+    second.load_state_dict(saved, reset_average=True)
+    step(second, 5)
+    assert "ema_codes" in second.state[other[0].weight]
+
+
+def test_evaluations_between_steps() -> None:
+    model, optimizer = trained(PACKED)
+    _, twin = trained(PACKED)
+    for t in range(3, 6):
+        live = [p.detach().clone() for p in model.parameters()]
+        with optimizer.averaged(model):
+            held = [p.detach().clone() for p in model.parameters()]
+        assert all(map(torch.equal, model.parameters(), live)) and not torch.equal(held[0], live[0])
+        assert torch.equal(held[0], averages(model, optimizer)[0].bfloat16())
+        saved = None
+        if t == 4:
+            optimizer.eval()
+            saved = through_a_file(optimizer.state_dict())
+            optimizer.load_state_dict(saved)
+            optimizer.train()
+        for each in (optimizer, twin):
+            step(each, t)
+    assert bits(optimizer) == bits(twin)
+
+
+def test_weights_loaded_during_an_evaluation_keep_the_average() -> None:
+    model, optimizer = trained(PACKED)
+    before = averages(model, optimizer)
+    optimizer.eval()
+    with torch.no_grad():
+        model[0].weight.copy_(model[0].weight * 1.5)
+    loaded = model[0].weight.detach().clone()
+    optimizer.train(keep="loaded")
+    assert torch.equal(model[0].weight, loaded) and not optimizer.state[model[0].weight]["remainder"].any()
+    apart = (before[0] - loaded.float()).view(-1, 32).abs().amax(1, keepdim=True)
+    assert bool(((averages(model, optimizer)[0] - before[0]).view(-1, 32).abs() <= apart * 2.0**-7 * 1.033).all())
+    step(optimizer, 9)
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def test_steps_that_are_left_undone_change_nothing_and_a_resting_average_no_code() -> None:
+    _, optimizer = trained({**PACKED, "skip_nonfinite": True})
+    before = bits(optimizer)
+    for group in optimizer.param_groups:
+        group["params"][0].grad[0, 0] = torch.nan
+    optimizer.step()
+    assert bits(optimizer) == before and optimizer.skipped_steps == 1
+    _, still = trained({**PACKED, "ema_bits": 16, "weight_decay": 0.0})
+    state = still.state[still.param_groups[0]["params"][0]]
+    weight, e = weight_in(still.param_groups[0]["params"][0], state), floats(still)[0]["ema"]
+    for group in still.param_groups:
+        group |= {"lr": 0.0, "ema_kappa": None, "beta_ema": 0.0}
+    for t in range(5):
+        step(still, t)
+    assert torch.equal(weight_in(still.param_groups[0]["params"][0], state), weight)
+    assert torch.equal(floats(still)[0]["ema"], e)
+
+
+def test_a_parameter_at_rest_gets_a_new_average() -> None:
+    model, optimizer = trained(PACKED)
+    model[0].requires_grad_(False)
+    model[0].weight.grad = model[0].bias.grad = None
+    for param in (p for p in model.parameters() if p.requires_grad):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert "ema_codes" not in optimizer.state[model[0].weight]
+    model[0].requires_grad_(True)
+    step(optimizer, 4)
+    assert "ema_codes" in optimizer.state[model[0].weight]
+
+
+def test_parameters_over_one_memory_are_refused() -> None:
+    one = torch.ones(64, 64)
+    for options in ({"ema_bits": 8}, {"ema_bits": 16}):
+        twins = PACE([nn.Parameter(one), nn.Parameter(one)], **options)
+        with pytest.raises(RuntimeError, match="two parameters are one memory"):
+            step(twins, 0)
+        assert bool((one == 1).all()) and not twins.state
+    step(PACE([nn.Parameter(one), nn.Parameter(one)], state_bits=8, ema_bits=24), 0)
+
+
+def test_compiled_steps_and_capturable() -> None:
+    _, plain = trained(PACKED, 4)
+    _, on_device = trained({**PACKED, "capturable": True}, 4)
+    assert [{**a, "step": 0} for a in bits(plain)] == [{**a, "step": 0} for a in bits(on_device)]
