@@ -290,8 +290,8 @@ class Averaging(Whole, torch.optim.Optimizer):
                     raise RuntimeError(
                         f"{what}: the checkpoint has an average of {AVERAGES_BESIDE}, and a parameter of shape "
                         f"{tuple(param.shape)} holds other weights than it did there. Load the model that was saved "
-                        "with it; or load_state_dict(..., reset_average=True); or save with ema_bits=24, whose averages "
-                        "stand alone"
+                        "with it; or load_state_dict(..., reset_average=True); or save with ema_bits=24, whose "
+                        "averages stand alone"
                     )
                 del state[HASH]
             left = self._left.get(param)
@@ -304,9 +304,9 @@ class Averaging(Whole, torch.optim.Optimizer):
 
     @contextmanager
     def editing_weights(self) -> Iterator[None]:
-        """Within this context weights may be written between steps, as by ``load_state_dict()`` of the model, a clamp or
-        a mask: averages stay what they are, within half a step of their codes. With ``ema_bits`` of 8 or 16 such writes
-        are refused elsewhere. Until its end it holds averages and weights once more, in float32.
+        """Within this context weights may be written between steps, as by ``load_state_dict()`` of the model, a clamp
+        or a mask: averages stay what they are, within half a step of their codes. With ``ema_bits`` of 8 or 16 such
+        writes are refused elsewhere. Until its end it holds averages and weights once more, in float32.
 
         >>> with optimizer.editing_weights():  # doctest: +SKIP
         ...     model.weight.clamp_(-1, 1)

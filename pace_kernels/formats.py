@@ -195,15 +195,15 @@ def check_parts(state: Mapping[str, Any], name: str, param: Tensor) -> None:
             )
         if not apart and (why := why_float32(param)) is not None:
             raise ValueError(
-                f"{name} has {whole} in codes, and this parameter can't have such: {why}. Save float_state_dict() instead"
+                f"{name} has {whole} in codes, and this parameter can't have such: {why}. Save float_state_dict()"
             )
     if REMAINDER in state and param.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"{name} has a remainder, which is of bfloat16 parameters, and this one is {param.dtype}")
 
 
 def new_state(name: str, formats: Formats, param: Tensor, others: Mapping[str, Tensor]) -> Tensor:
-    """A coded state at a parameter's first step, where moments are 0 and the average is the weight; ``others`` are those
-    that it has."""
+    """A coded state at a parameter's first step, where moments are 0 and the average is the weight; ``others`` are
+    those that it has."""
     state = _part_of(name, param, dtype_of(name, formats, param))
     if name in ("ema_codes", "ema_remainder") and formats.ema == 24:
         local(state).copy_(_ema_24(weight_in(param, others))[name == "ema_remainder"])

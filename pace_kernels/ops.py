@@ -76,7 +76,8 @@ _LIBRARY.define(
 # Plans: the calls of a step, kept for the next one (planning.py). `plan` is the handle of a Plan of the device's
 # module.
 # plan_add_ adds a part, which is a call of `rule`: its lists one after the other but for the gradients (those beside
-# them last, where there are any), the lengths of all of them, the optional tensors up to lr_tensor, the options as numbers.
+# them last, where there are any), the lengths of all of them, the optional tensors up to lr_tensor, the options as
+# numbers.
 # plan_before_ copies the weights into a pullback's weights before, after it looked at all that plan_step_ may refuse.
 # plan_learn_ adds the mada_learn_ of such parts. plan_step_ takes the gradients of all parts one after the other, looks
 # whether all that it keeps lies where it did, and takes the step, or raises with nothing changed; `options` are those

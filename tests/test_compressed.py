@@ -114,7 +114,8 @@ def test_bits_of_torch_plans_and_what_memory_says(options: dict[str, Any]) -> No
 def test_bytes_of_the_table() -> None:
     """STORAGE.md, section 7: bytes a parameter that are held with a bfloat16 gradient."""
     for options, wanted in {
-        (8, None, 32): 9.1, (8, 16, 32): 10.1, (8, 24, 32): 11.1, (8, None, 24): 8.1, (8, None, None): 7.1, (16, None, 32): 12.03,
+        (8, None, 32): 9.1, (8, 16, 32): 10.1, (8, 24, 32): 11.1, (8, None, 24): 8.1, (8, None, None): 7.1,
+        (16, None, 32): 12.03,
     }.items():  # fmt: skip
         model = nn.Linear(1024, 1024, bias=False).bfloat16()
         optimizer = PACE(
@@ -239,8 +240,8 @@ def test_keys_of_checkpoints() -> None:
 PLACES = {32: 0.0, 24: 2.0**-16, 16: 2.0**-8}  # of a float: half a place, relative
 
 
-@pytest.mark.parametrize("to", CASES[-5:] + [{}], ids=named)
-@pytest.mark.parametrize("options", CASES[-5:] + [{}], ids=named)
+@pytest.mark.parametrize("to", [*CASES[-5:], {}], ids=named)
+@pytest.mark.parametrize("options", [*CASES[-5:], {}], ids=named)
 def test_every_format_goes_into_every_other(options: dict[str, Any], to: dict[str, Any]) -> None:
     model, first = trained(options, 4)
     second = PACE(model.parameters(), lr=0.0, lambda_pullback=0.0, ema_kappa=None, beta_ema=0.0, weight_decay=0.0, **to)
@@ -278,7 +279,7 @@ def allowed(name: str, value: Tensor, weight: Tensor, formats: Formats) -> Tenso
         apart = (value - weight).reshape(-1, 32).abs().amax(1, keepdim=True)
         step = apart * 2.0 ** -(formats.ema - 2)
         return (step + blocks.abs() * 2**-23).view(value.shape)
-    # 16 codes a binade of |m| + o: half of one is (|m| + o) 2^-5, where o is 2^-6.8 of the largest (v: 2^-14.8) or less.
+    # 16 codes a binade of |m| + o: half of one is (|m| + o) 2^-5, where o is at most 2^-6.8 of the largest, v's 2^-14.8.
     smallest = blocks.abs().amax(1, keepdim=True) * (2.0**-11.7 if name == "exp_avg" else 2.0**-19)
     return (blocks.abs() * 2.0**-5 + smallest).view(value.shape)
 

@@ -44,8 +44,8 @@ class Operand:
     be missing; None: it has to be there. ``role`` says how it lies: a "weight"; a "gradient" or a "moment", in the
     weight's format or float32; a "copy", in the weight's format; a "state", in float32. ``codec`` says in what else it
     may lie (csrc/codes.h), and ``beside`` names the list of what lies beside it then, which as a rule is None: of a
-    "weight" in bfloat16 what is left over of float32; of a "moment", a "square" or an "average" the scales of its codes.
-    """
+    "weight" in bfloat16 what is left over of float32; of a "moment", a "square" or an "average" the scales of its
+    codes."""
 
     symbol: str  # in rules and kernels
     list: str  # of the operator
