@@ -279,7 +279,7 @@ def allowed(name: str, value: Tensor, weight: Tensor, formats: Formats) -> Tenso
         apart = (value - weight).reshape(-1, 32).abs().amax(1, keepdim=True)
         step = apart * 2.0 ** -(formats.ema - 2)
         return (step + blocks.abs() * 2**-23).view(value.shape)
-    # 16 codes a binade of |m| + o: half of one is (|m| + o) 2^-5, where o is at most 2^-6.8 of the largest, v's 2^-14.8.
+    # 16 codes a binade of |m| + o: half of one is (|m| + o) 2^-5; o is at most 2^-6.8 of the largest, 2^-14.8 of v's.
     smallest = blocks.abs().amax(1, keepdim=True) * (2.0**-11.7 if name == "exp_avg" else 2.0**-19)
     return (blocks.abs() * 2.0**-5 + smallest).view(value.shape)
 
