@@ -10,6 +10,7 @@ from . import ops
 from .backend import backends
 from .clipping import clip_coefficient
 from .exports import averaged, ema_state_dict, master_state_dict
+from .in_backward import step_in_backward
 from .mada import MADA
 from .pace import PACE
 from .pullback import Pullback
@@ -26,5 +27,6 @@ __all__ = [
     "ema_state_dict",
     "master_state_dict",
     "ops",
+    "step_in_backward",
 ]
 __version__ = "0.1.0"

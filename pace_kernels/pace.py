@@ -51,7 +51,7 @@ class PACE(KernelOptimizer):
 
     Arguments:
         params: parameters, named parameters, or groups of them: dense, of dtype float32, bfloat16, float16 or float64.
-            States are float32 (float64 for float64 parameters).
+            States are float32 (float64 for float64 parameters), but for ``state_bits`` and ``ema_bits``.
         lr: α ≥ 0, a number or a tensor with one element.
         betas: (β1, β2), each in [0, 1). With β1 = 0 no first moment is kept; raised in mid-training, it starts at 0.
         eps: ε ≥ 2**-126, float32's smallest normal number.
@@ -68,13 +68,16 @@ class PACE(KernelOptimizer):
         log_stats: whether each step leaves the statistics of ``get_step_stats()``, computed in the same pass.
         pullback_from: "weights" measures the pullback from the weights before the step, as above; "step" from the
             stepped ones: x₊ = x' + Λ (e − x').
-        master_weight_bits: 32 trains bfloat16 parameters as float32 ones: the 16 bits that bfloat16 leaves over are
-            kept as the int16 state `remainder`, and steps have the bits of float32 parameters with the same gradients.
-            4 bytes a parameter for the model's weight and its master together. None: parameters are what they are.
-            All parameters of the group must be plain bfloat16 tensors; the backends are "cpu" and "torch", which takes
-            temporaries. The remainder is the optimizer's: load its checkpoint beside the model's, and weights that
-            others write come out half a bfloat16's place off at most. An optimizer without the option drops the
-            remainders of a checkpoint.
+        state_bits: of each element of m and v: 32; 16, bfloat16; 8, codes with a power of two for 32 elements. Below
+            32 they are rounded stochastically, by a dither of the data. Vectors, small tensors and odd shapes stay in
+            float32: :meth:`memory` lists which, and why.
+        ema_bits: of each element of the average: None, as ``state_bits``; 32; 24; 16 or 8, which lie beside the weight:
+            change weights between steps within :meth:`editing_weights` alone.
+        master_weight_bits: of bfloat16 parameters, together with the state `remainder`: 32 trains them as float32 ones,
+            with the bits of these; 24 rounds stochastically to 24 bits. None: parameters are what they are. Float32
+            ones in the group stay so. The remainder is the optimizer's: load its checkpoint beside the model's, and
+            weights that others write come out half a bfloat16's place off at most.
+        stochastic_rounding: whether bfloat16 parameters without master weights are rounded stochastically.
         maximize: whether to maximize the objective.
         capturable: whether the step counts live on the parameters' device, for CUDA graphs. What changes between
             replays must be a tensor there too: lr, and the clip_coef of ``step()``.

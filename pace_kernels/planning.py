@@ -39,7 +39,6 @@ _grad = operator.attrgetter("grad")
 _requires_grad = operator.attrgetter("requires_grad")
 _increment_version = torch.autograd.graph.increment_version
 _is_profiling = torch._C._autograd._profiler_enabled
-_MOST_PLANS = 4  # of an optimizer: one for each set of parameters that have gradients
 NO_ROLES: Mapping[str, str] = {}
 
 
@@ -102,6 +101,7 @@ class Planning(Launching):
         "lr": ("lr",), "weight_decay": ("weight_decay",), "betas": ("beta1", "beta2"),
     }  # fmt: skip
 
+    MOST_PLANS = 4  # one for each set of parameters that have gradients
     _plans: Plans
 
     def plans(self) -> Plans:
@@ -238,13 +238,13 @@ class Planning(Launching):
         works = [work for work, _ in prepared]
         plans = self._plans
         plans.vain += 1
-        seldom = plans.vain > 2 * _MOST_PLANS and plans.vain % 64 != 0  # something changes at each step
+        seldom = plans.vain > 2 * self.MOST_PLANS and plans.vain % 64 != 0  # something changes at each step
         if seldom or not self._can_plan(works):
             plans.end()
             return
         mask = tuple(param.grad is None for group in self.param_groups for param in group["params"])
         others = {key: plan for key, plan in plans.by_mask.items() if key != mask and plan.is_of(self)}
-        plans.by_mask = others if len(others) < _MOST_PLANS else {}
+        plans.by_mask = others if len(others) < self.MOST_PLANS else {}
         try:
             plans.next = plans.by_mask[mask] = self._planned(works, mask)
             WITH_PLANS[id(self)] = self

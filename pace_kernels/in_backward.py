@@ -1,0 +1,212 @@
+"""Gradient release: parameters are stepped within the backward pass, and their gradients are freed."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .checks import check_number
+from .pace import PACE
+from .sharding import Axes, axes, is_sharded, local, reduce_
+
+Kind = TypeVar("Kind", bound=PACE)
+
+
+def step_in_backward(
+    model: torch.nn.Module,
+    factory: Callable[[Iterable[Tensor]], Kind],
+    *,
+    bucket_bytes: int = 25 * 2**20,
+    max_norm: float | None = None,
+) -> Kind:
+    """An optimizer that steps parameters while ``backward()`` runs, as soon as the gradients of a bucket are there, and
+    frees these: gradients take the memory of a bucket or two, not of the model.
+
+    Call ``optimizer.step()`` after each ``backward()`` as usual: it steps what is left, as parameters of a bucket
+    that was used in part, and ends the iteration. Schedulers, ``averaged()``, ``memory()`` and ``state_dict()``, which
+    has the keys of ``factory(model.parameters())``, work as with that optimizer. The learning rate is the one that is
+    set when ``backward()`` begins. Several backward passes before ``step()``, that is accumulation of gradients, are
+    refused: the first would have stepped already.
+
+    Arguments:
+        model: its parameters are stepped. On several ranks they have to be sharded by ``fully_shard`` first:
+            DistributedDataParallel averages gradients after they were used here.
+        factory: makes the optimizer of parameters, as ``lambda params: PACE(params, lr=1e-3, state_bits=8)``; a PACE
+            without ``skip_nonfinite``, which would have to know all gradients before the first is used.
+        bucket_bytes: bytes of gradients that are stepped together, ≥ 1: one launch on a GPU.
+        max_norm: clips gradients by ``min(1, max_norm / norm)``, where norm is that of the *previous* iteration, since
+            that of this one is known too late; the first iteration is not clipped. None: no clipping.
+
+    Raises:
+        TypeError: ``factory`` returns something else than a PACE.
+        ValueError: an argument is out of its range; the model is a DistributedDataParallel.
+        RuntimeError: from ``backward()``, where gradients are accumulated; on several ranks, of parameters that are not
+            sharded.
+
+    >>> import pace_kernels
+    >>> model = torch.nn.Linear(4, 1)
+    >>> optimizer = pace_kernels.step_in_backward(model, lambda params: pace_kernels.PACE(params, lr=3e-3))
+    >>> model(torch.ones(8, 4)).square().mean().backward()  # steps
+    >>> model.weight.grad is None
+    True
+    >>> optimizer.step()  # ends the iteration
+    """
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "model must not be a DistributedDataParallel, which averages gradients after they were used: shard it with "
+            "fully_shard, or pass a model of one process"
+        )
+    check_number("bucket_bytes", bucket_bytes, ">= 1", lambda a: a >= 1)
+    if max_norm is not None:
+        check_number("max_norm", max_norm, "finite and > 0", lambda a: 0 < a < float("inf"))
+    optimizer = factory(model.parameters())
+    if not isinstance(optimizer, PACE):
+        raise TypeError(f"factory must return a PACE, got {type(optimizer).__name__}")
+    if any(group["skip_nonfinite"] for group in optimizer.param_groups):
+        raise ValueError("skip_nonfinite must be False: it has to know all gradients before the first is used")
+    optimizer.__class__ = _class_of(type(optimizer))  # type: ignore[assignment, arg-type]
+    optimizer._begin(bucket_bytes, max_norm)  # type: ignore[attr-defined]
+    return optimizer
+
+
+@functools.cache
+def _class_of(kind: type[PACE]) -> type[PACE]:
+    return type(kind.__name__, (_InBackward, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _ranks() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
+
+class _InBackward(PACE):
+    """What step_in_backward() adds to an optimizer's class."""
+
+    def _begin(self, bucket_bytes: int, max_norm: float | None) -> None:
+        self._max_norm = max_norm
+        self._norm: Tensor | None = None  # of the gradients of the last iteration
+        self._squares: list[tuple[Tensor, Axes]] = []
+        self._bucket: dict[Tensor, int] = {}
+        self._sizes: list[int] = []
+        held = bucket_bytes
+        # Gradients come in about the reverse order of registration.
+        for param in [p for group in self.param_groups for p in group["params"]][::-1]:
+            if held >= bucket_bytes:
+                self._sizes.append(0)
+                held = 0
+            self._bucket[param] = len(self._sizes) - 1
+            self._sizes[-1] += param.requires_grad
+            held += param.numel() * param.element_size()
+        self.MOST_PLANS = len(self._sizes) + 2
+        self._lock = threading.RLock()  # hooks run in the threads of the devices
+        self._end()
+        me = weakref.ref(self)
+
+        def arrived(param: Tensor) -> None:
+            optimizer = me()
+            if optimizer is not None:
+                optimizer._arrived(param)
+
+        self._hooks = [
+            param.register_post_accumulate_grad_hook(arrived) for param in self._bucket if param.requires_grad
+        ]
+
+    def _end(self) -> None:
+        self._missing = list(self._sizes)
+        self._waiting: dict[Tensor, None] = {}
+        self._stepped: set[int] = set()
+        self._left_stats: list[Any] = []
+
+    def _arrived(self, param: Tensor) -> None:
+        with self._lock:
+            if id(param) in self._stepped or param in self._waiting:
+                raise RuntimeError(
+                    "a second gradient of a parameter before optimizer.step(): step_in_backward() can't accumulate "
+                    "gradients, since the first was used and freed. Call step() after each backward()"
+                )
+            if not is_sharded(param) and _ranks() > 1:
+                raise RuntimeError(
+                    "step_in_backward() on several ranks needs parameters that fully_shard has sharded: the gradients "
+                    "of others are averaged after they were used"
+                )
+            self._waiting[param] = None
+            bucket = self._bucket[param]
+            self._missing[bucket] -= 1
+            if self._missing[bucket] == 0:
+                self._take([p for p in self._waiting if self._bucket[p] == bucket])
+
+    def _take(self, params: list[Tensor]) -> None:
+        """Steps these of the waiting parameters, and frees their gradients."""
+        apart = [(p, p.grad) for p in self._waiting if self._bucket[p] != self._bucket[params[0]]]
+        for param, _ in apart:
+            param.grad = None
+        try:
+            self._note_norm(params)
+            super().step(clip_coef=self._coefficient())
+        finally:
+            for param, grad in apart:
+                param.grad = grad
+        self._left_stats += self._step_stats
+        for param in params:
+            param.grad = None
+            del self._waiting[param]
+            self._stepped.add(id(param))
+
+    def _note_norm(self, params: list[Tensor]) -> None:
+        if self._max_norm is None:
+            return
+        for param in params:
+            grad = param.grad
+            assert grad is not None
+            square = torch.linalg.vector_norm(local(grad).detach(), dtype=torch.float32).square()
+            self._squares.append((square, axes(param)))
+
+    def _coefficient(self) -> Tensor | None:
+        if self._max_norm is None or self._norm is None:
+            return None
+        return (self._max_norm / (self._norm + 1e-6)).clamp(max=1.0)
+
+    def step(self, closure: Callable[[], Any] | None = None, *, clip_coef: Tensor | float | None = None) -> Any:
+        """Steps what ``backward()`` has left, and ends the iteration. See :func:`step_in_backward`."""
+        if closure is not None or clip_coef is not None:
+            what = "a closure" if closure is not None else "clip_coef"
+            raise RuntimeError(f"step() with {what}: parameters were stepped in backward(). max_norm clips there")
+        if hasattr(self, "found_inf") or hasattr(self, "grad_scale"):
+            raise RuntimeError("step() by a GradScaler: parameters were stepped in backward(), by scaled gradients")
+        with self._lock:
+            rest = [p for p in self._bucket if p.grad is not None]
+            if rest:
+                self._note_norm(rest)
+                super().step(clip_coef=self._coefficient())
+                self._left_stats += self._step_stats
+                for param in self._waiting:
+                    param.grad = None
+            self._step_stats = self._left_stats
+            if self._squares:
+                reduce_(self._squares)
+                home = self._squares[0][0].device
+                self._norm = torch.stack([square.to(home) for square, _ in self._squares]).sum().sqrt()
+                self._squares = []
+            self._end()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops gradients that wait for others of their bucket, too: ends an iteration whose ``backward()`` failed."""
+        super().zero_grad(set_to_none)
+        self._end()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if "_bucket" in self.__dict__:
+            raise RuntimeError("add_param_group() of an optimizer of step_in_backward(): make a new one")
+        super().add_param_group(param_group)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "an optimizer of step_in_backward() can't be copied or pickled: its hooks are on parameters. Load its "
+            "state_dict() into another one"
+        )
