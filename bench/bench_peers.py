@@ -3,7 +3,7 @@
 Every peer takes part in the same interleaved rounds as our own optimizers; `harness.py` says how. Each is compared with
 the one of ours that computes the same rule, or with PACE where none does. A peer that cannot be installed or does not
 run is a row with the reason. What was measured is in `peers.json`, complete after every case: a second run measures
-only what is missing. What is printed and `peers.png` are made from that file alone.
+only what is missing. What is printed and `peers.webp` are made from that file alone.
 
 All contenders of a case share weights and gradients. So the first step of each is checked: it must move the weights and
 leave the gradients alone.
@@ -597,7 +597,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=some_of(keys), help=f"of {','.join(keys)} (default: all)")
     parser.add_argument("--rounds", type=int, help="samples of each row; slow rows get fewer (default: 21)")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of peers.json and .png")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of peers.json and .webp")
     parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run left there")
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes, 3 rounds, nothing compiled: a test, no numbers"
@@ -664,7 +664,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 save(numbers | {"cases": [*numbers["cases"], *old.values()]}, path)
     numbers = load(path)
     text = render(numbers)
-    draw([case_of(c, numbers) for c in numbers["cases"]], path.with_suffix(".png"), where(numbers), ROWS, OUR_KEYS)
+    draw([case_of(c, numbers) for c in numbers["cases"]], path.with_suffix(".webp"), where(numbers), ROWS, OUR_KEYS)
     print(text)
 
 

@@ -693,14 +693,27 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(lzma.decompress(packed(path).read_bytes()))
 
 
+TEXT = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0}]
+
+
 def pack(path: Path) -> None:
-    """Results that are kept with the code: a tenth of the size."""
-    packed(path).write_bytes(lzma.compress(path.read_bytes(), preset=9 | lzma.PRESET_EXTREME))
+    """Results that are kept with the code: a tenth of the size, with numbers of 7 digits at most."""
+    text = compact(rounded(load(path), 7)) + "\n"
+    packed(path).write_bytes(lzma.compress(text.encode(), check=lzma.CHECK_CRC32, filters=TEXT))
     path.unlink()
 
 
-def significant(value: float, digits: int = 7) -> float:
-    """Rounded: a file of samples is mostly digits, and of a time these are more than enough."""
+def rounded(value: Any, digits: int) -> Any:
+    """The nest of mappings and lists with every float rounded."""
+    if isinstance(value, Mapping):
+        return {key: rounded(part, digits) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(part, digits) for part in value]
+    return significant(value, digits) if isinstance(value, float) else value
+
+
+def significant(value: float, digits: int = 6) -> float:
+    """Rounded: a file of samples is mostly digits. Those of a time differ in the second or third."""
     return float(f"{value:.{digits}g}")
 
 

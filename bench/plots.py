@@ -78,7 +78,8 @@ def label_line_ends(axes: Axes, lines: Sequence[tuple[str, Sequence[float], Sequ
 
 def save(figure: Figure, path: Path, colors: int = 32) -> None:
     """Write the figure, creating its folder, in so many colours: that takes a fifth of the bytes. Half of them are the
-    most frequent ones, the others are spread over all, as heat maps need it."""
+    most frequent ones, the others are spread over all, as heat maps need it. A file that shows the same is left alone,
+    since another version of the library may pack it otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
@@ -89,7 +90,9 @@ def save(figure: Figure, path: Path, colors: int = 32) -> None:
     palette = [part for _, color in frequent for part in color] + spread[: 3 * (colors - len(frequent))]
     seen, place = np.unique(np.asarray(image).reshape(-1, 3), axis=0, return_inverse=True)
     distances = ((seen[:, None].astype(int) - np.reshape(palette, (-1, 3))) ** 2).sum(2)
-    indices = distances.argmin(1).astype(np.uint8)[place].reshape(image.height, image.width)
-    image = Image.fromarray(indices, "P")
-    image.putpalette(palette)
-    image.save(path, optimize=True)
+    indices = distances.argmin(1)[place].reshape(image.height, image.width)
+    shown = np.reshape(palette, (-1, 3)).astype(np.uint8)[indices]
+    if path.exists() and np.array_equal(np.asarray(Image.open(path).convert("RGB")), shown):
+        return
+    # WebP without loss takes three quarters of a PNG's bytes. Options of one format mean nothing to the other.
+    Image.fromarray(shown).save(path, optimize=True, lossless=True, quality=100, method=6)

@@ -757,14 +757,14 @@ def draw(kept: Mapping[str, Any], folder: Path) -> list[Path]:
     draw_losses(good, found, "good")
     draw_losses(poor, found, "poor")
     draw_grid(grid, found)
-    plots.save(figure, folder / "mada.png")
+    plots.save(figure, folder / "mada.webp")
     figure, (good, poor, digits_, accuracy) = plots.new_figure([4.6, 4.6, 4.6, 4.2], height=4.0)
     draw_coefficients(good, found, "language", "good")
     draw_coefficients(poor, found, "language", "poor")
     draw_coefficients(digits_, found, "digits", "good")
     draw_digits(accuracy, found)
-    plots.save(figure, folder / "mada-coefficients.png")
-    return [folder / "mada.png", folder / "mada-coefficients.png"]
+    plots.save(figure, folder / "mada-coefficients.webp")
+    return [folder / "mada.webp", folder / "mada-coefficients.webp"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -643,8 +643,8 @@ def draw_curves(kept: Mapping[str, Any], size: Size, path: Path) -> None:
 
 
 def draw(kept: Mapping[str, Any], folder: Path, size: Size = FULL) -> None:
-    draw_sweep(kept, size, folder / "pace-sweep.png")
-    draw_curves(kept, size, folder / "pace-curves.png")
+    draw_sweep(kept, size, folder / "pace-sweep.webp")
+    draw_curves(kept, size, folder / "pace-curves.webp")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ With the Python that runs it, and nothing downloaded: builds the extension in pl
 seconds: the build may take up to 40 % of it, tests up to 70 %, and the benchmark has the rest, the most telling rows
 first. A failure of the build or of tests does not keep the rest from running, nor does a row that fails: it becomes a
 row with the reason. What was found is in `gpu-<device>.json`, a file that is complete JSON at any moment, in
-`gpu-<device>.md`, and where matplotlib is there, in `gpu-<device>.png`.
+`gpu-<device>.md`, and where matplotlib is there, in `gpu-<device>.webp`.
 
 The benchmark runs in a process of its own, which says which row it is at before every sample. If it dies, or hangs in
 one row for more than two minutes, another one goes on without that row.
@@ -637,7 +637,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"\ncut off: {table(case, headings(rows))}")
         print(f"\nbenchmark: {summary}", flush=True)
         write(path.with_suffix(".md"), as_markdown(report, rows))
-        print(f"{path}\n{path.with_suffix('.md')}\n{draw(report, rows, path.with_suffix('.png'))}")
+        print(f"{path}\n{path.with_suffix('.md')}\n{draw(report, rows, path.with_suffix('.webp'))}")
         print(f"{time.time() - start:.0f} s in all")
     bad = [stage for stage in report["stages"].values() if stage.get("failed")]
     return 1 if bad or not any(not why for why in report["complete"].values()) else 0
