@@ -523,12 +523,12 @@ def cells(case: Case, against: Mapping[str, str]) -> list[list[str]]:
         key = against.get(result.row.key, "")
         other = case.result(key)
         if other is None or len(result.samples.keys() & other.samples.keys()) < MIN_ROUNDS:
-            line += [names.get(key, ""), "–", ""]
+            line += [names.get(key, ""), "–" if key else "", ""]
         else:
             low, middle, high = ratio(result.samples, other.samples)
             line += [names[key], f"{middle:.2f} ×", f"{low:.2f} – {high:.2f}"]
-        line += [f"{result.state_bytes / case.numel:.2f}"]
-        line += ["?" if result.peak_extra is None else f"{result.peak_extra / 1e6:.1f}"]
+        line += [f"{round(result.state_bytes / case.numel, 2):g}"]
+        line += ["?" if result.peak_extra is None else f"{round(result.peak_extra / 1e6, 1):g}"]
         lines.append([*line, f"{result.first_step_s:.2f}", f"{len(result.samples)}"])
     return lines
 

@@ -742,8 +742,8 @@ def cells(case: Case, anchors: Mapping[str, str]) -> list[list[str]]:
         if copies:
             line.append(f"{100 * case.rate(result) / case.copy_bandwidth():.0f} %")
         line += ["–" if a is None else f"{a:.2f} ×" for a in ratios]
-        line.append("?" if result.peak_extra is None else f"{result.peak_extra / 1e6:.1f}")
-        line += [f"{result.state_bytes / case.numel:.2f}", f"{len(result.samples)}"]
+        line.append("?" if result.peak_extra is None else f"{round(result.peak_extra / 1e6, 1):g}")
+        line += [f"{round(result.state_bytes / case.numel, 2):g}", f"{len(result.samples)}"]
         lines.append(line)
     return lines
 
