@@ -408,7 +408,7 @@ def draw(
         ha="left",
         fontsize=10,
     )
-    plots.save(figure, path, colors=16)
+    plots.save(figure, path, colors=12)
 
 
 def some_of(known: Sequence[str]) -> Callable[[str], list[str]]:

@@ -757,7 +757,7 @@ def draw(kept: Mapping[str, Any], folder: Path) -> list[Path]:
     draw_losses(good, found, "good")
     draw_losses(poor, found, "poor")
     draw_grid(grid, found)
-    plots.save(figure, folder / "mada.webp")
+    plots.save(figure, folder / "mada.webp", colors=32)
     figure, (good, poor, digits_, accuracy) = plots.new_figure([4.6, 4.6, 4.6, 4.2], height=4.0)
     draw_coefficients(good, found, "language", "good")
     draw_coefficients(poor, found, "language", "poor")

@@ -581,7 +581,7 @@ def draw_sweep(kept: Mapping[str, Any], size: Size, path: Path) -> None:
         axes.set_ylabel("pullback strength λ")
     if image is not None:
         figure.colorbar(image, ax=list(grid.flat), label="validation loss of the average", shrink=0.6, extend="max")
-    plots.save(figure, path, colors=48)
+    plots.save(figure, path, colors=24)
 
 
 def band(axes: Axes, xs: Sequence[float], curves: Sequence[Sequence[float]], color: str) -> list[float]:

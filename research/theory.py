@@ -156,7 +156,7 @@ def draw(numbers: Mapping[str, Any], path: Path) -> None:
     draw_map(ratio)
     draw_points(values, points)
     draw_proposition_3(third, pairs)
-    plots.save(figure, path, colors=128)
+    plots.save(figure, path, colors=24)
 
 
 def main() -> None:
