@@ -78,7 +78,7 @@ class Peer(Row):
     module: str = ""  # what to import of it
 
 
-# --- contenders -----------------------------------------------------------------------------------------------------
+# ---- contenders ----
 
 Make = Callable[[list[nn.Parameter]], Contender]
 
@@ -430,7 +430,7 @@ COPIES_THE_MODEL = ("adamw-ema", "adamw-ema-loop", "adamw-ema-pytorch")
 ONLY = bench_step.ONLY  # row -> sizes and formats, where that is not all of them
 
 
-# --- sizes ----------------------------------------------------------------------------------------------------------
+# ---- sizes ----
 
 SIZES: dict[str, tuple[str, list[tuple[int, ...]]]] = {
     "one": ("One tensor of 64 M", [(64 * 2**20,)]),
@@ -442,7 +442,7 @@ QUICK_SIZES: dict[str, tuple[str, list[tuple[int, ...]]]] = {
 }
 
 
-# --- what is there --------------------------------------------------------------------------------------------------
+# ---- what is there ----
 
 
 def version(package: str) -> str:
@@ -488,7 +488,7 @@ def excluded(rows: Sequence[Peer], skip_compiled: bool) -> dict[str, str]:
     return {key: reason for key, reason in reasons.items() if reason}
 
 
-# --- results --------------------------------------------------------------------------------------------------------
+# ---- results ----
 
 
 def case_of(saved: Mapping[str, Any], numbers: Mapping[str, Any]) -> Case:
@@ -586,7 +586,7 @@ def earlier(path: Path, numbers: Mapping[str, Any]) -> list[dict[str, Any]]:
     return saved["cases"] if same else []
 
 
-# --- the run --------------------------------------------------------------------------------------------------------
+# ---- the run ----
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -62,7 +62,7 @@ KERNELS = (
 )  # the rows that run pace_kernels
 
 
-# --- contenders -----------------------------------------------------------------------------------------------------
+# ---- contenders ----
 
 
 def optimizer(build: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[list[nn.Parameter]], Contender]:
@@ -280,7 +280,7 @@ ROWS = [
 ONLY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {AUTOGRAD: (("one",), ("float32",))}
 
 
-# --- sizes ----------------------------------------------------------------------------------------------------------
+# ---- sizes ----
 
 
 # key -> title and shapes
@@ -297,7 +297,7 @@ QUICK_SIZES: dict[str, tuple[str, list[tuple[int, ...]]]] = {
 assert sum(map(count, SIZES["gpt2"][1])) == 124_439_808
 
 
-# --- results --------------------------------------------------------------------------------------------------------
+# ---- results ----
 
 BANDWIDTH = "read-modify-write bandwidth"
 

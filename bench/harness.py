@@ -62,7 +62,7 @@ WARM_UP = 2  # calls before the first sample, beyond the first step
 HIP_WALK_BYTES = 512 * MIB
 
 
-# --- byte accounting ------------------------------------------------------------------------------------------------
+# ---- byte accounting ----
 
 
 def itemsize(dtype: torch.dtype) -> int:
@@ -108,7 +108,7 @@ def bytes_of(state: Any) -> int:
     return sum(nbytes for _, nbytes in found)
 
 
-# --- contenders -----------------------------------------------------------------------------------------------------
+# ---- contenders ----
 
 
 def nothing(*_: object) -> None:
@@ -235,7 +235,7 @@ def ratio(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[float, float,
     return quartiles({k: a[k] / b[k] for k in a.keys() & b.keys()})
 
 
-# --- timing ---------------------------------------------------------------------------------------------------------
+# ---- timing ----
 
 
 class Sample(NamedTuple):
@@ -380,7 +380,7 @@ class CopyProbe:
             low.copy_(high)
 
 
-# --- peak memory ----------------------------------------------------------------------------------------------------
+# ---- peak memory ----
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
@@ -428,7 +428,7 @@ def available_memory(device: torch.device) -> int:
     return 1024 * int(match[1]) if match else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-# --- a case ---------------------------------------------------------------------------------------------------------
+# ---- a case ----
 
 
 def fill_(tensor: Tensor) -> Tensor:
@@ -594,7 +594,7 @@ def measure(
     return case
 
 
-# --- the machine ----------------------------------------------------------------------------------------------------
+# ---- the machine ----
 
 
 def last_level_cache() -> int:
@@ -653,7 +653,7 @@ def slug(about: Mapping[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", (about.get("gpu") or about["cpu"]).lower()).strip("-")
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+# ---- files ----
 
 
 def write(path: Path, text: str) -> None:
@@ -717,7 +717,7 @@ def significant(value: float, digits: int = 6) -> float:
     return float(f"{value:.{digits}g}")
 
 
-# --- the report -----------------------------------------------------------------------------------------------------
+# ---- the report ----
 
 
 def cells(case: Case, anchors: Mapping[str, str]) -> list[list[str]]:

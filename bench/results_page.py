@@ -196,7 +196,7 @@ def host(kept: dict[str, Any], path: Path) -> str:
     return "\n\n".join(parts)
 
 
-# --- the tables of README.md and of docs/ ---------------------------------------------------------------------------
+# ---- the tables of README.md and of docs/ ----
 
 PEERS = {
     "pace": "**PACE**",
@@ -309,7 +309,7 @@ def with_tables(text: str, folder: Path) -> str:
     return re.sub(r"(<!-- results: (\w+) -->)\n.*?\n(<!-- end -->)", table, text, flags=re.S)
 
 
-# --- the page -------------------------------------------------------------------------------------------------------
+# ---- the page ----
 
 SECTIONS = (
     Section("Against every peer", "peers.json", "make bench-peers PEERS='--out bench/results --fresh'", peers),

@@ -143,7 +143,7 @@ def us_per_step(build: Build, rounds: int = 5) -> float:
     return 1e6 * statistics.median(samples)
 
 
-# --- results --------------------------------------------------------------------------------------------------------
+# ---- results ----
 
 
 def table(runs: Sequence[Run]) -> str:

@@ -39,7 +39,7 @@ def built(kind: str) -> tuple[torch.nn.Module, Pullback]:
     return model, KINDS[kind](groups)
 
 
-# ---- refused before the base steps ----------------------------------------------------------------------------------
+# ---- refused before the base steps ----
 
 REFUSED: dict[str, tuple[Callable[[Pullback, Any], None], str]] = {
     "no memory": (lambda o, p: emptied(p), "more elements than memory"),
@@ -112,7 +112,7 @@ def test_running_out_of_memory_in_the_first_step_leaves_nothing(kind: str, monke
     assert same(kept(model, optimizer), kept(reference, other))
 
 
-# ---- in the middle --------------------------------------------------------------------------------------------------
+# ---- in the middle ----
 
 
 @pytest.mark.parametrize("t", [0, 3], ids=["first step", "fourth step"])
@@ -232,7 +232,7 @@ def test_a_base_that_fails(when: str, steps: int) -> None:
     assert all(float(optimizer.state[p]["pullback_step"]) == steps + 1 for p in model.parameters())
 
 
-# ---- what bases allow -----------------------------------------------------------------------------------------------
+# ---- what bases allow ----
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)

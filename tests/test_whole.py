@@ -81,11 +81,11 @@ def test_of_calls_made_at_once_the_first_may_raise(number: int, whole: bool) -> 
 
 def test_at_once_makes_all_calls_in_order() -> None:
     done: list[int] = []
-    at_once([lambda i=i: done.append(i) for i in range(5)])  # type: ignore[misc]
+    at_once([lambda i=i: done.append(i) for i in range(5)])
     assert done == [0, 1, 2, 3, 4]
 
 
-# ---- at every line of a step ----------------------------------------------------------------------------------------
+# ---- at every line of a step ----
 
 KINDS: dict[str, Any] = {
     "PACE": lambda groups, **k: PACE(groups, lr=0.1, log_stats=True, **k),

@@ -73,7 +73,7 @@ LOST = 3  # exit status of a benchmark whose device answers no more
 REFERENCE = "adamw-fused"
 
 
-# --- rows -----------------------------------------------------------------------------------------------------------
+# ---- rows ----
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def rows_for(device: torch.device) -> Rows:
     )
 
 
-# --- cases ----------------------------------------------------------------------------------------------------------
+# ---- cases ----
 
 # key -> title, shapes
 SIZES = {
@@ -249,7 +249,7 @@ def plan(report: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
     return {":".join(item): item for item in PLAN}
 
 
-# --- the report -----------------------------------------------------------------------------------------------------
+# ---- the report ----
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -309,7 +309,7 @@ def draw(report: Mapping[str, Any], rows: Rows, path: Path) -> str:
     return str(path)
 
 
-# --- the benchmark, in a process of its own --------------------------------------------------------------------------
+# ---- the benchmark, in a process of its own ----
 
 
 def benchmark(path: Path, until: float) -> None:
@@ -425,7 +425,7 @@ def run_benchmark(path: Path, environment: Mapping[str, str], until: float) -> s
     return f"{done} of {len(plan(report))} cases complete, in {processes} process{'es' * (processes > 1)}"
 
 
-# --- build and tests ------------------------------------------------------------------------------------------------
+# ---- build and tests ----
 
 
 def tail(text: str, lines: int = 15) -> str:
@@ -538,7 +538,7 @@ def read_junit(xml: Path) -> tuple[dict[str, int], list[str], dict[str, int]]:
     return counts, failures, skipped
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
+# ---- the command ----
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
