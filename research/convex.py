@@ -183,7 +183,7 @@ def draw(runs: Sequence[Run], path: Path, title: str) -> None:
 
 
 def rounded(run: dict[str, Any]) -> dict[str, Any]:
-    lists = {name: [significant(value) for value in run[name]] for name in ("x", "regret", "rho")}
+    lists = {name: [significant(value, 4) for value in run[name]] for name in ("x", "regret", "rho")}
     return run | lists
 
 
