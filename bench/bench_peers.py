@@ -519,14 +519,14 @@ def cells(case: Case, against: Mapping[str, str]) -> list[list[str]]:
         together = {} if pace is None else {k: v for k, v in pace.samples.items() if k in result.samples}
         line = [result.row.name, f"{1e3 * middle:.2f}", f"{1e3 * low:.2f} – {1e3 * high:.2f}"]
         line += [f"{1e9 * middle / case.numel:.3f}", f"{1e3 * quartiles(together)[1]:.2f}" if together else "–"]
-        line += ["–" if to_pace is None else f"{to_pace:.2f} ×"]
+        line += ["–" if to_pace is None else f"{to_pace:.2f}"]
         key = against.get(result.row.key, "")
         other = case.result(key)
         if other is None or len(result.samples.keys() & other.samples.keys()) < MIN_ROUNDS:
             line += [names.get(key, ""), "–" if key else "", ""]
         else:
             low, middle, high = ratio(result.samples, other.samples)
-            line += [names[key], f"{middle:.2f} ×", f"{low:.2f} – {high:.2f}"]
+            line += [names[key], f"{middle:.2f}", f"{low:.2f} – {high:.2f}"]
         line += [f"{round(result.state_bytes / case.numel, 2):g}"]
         line += ["?" if result.peak_extra is None else f"{round(result.peak_extra / 1e6, 1):g}"]
         lines.append([*line, f"{result.first_step_s:.2f}", f"{len(result.samples)}"])

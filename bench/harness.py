@@ -741,7 +741,7 @@ def cells(case: Case, anchors: Mapping[str, str]) -> list[list[str]]:
         line.append(f"{100 * case.share(result):.0f} %")
         if copies:
             line.append(f"{100 * case.rate(result) / case.copy_bandwidth():.0f} %")
-        line += ["–" if a is None else f"{a:.2f} ×" for a in ratios]
+        line += ["–" if a is None else f"{a:.2f}" for a in ratios]
         line.append("?" if result.peak_extra is None else f"{round(result.peak_extra / 1e6, 1):g}")
         line += [f"{round(result.state_bytes / case.numel, 2):g}", f"{len(result.samples)}"]
         lines.append(line)
