@@ -3,7 +3,7 @@
 Every peer takes part in the same interleaved rounds as our own optimizers; `harness.py` says how. Each is compared with
 the one of ours that computes the same rule, or with PACE where none does. A peer that cannot be installed or does not
 run is a row with the reason. What was measured is in `peers.json`, complete after every case: a second run measures
-only what is missing. What is printed and `peers.png` are made from that file alone.
+only what is missing. What is printed and `peers.webp` are made from that file alone.
 
 All contenders of a case share weights and gradients. So the first step of each is checked: it must move the weights and
 leave the gradients alone.
@@ -78,7 +78,7 @@ class Peer(Row):
     module: str = ""  # what to import of it
 
 
-# --- contenders -----------------------------------------------------------------------------------------------------
+# ---- contenders ----
 
 Make = Callable[[list[nn.Parameter]], Contender]
 
@@ -430,7 +430,7 @@ COPIES_THE_MODEL = ("adamw-ema", "adamw-ema-loop", "adamw-ema-pytorch")
 ONLY = bench_step.ONLY  # row -> sizes and formats, where that is not all of them
 
 
-# --- sizes ----------------------------------------------------------------------------------------------------------
+# ---- sizes ----
 
 SIZES: dict[str, tuple[str, list[tuple[int, ...]]]] = {
     "one": ("One tensor of 64 M", [(64 * 2**20,)]),
@@ -442,7 +442,7 @@ QUICK_SIZES: dict[str, tuple[str, list[tuple[int, ...]]]] = {
 }
 
 
-# --- what is there --------------------------------------------------------------------------------------------------
+# ---- what is there ----
 
 
 def version(package: str) -> str:
@@ -488,7 +488,7 @@ def excluded(rows: Sequence[Peer], skip_compiled: bool) -> dict[str, str]:
     return {key: reason for key, reason in reasons.items() if reason}
 
 
-# --- results --------------------------------------------------------------------------------------------------------
+# ---- results ----
 
 
 def case_of(saved: Mapping[str, Any], numbers: Mapping[str, Any]) -> Case:
@@ -519,16 +519,16 @@ def cells(case: Case, against: Mapping[str, str]) -> list[list[str]]:
         together = {} if pace is None else {k: v for k, v in pace.samples.items() if k in result.samples}
         line = [result.row.name, f"{1e3 * middle:.2f}", f"{1e3 * low:.2f} – {1e3 * high:.2f}"]
         line += [f"{1e9 * middle / case.numel:.3f}", f"{1e3 * quartiles(together)[1]:.2f}" if together else "–"]
-        line += ["–" if to_pace is None else f"{to_pace:.2f} ×"]
+        line += ["–" if to_pace is None else f"{to_pace:.2f}"]
         key = against.get(result.row.key, "")
         other = case.result(key)
         if other is None or len(result.samples.keys() & other.samples.keys()) < MIN_ROUNDS:
-            line += [names.get(key, ""), "–", ""]
+            line += [names.get(key, ""), "–" if key else "", ""]
         else:
             low, middle, high = ratio(result.samples, other.samples)
-            line += [names[key], f"{middle:.2f} ×", f"{low:.2f} – {high:.2f}"]
-        line += [f"{result.state_bytes / case.numel:.2f}"]
-        line += ["?" if result.peak_extra is None else f"{result.peak_extra / 1e6:.1f}"]
+            line += [names[key], f"{middle:.2f}", f"{low:.2f} – {high:.2f}"]
+        line += [f"{round(result.state_bytes / case.numel, 2):g}"]
+        line += ["?" if result.peak_extra is None else f"{round(result.peak_extra / 1e6, 1):g}"]
         lines.append([*line, f"{result.first_step_s:.2f}", f"{len(result.samples)}"])
     return lines
 
@@ -586,7 +586,7 @@ def earlier(path: Path, numbers: Mapping[str, Any]) -> list[dict[str, Any]]:
     return saved["cases"] if same else []
 
 
-# --- the run --------------------------------------------------------------------------------------------------------
+# ---- the run ----
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -597,7 +597,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=some_of(keys), help=f"of {','.join(keys)} (default: all)")
     parser.add_argument("--rounds", type=int, help="samples of each row; slow rows get fewer (default: 21)")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of peers.json and .png")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of peers.json and .webp")
     parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run left there")
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes, 3 rounds, nothing compiled: a test, no numbers"
@@ -664,7 +664,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 save(numbers | {"cases": [*numbers["cases"], *old.values()]}, path)
     numbers = load(path)
     text = render(numbers)
-    draw([case_of(c, numbers) for c in numbers["cases"]], path.with_suffix(".png"), where(numbers), ROWS, OUR_KEYS)
+    draw([case_of(c, numbers) for c in numbers["cases"]], path.with_suffix(".webp"), where(numbers), ROWS, OUR_KEYS)
     print(text)
 
 

@@ -2,7 +2,7 @@
 
 Times PACE and MADA beside `torch.optim.AdamW` and beside the same rules in plain torch, on three lists of shapes in
 float32 and bfloat16; `harness.py` says how. Prints a table for each, and writes all samples to `step.json` and a chart
-to `step.png`.
+to `step.webp`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ KERNELS = (
 )  # the rows that run pace_kernels
 
 
-# --- contenders -----------------------------------------------------------------------------------------------------
+# ---- contenders ----
 
 
 def optimizer(build: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[list[nn.Parameter]], Contender]:
@@ -280,7 +280,7 @@ ROWS = [
 ONLY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {AUTOGRAD: (("one",), ("float32",))}
 
 
-# --- sizes ----------------------------------------------------------------------------------------------------------
+# ---- sizes ----
 
 
 # key -> title and shapes
@@ -297,7 +297,7 @@ QUICK_SIZES: dict[str, tuple[str, list[tuple[int, ...]]]] = {
 assert sum(map(count, SIZES["gpt2"][1])) == 124_439_808
 
 
-# --- results --------------------------------------------------------------------------------------------------------
+# ---- results ----
 
 BANDWIDTH = "read-modify-write bandwidth"
 
@@ -408,7 +408,7 @@ def draw(
         ha="left",
         fontsize=10,
     )
-    plots.save(figure, path, colors=16)
+    plots.save(figure, path, colors=12)
 
 
 def some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
@@ -433,7 +433,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="samples of each row; slow rows get fewer (default: 21)")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of step.json and step.png")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of step.json and step.webp")
     parser.add_argument("--host", action="store_true", help="what a step costs on the host instead (host.py)")
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes, 3 rounds, no torch.compile: a test, no numbers"
@@ -496,8 +496,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "acceptance": reached,
     }
     save(numbers, arguments.out / "step.json")
-    draw(list(cases.values()), arguments.out / "step.png", f"{where}, torch {about['torch']}")
-    print(f"\n{arguments.out / 'step.json'} and {arguments.out / 'step.png'} written")
+    draw(list(cases.values()), arguments.out / "step.webp", f"{where}, torch {about['torch']}")
+    print(f"\n{arguments.out / 'step.json'} and {arguments.out / 'step.webp'} written")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ WARM_UP = 2  # calls before the first sample, beyond the first step
 HIP_WALK_BYTES = 512 * MIB
 
 
-# --- byte accounting ------------------------------------------------------------------------------------------------
+# ---- byte accounting ----
 
 
 def itemsize(dtype: torch.dtype) -> int:
@@ -108,7 +108,7 @@ def bytes_of(state: Any) -> int:
     return sum(nbytes for _, nbytes in found)
 
 
-# --- contenders -----------------------------------------------------------------------------------------------------
+# ---- contenders ----
 
 
 def nothing(*_: object) -> None:
@@ -235,7 +235,7 @@ def ratio(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[float, float,
     return quartiles({k: a[k] / b[k] for k in a.keys() & b.keys()})
 
 
-# --- timing ---------------------------------------------------------------------------------------------------------
+# ---- timing ----
 
 
 class Sample(NamedTuple):
@@ -380,7 +380,7 @@ class CopyProbe:
             low.copy_(high)
 
 
-# --- peak memory ----------------------------------------------------------------------------------------------------
+# ---- peak memory ----
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
@@ -428,7 +428,7 @@ def available_memory(device: torch.device) -> int:
     return 1024 * int(match[1]) if match else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-# --- a case ---------------------------------------------------------------------------------------------------------
+# ---- a case ----
 
 
 def fill_(tensor: Tensor) -> Tensor:
@@ -594,7 +594,7 @@ def measure(
     return case
 
 
-# --- the machine ----------------------------------------------------------------------------------------------------
+# ---- the machine ----
 
 
 def last_level_cache() -> int:
@@ -653,7 +653,7 @@ def slug(about: Mapping[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", (about.get("gpu") or about["cpu"]).lower()).strip("-")
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+# ---- files ----
 
 
 def write(path: Path, text: str) -> None:
@@ -693,18 +693,31 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(lzma.decompress(packed(path).read_bytes()))
 
 
+TEXT = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0}]
+
+
 def pack(path: Path) -> None:
-    """Results that are kept with the code: a tenth of the size."""
-    packed(path).write_bytes(lzma.compress(path.read_bytes(), preset=9 | lzma.PRESET_EXTREME))
+    """Results that are kept with the code: a tenth of the size, with numbers of 7 digits at most."""
+    text = compact(rounded(load(path), 7)) + "\n"
+    packed(path).write_bytes(lzma.compress(text.encode(), check=lzma.CHECK_CRC32, filters=TEXT))
     path.unlink()
 
 
-def significant(value: float, digits: int = 7) -> float:
-    """Rounded: a file of samples is mostly digits, and of a time these are more than enough."""
+def rounded(value: Any, digits: int) -> Any:
+    """The nest of mappings and lists with every float rounded."""
+    if isinstance(value, Mapping):
+        return {key: rounded(part, digits) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(part, digits) for part in value]
+    return significant(value, digits) if isinstance(value, float) else value
+
+
+def significant(value: float, digits: int = 6) -> float:
+    """Rounded: a file of samples is mostly digits. Those of a time differ in the second or third."""
     return float(f"{value:.{digits}g}")
 
 
-# --- the report -----------------------------------------------------------------------------------------------------
+# ---- the report ----
 
 
 def cells(case: Case, anchors: Mapping[str, str]) -> list[list[str]]:
@@ -728,9 +741,9 @@ def cells(case: Case, anchors: Mapping[str, str]) -> list[list[str]]:
         line.append(f"{100 * case.share(result):.0f} %")
         if copies:
             line.append(f"{100 * case.rate(result) / case.copy_bandwidth():.0f} %")
-        line += ["–" if a is None else f"{a:.2f} ×" for a in ratios]
-        line.append("?" if result.peak_extra is None else f"{result.peak_extra / 1e6:.1f}")
-        line += [f"{result.state_bytes / case.numel:.2f}", f"{len(result.samples)}"]
+        line += ["–" if a is None else f"{a:.2f}" for a in ratios]
+        line.append("?" if result.peak_extra is None else f"{round(result.peak_extra / 1e6, 1):g}")
+        line += [f"{round(result.state_bytes / case.numel, 2):g}", f"{len(result.samples)}"]
         lines.append(line)
     return lines
 

@@ -3,7 +3,7 @@
     python bench/results_page.py [--folder bench/results]
 
 Every section names the command that measures it. What has no JSON file yet is left out, and said so. JSON files of more
-than 10 kB are packed: `x.json` becomes `x.json.xz`. The figures are drawn anew. The tables of README.md and docs/
+than 2 kB are packed: `x.json` becomes `x.json.xz`. The figures are drawn anew. The tables of README.md and docs/
 between the comments `<!-- results: NAME -->` and `<!-- end -->` are written too.
 """
 
@@ -54,7 +54,7 @@ def step(kept: dict[str, Any], path: Path) -> str:
     rows = {row.key: row for row in bench_step.ROWS}
     shapes = {title: shapes for title, shapes in bench_step.SIZES.values()}
     cases = [from_json(saved, rows, shapes[saved["title"]]) for saved in kept["cases"]]
-    image = path.with_suffix(".png")
+    image = path.with_suffix(".webp")
     about = kept["machine"]
     bench_step.draw(drawn(cases), image, machine_line(about))
     heads = {bench_step.REFERENCE: "/ AdamW fused", bench_step.OURS: "/ PACE"}
@@ -74,7 +74,7 @@ def step(kept: dict[str, Any], path: Path) -> str:
 def peers(kept: dict[str, Any], path: Path) -> str:
     import bench_peers as command
 
-    cases, image = [command.case_of(saved, kept) for saved in kept["cases"]], path.with_suffix(".png")
+    cases, image = [command.case_of(saved, kept) for saved in kept["cases"]], path.with_suffix(".webp")
     command.draw(drawn(cases), image, command.where(kept), command.ROWS, command.OUR_KEYS)
     return f"{command.render(kept)}\n\n{picture(image, 'time of a step, ours and others')}"
 
@@ -84,7 +84,7 @@ def gpu(kept: dict[str, Any], path: Path) -> str:
 
     rows = command.rows_for(torch.device("cuda"))
     cases = command.cases_of(kept, rows)
-    image = path.with_suffix(".png")
+    image = path.with_suffix(".webp")
     command.draw(kept, rows, image)
     stages = [f"- {name}: {stage['summary']}" for name, stage in kept["stages"].items()]
     stages += [f"    - failed: `{name}`" for name in kept["stages"].get("tests", {}).get("failures", [])]
@@ -104,7 +104,7 @@ def pace(kept: dict[str, Any], path: Path) -> str:
     import pace as experiment
 
     experiment.draw(kept, path.parent)
-    sweep, curves = path.with_name("pace-sweep.png"), path.with_name("pace-curves.png")
+    sweep, curves = path.with_name("pace-sweep.webp"), path.with_name("pace-curves.webp")
     return "\n\n".join(
         [experiment.render(kept), picture(sweep, "sweep"), picture(curves, "curves, budgets, clamped coordinates")]
     )
@@ -114,7 +114,7 @@ def mada(kept: dict[str, Any], path: Path) -> str:
     import mada as experiment
 
     experiment.draw(kept, path.parent)
-    images = sorted(path.parent.glob("mada*.png"))
+    images = sorted(path.parent.glob("mada*.webp"))
     return "\n\n".join([experiment.render(kept), *(picture(image, image.stem) for image in images)])
 
 
@@ -139,7 +139,7 @@ def convex(kept: dict[str, Any], path: Path) -> str:
     import convex as command
 
     runs = [command.Run(**run) for run in kept["runs"]]
-    image = path.with_suffix(".png")
+    image = path.with_suffix(".webp")
     command.draw(runs, image, "Adam goes to the wrong end of [−1, 1]; MADA starts as Adam and learns ρ")
     return "\n\n".join(
         [f"{machine_line(kept['machine'])} {kept['steps']:,} steps.", f"```\n{command.table(runs)}\n```",
@@ -150,7 +150,7 @@ def convex(kept: dict[str, Any], path: Path) -> str:
 def theory(kept: dict[str, Any], path: Path) -> str:
     import theory as command
 
-    command.draw(kept, path.with_suffix(".png"))
+    command.draw(kept, path.with_suffix(".webp"))
     points = [*kept["points"], *(point for pair in kept["proposition_3"] for point in pair)]
     off = [abs(p["simulated"] - p["closed_form"]) / p["standard_error"] for p in points]
     said = (
@@ -158,7 +158,7 @@ def theory(kept: dict[str, Any], path: Path) -> str:
         f"coordinates, beside the closed form: off by {statistics.median(off):.1f} standard errors in the median, "
         f"{max(off):.1f} at most."
     )
-    return f"{said}\n\n{picture(path.with_suffix('.png'), 'limiting error over gain and curvature')}"
+    return f"{said}\n\n{picture(path.with_suffix('.webp'), 'limiting error over gain and curvature')}"
 
 
 def sharded(kept: dict[str, Any], path: Path) -> str:
@@ -196,7 +196,7 @@ def host(kept: dict[str, Any], path: Path) -> str:
     return "\n\n".join(parts)
 
 
-# --- the tables of README.md and of docs/ ---------------------------------------------------------------------------
+# ---- the tables of README.md and of docs/ ----
 
 PEERS = {
     "pace": "**PACE**",
@@ -309,7 +309,7 @@ def with_tables(text: str, folder: Path) -> str:
     return re.sub(r"(<!-- results: (\w+) -->)\n.*?\n(<!-- end -->)", table, text, flags=re.S)
 
 
-# --- the page -------------------------------------------------------------------------------------------------------
+# ---- the page ----
 
 SECTIONS = (
     Section("Against every peer", "peers.json", "make bench-peers PEERS='--out bench/results --fresh'", peers),
@@ -325,7 +325,7 @@ SECTIONS = (
     Section("Shards", "sharded.json", "python bench/bench_sharded.py --out bench/results", sharded),
 )
 
-PACKED_FROM = 10_000  # bytes
+PACKED_FROM = 2_000  # bytes
 
 INTRODUCTION = """\
 # What was measured
@@ -338,6 +338,12 @@ file, to measure everything again.
 """
 
 
+def squeezed(text: str) -> str:
+    """Tables without the spaces around cells, which show nothing and are a seventh of the page."""
+    rows = re.compile(r"^\|.*\|$", re.M)
+    return rows.sub(lambda row: re.sub(r" *\| *", "|", row[0]).replace("---", "-"), text)
+
+
 def page(folder: Path) -> str:
     parts = [INTRODUCTION]
     for section in SECTIONS:
@@ -346,7 +352,7 @@ def page(folder: Path) -> str:
         body = [section.render(load(path), path) for path in paths]
         parts.append(f"## {section.title}\n\n`{section.command}`")
         parts += [text.strip() for text in body] or ["Not measured yet."]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return squeezed("\n\n".join(part.strip() for part in parts)) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

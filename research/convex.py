@@ -1,6 +1,6 @@
 """Adam at the wrong end of a convex problem, and MADA that learns its way out: MADA's section C.3.
 
-    python research/convex.py            a table, out/convex.png and out/convex.json in about a minute on 2 cores
+    python research/convex.py            a table, out/convex.webp and out/convex.json in about a minute on 2 cores
     python research/convex.py --quick    three thousand steps, to see that it works
 
 The problem is Reddi, Kale and Kumar's ("On the Convergence of Adam and Beyond", ICLR 2018): f_t(x) = 1010 x when
@@ -143,7 +143,7 @@ def us_per_step(build: Build, rounds: int = 5) -> float:
     return 1e6 * statistics.median(samples)
 
 
-# --- results --------------------------------------------------------------------------------------------------------
+# ---- results ----
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -183,14 +183,14 @@ def draw(runs: Sequence[Run], path: Path, title: str) -> None:
 
 
 def rounded(run: dict[str, Any]) -> dict[str, Any]:
-    lists = {name: [significant(value) for value in run[name]] for name in ("x", "regret", "rho")}
+    lists = {name: [significant(value, 4) for value in run[name]] for name in ("x", "regret", "rho")}
     return run | lists
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, help=f"of each optimizer (default: {DEFAULT_STEPS:,})")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of convex.png and convex.json (out)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of convex.webp and convex.json (out)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS:,} steps: a test, no result")
     arguments = parser.parse_args(argv)
     steps = arguments.steps or (QUICK_STEPS if arguments.quick else DEFAULT_STEPS)
@@ -221,8 +221,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     save(numbers, arguments.out / "convex.json")
-    draw(runs, arguments.out / "convex.png", "Adam goes to the wrong end of [−1, 1]; MADA starts as Adam and learns ρ")
-    print(f"written: {arguments.out / 'convex.png'}, {arguments.out / 'convex.json'}")
+    draw(runs, arguments.out / "convex.webp", "Adam goes to the wrong end of [−1, 1]; MADA starts as Adam and learns ρ")
+    print(f"written: {arguments.out / 'convex.webp'}, {arguments.out / 'convex.json'}")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ QUICK = Size(
 )
 
 
-# --- specs ----------------------------------------------------------------------------------------------------------
+# ---- specs ----
 
 
 def adamw(size: Size, lr: float, schedule: str, seed: int = 0, evaluations: int = 1) -> Spec:
@@ -165,7 +165,7 @@ def sweep(size: Size) -> list[Spec]:
     return found
 
 
-# --- the best cells -------------------------------------------------------------------------------------------------
+# ---- the best cells ----
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def of_seeds(kept: Mapping[str, Any], size: Size, cell: Cell) -> list[float]:
     return [lm.final(result(kept, spec), cell.weights) if done(kept, spec) else math.nan for spec in specs]
 
 
-# --- budgets --------------------------------------------------------------------------------------------------------
+# ---- budgets ----
 
 
 def budget_specs(size: Size, best: Sequence[Cell]) -> dict[str, list[Spec]]:
@@ -293,7 +293,7 @@ def weights_of_budgets(best: Sequence[Cell]) -> dict[str, str]:
     return {"AdamW": "live", "AdamW + EMA": ema, "PACE": "average"}
 
 
-# --- variants -------------------------------------------------------------------------------------------------------
+# ---- variants ----
 
 
 def variant(cell: Cell, options: Mapping[str, Any], seed: int) -> Spec:
@@ -319,7 +319,7 @@ def variant_differences(kept: Mapping[str, Any], size: Size) -> dict[str, tuple[
     }
 
 
-# --- rates around the best one ---------------------------------------------------------------------------------------
+# ---- rates around the best one ----
 
 
 def at_rate(cell: Cell, factor: float, seed: int) -> Spec:
@@ -356,7 +356,7 @@ def against_best(
     return paired(*([lm.final(result(kept, spec), weights) for spec in column] for column in columns))
 
 
-# --- running --------------------------------------------------------------------------------------------------------
+# ---- running ----
 
 
 def run(spec: Spec) -> dict[str, Any]:
@@ -375,7 +375,7 @@ def run_all(path: Path, size: Size, processes: int | None = None) -> dict[str, A
     return complete(path, about, rest, run, processes)
 
 
-# --- what came out --------------------------------------------------------------------------------------------------
+# ---- what came out ----
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, int]:
@@ -533,7 +533,7 @@ def render(kept: Mapping[str, Any], size: Size = FULL) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# --- figures --------------------------------------------------------------------------------------------------------
+# ---- figures ----
 
 
 def draw_sweep(kept: Mapping[str, Any], size: Size, path: Path) -> None:
@@ -581,7 +581,7 @@ def draw_sweep(kept: Mapping[str, Any], size: Size, path: Path) -> None:
         axes.set_ylabel("pullback strength λ")
     if image is not None:
         figure.colorbar(image, ax=list(grid.flat), label="validation loss of the average", shrink=0.6, extend="max")
-    plots.save(figure, path, colors=48)
+    plots.save(figure, path, colors=24)
 
 
 def band(axes: Axes, xs: Sequence[float], curves: Sequence[Sequence[float]], color: str) -> list[float]:
@@ -643,8 +643,8 @@ def draw_curves(kept: Mapping[str, Any], size: Size, path: Path) -> None:
 
 
 def draw(kept: Mapping[str, Any], folder: Path, size: Size = FULL) -> None:
-    draw_sweep(kept, size, folder / "pace-sweep.png")
-    draw_curves(kept, size, folder / "pace-curves.png")
+    draw_sweep(kept, size, folder / "pace-sweep.webp")
+    draw_curves(kept, size, folder / "pace-curves.webp")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """What theory says of a constant pullback: how much closer to the minimum the average ends, over gain and curvature.
 
-    python research/theory.py            a table, out/bench/theory.png and out/bench/theory.json, in 15 seconds
+    python research/theory.py            a table, out/bench/theory.webp and out/bench/theory.json, in 15 seconds
     python research/theory.py --quick    few coordinates and steps, to see that it works
 
 SGD with a constant gain on noisy quadratics: the closed form of quadratics.py (derived in tests/test_theory.py)
@@ -156,7 +156,7 @@ def draw(numbers: Mapping[str, Any], path: Path) -> None:
     draw_map(ratio)
     draw_points(values, points)
     draw_proposition_3(third, pairs)
-    plots.save(figure, path, colors=128)
+    plots.save(figure, path, colors=24)
 
 
 def main() -> None:
@@ -186,9 +186,9 @@ def main() -> None:
         "points": [asdict(p) for p in points],
         "proposition_3": [[asdict(p) for p in pair] for pair in pairs],
     }
-    draw(numbers, arguments.out / "theory.png")
+    draw(numbers, arguments.out / "theory.webp")
     save(numbers, arguments.out / "theory.json")
-    print(f"written: {arguments.out / 'theory.png'}, {arguments.out / 'theory.json'}")
+    print(f"written: {arguments.out / 'theory.webp'}, {arguments.out / 'theory.json'}")
 
 
 if __name__ == "__main__":

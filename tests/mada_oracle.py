@@ -151,10 +151,10 @@ class Oracle:
                 sign = -1.0 if w.options["maximize"] else 1.0
                 for name, a in zip(NAMES, h_q.tolist(), strict=True):
                     h[name] += sign * a
-            s.pending = h  # type: ignore[attr-defined]
+            s.pending = h
         for w, g in zip(awake, grads, strict=True):
             w.step(g)
         for s in self.sets:
             if any(w.coefficients is s for w in awake):
-                s.learn(s.pending)  # type: ignore[attr-defined]
+                s.learn(s.pending)
         return list(grads)

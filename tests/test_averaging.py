@@ -186,7 +186,7 @@ def test_running_out_of_memory_is_as_if_it_had_not_been_called(kind: str, monkey
     optimizer.step()
 
 
-# ---- parameters over one memory -------------------------------------------------------------------------------------
+# ---- parameters over one memory ----
 
 
 def _as_parameter(weight: Tensor) -> torch.nn.Parameter:
@@ -242,7 +242,7 @@ def test_columns_of_one_tensor_are_each_swapped() -> None:
     assert_same(contents(model), live)
 
 
-# ---- weights written by others while swapped ------------------------------------------------------------------------
+# ---- weights written by others while swapped ----
 
 
 def _load(model: torch.nn.Module, values: dict[str, Tensor]) -> None:
@@ -329,7 +329,7 @@ def test_averaged_where_no_group_evaluates_its_average_says_so() -> None:
         pass
 
 
-# ---- the model ------------------------------------------------------------------------------------------------------
+# ---- the model ----
 
 
 @pytest.mark.parametrize("kind", KINDS)

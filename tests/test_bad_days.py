@@ -59,7 +59,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.nan_to_num(nan=7.25), b.nan_to_num(nan=7.25)) and torch.equal(a.isnan(), b.isnan())
 
 
-# ---- gradients that are not finite -----------------------------------------------------------------------------------
+# ---- gradients that are not finite ----
 
 BAD = {"nan": float("nan"), "+inf": float("inf"), "-inf": float("-inf")}
 HIT = (3, 64, 199)  # the coordinates that get the bad gradient: in a first tile, at a border, the last
@@ -134,7 +134,7 @@ def test_madas_coefficients_rest(backend: str, bad: str) -> None:
     assert seen[5] == seen[6] == seen[7]  # from the bad gradient on they rest
 
 
-# ---- lr 0 ------------------------------------------------------------------------------------------------------------
+# ---- lr 0 ----
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -166,7 +166,7 @@ def test_lr_zero_teaches_mada_nothing(backend: str) -> None:
     assert dict(optimizer.coefficients) == before
 
 
-# ---- the ends of the range -------------------------------------------------------------------------------------------
+# ---- the ends of the range ----
 
 # g² leaves float32's range at both ends; 1e30 is beyond float16.
 SIZES = {"1e-30": 1e-30, "1e30": 1e30, "subnormal": 1e-40, "the largest": FLT_MAX, "1e-20": 1e-20, "1e19": 1e19}
@@ -322,7 +322,7 @@ def test_beyond_2_24_steps_weights_go_as_in_adamw_and_the_count_goes_on(backend:
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
 
 
-# ---- more than 2^31 elements -----------------------------------------------------------------------------------------
+# ---- more than 2^31 elements ----
 
 
 def available_bytes() -> int:
@@ -406,7 +406,7 @@ def test_mada_addresses_in_64_bits() -> None:
         assert torch.equal(a, b)
 
 
-# ---- threads and forks -----------------------------------------------------------------------------------------------
+# ---- threads and forks ----
 
 
 def train_one(kind: type, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -540,7 +540,7 @@ def test_data_loaders_forked_during_training(kind: type) -> None:
         assert torch.equal(a, b)
 
 
-# ---- exceptions half way ---------------------------------------------------------------------------------------------
+# ---- exceptions half way ----
 
 
 def swappable() -> tuple[list[torch.nn.Parameter], PACE]:

@@ -21,10 +21,10 @@ pytest.importorskip("matplotlib", reason="the scripts under bench/ draw")
 @pytest.mark.parametrize(
     ("script", "written"),
     [
-        ("bench/bench_step.py", ("step.json", "step.png")),
+        ("bench/bench_step.py", ("step.json", "step.webp")),
         ("bench/bench_sharded.py", ("sharded.json",)),
-        ("research/convex.py", ("convex.json", "convex.png")),
-        ("research/theory.py", ("theory.json", "theory.png")),
+        ("research/convex.py", ("convex.json", "convex.webp")),
+        ("research/theory.py", ("theory.json", "theory.webp")),
         ("examples/train_lm.py", ("results.json", "loss.png")),
     ],
 )
@@ -42,7 +42,9 @@ def test_script_runs_and_leaves_its_files(script: str, written: tuple[str, ...],
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     numbers, *pictures = (tmp_path / name for name in written)
     assert json.loads(numbers.read_text(encoding="utf-8"))
-    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    magic = {".png": slice(1, 4), ".webp": slice(8, 12)}
+    for picture in pictures:
+        assert picture.read_bytes()[magic[picture.suffix]].decode().lower() == picture.suffix[1:]
 
 
 def test_whole_training_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def test_a_quick_run_prints_what_its_file_renders_to(peers: ModuleType, tmp_path
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     numbers = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))
     assert run.stdout == peers.render(numbers) + "\n"
-    assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "peers.webp").read_bytes()[8:12] == b"WEBP"
 
     assert [case["dtype"] for case in numbers["cases"]] == ["bfloat16"]
     for case in numbers["cases"]:

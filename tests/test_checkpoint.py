@@ -271,7 +271,7 @@ def test_load_hooks_see_the_checkpoint_as_saved_and_the_state_as_loaded() -> Non
     assert len(seen) == 4  # no hook of ours stays behind
 
 
-# ---- torch.distributed.checkpoint's first step ----------------------------------------------------------------------
+# ---- torch.distributed.checkpoint's first step ----
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True])

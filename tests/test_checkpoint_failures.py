@@ -71,7 +71,7 @@ def assert_untouched(training: Training, loads: Callable[[KernelOptimizer], None
     assert bits(dict(training.model.state_dict())) == bits(dict(twin.model.state_dict()))
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files ----
 
 
 # What torch.load raises. OSError: it may seek to before the begin of a file that was cut off.
@@ -188,7 +188,7 @@ def test_a_save_that_is_killed(atomic: bool, tmp_path: Path) -> None:
             torch.load(path, weights_only=True)
 
 
-# ---- what does not fit ----------------------------------------------------------------------------------------------
+# ---- what does not fit ----
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -329,7 +329,7 @@ def test_what_is_no_dict_is_refused(what: Any) -> None:
     assert_untouched(training_of("PACE"), lambda o: o.load_state_dict(what), "state_dict must be a dict, got")
 
 
-# ---- other optimizers -----------------------------------------------------------------------------------------------
+# ---- other optimizers ----
 
 
 def other_optimizers(params: list[torch.nn.Parameter]) -> dict[str, tuple[Callable[[], torch.optim.Optimizer], str]]:
@@ -372,7 +372,7 @@ def test_the_state_of_another_optimizer_is_refused(script: str, name: str) -> No
     assert_untouched(ours, lambda o: o.load_state_dict(copy.deepcopy(theirs.state_dict())), message)
 
 
-# ---- PACE and MADA for each other -----------------------------------------------------------------------------------
+# ---- PACE and MADA for each other ----
 
 
 @pytest.mark.parametrize("learn", [(), ("beta1", "rho")])
@@ -436,7 +436,7 @@ def test_pace_refuses_another_mada(preset: str, message: str) -> None:
     assert_untouched(training, lambda o: o.load_state_dict(saved), message)
 
 
-# ---- what distributed checkpoints drop ------------------------------------------------------------------------------
+# ---- what distributed checkpoints drop ----
 
 
 def test_states_that_a_flat_checkpoint_drops_are_missed() -> None:
@@ -458,7 +458,7 @@ def test_states_that_a_flat_checkpoint_drops_are_missed() -> None:
     assert all("ema" in s for s in fresh.state.values())
 
 
-# ---- steps as torch.optim has had them, another capturable, names ---------------------------------------------------
+# ---- steps as torch.optim has had them, another capturable, names ----
 
 
 @pytest.mark.parametrize("step", [3, 3.0, torch.tensor(3), torch.tensor([3.0]), torch.tensor(3.0).double()], ids=str)
@@ -537,7 +537,7 @@ def test_skipped_steps_survive() -> None:
     assert (fresh.optimizer.skipped_steps, training.optimizer.skipped_steps) == (3, 2)
 
 
-# ---- the format before there were versions --------------------------------------------------------------------------
+# ---- the format before there were versions ----
 
 
 @pytest.mark.parametrize("dtype", make_format0.DTYPES, ids=str)

@@ -79,7 +79,7 @@ def test_an_odd_option_is_refused_by_name(script: str, how: str) -> None:
     assert_untouched(training, lambda optimizer: optimizer.load_state_dict(saved), name)
 
 
-# ---- anything, anywhere ---------------------------------------------------------------------------------------------
+# ---- anything, anywhere ----
 
 VALUES: list[Any] = [
     *(None, True, False, 0, -1, 1, 3, 2**24, 2**63, -(2**63) - 1, HUGE, 10**5000),
@@ -147,7 +147,7 @@ def test_whatever_a_checkpoint_holds(script: str, data: st.DataObject, swapped: 
     assert all("must be" not in text and "finite" not in text for text in training.refused), training.refused
 
 
-# ---- flat checkpoints, and those of others --------------------------------------------------------------------------
+# ---- flat checkpoints, and those of others ----
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 

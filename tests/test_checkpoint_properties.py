@@ -176,7 +176,7 @@ def p_states(state: dict[str, Any]) -> set[str]:
     return set(state) - {"step", "live", "last_scalars"}
 
 
-# ---- the ways to save -----------------------------------------------------------------------------------------------
+# ---- the ways to save ----
 
 
 def with_model(training: Training) -> tuple[Net, KernelOptimizer]:
@@ -283,7 +283,7 @@ WHOLE_SAVES: dict[str, Callable[[Training], tuple[Net, KernelOptimizer]]] = {
 }
 
 
-# ---- the comparison -------------------------------------------------------------------------------------------------
+# ---- the comparison ----
 
 
 def bits(value: Any) -> Any:
@@ -331,7 +331,7 @@ def summary(model: torch.nn.Module, optimizer: KernelOptimizer) -> dict[str, Any
     if any(optimizer._keeps_average(g) for g in optimizer.param_groups):
         facts["averages"] = dict(optimizer.ema_state_dict(model))
     facts["defaults"] = {k: v for k, v in optimizer.defaults.items() if k != "differentiable"}
-    return bits(facts)  # type: ignore[no-any-return]
+    return bits(facts)
 
 
 def assert_same(a: Training, b: Training) -> None:
@@ -341,7 +341,7 @@ def assert_same(a: Training, b: Training) -> None:
         assert one[key] == other[key], key
 
 
-# ---- any sequence of events -----------------------------------------------------------------------------------------
+# ---- any sequence of events ----
 
 ADDED: list[dict[str, Any]] = [{}, {"lr": 0.3}, {"lambda_pullback": 0.7, "use_ema_eval": True}, {"weight_decay": 0.2}]
 N = len(list(Net(torch.float32).parameters()))
@@ -390,7 +390,7 @@ def test_any_training_ends_where_it_ends_without_saving(
     assert_same(saved, straight)
 
 
-# ---- distributed checkpoints in files -------------------------------------------------------------------------------
+# ---- distributed checkpoints in files ----
 
 
 @pytest.mark.parametrize("how", WHOLE_SAVES)
@@ -416,7 +416,7 @@ def test_distributed_checkpoints_in_files(script: str, how: str) -> None:
     assert_same(saved, straight)
 
 
-# ---- what a checkpoint shares ---------------------------------------------------------------------------------------
+# ---- what a checkpoint shares ----
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
@@ -465,7 +465,7 @@ def kept_live(states: dict[int, Any]) -> dict[int, Any]:
     return {k: {name: value for name, value in state.items() if name != "live"} for k, state in states.items()}
 
 
-# ---- safetensors ----------------------------------------------------------------------------------------------------
+# ---- safetensors ----
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

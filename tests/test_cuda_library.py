@@ -103,7 +103,7 @@ def test_without_torchs_cuda_build_it_is_a_reason() -> None:
     assert done.stdout.startswith("False torch ") and "is not a CUDA build" in done.stdout
 
 
-# ---- what setup.py decides ------------------------------------------------------------------------------------------
+# ---- what setup.py decides ----
 
 
 def decide(**env: str) -> subprocess.CompletedProcess[str]:

@@ -35,7 +35,7 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), inner, nn.Tanh(), nn.Linear(8, 4))
 
 
-# ---- the stacks, as data ---------------------------------------------------------------------------------------------
+# ---- the stacks, as data ----
 
 
 def rank() -> int:
@@ -94,7 +94,7 @@ STACKS = {
     "plain": Stack(),
     "autocast": Stack(precision=bfloat16),
     "one autocast block": Stack(precision=bfloat16, one_block=True),
-    "compiled": Stack(lambda: torch.compile(net())),  # type: ignore[arg-type, return-value]
+    "compiled": Stack(lambda: torch.compile(net())),
     "DDP": Stack(distributed_data_parallel, 2),
     "DDP, one autocast block": Stack(distributed_data_parallel, 2, bfloat16, one_block=True),
     "FSDP2": Stack(fully_sharded, 2),
@@ -124,7 +124,7 @@ def accumulating(model: Any, more: bool) -> Iterator[None]:
         yield
 
 
-# ---- the check -------------------------------------------------------------------------------------------------------
+# ---- the check ----
 
 
 class Training:
@@ -229,7 +229,7 @@ def test_an_evaluation_computes_with_the_average_and_leaves_no_trace(stack: str)
         assert found == []
 
 
-# ---- graphs that a swap comes between --------------------------------------------------------------------------------
+# ---- graphs that a swap comes between ----
 
 # Where a swap lies between the forward and the backward pass of a training. Where the graph holds the weights
 # themselves, torch notices that they changed; where it holds copies or gathers them anew, it cannot.
@@ -312,7 +312,7 @@ def test_two_forwards_of_one_backward_in_one_autocast_block() -> None:
         assert ((a - b).abs() <= 2.0**-8 * a.abs()).all()
 
 
-# ---- what is refused, before anything has changed --------------------------------------------------------------------
+# ---- what is refused, before anything has changed ----
 
 
 def refused(training: Training, swap: Callable[[], Any], kind: type[Exception], sentence: str) -> None:

@@ -64,7 +64,7 @@ def test_a_quick_run_goes_on_where_it_was_and_is_rendered_from_its_file_alone(
         assert table in first
     assert "not run yet" not in first
     assert mada.render(kept) in first
-    assert {path.name for path in tmp_path.iterdir()} == {"mada.json", "mada.png", "mada-coefficients.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"mada.json", "mada.webp", "mada-coefficients.webp"}
 
     monkeypatch.setattr(mada, "run", refused)
     mada.main(["--quick", "--out", str(tmp_path)])

@@ -37,7 +37,7 @@ def test_all_stages_and_resuming(
 ) -> None:
     assert pace.main(["--quick", "--processes", "0", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert {p.name for p in tmp_path.iterdir()} == {"pace.json", "pace-sweep.png", "pace-curves.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {"pace.json", "pace-sweep.webp", "pace-curves.webp"}
     kept = json.loads((tmp_path / "pace.json").read_text())
     assert {run["spec"]["optimizer"] for run in kept["runs"].values()} == {"AdamW", "PACE", "schedule-free"}
     assert pace.render(kept, pace.QUICK) in printed

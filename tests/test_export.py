@@ -58,7 +58,7 @@ class OwnExtra(nn.Linear):
 
 
 class NoArguments(nn.Linear):
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         return {"w": self.weight.detach(), "b": self.bias}
 
 
@@ -69,7 +69,7 @@ class Cached(nn.Linear):
         super().__init__(*shape)
         self.kept: dict[str, Any] = {}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         self.kept.update(super().state_dict(*args, **kwargs))
         return self.kept
 
@@ -109,7 +109,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "lazy": with_lazy_part,
     "sparse and quantized buffers": with_buffers,
     "parametrized": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)),
-    "compiled": lambda: torch.compile(nn.Linear(3, 1)),  # type: ignore[arg-type, return-value]
+    "compiled": lambda: torch.compile(nn.Linear(3, 1)),
 }
 
 

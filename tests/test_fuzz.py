@@ -90,7 +90,7 @@ def test_the_fuzz_sees(function: Callable[..., None], message: str) -> None:
             fuzz_ops.run_case(0, number, function=function)
 
 
-# ---- what it found ---------------------------------------------------------------------------------------------------
+# ---- what it found ----
 
 
 def emptied(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = ()) -> torch.Tensor:

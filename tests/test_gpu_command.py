@@ -78,7 +78,7 @@ def test_a_dry_run_goes_through_every_stage(gpu: ModuleType, tmp_path: Path) -> 
     except ImportError:
         assert "no picture" in done.stdout
     else:
-        assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        assert path.with_suffix(".webp").read_bytes()[8:12] == b"WEBP"
 
 
 def test_a_run_that_is_cut_off_leaves_a_whole_report(tmp_path: Path) -> None:

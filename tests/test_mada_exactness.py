@@ -164,9 +164,9 @@ def test_trajectories_are_those_of_autograd(case: str, problem: str) -> None:
     optimizer = assert_on_the_path(problem, [everything], [CASES[case]])
     learned = CASES[case].get("learn", NAMES)
     start = MADA([torch.nn.Parameter(torch.ones(1))], **CASES[case]).coefficients
-    for name, value in optimizer.coefficients.items():  # type: ignore[union-attr]
+    for name, value in optimizer.coefficients.items():
         if name not in learned:
-            assert value == start[name], name  # type: ignore[call-overload]
+            assert value == start[name], name
 
 
 @pytest.mark.parametrize("coefficients", ["global", "group"])

@@ -58,7 +58,7 @@ def shared(optimizer: MADA) -> bool:
     return all(g["coefficient_values"] is first["coefficient_values"] for g in others)
 
 
-# ---- the coefficients -----------------------------------------------------------------------------------------------
+# ---- the coefficients ----
 
 
 def test_global_and_group_coefficients() -> None:
@@ -68,15 +68,15 @@ def test_global_and_group_coefficients() -> None:
     assert optimizer.hypergradients == dict.fromkeys(NAMES, 0.0)
     assert shared(optimizer)
     train(model, optimizer, range(6))
-    assert all(h != 0.0 for h in optimizer.hypergradients.values())  # type: ignore[union-attr]
-    assert all(optimizer.coefficients[n] != v for n, v in INSIDE.items() if n in NAMES)  # type: ignore[call-overload]
+    assert all(h != 0.0 for h in optimizer.hypergradients.values())
+    assert all(optimizer.coefficients[n] != v for n, v in INSIDE.items() if n in NAMES)
 
     model = model_of()
     optimizer = MADA(groups_of(model), coefficients="group", **INSIDE)
     assert not shared(optimizer)
     train(model, optimizer, range(6))
     a, b = optimizer.coefficients
-    assert a["rho"] != b["rho"] and optimizer.hypergradients[0] != optimizer.hypergradients[1]  # type: ignore[index]
+    assert a["rho"] != b["rho"] and optimizer.hypergradients[0] != optimizer.hypergradients[1]
 
 
 def test_warm_up_counts_steps() -> None:
@@ -84,7 +84,7 @@ def test_warm_up_counts_steps() -> None:
     optimizer = MADA(model.parameters(), hyper_lr=0.1, **{**INSIDE, "hyper_warmup": 4})
     start = optimizer.coefficients
     train(model, optimizer, range(4))
-    assert optimizer.coefficients == start and optimizer.hypergradients["rho"] != 0.0  # type: ignore[call-overload]
+    assert optimizer.coefficients == start and optimizer.hypergradients["rho"] != 0.0
     train(model, optimizer, range(4, 5))
     assert optimizer.coefficients != start
 
@@ -186,7 +186,7 @@ def test_freeze_drops_what_the_end_values_do_not_need() -> None:
     assert all(torch.equal(plain.state[adamw][k], optimizer.state[param][k]) for k in ("exp_avg", "exp_avg_sq"))
 
 
-# ---- groups ---------------------------------------------------------------------------------------------------------
+# ---- groups ----
 
 
 def test_a_group_added_in_mid_training_shares_the_coefficients() -> None:
@@ -257,7 +257,7 @@ def test_mixed_dtypes_in_one_group() -> None:
     torch.testing.assert_close(params[0].double(), params[3], rtol=1e-5, atol=1e-6)
 
 
-# ---- the average ----------------------------------------------------------------------------------------------------
+# ---- the average ----
 
 
 def test_the_average_is_kept_and_swapped() -> None:
@@ -286,7 +286,7 @@ def test_as_adamw_with_a_pullback_it_is_pace() -> None:
         torch.testing.assert_close(ours.state[p]["ema"], pace.state[q]["ema"], rtol=1e-14, atol=1e-15)
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- checkpoints ----
 
 
 def through_a_file(value: Any) -> Any:
@@ -342,7 +342,7 @@ def test_an_adamw_checkpoint_loads(amsgrad: bool, dtype: torch.dtype) -> None:
     kind = {"second_moment": "max", "rho": 0.0} if amsgrad else {"rho": 1.0}
     learning = MADA(model.parameters(), beta3=0.0, hyper_warmup=0, **kind)
     learning.load_state_dict(adamw.state_dict())
-    assert learning.coefficients["beta1"] == 0.8  # type: ignore[call-overload]
+    assert learning.coefficients["beta1"] == 0.8
     assert learning.param_groups[0]["lr"] == 1e-2
     twin = copy.deepcopy(model)
     plain = MADA.preset("amsgrad" if amsgrad else "adamw", twin.parameters())
@@ -354,7 +354,7 @@ def test_an_adamw_checkpoint_loads(amsgrad: bool, dtype: torch.dtype) -> None:
         assert learning.state[p]["step"].item() == 5
     assert learning.hypergradients == dict.fromkeys(NAMES, 0.0)
     train(model, learning, range(5, 6))
-    assert learning.hypergradients["beta1"] != 0.0  # type: ignore[call-overload]
+    assert learning.hypergradients["beta1"] != 0.0
 
 
 def test_checkpoints_that_do_not_fit_change_nothing() -> None:
@@ -439,7 +439,7 @@ def test_pickle_and_deepcopy(how: Any) -> None:
     assert_same(model, optimizer, other, twin)
 
 
-# ---- the rest of torch.optim ----------------------------------------------------------------------------------------
+# ---- the rest of torch.optim ----
 
 
 def test_schedules() -> None:
@@ -509,7 +509,7 @@ def test_a_compiled_training_step() -> None:
     assert optimizers[0].coefficients == optimizers[1].coefficients
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
+# ---- bad input ----
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"learn": ("beta4",)}, "learn must be coefficients, of beta1, beta2, beta3, rho, c, gamma, got 'beta4'"),
@@ -579,7 +579,7 @@ def test_options_that_go_bad_in_training_change_nothing() -> None:
     optimizer.step()
 
 
-# ---- options that change in training --------------------------------------------------------------------------------
+# ---- options that change in training ----
 
 
 @pytest.mark.parametrize(
@@ -623,7 +623,7 @@ def test_hyper_options_are_replaced_not_edited() -> None:
     before = optimizer.coefficients
     train(model, optimizer, range(3, 5))
     after = optimizer.coefficients
-    assert before["rho"] == after["rho"] and before["c"] != after["c"]  # type: ignore[call-overload]
+    assert before["rho"] == after["rho"] and before["c"] != after["c"]
     optimizer.param_groups[1]["hyper_lr"] = 0.5
     with pytest.raises(ValueError, match="hyper_lr differs between groups"):
         optimizer.step()
@@ -673,8 +673,8 @@ def test_a_square_that_overflows_spoils_nothing(backend: str) -> None:
     params[0].grad[0] = float("inf")
     optimizer.step()
     optimizer.step()
-    assert not math.isfinite(optimizer.hypergradients["rho"])  # type: ignore[call-overload]
-    assert math.isfinite(optimizer.coefficients["rho"])  # type: ignore[call-overload]
+    assert not math.isfinite(optimizer.hypergradients["rho"])
+    assert math.isfinite(optimizer.coefficients["rho"])
 
 
 def test_lagged_states_are_loaded_whole() -> None:

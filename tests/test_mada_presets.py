@@ -104,7 +104,7 @@ def avgrad(s: dict[str, Any], g: Tensor, t: int) -> Tensor:
 ])  # fmt: skip
 def test_the_published_definitions(name: str, rule: Callable[..., Tensor], decay: float) -> None:
     ours = run(lambda p: MADA.preset(name, p, lr=LR), torch.float64)
-    theirs = run(lambda p: Textbook(p, rule, decay), torch.float64)  # type: ignore[arg-type,return-value]
+    theirs = run(lambda p: Textbook(p, rule, decay), torch.float64)
     for a, b in zip(ours, theirs, strict=True):
         # As for AdamW; AVGrad's running mean against a sum of all: STEPS roundings more, halved by the square root.
         torch.testing.assert_close(a, b, rtol=40 * STEPS * 2.0**-53, atol=40 * STEPS * 2.0**-53)
@@ -116,7 +116,7 @@ def test_hyperadam_learns_two_coefficients() -> None:
     for t in range(20):
         param.grad = torch.tensor([1.0, -0.5, 0.1]) * (1 + t % 3)
         optimizer.step()
-    assert optimizer.hypergradients.keys() == {"beta1", "beta2"}  # type: ignore[union-attr]
+    assert optimizer.hypergradients.keys() == {"beta1", "beta2"}
     q = optimizer.coefficients
     assert isinstance(q, dict)
     assert q["beta1"] != 0.9 and q["beta2"] != 0.999

@@ -40,7 +40,7 @@ def grads_for(params: list[torch.Tensor], t: int) -> list[torch.Tensor]:
     return [torch.randn(p.shape, generator=generator).to(p.dtype) for p in params]
 
 
-# ---- one memory ------------------------------------------------------------------------------------------------------
+# ---- one memory ----
 
 
 @every_backend
@@ -126,7 +126,7 @@ def test_frozen_parameters_may_overlap() -> None:
     PACE([torch.nn.Parameter(weight), torch.nn.Parameter(weight[:3], requires_grad=False)])
 
 
-# ---- odd addresses ---------------------------------------------------------------------------------------------------
+# ---- odd addresses ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -163,7 +163,7 @@ def test_odd_addresses_step_to_the_same_bits(kind: str, name: str | None, dtype:
     assert all(is_askew(p) for p in moved) is (what in ("params", "twins"))
 
 
-# ---- what is refused, whole ------------------------------------------------------------------------------------------
+# ---- what is refused, whole ----
 
 
 def shrink(tensor: torch.Tensor) -> None:
@@ -324,7 +324,7 @@ def test_an_option_without_memory_is_named() -> None:
         PACE([torch.nn.Parameter(torch.ones(1))], lr=lr)
 
 
-# ---- other shapes ----------------------------------------------------------------------------------------------------
+# ---- other shapes ----
 
 
 @every_backend
@@ -348,7 +348,7 @@ def test_an_average_of_another_shape_starts_anew(name: str | None) -> None:
     assert len([w for w in caught if "another shape" in str(w.message)]) == 1
 
 
-# ---- what a step that was refused leaves -----------------------------------------------------------------------------
+# ---- what a step that was refused leaves ----
 
 
 def test_statistics_stay_those_of_the_last_step_that_was_taken() -> None:

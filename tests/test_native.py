@@ -37,7 +37,7 @@ def processor_isas() -> list[str]:
     return names[: names.index(_C.cpu_isa()) + 1] if "PACE_CPU_ISA" not in os.environ else [_C.cpu_isa()]
 
 
-# ---- instruction sets and threads -----------------------------------------------------------------------------------
+# ---- instruction sets and threads ----
 
 RUN = """
 import hashlib, json, sys, torch
@@ -104,7 +104,7 @@ def test_an_instruction_set_that_is_not_there_is_refused_with_the_reason() -> No
     assert error == "backend='cpu' is not available: " + row.removeprefix("False ")
 
 
-# ---- machine code ---------------------------------------------------------------------------------------------------
+# ---- machine code ----
 
 
 # Of each rule: instances that take square roots, instances without, and of these those that at least multiply. The
@@ -156,7 +156,7 @@ def test_sources_contract_nothing() -> None:
     assert "-ffp-contract=off" in BUILD["COMMON_FLAGS"]
 
 
-# ---- storage --------------------------------------------------------------------------------------------------------
+# ---- storage ----
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -215,7 +215,7 @@ def test_storage_formats_round_as_torch_does(dtype: torch.dtype) -> None:
     assert torch.equal(x.view(torch.int16), wanted.to(dtype).view(torch.int16))
 
 
-# ---- memory layouts -------------------------------------------------------------------------------------------------
+# ---- memory layouts ----
 
 
 def contiguous_twin(param: torch.Tensor, grad: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -310,7 +310,7 @@ def test_a_tensor_beyond_32_bit_offsets_is_addressed_in_64_bits() -> None:
     check_layout(param, torch.randn(2, 64))
 
 
-# ---- the operators --------------------------------------------------------------------------------------------------
+# ---- the operators ----
 
 
 def operands(n: int = 2) -> list[list[torch.Tensor]]:

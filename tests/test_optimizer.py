@@ -43,7 +43,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# ---- signature and table --------------------------------------------------------------------------------------------
+# ---- signature and table ----
 
 
 def test_positional_order_is_that_of_the_published_optimizer() -> None:
@@ -78,7 +78,7 @@ def test_backend_by_name_works_or_raises(monkeypatch: pytest.MonkeyPatch) -> Non
     PACE([param(2)], backend="torch")  # the argument wins
 
 
-# ---- groups, schedules, gradients -----------------------------------------------------------------------------------
+# ---- groups, schedules, gradients ----
 
 
 def test_groups_have_their_own_options() -> None:
@@ -308,7 +308,7 @@ def test_a_compiled_training_step() -> None:
         assert optimizers[1].state[b]["step"].item() == 4
 
 
-# ---- the average ----------------------------------------------------------------------------------------------------
+# ---- the average ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -441,7 +441,7 @@ def test_ema_state_dict_of_a_stranger_is_refused() -> None:
     assert hasattr(optimizer.ema_state_dict(model), "_metadata")
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
+# ---- bad input ----
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"lr": -1e-3}, "lr must be finite and >= 0, got -0.001"),
@@ -601,7 +601,7 @@ def test_gradients_that_do_not_fit_change_nothing() -> None:
     assert all(same(before["state"][k], after["state"][k]) for k in before["state"])
 
 
-# ---- any sequence of events -----------------------------------------------------------------------------------------
+# ---- any sequence of events ----
 
 
 @st.composite

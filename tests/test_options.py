@@ -47,7 +47,7 @@ def trained(make: Make, options: dict[str, Any], steps: int = 3) -> torch.Tensor
     return p.detach()
 
 
-# ---- what is given --------------------------------------------------------------------------------------------------
+# ---- what is given ----
 
 SEQUENCES: dict[str, Callable[[Sequence[Any]], Any]] = {
     "tuple": tuple,
@@ -178,7 +178,7 @@ def test_what_a_definition_does_not_allow_is_refused(make: Make, option: Option)
             optimizer.step()
 
 
-# ---- what is replaced, or edited in place ---------------------------------------------------------------------------
+# ---- what is replaced, or edited in place ----
 
 EDITED: list[tuple[Make, str]] = [(PACE, "betas"), (adamw, "betas"), (lion, "lion_betas"), (MADA, "lion_betas")]
 
@@ -257,7 +257,7 @@ def test_a_checkpoint_of_adamw_with_tensor_betas() -> None:
         ours.step()
 
 
-# ---- whose options they are -----------------------------------------------------------------------------------------
+# ---- whose options they are ----
 
 
 class Wrapper(torch.optim.Optimizer):
@@ -319,7 +319,7 @@ def test_keys_of_torch_beside_an_option_of_a_group(key: str) -> None:
     MADA([param()], learn=()).load_state_dict(saved)
 
 
-# ---- groups that others rebuild -------------------------------------------------------------------------------------
+# ---- groups that others rebuild ----
 
 REBUILT: dict[str, Callable[[list[dict[str, Any]]], list[dict[str, Any]]]] = {
     "copies": lambda groups: [dict(group) for group in groups],
@@ -364,7 +364,7 @@ def test_a_removed_group_is_freed(make: Make) -> None:
     optimizer.step()
 
 
-# ---- frozen parameters ----------------------------------------------------------------------------------------------
+# ---- frozen parameters ----
 
 FROZEN: dict[str, Callable[[], torch.Tensor]] = {
     "uint8": lambda: torch.zeros(4, dtype=torch.uint8),

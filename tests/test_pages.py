@@ -35,7 +35,7 @@ def text_of(name: str) -> str:
 each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 each_written = pytest.mark.parametrize("page", WRITTEN, ids=name_of)
 
-# ---- code ------------------------------------------------------------------------------------------------------------
+# ---- code ----
 
 # Imported by a block: it takes seconds, and is skipped where the package is not there.
 HEAVY = ("accelerate", "datasets", "deepspeed", "lightning", "transformers", "trl")
@@ -181,7 +181,7 @@ def test_lists_are_lists_on_the_site_too(page: Path) -> None:
             assert found[1] or not before.strip() or re.match(r" |([-*]|\d+\.) ", before), line
 
 
-# ---- links -----------------------------------------------------------------------------------------------------------
+# ---- links ----
 
 
 def without_code(text: str) -> str:
@@ -227,7 +227,7 @@ def test_the_first_screen_is_short() -> None:
     assert len(example.code.splitlines()) <= 12
 
 
-# ---- Moving ----------------------------------------------------------------------------------------------------------
+# ---- Moving ----
 
 
 def sections(name: str) -> list[str]:
@@ -270,7 +270,7 @@ def test_what_is_told_of_schedulefree() -> None:
     assert [*by_position(ScheduleFreeAdamW)] == [*theirs]
 
 
-# ---- Memory ----------------------------------------------------------------------------------------------------------
+# ---- Memory ----
 
 
 def test_states_take_the_bytes_of_the_table() -> None:
@@ -288,7 +288,7 @@ def test_states_take_the_bytes_of_the_table() -> None:
         assert found == 1000 * int(re.match(r"\d+", held)[0]), what
 
 
-# ---- With other software ---------------------------------------------------------------------------------------------
+# ---- With other software ----
 
 
 def named_tests() -> list[tuple[str, str]]:

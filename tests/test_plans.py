@@ -142,7 +142,7 @@ def first(optimizer: Any) -> nn.Parameter:
     return param
 
 
-# ---- the usual step is the oracle ------------------------------------------------------------------------------------
+# ---- the usual step is the oracle ----
 
 
 @pytest.mark.parametrize("name", BUILDS)
@@ -170,7 +170,7 @@ def test_parameters_that_are_equal_are_not_the_same() -> None:
     assert pair.step()
 
 
-# ---- what ends a plan ------------------------------------------------------------------------------------------------
+# ---- what ends a plan ----
 
 
 def replace_param(o: Any) -> None:
@@ -305,14 +305,14 @@ def test_schedules_keep_the_plan(name: str) -> None:
         taken.append(pair.step())
         for cycle in cycles:
             cycle.step()
-        pair.do(lambda o, k=k: o.param_groups[0].update(weight_decay=0.01 * (1 + k)))  # type: ignore[misc]
+        pair.do(lambda o, k=k: o.param_groups[0].update(weight_decay=0.01 * (1 + k)))
     assert all(taken[5:])
 
 
 def test_a_tensor_lr_and_lists_are_read_at_each_step() -> None:
-    pair = Pair(lambda params: PACE(params, lr=torch.tensor(0.1), betas=[0.9, 0.99])).under_plan()  # type: ignore[arg-type]
+    pair = Pair(lambda params: PACE(params, lr=torch.tensor(0.1), betas=[0.9, 0.99])).under_plan()
     for k in range(3):
-        pair.do(lambda o, k=k: o.param_groups[0]["lr"].fill_(0.1 * k))  # type: ignore[misc]
+        pair.do(lambda o, k=k: o.param_groups[0]["lr"].fill_(0.1 * k))
         assert pair.step()
     betas = [0.8, 0.9]
     pair.do(lambda o: o.param_groups[0].update(betas=betas))
@@ -531,7 +531,7 @@ def test_a_parameter_that_comes_to_rest_loses_its_average() -> None:
     pair.step()
 
 
-# ---- what goes on with one -------------------------------------------------------------------------------------------
+# ---- what goes on with one ----
 
 
 def test_hooks_and_a_profilers_range() -> None:
@@ -566,7 +566,7 @@ def test_hooks_and_a_profilers_range() -> None:
 
 def test_hooks_of_classes_that_step_in_their_own_way_run_once() -> None:
     class Own(PACE):
-        def step(self, closure: Any = None, **given: Any) -> Any:  # type: ignore[override]
+        def step(self, closure: Any = None, **given: Any) -> Any:
             self.calls = getattr(self, "calls", 0) + 1
             return super().step(closure, **given)
 
@@ -739,7 +739,7 @@ def test_wrappers_that_copy_attributes_share_what_there_is() -> None:
     """As Lightning's optimizers do."""
 
     def wrapped(o: Any) -> Any:
-        class Wrapper(type(o)):  # type: ignore[misc]
+        class Wrapper(type(o)):
             def __init__(self) -> None:
                 self.__dict__.update(o.__dict__)
 
@@ -783,7 +783,7 @@ def test_under_a_dispatch_mode_operators_are_seen() -> None:
     assert_same_bits(*pair.both)
 
 
-# ---- what a plan holds -----------------------------------------------------------------------------------------------
+# ---- what a plan holds ----
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -871,7 +871,7 @@ def test_a_checkpoint_has_nothing_of_a_plan() -> None:
     assert loaded["param_groups"][0].keys() == pair.twin.state_dict()["param_groups"][0].keys()
 
 
-# ---- streams, which a CPU has not ------------------------------------------------------------------------------------
+# ---- streams, which a CPU has not ----
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -888,7 +888,7 @@ def test_a_plan_stays_on_the_stream_that_it_was_made_on(name: str, monkeypatch: 
     assert not any(pair.step() for _ in range(3))
 
 
-# ---- DTensors --------------------------------------------------------------------------------------------------------
+# ---- DTensors ----
 
 
 @pytest.fixture(scope="module")

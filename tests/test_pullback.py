@@ -28,7 +28,7 @@ def give(params: list[Any], grads: list[torch.Tensor]) -> None:
         param.grad = grad.clone()
 
 
-# ---- the formula around each base -----------------------------------------------------------------------------------
+# ---- the formula around each base ----
 
 # By name: the base, what its parameters are, the wrapper's options; the name of the second moment, β2, ε.
 BASES: dict[str, tuple[Any, str, dict[str, Any], tuple[str, float, float] | None]] = {
@@ -197,7 +197,7 @@ def test_every_backend_gives_the_same_bits_in_a_training() -> None:
     assert_same_bits(*runs)
 
 
-# ---- options and groups ---------------------------------------------------------------------------------------------
+# ---- options and groups ----
 
 
 def test_a_group_has_options_of_its_own() -> None:
@@ -275,10 +275,10 @@ REFUSED = {
     "LBFGS moves the weights several times": lambda: Pullback(torch.optim.LBFGS(ONE)),
     "is a Pullback already": lambda: Pullback(Pullback(torch.optim.SGD(ONE), gain=0.1)),
     "the weights it evaluates are an average already": lambda: Pullback(schedulefree()),
-    "optimizer must be a torch.optim.Optimizer, got 3": lambda: Pullback(3),  # type: ignore[arg-type]
+    "optimizer must be a torch.optim.Optimizer, got 3": lambda: Pullback(3),
     r"gain must be None, or in \[0, 1\], got 2": lambda: Pullback(torch.optim.SGD(ONE), gain=2.0),
     "lambda_pullback must be finite and >= 0, got -1": lambda: Pullback(torch.optim.Adam(ONE), -1.0),
-    "second_moment must be None or the name": lambda: Pullback(torch.optim.SGD(ONE), second_moment=3),  # type: ignore[arg-type]
+    "second_moment must be None or the name": lambda: Pullback(torch.optim.SGD(ONE), second_moment=3),
     "pullback_from must be": lambda: Pullback(torch.optim.Adam(ONE), pullback_from="average"),
 }
 
@@ -300,7 +300,7 @@ def test_a_second_moment_that_is_not_there() -> None:
     assert torch.equal(param.detach(), torch.ones(3))  # Adagrad makes its states at once, so that it shows before
 
 
-# ---- what trainers do -----------------------------------------------------------------------------------------------
+# ---- what trainers do ----
 
 
 def test_statistics_mean_what_they_say() -> None:

@@ -90,7 +90,7 @@ def test_a_checkpoint_of_something_else_changes_nothing(what: str, steps: int) -
 
 def test_no_dict_at_all() -> None:
     with pytest.raises(TypeError, match="state_dict must be a dict, got NoneType"):
-        trained()[1].load_state_dict(None)  # type: ignore[arg-type]
+        trained()[1].load_state_dict(None)
 
 
 def test_loading_copies_the_base_too() -> None:
@@ -138,7 +138,7 @@ def test_a_state_of_the_same_name_is_not_lost_in_silence() -> None:
 
 
 class Needs(torch.optim.SGD):
-    def step(self, closure: Any) -> Any:  # type: ignore[override]
+    def step(self, closure: Any) -> Any:
         return super().step(closure)
 
 

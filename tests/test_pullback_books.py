@@ -62,7 +62,7 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
-# ---- freed ----------------------------------------------------------------------------------------------------------
+# ---- freed ----
 
 
 @pytest.mark.usefixtures("no_collector")
@@ -107,7 +107,7 @@ def test_a_base_outlives_its_pullback() -> None:
     assert float(again.state[params[0]]["pullback_step"]) == 4
 
 
-# ---- cleared and reset ----------------------------------------------------------------------------------------------
+# ---- cleared and reset ----
 
 
 def clear_all(optimizer: Pullback, p: Any) -> None:
@@ -189,7 +189,7 @@ def test_an_average_that_was_cleared_starts_at_the_weights() -> None:
     torch.testing.assert_close(average, start + w * (params[0].detach() - start))
 
 
-# ---- moved and replaced ---------------------------------------------------------------------------------------------
+# ---- moved and replaced ----
 
 
 def regroup(optimizer: Pullback, params: list[Any]) -> None:
@@ -276,7 +276,7 @@ def test_parameters_change_their_dtype() -> None:
     assert float(optimizer.state[params[0]]["pullback_step"]) == 4
 
 
-# ---- options --------------------------------------------------------------------------------------------------------
+# ---- options ----
 
 
 class Gained(torch.optim.SGD):
@@ -311,7 +311,7 @@ def test_an_option_that_goes_comes_back_as_the_default() -> None:
     assert p.item() == 0.0
 
 
-# ---- at rest --------------------------------------------------------------------------------------------------------
+# ---- at rest ----
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -349,7 +349,7 @@ def test_what_had_no_gradient_keeps_its_average() -> None:
     assert torch.equal(optimizer.state[params[0]]["ema"], average)
 
 
-# ---- one memory -----------------------------------------------------------------------------------------------------
+# ---- one memory ----
 
 
 @pytest.mark.parametrize("groups", [1, 2])

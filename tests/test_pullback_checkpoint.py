@@ -112,7 +112,7 @@ def test_a_dry_run_of_distributed_checkpoint_counts_no_step_of_the_average() -> 
 
 def test_a_checkpoint_of_the_base_alone_and_for_it() -> None:
     model, optimizer = made("AdamW")
-    run(model, optimizer.base, range(3))  # type: ignore[arg-type]
+    run(model, optimizer.base, range(3))
     plain = through_a_file(optimizer.base.state_dict())
     twin, other = made("AdamW")
     run(twin, other, range(2))
@@ -124,7 +124,7 @@ def test_a_checkpoint_of_the_base_alone_and_for_it() -> None:
     assert all(other.state[p]["step"].item() == 4 for p in twin.parameters())
     alone = torch.optim.AdamW(twin.parameters())
     alone.load_state_dict(other.base.state_dict())
-    run(twin, alone, range(1, 2))  # type: ignore[arg-type]
+    run(twin, alone, range(1, 2))
 
 
 def test_what_is_saved() -> None:
@@ -190,7 +190,7 @@ def test_a_checkpoint_of_pace_is_refused() -> None:
     model, optimizer = made("AdamW")
     run(model, optimizer, range(1))
     pace = PACE(model.parameters())
-    run(model, pace, range(1))  # type: ignore[arg-type]
+    run(model, pace, range(1))
     before = contents(model, optimizer)
     with pytest.raises(ValueError, match="has an average without pullback_step"):
         optimizer.load_state_dict(pace.state_dict())

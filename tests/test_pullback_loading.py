@@ -97,7 +97,7 @@ def assert_same(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> No
                 assert value.dtype == other[name].dtype and torch.equal(value, other[name]), name
 
 
-# ---- the cast -------------------------------------------------------------------------------------------------------
+# ---- the cast ----
 
 
 def by_itself(model: Any, optimizer: Pullback, other_model: Any, other: Pullback) -> None:
@@ -253,7 +253,7 @@ def test_around_bitsandbytes(dtype: torch.dtype) -> None:
     assert_same(values(other_model, other), values(model, optimizer))
 
 
-# ---- what lost its averages on its way ------------------------------------------------------------------------------
+# ---- what lost its averages on its way ----
 
 
 def flattened(base: str, swapped: bool = False) -> Any:
@@ -320,7 +320,7 @@ def test_a_checkpoint_before_the_first_step_is_a_start() -> None:
     assert all(float(state["pullback_step"]) == 1 for state in optimizer.state.values())
 
 
-# ---- names, hooks, other things that torch allows --------------------------------------------------------------------
+# ---- names, hooks, other things that torch allows ----
 
 
 @pytest.mark.parametrize("base", OF_TORCH)
@@ -358,7 +358,7 @@ def test_options_of_groups_come_back_as_they_were_saved() -> None:
     assert [other._own(g).values["lambda_pullback"] for g in other.param_groups] == [2.0, 0.5]
 
 
-# ---- of version 0.1.0 -----------------------------------------------------------------------------------------------
+# ---- of version 0.1.0 ----
 
 
 @pytest.mark.parametrize("dtype", make_pullback.DTYPES, ids=str)

@@ -51,7 +51,7 @@ def test_options_and_gradients_that_change() -> None:
         assert pair.step()
         for cycle in cycles:
             cycle.step()
-        pair.do(lambda o, k=k: o.param_groups[0].update(weight_decay=0.01 * (1 + k)))  # type: ignore[misc]
+        pair.do(lambda o, k=k: o.param_groups[0].update(weight_decay=0.01 * (1 + k)))
     pair.do(lambda o: o.param_groups[1].update(lambda_pullback=0.0))
     assert pair.step() is False
     pair.step(without=(1,))
@@ -124,7 +124,7 @@ class Odd(torch.optim.AdamW):
         super().__init__(params, lr=0.01)
         self.taken, self.more, self.behind, self.every = 0, MORE[more], behind, every
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         self.taken += 1
         steps = [super().step]
         if self.taken % self.every == 0:
@@ -150,7 +150,7 @@ def test_bases_that_do_more_in_their_step(more: str, behind: bool, every: int) -
 
 def test_a_base_without_states_is_refused_by_name() -> None:
     base = torch.optim.AdamW(weights())
-    base.step = lambda: None  # type: ignore[method-assign]
+    base.step = lambda: None
     optimizer = Pullback(base)
     first(optimizer).grad = torch.ones(4, 5)
     with pytest.raises(RuntimeError, match="AdamW keeps no state 'exp_avg_sq' of a parameter, but none"):
@@ -163,4 +163,4 @@ def test_a_captured_step_that_does_not_count_is_refused(monkeypatch: pytest.Monk
     steps = [torch.zeros(())]
     pull = SimpleNamespace(group={}, device=torch.device("cuda", 0), steps=steps, found_inf=None)
     with pytest.raises(RuntimeError, match="without capturable=True"):
-        optimizer._place_steps(pull)  # type: ignore[arg-type]
+        optimizer._place_steps(pull)

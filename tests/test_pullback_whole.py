@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_whole import Stop, kept, same, set_grads, traced
+from test_whole import kept, same, saved_at_every_line, set_grads, stopped_at_every_line
 
 from pace_kernels import Pullback, taking
 
@@ -39,7 +39,7 @@ def built(kind: str) -> tuple[torch.nn.Module, Pullback]:
     return model, KINDS[kind](groups)
 
 
-# ---- refused before the base steps ----------------------------------------------------------------------------------
+# ---- refused before the base steps ----
 
 REFUSED: dict[str, tuple[Callable[[Pullback, Any], None], str]] = {
     "no memory": (lambda o, p: emptied(p), "more elements than memory"),
@@ -112,7 +112,7 @@ def test_running_out_of_memory_in_the_first_step_leaves_nothing(kind: str, monke
     assert same(kept(model, optimizer), kept(reference, other))
 
 
-# ---- in the middle --------------------------------------------------------------------------------------------------
+# ---- in the middle ----
 
 
 @pytest.mark.parametrize("t", [0, 3], ids=["first step", "fourth step"])
@@ -123,21 +123,11 @@ def test_who_saves_at_any_line_of_a_step_has_a_whole_state(kind: str, t: int) ->
         set_grads(model, earlier)
         optimizer.step()
     set_grads(model, t)
-    before, found, refused = kept(model, optimizer), [], 0
-
-    def save_by(call: Callable[[], Any]) -> None:
-        nonlocal refused
-        try:
-            found.append((copy.deepcopy(model.state_dict()), copy.deepcopy(call())))
-        except RuntimeError as error:
-            assert "in the middle of a step" in str(error)
-            refused += 1
-
-    def save(_: int) -> None:
-        save_by(optimizer.state_dict)
-        save_by(optimizer.base.state_dict)
-
-    traced(optimizer.step, save)
+    before = kept(model, optimizer)
+    saves = [
+        lambda state=state: (model.state_dict(), state()) for state in (optimizer.state_dict, optimizer.base.state_dict)
+    ]
+    found, refused = saved_at_every_line(optimizer.step, saves)
     after = kept(model, optimizer)
     assert len(found) > 40 and refused > 20
     for model_state, state in found:
@@ -159,33 +149,8 @@ def test_an_exception_at_any_line_of_a_step_leaves_a_whole_state_or_says_so(kind
     set_grads(reference, 1)
     other.step()
     after = kept(reference, other)
-    ends = {"before": 0, "after": 0, "refused": 0}
-    line = 0
-    while True:
-        line += 1
-        model.load_state_dict(before[0])
-        optimizer.load_state_dict(copy.deepcopy(before[1]))
-        set_grads(model, 1)
-
-        def stop(n: int, line: int = line) -> None:
-            if n == line:
-                raise Stop
-
-        try:
-            traced(optimizer.step, stop)
-            break  # there are no more lines
-        except Stop:
-            pass
-        try:
-            state = kept(model, optimizer)
-        except RuntimeError:
-            for call in (optimizer.step, optimizer.eval, optimizer.base.state_dict, lambda: copy.copy(optimizer)):
-                with pytest.raises(RuntimeError, match="in the middle of a step"):
-                    call()
-            ends["refused"] += 1
-            continue
-        assert same(state, before) or same(state, after), f"line {line}"
-        ends["before" if same(state, before) else "after"] += 1
+    calls = [optimizer.step, optimizer.eval, optimizer.base.state_dict, lambda: copy.copy(optimizer)]
+    ends = stopped_at_every_line(model, optimizer, before, after, calls)
     assert ends["before"] > 20 and ends["refused"] > 5, ends
 
 
@@ -232,7 +197,7 @@ def test_a_base_that_fails(when: str, steps: int) -> None:
     assert all(float(optimizer.state[p]["pullback_step"]) == steps + 1 for p in model.parameters())
 
 
-# ---- what bases allow -----------------------------------------------------------------------------------------------
+# ---- what bases allow ----
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)

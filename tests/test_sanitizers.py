@@ -24,7 +24,7 @@ instrumented = pytest.mark.skipif(on_sanitizers.missing() is not None, reason=st
 
 def results(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+    return json.loads(done.stdout)
 
 
 def guarded(isa: str) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def test_sanitizers_find_nothing_in_the_conformance_cases(guarded_runs: dict[str
     assert run["digest"] == any_isa["digest"]  # what ran under the sanitizers is what ships, to the last bit
 
 
-# ---- the harness itself ----------------------------------------------------------------------------------------------
+# ---- the harness itself ----
 
 BAD: dict[str, tuple[str, str]] = {
     "a write behind a tensor": ("lib.write(data, 1000)", "heap-buffer-overflow"),

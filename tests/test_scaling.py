@@ -116,7 +116,7 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-# ---- the factor of the gradient -------------------------------------------------------------------------------------
+# ---- the factor of the gradient ----
 
 
 @every_case
@@ -256,7 +256,7 @@ def test_closures_are_clipped_too(backend: str) -> None:
     assert_same(*runs)
 
 
-# ---- clip_coefficient -----------------------------------------------------------------------------------------------
+# ---- clip_coefficient ----
 
 
 @pytest.mark.parametrize("norm_type", [1, 2.0, 3.0, math.inf])
@@ -324,7 +324,7 @@ def test_clip_coefficient_refuses(arguments: dict[str, Any], name: str) -> None:
         clip_coefficient(weights(torch.float32), **{"max_norm": 1.0, **arguments})
 
 
-# ---- steps that are left undone -------------------------------------------------------------------------------------
+# ---- steps that are left undone ----
 
 
 def spoiled(grads: list[Tensor], t: int) -> list[Tensor]:
@@ -432,7 +432,7 @@ def test_options_that_change_at_a_step_left_undone(values: dict[str, Any], backe
     assert_same(undone, plain)
 
 
-# ---- GradScaler -----------------------------------------------------------------------------------------------------
+# ---- GradScaler ----
 
 
 def clipped_before(scaler: torch.amp.GradScaler, params: list[Any], optimizer: Any) -> None:
@@ -513,7 +513,7 @@ def test_training_with_a_grad_scaler(case: str, how: Callable[..., None], backen
     assert all(optimizer.state[p]["step"].item() == 11 - len(OVERFLOWS) for p in params)
 
 
-# ---- learning rates in tensors, capturable --------------------------------------------------------------------------
+# ---- learning rates in tensors, capturable ----
 
 
 @every_case
@@ -567,7 +567,7 @@ def test_steps_under_torch_compile_are_clipped(backend: str) -> None:
     assert_same(*runs)
 
 
-# ---- differences of gradients, and states of an earlier version -----------------------------------------------------
+# ---- differences of gradients, and states of an earlier version ----
 
 
 @pytest.mark.parametrize("step", [0, 1, 5])
@@ -631,7 +631,7 @@ def test_where_beta3_is_turned_on_the_first_difference_is_0(
         assert torch.equal(optimizer.state[p]["exp_avg_diff"], 0.25 * (0.75 * earlier) + 0.75 * d)
 
 
-# ---- the operators --------------------------------------------------------------------------------------------------
+# ---- the operators ----
 
 GIVEN = {"lr_tensor": 1e-2, "grad_scale": 4.0, "clip_coef": 0.5, "found_inf": 0.0}
 

@@ -136,7 +136,7 @@ def test_as_the_paper(case: str) -> None:
     (paper, *_), lrs = [Paper(p.detach()) for p in params], []
     for t, grads in enumerate(gradients(200), 1):
         lrs.append(o["lr"] * min(t / (o["warmup_steps"] or 1), 1.0))
-        paper.step(grads[0], t, lrs[-1], max(lrs), o)  # type: ignore[arg-type]
+        paper.step(grads[0], t, lrs[-1], max(lrs), o)
         step(params, optimizer, grads)
     x = averages(params, optimizer)[0]
     torch.testing.assert_close(x, paper.x, rtol=1e-12, atol=1e-12)
@@ -158,7 +158,7 @@ def test_train_brings_back_the_bits(dtype: torch.dtype) -> None:
             torch.testing.assert_close(p.detach(), x.to(dtype))
 
 
-# ---- use and checkpoints as in the package --------------------------------------------------------------------------
+# ---- use and checkpoints as in the package ----
 
 
 def test_use_as_of_the_package() -> None:
@@ -264,7 +264,7 @@ def test_checkpoints_of_other_optimizers_are_refused() -> None:
         ScheduleFreeAdamW(weights()).load_state_dict(saved)
 
 
-# ---- the step -------------------------------------------------------------------------------------------------------
+# ---- the step ----
 
 
 BAD = [
@@ -303,7 +303,7 @@ def test_a_step_that_is_left_undone_counts_nothing() -> None:
         if where == "found_inf":
             optimizer.found_inf = torch.ones(())
         else:
-            grads[0][0] = float("nan")  # type: ignore[index]
+            grads[0][0] = float("nan")
         step(params, optimizer, grads)
         assert all(map(torch.equal, params, before[0]))
         after = optimizer.state_dict()

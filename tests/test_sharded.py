@@ -108,7 +108,7 @@ def make(rule: str, params: Any, **options: Any) -> Any:
     return KINDS[rule](params, lr=1e-2, **options)
 
 
-# ---- the same weights and states ------------------------------------------------------------------------------------
+# ---- the same weights and states ----
 
 
 def check_cases(rule: str, layout: str, dtype: torch.dtype) -> dict[str, list[str]]:
@@ -208,7 +208,7 @@ def test_training_through_the_engine_is_that_of_one_rank(kind: str, rule: str) -
             assert all(torch.equal(a, b) for a, b in zip(weights, wanted, strict=True))
 
 
-# ---- what MADA learns -----------------------------------------------------------------------------------------------
+# ---- what MADA learns ----
 
 
 @contextmanager
@@ -299,7 +299,7 @@ def test_coefficients_are_the_same_on_all_ranks_and_those_of_one(world: int, kin
     assert all(result[:2] == results[0][:2] for result in results)  # to the last bit
 
 
-# ---- what a step costs ----------------------------------------------------------------------------------------------
+# ---- what a step costs ----
 
 
 def operations_of_a_step(rule: str, options: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -347,7 +347,7 @@ def test_a_step_has_no_dispatch_of_dtensors_and_at_most_one_collective(
         assert all("allreduce" in name for name in seen)
 
 
-# ---- around the step ------------------------------------------------------------------------------------------------
+# ---- around the step ----
 
 
 def check_clipping(norm_type: float) -> list[Any]:

@@ -34,7 +34,7 @@ def test_float32_is_refused_where_it_stops_counting(body: str, name: str, given:
     stops_before_it_loses_count(BODIES[body](name), name, **given)
 
 
-# ---- the optimizers --------------------------------------------------------------------------------------------------
+# ---- the optimizers ----
 
 SLOWLY = {"ema_update_freq": 3, "ema_kappa": None, "beta_ema": 0.25}
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
@@ -45,7 +45,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 
 
 def state_of(optimizer: Any, param: torch.Tensor) -> dict[str, Any]:
-    return (optimizer.base if isinstance(optimizer, Pullback) else optimizer).state[param]  # type: ignore[no-any-return]
+    return (optimizer.base if isinstance(optimizer, Pullback) else optimizer).state[param]
 
 
 def stepped(optimizer: Any, param: torch.nn.Parameter) -> None:

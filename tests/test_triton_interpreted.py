@@ -96,7 +96,7 @@ def train(
         each()
 
 
-# ---- the rules ------------------------------------------------------------------------------------------------------
+# ---- the rules ----
 
 
 @pytest.mark.parametrize(("case", "dtype"), pairs(pace_cases.CASES))
@@ -203,7 +203,7 @@ def test_scalars_are_those_of_the_host() -> None:
     torch.testing.assert_close(out, wanted, rtol=2**-23, atol=0)
 
 
-# ---- the contract of the operators ----------------------------------------------------------------------------------
+# ---- the contract of the operators ----
 
 
 def both(name: str, arguments: list[Any], **options: Any) -> None:
@@ -432,7 +432,7 @@ def test_storage_formats_round_as_the_cpu_does(dtype: torch.dtype) -> None:
     assert torch.equal(*results)
 
 
-# ---- what is refused, what is kept ----------------------------------------------------------------------------------
+# ---- what is refused, what is kept ----
 
 
 def refuses(operator: Any, arguments: list[Any], options: dict[str, Any], message: str) -> None:

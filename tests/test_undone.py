@@ -75,10 +75,10 @@ def test_the_count_is_in_checkpoints(rule: str) -> None:
 
 def test_the_option_is_checked() -> None:
     with pytest.raises(ValueError, match="skip_nonfinite must be True or False, got 1"):
-        PACE([torch.nn.Parameter(torch.ones(2))], skip_nonfinite=1)  # type: ignore[arg-type]
+        PACE([torch.nn.Parameter(torch.ones(2))], skip_nonfinite=1)
 
 
-# ---- memory that is gone ---------------------------------------------------------------------------------------------
+# ---- memory that is gone ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -81,11 +81,11 @@ def test_of_calls_made_at_once_the_first_may_raise(number: int, whole: bool) -> 
 
 def test_at_once_makes_all_calls_in_order() -> None:
     done: list[int] = []
-    at_once([lambda i=i: done.append(i) for i in range(5)])  # type: ignore[misc]
+    at_once([lambda i=i: done.append(i) for i in range(5)])
     assert done == [0, 1, 2, 3, 4]
 
 
-# ---- at every line of a step ----------------------------------------------------------------------------------------
+# ---- at every line of a step ----
 
 KINDS: dict[str, Any] = {
     "PACE": lambda groups, **k: PACE(groups, lr=0.1, log_stats=True, **k),
@@ -164,6 +164,56 @@ def traced(call: Any, at_line: Any) -> None:
         gc.enable()
 
 
+def saved_at_every_line(call: Any, saves: list[Any]) -> tuple[list[Any], int]:
+    """What each of ``saves`` gave before each line of ``call()``, and how many were refused."""
+    found, refused = [], 0
+
+    def save(one: Any) -> None:
+        nonlocal refused
+        try:
+            found.append(copy.deepcopy(one()))
+        except RuntimeError as error:
+            assert "in the middle of a step" in str(error)
+            refused += 1
+
+    traced(call, lambda _: list(map(save, saves)))
+    return found, refused
+
+
+def stopped_at_every_line(
+    model: torch.nn.Module, optimizer: Any, before: Any, after: Any, calls: list[Any]
+) -> dict[str, int]:
+    """Steps again and again from ``before``, with an exception one line later each time: how often all was as before
+    the step, or as after it, or all ``calls`` refused."""
+    ends = {"before": 0, "after": 0, "refused": 0}
+    line = 0
+    while True:
+        line += 1
+        model.load_state_dict(before[0])
+        optimizer.load_state_dict(copy.deepcopy(before[1]))
+        set_grads(model, 1)
+
+        def stop(n: int, line: int = line) -> None:
+            if n == line:
+                raise Stop
+
+        try:
+            traced(optimizer.step, stop)
+            return ends  # there are no more lines
+        except Stop:
+            pass
+        try:
+            state = kept(model, optimizer)
+        except RuntimeError:
+            for call in calls:
+                with pytest.raises(RuntimeError, match="in the middle of a step"):
+                    call()
+            ends["refused"] += 1
+            continue
+        assert same(state, before) or same(state, after), f"line {line}"
+        ends["before" if same(state, before) else "after"] += 1
+
+
 @pytest.mark.parametrize("t", [0, 2], ids=["first step", "third step"])
 @pytest.mark.parametrize("backend", [None, "torch"])
 @pytest.mark.parametrize("layout", DTYPES)
@@ -175,17 +225,8 @@ def test_who_saves_at_any_line_of_a_step_has_a_whole_state(kind: str, layout: st
         set_grads(model, earlier)
         optimizer.step()
     set_grads(model, t)
-    before, found, refused = kept(model, optimizer), [], 0
-
-    def save(_: int) -> None:
-        nonlocal refused
-        try:
-            found.append(kept(model, optimizer))
-        except RuntimeError as error:
-            assert "in the middle of a step" in str(error)
-            refused += 1
-
-    traced(optimizer.step, save)
+    before = kept(model, optimizer)
+    found, refused = saved_at_every_line(optimizer.step, [lambda: kept(model, optimizer)])
     after = kept(model, optimizer)
     assert not same(before, after) and len(found) > 20
     for n, state in enumerate(found):
@@ -213,31 +254,7 @@ def test_an_exception_at_any_line_of_a_step_leaves_a_whole_state_or_says_so(kind
     set_grads(reference, 1)
     other.step()
     after = kept(reference, other)
-    ends = {"before": 0, "after": 0, "refused": 0}
-    line = 0
-    while True:
-        line += 1
-        model.load_state_dict(before[0])
-        optimizer.load_state_dict(copy.deepcopy(before[1]))
-
-        def stop(n: int, line: int = line) -> None:
-            if n == line:
-                raise Stop
-
-        try:
-            traced(optimizer.step, stop)
-            break  # there are no more lines
-        except Stop:
-            pass
-        try:
-            state = kept(model, optimizer)
-        except RuntimeError:
-            with pytest.raises(RuntimeError, match="in the middle of a step"):
-                optimizer.step()
-            ends["refused"] += 1
-            continue
-        assert same(state, before) or same(state, after), f"line {line}"
-        ends["before" if same(state, before) else "after"] += 1
+    ends = stopped_at_every_line(model, optimizer, before, after, [optimizer.step])
     assert ends["before"] > 20, ends
     if backend == "torch":
         assert ends["refused"] > 0, ends

@@ -23,7 +23,7 @@ BROUGHT = {
     "CHANGELOG.md": "changelog.md",
     "bench/results/README.md": "results.md",
     "tests/gpu/README.md": "gpu-tests.md",
-    **{f"bench/results/{path.name}": f"results/{path.name}" for path in (ROOT / "bench/results").glob("*.png")},
+    **{f"bench/results/{path.name}": f"results/{path.name}" for path in (ROOT / "bench/results").glob("*.webp")},
 }
 ORIGIN = {there: here for here, there in BROUGHT.items()}
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")

@@ -7,7 +7,7 @@ With the Python that runs it, and nothing downloaded: builds the extension in pl
 seconds: the build may take up to 40 % of it, tests up to 70 %, and the benchmark has the rest, the most telling rows
 first. A failure of the build or of tests does not keep the rest from running, nor does a row that fails: it becomes a
 row with the reason. What was found is in `gpu-<device>.json`, a file that is complete JSON at any moment, in
-`gpu-<device>.md`, and where matplotlib is there, in `gpu-<device>.png`.
+`gpu-<device>.md`, and where matplotlib is there, in `gpu-<device>.webp`.
 
 The benchmark runs in a process of its own, which says which row it is at before every sample. If it dies, or hangs in
 one row for more than two minutes, another one goes on without that row.
@@ -73,7 +73,7 @@ LOST = 3  # exit status of a benchmark whose device answers no more
 REFERENCE = "adamw-fused"
 
 
-# --- rows -----------------------------------------------------------------------------------------------------------
+# ---- rows ----
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def rows_for(device: torch.device) -> Rows:
     )
 
 
-# --- cases ----------------------------------------------------------------------------------------------------------
+# ---- cases ----
 
 # key -> title, shapes
 SIZES = {
@@ -249,7 +249,7 @@ def plan(report: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
     return {":".join(item): item for item in PLAN}
 
 
-# --- the report -----------------------------------------------------------------------------------------------------
+# ---- the report ----
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -309,7 +309,7 @@ def draw(report: Mapping[str, Any], rows: Rows, path: Path) -> str:
     return str(path)
 
 
-# --- the benchmark, in a process of its own --------------------------------------------------------------------------
+# ---- the benchmark, in a process of its own ----
 
 
 def benchmark(path: Path, until: float) -> None:
@@ -425,7 +425,7 @@ def run_benchmark(path: Path, environment: Mapping[str, str], until: float) -> s
     return f"{done} of {len(plan(report))} cases complete, in {processes} process{'es' * (processes > 1)}"
 
 
-# --- build and tests ------------------------------------------------------------------------------------------------
+# ---- build and tests ----
 
 
 def tail(text: str, lines: int = 15) -> str:
@@ -538,7 +538,7 @@ def read_junit(xml: Path) -> tuple[dict[str, int], list[str], dict[str, int]]:
     return counts, failures, skipped
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
+# ---- the command ----
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -637,7 +637,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"\ncut off: {table(case, headings(rows))}")
         print(f"\nbenchmark: {summary}", flush=True)
         write(path.with_suffix(".md"), as_markdown(report, rows))
-        print(f"{path}\n{path.with_suffix('.md')}\n{draw(report, rows, path.with_suffix('.png'))}")
+        print(f"{path}\n{path.with_suffix('.md')}\n{draw(report, rows, path.with_suffix('.webp'))}")
         print(f"{time.time() - start:.0f} s in all")
     bad = [stage for stage in report["stages"].values() if stage.get("failed")]
     return 1 if bad or not any(not why for why in report["complete"].values()) else 0

@@ -187,13 +187,19 @@ def values_of(type_: str) -> list[Any]:
 
 @dataclass
 class Case:
-    """``text`` run on all combinations of ``values`` (by default the interesting ones of each type)."""
+    """``text`` run on all combinations of ``values`` (by default the interesting ones of each type). An opcode alone
+    gets as many operands as there are types."""
 
     text: str
     types: tuple[str, ...]
     result: str
     reference: Callable[..., Any]
     values: list[list[Any]] | None = None
+
+    def __post_init__(self) -> None:
+        if " " not in self.text:
+            operands = [f"%{'p' * (type_ == 'pred')}{name}" for name, type_ in zip("abcd", self.types, strict=False)]
+            self.text += f" %{'p' if self.result == 'pred' else 'o'}, {', '.join(operands)};"
 
     def rows(self) -> list[tuple[Any, ...]]:
         rows = list(itertools.product(*(self.values or [values_of(t) for t in self.types])))
@@ -202,11 +208,11 @@ class Case:
 
 
 def binary(opcode: str, type_: str, function: Callable[[int, int], int], out: str | None = None) -> Case:
-    return Case(f"{opcode}.{type_} %o, %a, %b;", (type_, type_), out or type_, function)
+    return Case(f"{opcode}.{type_}", (type_, type_), out or type_, function)
 
 
 def unary(opcode: str, type_: str, function: Callable[[int], int], out: str | None = None) -> Case:
-    return Case(f"{opcode}.{type_} %o, %a;", (type_,), out or type_, function)
+    return Case(f"{opcode}.{type_}", (type_,), out or type_, function)
 
 
 def truncated(a: int, b: int) -> int:
@@ -283,13 +289,8 @@ INTEGER_CASES = [
             binary("rem", type_, lambda a, b: a - b * truncated(a, b) if b else a),
             binary("min", type_, min),
             binary("max", type_, max),
-            Case(f"mad.lo.{type_} %o, %a, %b, %c;", (type_,) * 3, type_, lambda a, b, c: a * b + c),
-            Case(
-                f"shr.{type_} %o, %a, %b;",
-                (type_, "u32"),
-                type_,
-                lambda a, b, bits=bits: a >> min(b, bits),
-            ),
+            Case(f"mad.lo.{type_}", (type_,) * 3, type_, lambda a, b, c: a * b + c),
+            Case(f"shr.{type_}", (type_, "u32"), type_, lambda a, b, bits=bits: a >> min(b, bits)),
         )
     ],
     *[
@@ -298,7 +299,7 @@ INTEGER_CASES = [
         for case in (
             binary("mul.wide", type_, lambda a, b: a * b, f"{type_[0]}{2 * width(type_)}"),
             Case(
-                f"mad.wide.{type_} %o, %a, %b, %c;",
+                f"mad.wide.{type_}",
                 (type_, type_, f"{type_[0]}{2 * width(type_)}"),
                 f"{type_[0]}{2 * width(type_)}",
                 lambda a, b, c: a * b + c,
@@ -314,7 +315,7 @@ INTEGER_CASES = [
             binary("xor", type_, lambda a, b: a ^ b),
             unary("not", type_, lambda a: ~a),
             unary("cnot", type_, lambda a: int(a == 0)),
-            Case(f"shl.{type_} %o, %a, %b;", (type_, "u32"), type_, lambda a, b, n=bits: a << b if b < n else 0),
+            Case(f"shl.{type_}", (type_, "u32"), type_, lambda a, b, n=bits: a << b if b < n else 0),
         )
     ],
     *[
@@ -331,7 +332,7 @@ INTEGER_CASES = [
             unary("abs", f"s{n}", abs),
             *(
                 Case(
-                    f"bfe.{kind}{n} %o, %a, %b, %c;",
+                    f"bfe.{kind}{n}",
                     (f"{kind}{n}", "u32", "u32"),
                     f"{kind}{n}",
                     lambda a, b, c, n=n, kind=kind: bit_field(a, b, c, n, kind == "s"),
@@ -340,7 +341,7 @@ INTEGER_CASES = [
                 for kind in "us"
             ),
             Case(
-                f"bfi.b{n} %o, %a, %b, %c, %d;",
+                f"bfi.b{n}",
                 (f"b{n}", f"b{n}", "u32", "u32"),
                 f"b{n}",
                 lambda a, b, c, d, n=n: inserted(a, b, c, d, n),
@@ -348,20 +349,15 @@ INTEGER_CASES = [
             ),
         )
     ],
-    Case("mad.hi.s32 %o, %a, %b, %c;", ("s32",) * 3, "s32", lambda a, b, c: (a * b >> 32) + c),
-    Case("mad.hi.u64 %o, %a, %b, %c;", ("u64",) * 3, "u64", lambda a, b, c: (a * b >> 64) + c),
+    Case("mad.hi.s32", ("s32",) * 3, "s32", lambda a, b, c: (a * b >> 32) + c),
+    Case("mad.hi.u64", ("u64",) * 3, "u64", lambda a, b, c: (a * b >> 64) + c),
     binary("add.sat", "s32", lambda a, b: max(-(2**31), min(2**31 - 1, a + b))),
     binary("sub.sat", "s32", lambda a, b: max(-(2**31), min(2**31 - 1, a - b))),
-    Case("sad.s32 %o, %a, %b, %c;", ("s32",) * 3, "s32", lambda a, b, c: abs(a - b) + c),
+    Case("sad.s32", ("s32",) * 3, "s32", lambda a, b, c: abs(a - b) + c),
     binary("mul24.lo", "u32", lambda a, b: (a & 0xFFFFFF) * (b & 0xFFFFFF)),
-    Case("prmt.b32 %o, %a, %b, %c;", ("u32",) * 3, "u32", lambda a, b, c: permuted(a, b, c & 0xFFFF)),
+    Case("prmt.b32", ("u32",) * 3, "u32", lambda a, b, c: permuted(a, b, c & 0xFFFF)),
     *[
-        Case(
-            f"prmt.b32.{mode} %o, %a, %b, %c;",
-            ("u32",) * 3,
-            "u32",
-            lambda a, b, c, mode=mode: permuted_by_mode(a, b, mode, c),
-        )
+        Case(f"prmt.b32.{mode}", ("u32",) * 3, "u32", lambda a, b, c, mode=mode: permuted_by_mode(a, b, mode, c))
         for mode in ("f4e", "b4e", "rc8", "ecl", "ecr", "rc16")
     ],
     *[
@@ -369,22 +365,12 @@ INTEGER_CASES = [
         for t in (0x00, 0x96, 0xE8, 0xCA, 0x80, 0xFF, 0x1B)
     ],
     *[
-        Case(
-            f"shf.{d}.{m}.b32 %o, %a, %b, %c;",
-            ("u32",) * 3,
-            "u32",
-            lambda a, b, c, d=d, m=m: funnel(a, b, c, d == "l", m == "clamp"),
-        )
+        Case(f"shf.{d}.{m}.b32", ("u32",) * 3, "u32", lambda a, b, c, d=d, m=m: funnel(a, b, c, d == "l", m == "clamp"))
         for d in "lr"
         for m in ("wrap", "clamp")
     ],
-    Case("bmsk.clamp.b32 %o, %a, %b;", ("u32", "u32"), "u32", lambda a, b: ((1 << min(b, 32)) - 1) << min(a, 32)),
-    Case(
-        "szext.clamp.s32 %o, %a, %b;",
-        ("s32", "u32"),
-        "s32",
-        lambda a, b: bit_field(a, 0, min(b, 32), 32, True) if b else 0,
-    ),
+    Case("bmsk.clamp.b32", ("u32", "u32"), "u32", lambda a, b: ((1 << min(b, 32)) - 1) << min(a, 32)),
+    Case("szext.clamp.s32", ("s32", "u32"), "s32", lambda a, b: bit_field(a, 0, min(b, 32), 32, True) if b else 0),
     # A 64-bit sum by way of the carry, as old compilers wrote it.
     Case(
         """{ .reg .b32 %alo, %ahi, %blo, %bhi; mov.b64 {%alo, %ahi}, %a; mov.b64 {%blo, %bhi}, %b;
@@ -421,12 +407,12 @@ INTEGER_CASES = [
         [INTEGERS[32][::2], INTEGERS[32][::3], INTEGERS[32][1::3], INTEGERS[32][2::3]],
     ),
     # Selections, comparisons and their combinations.
-    Case("selp.b32 %o, %a, %b, %pc;", ("u32", "u32", "pred"), "u32", lambda a, b, c: a if c else b),
+    Case("selp.b32", ("u32", "u32", "pred"), "u32", lambda a, b, c: a if c else b),
     Case("mov.b32 %o, %a; selp.b32 %o, %o, %b, %pc;", ("u32", "u32", "pred"), "u32", lambda a, b, c: a if c else b),
     Case("mov.b32 %o, %b; selp.b32 %o, %a, %o, %pc;", ("u32", "u32", "pred"), "u32", lambda a, b, c: a if c else b),
-    Case("slct.b32.s32 %o, %a, %b, %c;", ("u32", "u32", "s32"), "u32", lambda a, b, c: a if c >= 0 else b),
+    Case("slct.b32.s32", ("u32", "u32", "s32"), "u32", lambda a, b, c: a if c >= 0 else b),
     *[
-        Case(f"setp.{name}.{type_} %p, %a, %b;", (type_, type_), "pred", function)
+        Case(f"setp.{name}.{type_}", (type_, type_), "pred", function)
         for type_ in ("s16", "u32", "s32", "s64", "u64")
         for name, function in {
             "eq": lambda a, b: a == b,
@@ -437,8 +423,8 @@ INTEGER_CASES = [
             "ge": lambda a, b: a >= b,
         }.items()
     ],
-    Case("setp.lo.s32 %p, %a, %b;", ("u32", "u32"), "pred", lambda a, b: a < b),
-    Case("setp.hs.u32 %p, %a, %b;", ("u32", "u32"), "pred", lambda a, b: a >= b),
+    Case("setp.lo.s32", ("u32", "u32"), "pred", lambda a, b: a < b),
+    Case("setp.hs.u32", ("u32", "u32"), "pred", lambda a, b: a >= b),
     *[
         Case(f"setp.lt.{name}.s32 %p, %a, %b, {c};", ("s32", "s32", "pred"), "pred", function)
         for c, flip in (("%pc", 0), ("!%pc", 1))
@@ -449,11 +435,11 @@ INTEGER_CASES = [
         }.items()
     ],
     Case("setp.lt.and.s32 %q|%p, %a, %b, %pc;", ("s32", "s32", "pred"), "pred", lambda a, b, c: a >= b and bool(c)),
-    Case("set.lt.u32.s32 %o, %a, %b;", ("s32", "s32"), "u32", lambda a, b: 0xFFFFFFFF if a < b else 0),
-    Case("set.gt.f32.u32 %o, %a, %b;", ("u32", "u32"), "f32", lambda a, b: 1.0 if a > b else 0.0),
-    Case("and.pred %p, %pa, %pb;", ("pred", "pred"), "pred", lambda a, b: a & b),
-    Case("xor.pred %p, %pa, %pb;", ("pred", "pred"), "pred", lambda a, b: a ^ b),
-    Case("not.pred %p, %pa;", ("pred",), "pred", lambda a: 1 - a),
+    Case("set.lt.u32.s32", ("s32", "s32"), "u32", lambda a, b: 0xFFFFFFFF if a < b else 0),
+    Case("set.gt.f32.u32", ("u32", "u32"), "f32", lambda a, b: 1.0 if a > b else 0.0),
+    Case("and.pred", ("pred", "pred"), "pred", lambda a, b: a & b),
+    Case("xor.pred", ("pred", "pred"), "pred", lambda a, b: a ^ b),
+    Case("not.pred", ("pred",), "pred", lambda a: 1 - a),
     Case("mov.u32 %o, 7; @%pa mov.u32 %o, %b;", ("pred", "u32"), "u32", lambda a, b: b if a else 7),
     Case("mov.u32 %o, 7; @!%pa add.u32 %o, %b, 1;", ("pred", "u32"), "u32", lambda a, b: 7 if a else b + 1),
     # Literals, vectors in braces, registers of two names in nested scopes.
@@ -469,14 +455,14 @@ INTEGER_CASES = [
         lambda a: a + 1,
     ),
     # Narrow loads and conversions extend by the sign of the type into a wider register.
-    Case("cvt.s32.s8 %o, %a;", ("u32",), "s32", lambda a: (a & 255) - 256 * (a >> 7 & 1)),
-    Case("cvt.s8.s32 %o, %a;", ("u32",), "s32", lambda a: (a & 255) - 256 * (a >> 7 & 1)),
-    Case("cvt.u8.u32 %o, %a;", ("u32",), "u32", lambda a: a & 255),
-    Case("cvt.u64.u32 %o, %a;", ("u32",), "u64", lambda a: a),
-    Case("cvt.s64.s32 %o, %a;", ("s32",), "s64", lambda a: a),
-    Case("cvt.u32.u64 %o, %a;", ("u64",), "u32", lambda a: a),
-    Case("cvt.sat.s16.s32 %o, %a;", ("s32",), "s16", lambda a: max(-(2**15), min(2**15 - 1, a))),
-    Case("cvt.sat.u32.s64 %o, %a;", ("s64",), "u32", lambda a: max(0, min(2**32 - 1, a))),
+    Case("cvt.s32.s8", ("u32",), "s32", lambda a: (a & 255) - 256 * (a >> 7 & 1)),
+    Case("cvt.s8.s32", ("u32",), "s32", lambda a: (a & 255) - 256 * (a >> 7 & 1)),
+    Case("cvt.u8.u32", ("u32",), "u32", lambda a: a & 255),
+    Case("cvt.u64.u32", ("u32",), "u64", lambda a: a),
+    Case("cvt.s64.s32", ("s32",), "s64", lambda a: a),
+    Case("cvt.u32.u64", ("u64",), "u32", lambda a: a),
+    Case("cvt.sat.s16.s32", ("s32",), "s16", lambda a: max(-(2**15), min(2**15 - 1, a))),
+    Case("cvt.sat.u32.s64", ("s64",), "u32", lambda a: max(0, min(2**32 - 1, a))),
 ]
 
 
@@ -584,7 +570,7 @@ FLOAT_CASES = [
     ],
     *[
         Case(
-            f"fma.rn.{element}x2 %o, %a, %b, %c;",
+            f"fma.rn.{element}x2",
             (f"{element}x2",) * 3,
             f"{element}x2",
             packed(element, exactly(lambda a, b, c: a * b + c, element)),
@@ -593,32 +579,30 @@ FLOAT_CASES = [
         for element in ("f16", "bf16")
     ],
     Case(
-        "add.rn.f32x2 %o, %a, %b;",
+        "add.rn.f32x2",
         ("f32x2", "f32x2"),
         "f32x2",
         packed("f32", exactly(lambda a, b: a + b, "f32")),
         [[0x3F8000003F000000, 0xC0000000BF800000, 0x0000000133800001], [0x3E0000003F800000, 0x4000000040400000]],
     ),
-    Case(
-        "add.sat.f32 %o, %a, %b;", ("f32", "f32"), "f32", lambda a, b: clamp01(exactly(lambda x, y: x + y, "f32")(a, b))
-    ),
+    Case("add.sat.f32", ("f32", "f32"), "f32", lambda a, b: clamp01(exactly(lambda x, y: x + y, "f32")(a, b))),
     *[
-        Case(f"{opcode}.{type_} %o, %a, %b;", (type_, type_), type_, function)
+        Case(f"{opcode}.{type_}", (type_, type_), type_, function)
         for type_ in ("f32", "f64", "f16", "bf16")
         for opcode, function in (("min", smallest), ("max", largest))
     ],
-    Case("min.NaN.f32 %o, %a, %b;", ("f32", "f32"), "f32", or_nan(smallest)),
-    Case("max.NaN.f32 %o, %a, %b;", ("f32", "f32"), "f32", or_nan(largest)),
-    Case("max.f32 %o, %a, %b, %c;", ("f32",) * 3, "f32", lambda a, b, c: largest(largest(a, b), c)),
+    Case("min.NaN.f32", ("f32", "f32"), "f32", or_nan(smallest)),
+    Case("max.NaN.f32", ("f32", "f32"), "f32", or_nan(largest)),
+    Case("max.f32", ("f32",) * 3, "f32", lambda a, b, c: largest(largest(a, b), c)),
     *[
-        Case(f"{opcode}.{type_} %o, %a;", (type_,), type_, function)
+        Case(f"{opcode}.{type_}", (type_,), type_, function)
         for type_ in ("f32", "f64", "f16", "bf16")
         for opcode, function in (("abs", abs), ("neg", lambda a: -a))
     ],
-    Case("copysign.f32 %o, %a, %b;", ("f32", "f32"), "f32", lambda a, b: math.copysign(b, a)),
+    Case("copysign.f32", ("f32", "f32"), "f32", lambda a, b: math.copysign(b, a)),
     *[
         Case(
-            f"setp.{name}{u}.{type_} %p, %a, %b;",
+            f"setp.{name}{u}.{type_}",
             (type_, type_),
             "pred",
             unordered(function, name == "ne" if not u else True) if u else unordered(function, False),
@@ -627,12 +611,12 @@ FLOAT_CASES = [
         for u in ("", "u")
         for name, function in ORDER.items()
     ],
-    Case("setp.num.f32 %p, %a, %b;", ("f32", "f32"), "pred", unordered(lambda a, b: True, False)),
-    Case("setp.nan.f64 %p, %a, %b;", ("f64", "f64"), "pred", unordered(lambda a, b: False, True)),
-    Case("setp.eq.ftz.f32 %p, %a, %b;", ("f32", "f32"), "pred", lambda a, b: flushed(a) == flushed(b)),
-    Case("testp.subnormal.f32 %p, %a;", ("f32",), "pred", lambda a: 0 < abs(a) < 2.0**-126),
-    Case("testp.finite.f64 %p, %a;", ("f64",), "pred", math.isfinite),
-    Case("testp.notanumber.f32 %p, %a;", ("f32",), "pred", math.isnan),
+    Case("setp.num.f32", ("f32", "f32"), "pred", unordered(lambda a, b: True, False)),
+    Case("setp.nan.f64", ("f64", "f64"), "pred", unordered(lambda a, b: False, True)),
+    Case("setp.eq.ftz.f32", ("f32", "f32"), "pred", lambda a, b: flushed(a) == flushed(b)),
+    Case("testp.subnormal.f32", ("f32",), "pred", lambda a: 0 < abs(a) < 2.0**-126),
+    Case("testp.finite.f64", ("f64",), "pred", math.isfinite),
+    Case("testp.notanumber.f32", ("f32",), "pred", math.isnan),
     Case(
         "add.f32 %o, %a, 0f3FC00000;",
         ("f32",),
@@ -642,12 +626,7 @@ FLOAT_CASES = [
     Case("mul.f64 %o, %a, 0dBFF8000000000000;", ("f64",), "f64", lambda a: a * -1.5),
 ]
 
-INTEGRAL: dict[str, Callable[[Fraction], int]] = {
-    "rni": round,
-    "rzi": math.trunc,
-    "rmi": math.floor,
-    "rpi": math.ceil,
-}
+INTEGRAL: dict[str, Callable[[Fraction], int]] = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}
 
 
 def to_integer(mode: str, type_: str) -> Callable[[float], int]:
@@ -733,50 +712,44 @@ def rectified(x: float) -> float:
 
 CONVERSIONS = [
     *[
-        Case(f"cvt.{mode}.{to}.f32 %o, %a;", ("f32",), to, converted(to, mode), [NARROWED])
+        Case(f"cvt.{mode}.{to}.f32", ("f32",), to, converted(to, mode), [NARROWED])
         for to in ("f16", "bf16")
         for mode in ("rn", "rz")
     ],
     *[
-        Case(f"cvt.{mode}.f32.f64 %o, %a;", ("f64",), "f32", converted("f32", mode), [WIDE])
+        Case(f"cvt.{mode}.f32.f64", ("f64",), "f32", converted("f32", mode), [WIDE])
         for mode in ("rn", "rz", "rm", "rp")
     ],
-    Case("cvt.rn.f16.f64 %o, %a;", ("f64",), "f16", converted("f16", "rn"), [WIDE]),
-    Case("cvt.rn.bf16.f64 %o, %a;", ("f64",), "bf16", converted("bf16", "rn"), [WIDE]),
-    Case("cvt.f64.f32 %o, %a;", ("f32",), "f64", lambda a: a),
-    Case("cvt.f32.f16 %o, %a;", ("f16",), "f32", lambda a: a),
-    Case("cvt.f32.bf16 %o, %a;", ("bf16",), "f32", lambda a: a),
-    Case("cvt.ftz.f64.f32 %o, %a;", ("f32",), "f64", flushed),
+    Case("cvt.rn.f16.f64", ("f64",), "f16", converted("f16", "rn"), [WIDE]),
+    Case("cvt.rn.bf16.f64", ("f64",), "bf16", converted("bf16", "rn"), [WIDE]),
+    Case("cvt.f64.f32", ("f32",), "f64", lambda a: a),
+    Case("cvt.f32.f16", ("f16",), "f32", lambda a: a),
+    Case("cvt.f32.bf16", ("bf16",), "f32", lambda a: a),
+    Case("cvt.ftz.f64.f32", ("f32",), "f64", flushed),
+    *[Case(f"cvt.{mode}.tf32.f32", ("f32",), "u32", tf32_bits(mode), [NUMBERS]) for mode in ("rna", "rn", "rz")],
+    Case("cvt.sat.f32.f32", ("f32",), "f32", clamp01),
+    Case("cvt.rn.relu.bf16.f32", ("f32",), "bf16", lambda a: converted("bf16", "rn")(rectified(a)), [NARROWED]),
+    *[Case(f"cvt.rn.{to}x2.f32", ("f32", "f32"), f"{to}x2", pair_of(to), [NUMBERS, NUMBERS]) for to in ("f16", "bf16")],
     *[
-        Case(f"cvt.{mode}.tf32.f32 %o, %a;", ("f32",), "u32", tf32_bits(mode), [NUMBERS])
-        for mode in ("rna", "rn", "rz")
-    ],
-    Case("cvt.sat.f32.f32 %o, %a;", ("f32",), "f32", clamp01),
-    Case("cvt.rn.relu.bf16.f32 %o, %a;", ("f32",), "bf16", lambda a: converted("bf16", "rn")(rectified(a)), [NARROWED]),
-    *[
-        Case(f"cvt.rn.{to}x2.f32 %o, %a, %b;", ("f32", "f32"), f"{to}x2", pair_of(to), [NUMBERS, NUMBERS])
-        for to in ("f16", "bf16")
-    ],
-    *[
-        Case(f"cvt.{mode}.{type_}.{type_} %o, %a;", (type_,), type_, integral(mode), [STEPS])
+        Case(f"cvt.{mode}.{type_}.{type_}", (type_,), type_, integral(mode), [STEPS])
         for type_ in ("f32", "f64")
         for mode in INTEGRAL
     ],
     *[
-        Case(f"cvt.{mode}.{to}.{origin} %o, %a;", (origin,), to, to_integer(mode, to), [STEPS])
+        Case(f"cvt.{mode}.{to}.{origin}", (origin,), to, to_integer(mode, to), [STEPS])
         for origin in ("f32", "f64")
         for to in ("s32", "u32", "s64", "u64", "s16")
         for mode in INTEGRAL
     ],
-    Case("cvt.rzi.ftz.s32.f32 %o, %a;", ("f32",), "s32", to_integer("rzi", "s32"), [STEPS]),
+    Case("cvt.rzi.ftz.s32.f32", ("f32",), "s32", to_integer("rzi", "s32"), [STEPS]),
     *[
-        Case(f"cvt.{mode}.{to}.{origin} %o, %a;", (origin,), to, rounded_to(to, mode), [COUNTS[origin]])
+        Case(f"cvt.{mode}.{to}.{origin}", (origin,), to, rounded_to(to, mode), [COUNTS[origin]])
         for origin in COUNTS
         for to in ("f32", "f64")
         for mode in ("rn", "rz", "rm", "rp")
     ],
-    Case("cvt.rn.f16.s32 %o, %a;", ("s32",), "f16", rounded_to("f16"), [[0, 1, 2049, 2051, -65504, 70000]]),
-    Case("cvt.rn.bf16.u64 %o, %a;", ("u64",), "bf16", rounded_to("bf16"), [COUNTS["u64"]]),
+    Case("cvt.rn.f16.s32", ("s32",), "f16", rounded_to("f16"), [[0, 1, 2049, 2051, -65504, 70000]]),
+    Case("cvt.rn.bf16.u64", ("u64",), "bf16", rounded_to("bf16"), [COUNTS["u64"]]),
 ]
 
 
