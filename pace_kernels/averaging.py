@@ -22,7 +22,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import derived
 from .backend import say_once
 from .checks import Group, require
-from .formats import AVERAGES_BESIDE, CODED, HASH, REMAINDER, average_in, encode_again, hash_of, state_in, weight_in
+from .conversions import average_in, encode_again, hash_of, state_in, weight_in
+from .formats import AVERAGES_BESIDE, CODED, HASH, REMAINDER
 from .memory import check_whole, overlapping, region, share_memory
 from .sharding import is_sharded, local
 from .whole import Whole, at_once, each

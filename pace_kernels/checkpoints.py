@@ -12,30 +12,22 @@ from torch import Tensor
 
 from .averaging import Averaging
 from .checks import Group, checked_count, require, shortened
+from .conversions import in_floats, scales_shape, with_hash
 from .formats import (
     AVERAGE,
     CODED,
     HASH,
-    MOMENTS,
     OPTIONS,
     PARTS,
     REMAINDER,
-    as_coded,
     asked,
-    check_parts,
     has_average,
-    in_floats,
     is_beside,
-    saved_dtypes,
-    scales_shape,
     whole_name,
-    with_hash,
 )
-from .memory import is_whole
 from .options import Record, check_given, make_plain
-from .sharding import local
-from .states import CODED_FORMAT, FLOATING, FORMAT, GROUP_STATE, LAST_STEP, as_state, holds, step_dtype
-from .torch_rules.common import has_values
+from .saved import check_parts, check_saved, copied, with_short_count
+from .states import CODED_FORMAT, FORMAT, GROUP_STATE, LAST_STEP, holds, step_dtype
 
 # Options that torch.optim.Adam and AdamW keep in their groups and that mean nothing here.
 _FOREIGN_OPTIONS = ("amsgrad", "foreach", "fused", "differentiable", "decoupled_weight_decay")
@@ -50,34 +42,6 @@ _FOREIGN_STATE = {"theta", "last_ema_step", "max_exp_avg_sq"}
 _ONLY: dict[str, tuple[str, ...]] = {}
 # Among the names of states: some parameters of the group are at rest, without an average.
 _AT_REST = "at_rest"
-
-
-def with_short_count(state: Any, name: str) -> Any:
-    """A state as it is saved: a count in torch's float32, as far as that counts."""
-    count = state.get(name) if isinstance(state, dict) else None
-    if not isinstance(count, Tensor) or count.dtype != torch.float64 or not has_values(count):
-        return state
-    return {**state, name: count.to(step_dtype(count.item()))}
-
-
-def check_saved(state: str, name: str, value: Any, shape: tuple[int, ...], param: Tensor) -> None:
-    """Raises ValueError where a value of a checkpoint is no tensor of this shape that can be a state of ``param``."""
-    if not isinstance(value, Tensor) or value.shape != shape:
-        came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{state}: {name} must be a tensor of shape {shape}, got {came}")
-    complex_too = param.is_complex()
-    if name in CODED or name == HASH:
-        if value.dtype not in saved_dtypes(name) or value.layout is not torch.strided:
-            kinds = " or ".join(map(str, saved_dtypes(name)))
-            raise ValueError(f"{state}: {name} must be dense, of {kinds}, got {value.dtype}, {value.layout}")
-    elif not (value.is_complex() if complex_too else value.dtype in FLOATING) or value.layout is not torch.strided:
-        kind = value.dtype if value.layout is torch.strided else value.layout
-        allowed = "a complex dtype" if complex_too else ", ".join(map(str, FLOATING))
-        raise ValueError(f"{state}: {name} must be dense, of {allowed}, got {kind}")
-    if not is_whole(local(value)):
-        raise ValueError(f"{state}: {name} has more elements than memory: was its storage resized?")
-    if value.is_meta and not param.is_meta:
-        raise ValueError(f"{state}: {name} is on the meta device, where there are no values")
 
 
 class Checkpoints(Averaging):
@@ -404,15 +368,8 @@ class Checkpoints(Averaging):
             check_saved(name, key, value, shape, param)
         ours = {"step": step.reshape(()).to(param.device if group["capturable"] else "cpu", copy=True)}
         for key, value in state.items():
-            if key in self.STATE_ROWS:
-                ours[key] = self._initial(key, param, group).copy_(value)
-            elif key == HASH:
-                ours[key] = value.detach().cpu().clone()
-            elif key in CODED:
-                ours[key] = as_coded(key, param, value)
-            else:  # those that are to lie otherwise are converted when they are used first
-                narrow = key in MOMENTS and value.dtype == torch.bfloat16 and asked(group).state == 16
-                ours[key] = as_state(param, value, value.dtype if key == "live" or narrow else None)
+            row = key in self.STATE_ROWS
+            ours[key] = self._initial(key, param, group).copy_(value) if row else copied(key, value, param, group)
         return ours
 
     @staticmethod

@@ -13,7 +13,8 @@ from torch import Tensor
 from . import derived
 from .averaging import Averaging
 from .batchnorm import Batches, recomputed
-from .formats import asked, formats_of, in_float
+from .conversions import in_float
+from .formats import asked, formats_of
 from .memory import check_whole, share_memory
 from .sharding import gathered, is_sharded, local, on_first_rank
 

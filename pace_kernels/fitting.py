@@ -11,20 +11,17 @@ import torch
 from torch import Tensor
 
 from .checks import Group
+from .conversions import as_coded, converted, new_state, weight_in
 from .formats import (
     CODED,
     MOMENTS,
     PARTS,
     REMAINDER,
-    as_coded,
-    converted,
     dtype_of,
     formats_in,
     has_average,
     is_beside,
     names_of,
-    new_state,
-    weight_in,
     whole_name,
 )
 from .memory import aligned, check_whole

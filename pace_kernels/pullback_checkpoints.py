@@ -10,11 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .checkpoints import Checkpoints, check_saved, with_short_count
+from .checkpoints import Checkpoints
 from .checks import Group, checked_count, require
 from .memory import is_whole
 from .pulling import Pulling
 from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, LIVE, OPTIONS, OURS, STEP, SWAPPED
+from .saved import check_saved, with_short_count
 from .sharding import local
 from .states import FORMAT, LAST_STEP, as_state, step_dtype
 

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from pace_kernels import MADA, PACE, ema_state_dict, master_state_dict
-from pace_kernels.formats import OPTIONS, converted, formats_in, in_floats, weight_in
+from pace_kernels.conversions import converted, in_floats, weight_in
+from pace_kernels.formats import OPTIONS, formats_in
 from pace_kernels.states import CODED_FORMAT, Formats
 
 EVERY = [
