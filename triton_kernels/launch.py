@@ -90,9 +90,8 @@ class Rule:
         two, one an access. Of a coded rule the formats of what lies beside operands follow theirs."""
         narrow = any(dtype not in (None, torch.float32) for dtype in formats)
         count = len(self.definition.operands)
-        formats, beside = formats[:count], formats[count:]
         if self.coded:
-            flags = self.module.of_formats(flags, formats, beside)
+            flags = self.module.of_formats(flags, formats[:count], formats[count:])
         vector = (self.narrow if narrow else 4) if aligned else 2
         summed = self.sums(flags)
         return {
@@ -106,8 +105,8 @@ class Rule:
             "ALIGNED": aligned,
             "BLOCK": self.warps * 32 * vector,
             "VECTOR": vector if aligned else 1,
-            "BESIDE": tuple(TRITON_DTYPES[dtype] for dtype in beside),
-            "REST": torch.uint8 not in beside,
+            "BESIDE": count,
+            "REST": torch.uint8 not in formats[count:],
         }
 
     @functools.cache  # noqa: B019

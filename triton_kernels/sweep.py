@@ -48,20 +48,13 @@ def find_stretch(table_ptr, blocks_ptr, first_block, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def operand(stretch, K: tl.constexpr, FORMATS: tl.constexpr, ALIGNED: tl.constexpr):
-    """A pointer to the first element of the stretch in operand K; None where it is not in play."""
+def operand(stretch, K: tl.constexpr, FORMATS: tl.constexpr, BESIDE: tl.constexpr, ALIGNED: tl.constexpr):
+    """A pointer to the first element of the stretch in operand K, or in what lies beside operand K − BESIDE: there
+    uint8 is a scale for each code block. None where it is not in play."""
+    SCALES: tl.constexpr = K >= BESIDE and FORMATS[K] == tl.uint8
     ptr = pointer(tl.load(stretch.row_ptr + OPERANDS + K), FORMATS[K], ALIGNED)
     if ptr is not None:
-        ptr = ptr + stretch.begin
-    return ptr
-
-
-@triton.jit
-def beside(stretch, K: tl.constexpr, FORMATS: tl.constexpr, BESIDE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The same of what lies beside operand K: an element for each of its own, or a scale for each code block."""
-    ptr = pointer(tl.load(stretch.row_ptr + OPERANDS + len(FORMATS) + K), BESIDE[K], ALIGNED)
-    if ptr is not None:
-        ptr = ptr + (stretch.begin // CODE_BLOCK if BESIDE[K] == tl.uint8 else stretch.begin)  # noqa: SIM300
+        ptr = ptr + (stretch.begin // CODE_BLOCK if SCALES else stretch.begin)
     return ptr
 
 
@@ -73,15 +66,14 @@ def _sweep_kernel(
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, BESIDE: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """One step of a stretch of one tensor, by ROUND; its sums, by FINISH, go to its place in `rows`. FORMATS has each
-    operand of the definition, None where it is not in play, and BESIDE that of what lies beside it, where there is any;
-    FIELDS the names of the scalars. REST: tensors may end within a group, as those of whole code blocks do not."""
+    operand of the definition, and from BESIDE on, where there are more, those of what lies beside each; None where it
+    is not in play. FIELDS are the names of the scalars. REST: tensors may end within a group, as those of whole code blocks do not."""
     if skipped(found_inf_ptr):
         return
-    part = find_stretch(table_ptr, blocks_ptr, first_block, OPERANDS + len(FORMATS) + len(BESIDE))
+    part = find_stretch(table_ptr, blocks_ptr, first_block, OPERANDS + len(FORMATS))
     row_ptr = scalars_ptr + part.tensor * len(FIELDS)
     s = load_fields(row_ptr, len(FIELDS))
-    p = [operand(part, tl.constexpr(k), FORMATS, ALIGNED) for k in tl.tuple(range(len(FORMATS)))]
-    p = p + [beside(part, tl.constexpr(k), FORMATS, BESIDE, ALIGNED) for k in tl.tuple(range(len(BESIDE)))]
+    p = [operand(part, tl.constexpr(k), FORMATS, BESIDE, ALIGNED) for k in tl.tuple(range(len(FORMATS)))]
     whole = tl.multiple_of(part.count // GROUP * GROUP, GROUP)
     sums = no_sums(TERMS, BLOCK // VECTOR)
     for at in range(0, whole, BLOCK):
