@@ -27,7 +27,7 @@ from .states import PLAIN, Work
 from .torch_rules.pace import PaceOptions, average_weight, merge_stats
 from .whole import Call
 
-_WITHOUT_CODES = ("cuda", "triton")  # backends
+_WITHOUT_CODES = ("cuda",)  # backends
 
 
 class PACE(KernelOptimizer):

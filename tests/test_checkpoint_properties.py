@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import tempfile
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_checkpoint import through_a_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -198,13 +198,6 @@ def by_state_dict(through: Callable[[Any], Any]) -> Callable[[Training], tuple[N
     return save
 
 
-def through_torch_save(value: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def twice(training: Training) -> tuple[Net, KernelOptimizer]:
     """Loaded twice, over states of its own."""
     model, optimizer = with_model(training)
@@ -268,7 +261,7 @@ def whole(through: Callable[[Any], Any]) -> Callable[[Training], tuple[Net, Kern
 SAVES: dict[str, Callable[[Training], tuple[Net, KernelOptimizer]]] = {
     "pickle": whole(lambda pair: pickle.loads(pickle.dumps(pair))),
     "deepcopy": whole(copy.deepcopy),
-    "torch.save": by_state_dict(through_torch_save),
+    "torch.save": by_state_dict(through_a_file),
     "in memory": by_state_dict(lambda value: value),
     "twice": twice,
     "into itself": into_itself,

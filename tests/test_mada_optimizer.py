@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import math
 import pickle
 import weakref
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_checkpoint import through_a_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from pace_kernels import MADA, PACE, backends
@@ -287,13 +287,6 @@ def test_as_adamw_with_a_pullback_it_is_pace() -> None:
 
 
 # ---- checkpoints ----
-
-
-def through_a_file(value: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -14,22 +14,31 @@ import torch
 from pace_kernels import PACE, backends
 
 CASES = Path(__file__).parent / "test_triton_interpreted.py"
+CODED = Path(__file__).parent / "test_triton_coded.py"
 
 
-def test_in_the_interpreter() -> None:
+def in_the_interpreter(cases: Path, *choices: str) -> None:
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PACE_")} | {"TRITON_INTERPRET": "1"}
-    # NumPy warns of overflows and of divisions by zero that are meant. Two processes take half the time of one.
-    command = [sys.executable, "-m", "pytest", "-x", "--no-header", "-W", "ignore::RuntimeWarning", str(CASES), "-k"]
+    # NumPy warns of overflows and of divisions by zero that are meant.
+    command = [sys.executable, "-m", "pytest", "-x", "--no-header", "-W", "ignore::RuntimeWarning", str(cases), "-k"]
     runs = [
         subprocess.Popen(
             [*command, which], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        for which in ("test_mada and float32", "not (test_mada and float32)")
+        for which in choices
     ]
     said = [run.communicate()[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], "\n".join(said)
+    assert all(run.returncode == 0 for run in runs), "\n".join(said)
     assert all(" passed" in text for text in said)
+
+
+def test_in_the_interpreter() -> None:
+    in_the_interpreter(CASES, "test_mada and float32", "not (test_mada and float32)")  # half the time of one process
+
+
+def test_codes_in_the_interpreter() -> None:
+    in_the_interpreter(CODED, "test")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

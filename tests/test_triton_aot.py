@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 
 LARGEST = (
     *("pace float32", "pace bfloat16 stats", "mada float32", "mada bfloat16 pulled capturable", "pullback float32"),
-    *("pullback bfloat16 stats", "schedule_free float32"),
+    *("pullback bfloat16 stats", "schedule_free float32", "pace_coded 32 8 8"),
 )
 OTHERS = (
     *("schedule_free bfloat16", "schedule_free bfloat16/float32", "schedule_free scalars on device"),
@@ -30,6 +30,8 @@ OTHERS = (
     *("mada float32 fixed", "mada bfloat16 AdamW", "mada float32 unaligned", "mada float32 hyperadam"),
     *("pullback bfloat16", "pullback float32 average", "pullback float32 constant", "pullback bfloat16/float32"),
     *("pullback float32 unaligned", "pullback scalars", "pullback scalars on device"),
+    *("pace_coded 24 8 16", "pace_coded 32 8 8 unaligned", "pace_coded float32 8 8 stats", "pace_coded scalars"),
+    *("pace_coded dithered 16 24", "pace_coded scalars on device"),
     *("pace scalars", "mada scalars on device", "stats", "hypergradients rows", "learn"),
 )
 # Operands that a program of aligned float32 reads and writes.
@@ -55,6 +57,8 @@ NARROW = {
     "pace float16": (2 + 6, 1 + 6),
     "pace bfloat16/float32": (1 + 8, 1 + 6),
 }
+# In codes: 16 bytes of weights, remainders and gradients, 8 bytes of codes.
+CODED = {"pace_coded 32 8 8": (3, 3, 2, 3), "pace_coded 24 8 16": (4, 3, 2, 3)}
 # Registers a thread: with as many, 4 programs of PACE (of 16-bit weights 3, with statistics 2) and 3 of MADA fit on an
 # SM. They are those of the compiler and the assembler in Triton 3.9; with 3.7 a few kernels take more, and two spill,
 # 8 and 56 bytes.
@@ -62,6 +66,7 @@ EXACT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 REGISTERS = {"pace": 64, "pace bfloat16": 80, "pace float16": 80, "pace bfloat16/float32": 80}
 REGISTERS |= {"pace bfloat16 stats": 128, "mada": 168}
 REGISTERS |= {"pullback": 64, "pullback bfloat16": 80, "pullback bfloat16/float32": 80, "pullback bfloat16 stats": 128}
+REGISTERS |= {"pace_coded": 128, "pace_coded float32 8 8 stats": 208}
 REGISTERS |= {"schedule_free": 48, "schedule_free bfloat16": 80, "schedule_free bfloat16/float32": 80}
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 
@@ -93,6 +98,10 @@ def test_nvidia(target: str, tmp_path: Any) -> None:
         }
         if name in OPERANDS or name in NARROW:
             assert (wide["ld"], wide["st"]) == (OPERANDS | NARROW)[name], name
+        if name in CODED:
+            eight = (sum(n for op, n in ptx.items() if op == f"{kind}.global.v2.b32") for kind in ("ld", "st"))
+            ld, st = eight
+            assert (wide["ld"], ld, wide["st"], st) == CODED[name], name
         # Nothing is contracted or approximated. (Float64 has fused operations, in exponentials and logarithms alone.)
         single = [op for op in ptx if op.endswith("f32")]
         assert not [op for op in single if op.startswith(("fma", "mad", "ex2", "lg2", "rcp", "rsqrt"))], name
@@ -103,7 +112,7 @@ def test_nvidia(target: str, tmp_path: Any) -> None:
         used = resources(kernel.asm["cubin"], tmp_path)
         assert used["STACK"] + used["LOCAL"] <= (0 if EXACT else 64), name
         rule = name.split()[0]
-        if rule in ("pace", "mada", "pullback", "schedule_free") and "scalars" not in name and EXACT:
+        if rule in ("pace", "pace_coded", "mada", "pullback", "schedule_free") and "scalars" not in name and EXACT:
             assert used["REG"] <= REGISTERS.get(name, REGISTERS[rule]) + 16 * ("stats" in name), (name, used)
 
 

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from . import learn_kernel, sums
 from .launch import Rule, Target, compile_options
-from .rules import RULES
+from .rules import CODED, RULES
 from .scalars import _scalars_kernel
 from .sweep import _sweep_kernel
 
@@ -65,6 +65,16 @@ _FORMATS = (  # of weights and gradients, and whether aligned to 16 bytes
     (torch.bfloat16, torch.float32, True),
     (torch.float16, torch.float16, True),
 )
+# Of PACE in codes: the formats of x, g, m, v and e, and of what lies beside them, and whether aligned.
+_F32, _BF16, _U8 = torch.float32, torch.bfloat16, torch.uint8
+_CODED = {
+    "32 8 8": ((_BF16, _BF16, _U8, _U8, torch.int8), (torch.int16, None, _U8, _U8, _U8), True),
+    "32 8 8 unaligned": ((_BF16, _BF16, _U8, _U8, torch.int8), (torch.int16, None, _U8, _U8, _U8), False),
+    "24 8 16": ((_BF16, _F32, _U8, _U8, torch.int16), (torch.int8, None, _U8, _U8, _U8), True),
+    "float32 8 8": ((_F32, _F32, _U8, _U8, torch.int8), (None, None, _U8, _U8, _U8), True),
+    "dithered 16 24": ((_BF16, _BF16, _BF16, _BF16, _BF16), (None, None, None, None, torch.int8), True),
+    "32 32 32": ((_BF16, _BF16, _F32, _F32, _F32), (torch.int16, None, None, None, None), True),
+}
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,21 @@ def _sweep(rule: Rule, flags: Any, weight: torch.dtype, gradient: torch.dtype, a
     formats = tuple(lies[operand.role] if any(uses) else None for operand, uses in used)
     absent = {} if rule.sums(flags) else dict.fromkeys(("factors_ptr", "rows_ptr", "found_inf_ptr"))
     return Variant(_sweep_kernel, rule.constants(formats, aligned, flags) | absent, rule=rule)
+
+
+def _coded(rule: Rule) -> dict[str, Variant]:
+    on = {"moment": True, "pull": True, "average": True, "stats": False, "stochastic": True}
+    found = {}
+    for name, (operands, beside, aligned) in _CODED.items():
+        for label, flags in (("", on), (" stats", on | {"stats": True})):
+            constants = rule.constants((*operands, *beside), aligned, rule.module.Flags(**flags))
+            absent = {} if label else dict.fromkeys(("factors_ptr", "rows_ptr", "found_inf_ptr"))
+            found[f"{rule.name} {name}{label}"] = Variant(_sweep_kernel, constants | absent, rule=rule)
+    for on_device in (False, True):
+        constants = rule.scalar_constants(False, on_device) | dict.fromkeys(("factors_ptr", "numbers_ptr"))
+        where = " on device" if on_device else ""
+        found[f"{rule.name} scalars{where}"] = Variant(_scalars_kernel, constants)
+    return found
 
 
 def variants() -> dict[str, Variant]:
@@ -116,6 +141,8 @@ def variants() -> dict[str, Variant]:
             for label, width in (("", result), (" rows", summed.width)):
                 constants = constants | {"OUT_WIDTH": width}
                 found[summed.extra + label] = Variant(sums._add_up_kernel, constants, warps=4)
+    for rule in CODED.values():
+        found |= _coded(rule)
     found["learn"] = Variant(learn_kernel._mada_learn_kernel, {})
     return found
 

@@ -4,13 +4,16 @@ and what is allowed, in the words of ``csrc/checks.h``.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..definitions.kit import STEPS, Definition
+from ..definitions.kit import STEPS, Definition, Operand
+from .codes import CODE_BLOCK
 
 FORMATS = {torch.float32, torch.bfloat16, torch.float16}
 FLOAT32_COUNTS = 2.0**24
@@ -25,7 +28,7 @@ class Call:
     """The arguments of a step's operator by the names of its definition; lists of operands by their symbols."""
 
     def __init__(self, definition: Definition, values: tuple[Any, ...], named: dict[str, Any]) -> None:
-        names = (*(entry.list for entry in definition.lists), STEPS, *definition.optional_tensors)
+        names = (*(entry.list for entry in definition.lists), STEPS, *definition.optional_tensors, *definition.beside)
         if len(values) > len(names):
             raise TypeError(f"{definition.op} takes {len(names)} tensors and lists by position, got {len(values)}")
         given = dict(zip(names, values, strict=False)) | named
@@ -35,6 +38,11 @@ class Call:
         self.rows: list[Tensor] = given[definition.rows[0].list] if definition.rows else []
         self.steps: list[Tensor] = given[STEPS]
         self.tensors: dict[str, Tensor | None] = {name: given.get(name) for name in definition.optional_tensors}
+        self.beside: dict[str, list[Tensor]] = {
+            o.symbol: given.get(o.beside) or [] for o in definition.operands if o.beside is not None
+        }
+        defaults = {o.name: json.loads(o.default.lower()) for o in definition.options if o.default is not None}
+        given = defaults | given
         self.options: dict[str, Any] = {option.name: given[option.name] for option in definition.options}
         self.capturable: bool = given["capturable"]
         others = [self.tensors[extra.name] for extra in definition.extras]
@@ -43,6 +51,16 @@ class Call:
 
     def has(self, symbol: str) -> bool:
         return len(self.lists[symbol]) > 0
+
+    @property
+    def coded(self) -> bool:
+        """Whether an operand lies in a format of codes.py, alone or with something beside it."""
+        alone = [o.symbol for o in self.definition.operands if o.codec in ("moment", "square")]
+        if self.options.get("stochastic_rounding", False):
+            alone.append(self.definition.operands[0].symbol)
+        return any(self.beside.values()) or any(
+            t.dtype == torch.bfloat16 for symbol in alone for t in self.lists[symbol]
+        )
 
     @property
     def counts_on_device(self) -> bool:
@@ -93,19 +111,94 @@ def check_operands(
     )
     for i, (t, param) in enumerate(zip(tensors, params, strict=True) if not usual else ()):
         entry = f"{name}[{i}]"
-        require(t.device == device, f"{entry} must be {place(device)}")
-        require(t.layout is torch.strided, f"{entry} must be a dense (strided) tensor")
         require(role != "state" or t.dtype == torch.float32, f"{entry} must be float32")
         require(t.dtype in FORMATS, f"{entry} must be float32, bfloat16 or float16 for the Triton kernel")
-        shapes = tuple(t.shape), tuple(param.shape)
-        require(shapes[0] == shapes[1], f"{entry} has shape {shapes[0]}, its parameter has {shapes[1]}")
-        if written:
-            for d, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
-                require(size <= 1 or stride != 0, f"{entry} overlaps itself: dimension {d} has stride 0")
+        _check_place(entry, t, param, device, written)
     if role == "copy":
         for i, (t, param) in enumerate(zip(tensors, params, strict=True)):
             require(t.dtype == param.dtype, f"{name}[{i}] must be of its parameter's dtype")
+    return _formats(tensors)
+
+
+def _formats(tensors: list[Tensor]) -> Formats:
+    dtypes = {t.dtype for t in tensors}
     return dtypes.pop() if len(dtypes) == 1 else tuple(t.dtype for t in tensors)
+
+
+def _check_place(entry: str, t: Tensor, param: Tensor, device: torch.device, written: bool = True) -> None:
+    """That a tensor lies where it should, in its parameter's shape."""
+    require(t.device == device, f"{entry} must be {place(device)}")
+    require(t.layout is torch.strided, f"{entry} must be a dense (strided) tensor")
+    shapes = tuple(t.shape), tuple(param.shape)
+    require(shapes[0] == shapes[1], f"{entry} has shape {shapes[0]}, its parameter has {shapes[1]}")
+    if written:
+        for d, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
+            require(size <= 1 or stride != 0, f"{entry} overlaps itself: dimension {d} has stride 0")
+
+
+# What an operand may be in codes, by its codec: alone, and with what lies beside it of which dtypes.
+_ALONE = {
+    "weight": (torch.float32, torch.bfloat16, torch.float16), "moment": (torch.float32, torch.bfloat16),
+    "square": (torch.float32, torch.bfloat16), "average": (torch.float32,),
+}  # fmt: skip
+_PAIRED: dict[str, dict[torch.dtype, tuple[torch.dtype, ...]]] = {
+    "weight": {torch.bfloat16: (torch.int16, torch.int8)},
+    "moment": {torch.uint8: (torch.uint8,)},
+    "square": {torch.uint8: (torch.uint8,)},
+    "average": {torch.int8: (torch.uint8,), torch.int16: (torch.uint8,), torch.bfloat16: (torch.int8,)},
+}
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    *first, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def check_coded(
+    operand: Operand, tensors: list[Tensor], beside: list[Tensor], params: list[Tensor], device: torch.device
+) -> tuple[Formats, Formats | None]:
+    """The same for an operand that may be in codes, and what lies beside it, if anything does. Returns the formats of
+    both. Code blocks are 32 consecutive elements, so tensors that have such are contiguous."""
+    assert operand.codec is not None and operand.beside is not None
+    name, other, known = operand.list, operand.beside, _PAIRED[operand.codec]
+    formats, others = _formats(tensors), _formats(beside) if beside else None
+    alone = {(dtype, None) for dtype in _ALONE[operand.codec]}
+    pairs = {(dtype, its) for dtype, allowed in known.items() for its in allowed}
+    usual = (
+        (formats, others) in (pairs if beside else alone)
+        and {t.device for t in (*tensors, *beside)} <= {device}
+        and {t.layout for t in (*tensors, *beside)} <= {torch.strided}
+        and all(map(Tensor.is_contiguous, (*params, *tensors, *beside)))
+        and (tensors is params or [t.shape for t in tensors] == [p.shape for p in params])
+        and (others == torch.uint8 or [t.shape for t in beside] == [p.shape for p in params[: len(beside)]])
+        and (others != torch.uint8 or [t.numel() * CODE_BLOCK.value for t in beside] == [p.numel() for p in params])
+    )
+    for i, (t, param) in enumerate(zip(tensors, params, strict=True) if not usual else ()):
+        entry = f"{name}[{i}]"
+        _check_place(entry, t, param, device)
+        if not beside:
+            without = "" if operand.codec == "weight" else f" without {other}"
+            require(t.dtype in _ALONE[operand.codec], f"{entry} must be {_names(_ALONE[operand.codec])}{without}")
+            continue
+        require(t.dtype in known, f"{entry} must be {_names(known)}, with {other}")
+        its, allowed = beside[i], known[t.dtype]
+        if allowed != (torch.uint8,):
+            _check_place(f"{other}[{i}]", its, param, device)
+            require(its.dtype in allowed, f"{other}[{i}] must be {_names(allowed)}")
+            continue
+        block = CODE_BLOCK.value
+        require(its.device == device, f"{other}[{i}] must be {place(device)}")
+        require(
+            param.numel() % block == 0, f"params[{i}] must have a multiple of {block} elements, with {other}"
+        )
+        require(
+            param.is_contiguous() and t.is_contiguous(), f"{entry} and its parameter must be contiguous, with {other}"
+        )
+        good = its.dtype == torch.uint8 and its.is_contiguous() and its.numel() == param.numel() // block
+        require(good, f"{other}[{i}] must be contiguous, uint8, with an element for {block} of its codes")
+    one = not isinstance(others, tuple) or torch.uint8 not in others
+    require(one, f"{other} must all be of one dtype where some are uint8")
+    return formats, others
 
 
 def check_steps(steps: list[Tensor], device: torch.device) -> None:
@@ -159,6 +252,9 @@ def check_call(call: Call, play: Play) -> None:
         empty = operand.empty if play.may_be_empty.get(operand.symbol) else None
         check_length(operand.list, call.lists[operand.symbol], call.params, empty)
     check_length(STEPS, call.steps, call.params)
+    for operand in definition.operands:
+        if operand.beside is not None and call.beside[operand.symbol]:
+            check_length(operand.beside, call.beside[operand.symbol], call.params)
     for row in definition.rows:
         for i, t in enumerate(call.rows):
             check_doubles(f"{row.list}[{i}]", t, row.numbers, device)

@@ -14,6 +14,7 @@ from ..definitions.kit import Definition
 from .table import OPERANDS
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, None: None}
+TRITON_DTYPES |= {torch.uint8: tl.uint8, torch.int8: tl.int8, torch.int16: tl.int16}  # codes, and rests of weights
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Summed:
 class Rule:
     """What Triton has of an optimizer: its definition, and the module with its functions, flags and names of scalars;
     and how it is swept: the warps of 32 of a program, the elements that a thread has at a time where weights or
-    gradients are narrower than float32, and the registers that a thread may take (None: 255, as many as there are)."""
+    gradients are narrower than float32, and the registers that a thread may take (None: 255, as many as there are).
+    ``coded``: its operands may lie in the formats of :mod:`.codes`, with others beside them."""
 
     definition: Definition
     module: Any
@@ -60,10 +62,11 @@ class Rule:
     warps: int = 8
     narrow: int = 8
     registers: int | None = None
+    coded: bool = False
 
     @property
     def name(self) -> str:
-        return self.definition.op.removesuffix("_").removesuffix("_step")
+        return self.definition.op.removesuffix("_").removesuffix("_step") + "_coded" * self.coded
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -71,7 +74,7 @@ class Rule:
 
     @property
     def columns(self) -> int:
-        return OPERANDS.value + len(self.definition.operands)
+        return OPERANDS.value + len(self.definition.operands) * (1 + self.coded)
 
     def sums(self, flags: Any) -> Summed | None:
         return self.summed if self.summed is not None and getattr(flags, self.summed.flag) else None
@@ -84,8 +87,11 @@ class Rule:
     @functools.cache  # noqa: B019
     def constants(self, formats: tuple[torch.dtype | None, ...], aligned: bool, flags: Any) -> dict[str, Any]:
         """A thread has four elements of float32 at a time, 16 bytes. Where operands are not aligned to 16 bytes, it has
-        two, one an access."""
+        two, one an access. Of a coded rule the formats of what lies beside operands follow theirs."""
         narrow = any(dtype not in (None, torch.float32) for dtype in formats)
+        count = len(self.definition.operands)
+        if self.coded:
+            flags = self.module.of_formats(flags, formats[:count], formats[count:])
         vector = (self.narrow if narrow else 4) if aligned else 2
         summed = self.sums(flags)
         return {
@@ -99,6 +105,8 @@ class Rule:
             "ALIGNED": aligned,
             "BLOCK": self.warps * 32 * vector,
             "VECTOR": vector if aligned else 1,
+            "BESIDE": count,
+            "REST": torch.uint8 not in formats[count:],
         }
 
     @functools.cache  # noqa: B019

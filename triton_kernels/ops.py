@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from . import learn_kernel, sums, table
-from .checks import Call, check_call, check_doubles, check_one, check_operands, check_ranges, counts_taken, require
+from .checks import Call, check_call, check_coded, check_doubles, check_one, check_operands, check_ranges, counts_taken, require
 from .launch import Rule, Summed, launch, target_of
-from .rules import RULES
+from .rules import CODED, RULES
 from .scalars import FACTOR_WIDTH, LANES, OPTIONS, _scalars_kernel
 from .sweep import CHUNK, _sweep_kernel
 from .table import Plan, Uploads, plan, upload
@@ -90,19 +90,28 @@ def _lay_out(rule: Rule, call: Call, flags: Any) -> Layout:
             values if order is None or not isinstance(values, (list, tuple)) else type(values)(values[i] for i in order)
         )
 
-    lists, formats, written = {}, [], set()
+    count = len(rule.definition.operands)
+    formats: list[Any] = [None] * (rule.columns - table.OPERANDS.value)
+    lists, scales, written = {}, {}, set()
     for k, (operand, (reads, writes)) in enumerate(zip(rule.definition.operands, rule.in_play(flags), strict=True)):
-        formats.append(None)
         if not (reads or writes):
             continue
         tensors, column = call.lists[operand.symbol], table.OPERANDS.value + k
         writes = operand.mutable and (writes or operand.role != "weight")
-        dtypes = check_operands(operand.list, tensors, call.params, call.device, operand.role, writes)
+        others = None
+        if rule.coded and operand.codec is not None:
+            beside = call.beside[operand.symbol]
+            dtypes, others = check_coded(operand, tensors, beside, call.params, call.device)
+        else:
+            dtypes = check_operands(operand.list, tensors, call.params, call.device, operand.role, writes)
         lists[column], formats[k] = ordered(tensors), ordered(dtypes)
+        if others is not None:
+            formats[count + k] = ordered(others)
+            (scales if others == torch.uint8 else lists)[column + count] = ordered(beside)
         if writes:
-            written.add(column)
+            written |= {column, column + count}
     staged = Staged(lists, written)
-    columns = dict(staged.columns)
+    columns = staged.columns | scales
     if call.counts_on_device:
         columns[table.STEP.value] = ordered(call.steps)
     if call.rows:
@@ -159,6 +168,8 @@ def _add_up(summed: Summed, rows: Tensor, result: Tensor, learn: int = 0, lr: fl
 @torch.no_grad()
 def _step(rule: Rule, *values: Any, **named: Any) -> None:
     call = Call(rule.definition, values, named)
+    if call.coded:
+        rule = CODED[rule.definition.op]
     check_ranges(rule.definition, call.options)
     play = rule.module.play(call)
     check_call(call, play)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import definitions
 from ..definitions.kit import PACE_STATS
-from . import mada_kernel, pace_kernel, pullback_kernel, schedule_free_kernel
+from . import mada_kernel, pace_coded_kernel, pace_kernel, pullback_kernel, schedule_free_kernel
 from .launch import Rule, Summed
 
 
@@ -28,3 +28,5 @@ _RULES = (
     Rule(definitions.SCHEDULE_FREE, schedule_free_kernel, numbers="schedule"),
 )
 RULES = {rule.definition.op: rule for rule in _RULES}
+# Of calls with operands in the formats of codes.py.
+CODED = {"pace_step_": Rule(definitions.PACE, pace_coded_kernel, _STATISTICS, coded=True)}

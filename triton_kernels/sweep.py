@@ -9,6 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .codes import CODE_BLOCK
 from .scalars import FACTOR_WIDTH, load_fields, skipped
 from .storage import pointer
 from .sums import merged, no_sums, total
@@ -47,11 +48,13 @@ def find_stretch(table_ptr, blocks_ptr, first_block, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def operand(stretch, K: tl.constexpr, FORMATS: tl.constexpr, ALIGNED: tl.constexpr):
-    """A pointer to the first element of the stretch in operand K; None where it is not in play."""
+def operand(stretch, K: tl.constexpr, FORMATS: tl.constexpr, BESIDE: tl.constexpr, ALIGNED: tl.constexpr):
+    """A pointer to the first element of the stretch in operand K, or in what lies beside operand K − BESIDE: there
+    uint8 is a scale for each code block. None where it is not in play."""
+    SCALES: tl.constexpr = K >= BESIDE and FORMATS[K] == tl.uint8
     ptr = pointer(tl.load(stretch.row_ptr + OPERANDS + K), FORMATS[K], ALIGNED)
     if ptr is not None:
-        ptr = ptr + stretch.begin
+        ptr = ptr + (stretch.begin // CODE_BLOCK if SCALES else stretch.begin)
     return ptr
 
 
@@ -60,23 +63,25 @@ def _sweep_kernel(
     table_ptr, blocks_ptr, scalars_ptr, factors_ptr, rows_ptr, found_inf_ptr, first_block,
     ROUND: tl.constexpr, FLAGS: tl.constexpr, FORMATS: tl.constexpr, FIELDS: tl.constexpr,
     FINISH: tl.constexpr, TERMS: tl.constexpr, ROW: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, BESIDE: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """One step of a stretch of one tensor, by ROUND; its sums, by FINISH, go to its place in `rows`. FORMATS has each
-    operand of the definition, None where it is not in play; FIELDS the names of the scalars."""
+    operand of the definition, and from BESIDE on, where there are more, those of what lies beside each; None where it
+    is not in play. FIELDS are the names of the scalars. REST: tensors may end within a group, as those of whole code blocks do not."""
     if skipped(found_inf_ptr):
         return
     part = find_stretch(table_ptr, blocks_ptr, first_block, OPERANDS + len(FORMATS))
     row_ptr = scalars_ptr + part.tensor * len(FIELDS)
     s = load_fields(row_ptr, len(FIELDS))
-    p = [operand(part, tl.constexpr(k), FORMATS, ALIGNED) for k in tl.tuple(range(len(FORMATS)))]
+    p = [operand(part, tl.constexpr(k), FORMATS, BESIDE, ALIGNED) for k in tl.tuple(range(len(FORMATS)))]
     whole = tl.multiple_of(part.count // GROUP * GROUP, GROUP)
     sums = no_sums(TERMS, BLOCK // VECTOR)
     for at in range(0, whole, BLOCK):
         sums = ROUND(sums, s, row_ptr, p, at, whole, FLAGS, BLOCK, VECTOR)
     totals = total(sums)
-    if whole < part.count:
-        rest = ROUND(no_sums(TERMS, GROUP), s, row_ptr, p, whole, part.count, FLAGS, GROUP, 1)
-        totals = merged(totals, total(rest))
+    if REST:
+        if whole < part.count:
+            rest = ROUND(no_sums(TERMS, GROUP), s, row_ptr, p, whole, part.count, FLAGS, GROUP, 1)
+            totals = merged(totals, total(rest))
     if FINISH is not None:
         FINISH(rows_ptr + part.place * ROW, factors_ptr + part.tensor * FACTOR_WIDTH, totals, part.count)

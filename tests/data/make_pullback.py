@@ -2,7 +2,7 @@
 
     git worktree add ../pullback-0.1.0 02fa833 && cd ../pullback-0.1.0
     PACE_CUDA=0 python setup.py build_ext --inplace
-    PYTHONPATH=. python ../pace_kernels/tests/data/make_pullback.py OUT
+    PYTHONPATH=.:../pace_kernels/tests python ../pace_kernels/tests/data/make_pullback.py OUT
 
 Each has a model and optimizer after 4 steps, saved, the averages at that time, and the weights after 3 more. In these
 the averages rest (``ema_update_freq`` is 4): a later formula of the average does not change where these end.
@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from data.make_format0 import DTYPES, model_of, train
+from data.make_release010 import FLAT
 
 # The base, the options, those of the second group, and how it is saved: plain, swapped, or flat.
 CASES: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], dict[str, Any], dict[str, Any], str]] = {
@@ -29,32 +32,12 @@ CASES: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], dict[str, Any], d
     "sgd-swapped": (lambda p: torch.optim.SGD(p, lr=0.1), {"gain": 0.1}, {"use_ema_eval": False}, "swapped"),
     "average": (lambda p: torch.optim.SGD(p, lr=0.1), {"lambda_pullback": 0.0}, {}, "plain"),
 }
-DTYPES = [torch.float32, torch.bfloat16]
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-def model_of(dtype: torch.dtype) -> torch.nn.Linear:
-    """Without torch's random numbers, which may differ between versions."""
-    model = torch.nn.Linear(3, 2).to(dtype)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.arange(1.0, p.numel() + 1).reshape(p.shape) / 7)
-    return model
-
-
-def optimizer_of(package: Any, case: str, model: torch.nn.Linear) -> Any:
+def optimizer_of(package: Any, case: str, model: Any) -> Any:
     base, options, second, _ = CASES[case]
     groups = [{"params": [model.weight]}, {"params": [model.bias], **second}]
     return package.Pullback(base(groups), ema_update_freq=4, backend="cpu", **options)
-
-
-def train(model: torch.nn.Module, optimizer: Any, steps: range) -> None:
-    for t in steps:
-        for p in model.parameters():
-            n = torch.arange(1, p.numel() + 1, dtype=torch.int64)
-            p.grad = (((n * 7919 + t * 104729) % 1009).reshape(p.shape).double() / 504.5 - 1).to(p.dtype)
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 if __name__ == "__main__":
