@@ -196,6 +196,15 @@ def host(kept: dict[str, Any], path: Path) -> str:
     return "\n\n".join(parts)
 
 
+def compressed(kept: dict[str, Any], path: Path) -> str:
+    import bench_compressed as command
+
+    rows, (_, shapes) = {row.key: row for row in command.ROWS}, command.SIZES["gpt2"]
+    heads = {command.FLOAT32: "/ PACE float32", command.REFERENCE: "/ AdamW float32"}
+    tables = (markdown(from_json(saved, rows, shapes), heads) for saved in kept["cases"])
+    return "\n\n".join([machine_line(kept["machine"]), *tables])
+
+
 # ---- the tables of README.md and of docs/ ----
 
 PEERS = {
@@ -315,6 +324,7 @@ SECTIONS = (
     Section("Against every peer", "peers.json", "make bench-peers PEERS='--out bench/results --fresh'", peers),
     Section("Steps on a CPU", "step.json", "python bench/bench_step.py --out bench/results", step),
     Section("What a step costs the host", "host.json", "python bench/bench_step.py --host --out bench/results", host),
+    Section("Compressed states", "compressed.json", "python bench/bench_compressed.py --out bench/results", compressed),
     Section("Steps on a GPU", "gpu-*.json", "make gpu", gpu),
     Section("Whole training steps", "throughput-*.json", "python bench/throughput.py --out bench/results", throughput),
     Section("PACE at small scale", "pace.json", "python research/pace.py --out bench/results", pace),

@@ -3,14 +3,21 @@ combination of formats, layout and number of threads, and refuses what does not 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
 import random
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from products import FULL, day
+from test_native import BUILD, ROOT, processor_isas
 from torch import Tensor
 
 from pace_kernels import torch_rules
@@ -112,3 +119,55 @@ def test_torch_and_the_kernels_have_the_same_bits(case: tuple[str, int, int | No
         theirs.take(torch_rules.pace_step_, [g.clone() for g in grads], **changed)
         for a, b in zip(ours.everything(), theirs.everything(), strict=True):
             assert torch.equal(a, b), step
+
+
+# ---- instruction sets, threads, machine code -------------------------------------------------------------------------
+
+
+def digest(threads: int) -> None:
+    """Prints a hash of all bits after a few steps of large tensors, in the common formats."""
+    torch.set_num_threads(threads)
+    found = hashlib.sha256()
+    for case in (("32", 8, 8), ("24", 8, 16), ("dithered", 16, 24), ("float32", 8, 24), ("float16", 16, 8)):
+        call = Call(*case, shapes=((70, 512), (64, 32)))
+        for step in range(5):
+            call.take(NATIVE, call.gradients(step))
+        for tensor in call.everything():
+            found.update(tensor.numpy().tobytes())
+    print(found.hexdigest())
+
+
+def test_instruction_sets_and_threads_have_the_same_bits() -> None:
+    code = "import sys; from test_coded import digest; digest(int(sys.argv[1]))"
+    found = set()
+    for isa, threads in {(isa, 1) for isa in processor_isas()} | {(processor_isas()[-1], 3)}:
+        env = {**os.environ, "PACE_CPU_ISA": isa, "PYTHONPATH": str(ROOT / "tests")}
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(threads)], env=env, capture_output=True, text=True, check=True
+        )
+        found.add(done.stdout)
+    assert len(found) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(processor_isas()) < 2, reason="the baseline's vectors are the compiler's choice")
+def test_every_loop_over_codes_is_vectorized(tmp_path: Path) -> None:
+    """One choice or conversion written otherwise costs a factor of 2.5, and the compiler does not say so."""
+    isa = processor_isas()[-1]
+    flags = [*BUILD["COMMON_FLAGS"], *BUILD["KERNEL_FLAGS"], *BUILD["ISA_FLAGS"][isa], "-fopt-info-vec-optimized"]
+    defines = ["-DPACE_CPU_VARIANTS=X(baseline)", "-DPACE_ISA=baseline"]
+    source = ROOT / BUILD["KERNELS"]
+    done = subprocess.run(
+        ["g++", *flags, *defines, "-c", str(source), "-o", str(tmp_path / "kernels.o")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    wide = {
+        int(line)
+        for line in re.findall(r"coded\.h:(\d+):\d+: optimized: +loop vectorized using (?:32|64)", done.stderr)
+    }
+    lines = (source.parent / "coded.h").read_text().splitlines()
+    loops = [i + 2 for i, line in enumerate(lines) if "#pragma omp simd" in line]  # lines are counted from 1
+    assert len(loops) > 10
+    for first, following in zip(loops, [*loops[1:], len(lines)], strict=True):
+        # The conversions of a pair's rest are of few elements, and of bytes: vectors of 8 and 16 there.
+        assert wide & set(range(first - 1, following)) or "joined" in lines[first - 1], lines[first - 1]

@@ -35,7 +35,9 @@ HOW: dict[str, dict[str, Any]] = {
 }
 
 
-def both(case: Any, steps: int, shapes: Any = SHAPES, of: Callable[[Call], None] = lambda _: None, **options: Any) -> None:
+def both(
+    case: Any, steps: int, shapes: Any = SHAPES, of: Callable[[Call], None] = lambda _: None, **options: Any
+) -> None:
     """Steps by the kernel of the CPU and here: the same bits in every tensor of the call."""
     ours, theirs = Call(*case, shapes), Call(*case, shapes)
     for call in (ours, theirs):
@@ -49,7 +51,9 @@ def both(case: Any, steps: int, shapes: Any = SHAPES, of: Callable[[Call], None]
             assert torch.equal(a, b), (step, k)
 
 
-@pytest.mark.parametrize(("weights", "states", "average", "how"), pairs_and_seed(WEIGHTS, STATES, AVERAGES, HOW, sample=2))
+@pytest.mark.parametrize(
+    ("weights", "states", "average", "how"), pairs_and_seed(WEIGHTS, STATES, AVERAGES, HOW, sample=2)
+)
 def test_the_bits_of_the_cpu(weights: str, states: int, average: int | None, how: str) -> None:
     both((weights, states, average), 4, **HOW[how])
 

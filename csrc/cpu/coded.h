@@ -265,17 +265,19 @@ struct Coded<D, true> {
 
   // The weights as the next step will read them.
   const float* read_back(const float* x, int64_t n, float* out) const {
-    if (streams_[kX].format == Format::kBFloat16) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) out[i] = BFloat16::load(BFloat16::store(x[i]));
-      return out;
-    }
-    if (streams_[kX].format == Format::kFloat16) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) out[i] = Float16::load(Float16::store(x[i]));
-      return out;
-    }
+    if (streams_[kX].format == Format::kBFloat16) return through<BFloat16>(x, n, out);
+    if (streams_[kX].format == Format::kFloat16) return through<Float16>(x, n, out);
     return x;
+  }
+
+  template <class F>
+  static const float* through(const float* x, int64_t n, float* out) {
+    alignas(64) typename F::Element stored[kLargestTile];
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) stored[i] = F::store(x[i]);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = F::load(stored[i]);
+    return out;
   }
 
   const Stream* const streams_;
