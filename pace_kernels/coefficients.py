@@ -26,7 +26,7 @@ from .mada_options import (
     step_options,
 )
 from .memory import check_whole
-from .ops import COEFFICIENTS, DONE, HYPERGRADIENTS, REDO
+from .ops import COEFFICIENTS, DONE, HYPERGRADIENTS, NO_GRADIENT, REDO
 from .optimizer import KernelOptimizer
 from .sharding import all_reduce_, is_sharded, local, reduce_
 from .states import Work, moved
@@ -185,8 +185,8 @@ class Coefficients(KernelOptimizer):
                 if same or not state:
                     continue
                 self._catch_up(group, param)
-                if "exp_avg_diff" in new.states and "exp_avg_diff" not in state:
-                    state.pop("last_scalars", None)  # no difference of gradients at the first step with β3
+                if "exp_avg_diff" in new.states and "exp_avg_diff" not in state and "last_scalars" in state:
+                    state["last_scalars"][0] = NO_GRADIENT  # no difference of gradients at the first step with β3
         self._share()  # copies of groups may hold copies of what they share
         for group, new in zip(groups, prepared, strict=True):
             self._drop_unused(group)

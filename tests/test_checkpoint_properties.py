@@ -383,6 +383,19 @@ def test_any_training_ends_where_it_ends_without_saving(
     assert_same(saved, straight)
 
 
+def test_a_parameter_that_rests_while_its_differences_come_into_play() -> None:
+    """Hypothesis found it: with the first β3 there is no difference of gradients, also where that step comes later."""
+    saved, straight = Training("hyperadam", torch.float32), Training("hyperadam", torch.float32)
+    for index, event in enumerate(
+        [("step", set(), 1.0), ("change", {"beta3": 0.2}, None), ("step", {0}, 1.0), ("restore", "torch.save"),
+         ("step", set(), 1.0)]
+    ):  # fmt: skip
+        happen(saved, index, event)
+        if event[0] != "restore":
+            happen(straight, index, event)
+    assert_same(saved, straight)
+
+
 # ---- distributed checkpoints in files ----
 
 
