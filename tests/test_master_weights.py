@@ -335,8 +335,8 @@ def test_other_backends_are_refused() -> None:
     from pace_kernels.backend import Backend
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pace, "choose", lambda *_: Backend("triton", True, None))
-        with pytest.raises(ValueError, match='is stepped by the backend "triton", which has no compressed states'):
+        patch.setattr(pace, "choose", lambda *_: Backend("cuda", True, None))
+        with pytest.raises(ValueError, match='is stepped by the backend "cuda", which has no compressed states'):
             PACE([parameter()], master_weight_bits=32)
 
 

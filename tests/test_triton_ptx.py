@@ -18,12 +18,14 @@ if os.environ.get("TRITON_INTERPRET"):
 
 from pace_kernels.triton_kernels import aot, ops, table
 from ptx import Memory, run
+from test_coded import Call as CodedCall
 from test_mada_native import LEARN, LISTS
 from test_mada_native import OPTIONS as MADA_OPTIONS
 from test_native import OPTIONS as PACE_OPTIONS
 from triton.backends.compiler import GPUTarget
 
 from pace_kernels.ops import PACE_STATS
+from pace_kernels.torch_rules import codes
 
 PACE_LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "emas", "steps")
 # Whole programs, a few groups of 16, groups and a rest, a rest alone, one element, none.
@@ -44,8 +46,8 @@ class Gpu:
         monkeypatch.setattr(table, "_plans", table.Uploads(1))
 
     def call(self, operator: Any, *arguments: Any, **options: Any) -> None:
-        self.known = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
-        self.known += [t for t in options.values() if isinstance(t, torch.Tensor)]
+        given = (*arguments, *options.values())
+        self.known = [t for a in given for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
         operator(*arguments, **options)
 
     def launch(self, kernel: Any, programs: int, device: Any, options: dict[str, Any], **arguments: Any) -> None:
@@ -61,7 +63,10 @@ class Gpu:
         addresses = {host: here for host, (here, _) in tensors.items()}
         if "table_ptr" in arguments:
             rows = arguments["table_ptr"].clone()
-            rows[:, 3:] = rows[:, 3:].apply_(lambda host: addresses.get(host & ~1, 0) | host & 1)  # see table.STEP
+            # Of step counts the lowest bit is not the address's: see table.STEP. Scales may lie at odd ones.
+            step = table.STEP.value
+            rows[:, step] = rows[:, step].apply_(lambda host: addresses.get(host & ~1, 0) | host & 1)
+            rows[:, step + 1 :] = rows[:, step + 1 :].apply_(lambda host: addresses.get(host, 0))
             memory.write(addresses[arguments["table_ptr"].data_ptr()], rows.view(torch.uint8).numpy())
         names = kernel.arg_names
         constants = {n: a for n, a in arguments.items() if n.isupper() or a is None}
@@ -161,6 +166,32 @@ def test_pace(gpu: Gpu, dtype: torch.dtype, form: str) -> None:
         moved = ("params", "exp_avgs", "exp_avg_sqs", *average)
         steps = 1 if form == "resting" else 2
         assert gpu.bytes == steps * bytes_of(ours, (*moved, "grads"), moved, warps=8)
+
+
+# Whole programs, code blocks beyond them, one block, none.
+IN_BLOCKS = ((128, 64), (33, 96), (1, 32), (0, 32))
+
+
+@on((90, "aligned"), (80, "misaligned"))
+def test_pace_in_codes(gpu: Gpu, form: str) -> None:
+    """Weights of 32 bits in two parts, moments and averages in a byte each, gradients in bfloat16."""
+    ours, theirs = (CodedCall("32", 8, 8, IN_BLOCKS) for _ in range(2))
+    if form == "aligned":
+        for call in (ours, theirs):
+            for tensors in (*call.lists, *filter(None, call.beside.values())):
+                tensors[:] = [t.clone() for t in tensors]
+    steps = 2
+    for step in range(steps):
+        grads = [g.bfloat16() for g in ours.gradients(2 * step + 1)]
+        gpu.call(ops.pace_step_, ours.params, grads, *ours.lists, ours.steps, **ours.beside, **ours.options)
+        theirs.take(torch.ops.pace_kernels.pace_step_.default, grads)
+        for k, (a, b) in enumerate(zip(ours.everything(), theirs.everything(), strict=True)):
+            assert torch.equal(a, b), (step, k)
+    assert gpu.launches["_sweep_kernel"] == gpu.launches["_scalars_kernel"] == steps
+    if form == "aligned":
+        # 16.19 bytes an element. Each scale is read by the four threads of its block at once, which is counted as four.
+        n, read, written = sum(p.numel() for p in ours.params), 9, 7
+        assert gpu.bytes == steps * (n * (read + written) + (4 + 1) * 3 * n // codes.BLOCK)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -10,6 +10,9 @@ A rule more is ``new.py``, the rule in float32 on blocks, and ``new_kernel.py`` 
 float64 to scalars), and ``new_round`` (loads, rule, stores; storage.py knows the formats, and does nothing where an
 operand is not in play). Then a row in ``rules.py``, a line in ``ops.py`` and here, and in ``aot.py`` names of sets of
 its flags, if it has some. An option more is a use of ``o.name`` in ``new_scalars``.
+
+Operands that lie in codes (``codes.py``, the formats of ``csrc/codes.h``) have scalars and a round of their own around
+the same rule: ``pace_coded_kernel.py``. A call that has such takes its row of ``CODED`` in ``rules.py``.
 """
 
 from .ops import mada_learn_, mada_step_, pace_step_, pullback_, schedule_free_step_

@@ -188,9 +188,7 @@ def check_coded(
             continue
         block = CODE_BLOCK.value
         require(its.device == device, f"{other}[{i}] must be {place(device)}")
-        require(
-            param.numel() % block == 0, f"params[{i}] must have a multiple of {block} elements, with {other}"
-        )
+        require(param.numel() % block == 0, f"params[{i}] must have a multiple of {block} elements, with {other}")
         require(
             param.is_contiguous() and t.is_contiguous(), f"{entry} and its parameter must be contiguous, with {other}"
         )

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from . import learn_kernel, sums, table
-from .checks import Call, check_call, check_coded, check_doubles, check_one, check_operands, check_ranges, counts_taken, require
+from .checks import (
+    Call,
+    check_call,
+    check_coded,
+    check_doubles,
+    check_one,
+    check_operands,
+    check_ranges,
+    counts_taken,
+    require,
+)
 from .launch import Rule, Summed, launch, target_of
 from .rules import CODED, RULES
 from .scalars import FACTOR_WIDTH, LANES, OPTIONS, _scalars_kernel

@@ -22,8 +22,8 @@ from .pace_kernel import PaceOptions, add_statistics, pace_fields, store_gain
 from .scalars import gain_weight, store_fields
 from .storage import load, store
 
-# PACE's switches, and whether weights in bfloat16 are rounded by dither. Then what a tensor's formats are, as bits: x 24
-# or 32 with a rest, 16 by dither, 0 plain; m, v and e 8 or 16 (e also 24) in codes, 32 in float32, 0 not in play.
+# PACE's switches, and whether weights in bfloat16 are rounded by dither. Then what a tensor's formats are, as bits: x
+# 24 or 32 with a rest, 16 by dither, 0 plain; m, v and e 8 or 16 (e also 24) in codes, 32 in float32, 0 not in play.
 Flags = namedtuple("CodedFlags", (*PACE.flags, "stochastic", "x", "m", "v", "e"), defaults=(0, 0, 0, 0))
 
 # The scalars of PACE; the bits of two uint32, what codes are dithered by and what averages on a grid are; and how far
@@ -98,7 +98,7 @@ def pace_coded_round(
 ):
     """The elements of one block that lie before `end`."""
     s = CodedScalars(*fields)
-    x_ptr, g_ptr, m_ptr, v_ptr, e_ptr, x_rest, g_rest, m_scales, v_scales, e_beside = operands
+    x_ptr, g_ptr, m_ptr, v_ptr, e_ptr, x_rest, _, m_scales, v_scales, e_beside = operands
     i = at + tl.arange(0, BLOCK)
     mask = i < end
     moves = i < tl.where(s.moves != 0.0, end, at)

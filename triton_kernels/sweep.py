@@ -67,7 +67,8 @@ def _sweep_kernel(
 ):  # fmt: skip
     """One step of a stretch of one tensor, by ROUND; its sums, by FINISH, go to its place in `rows`. FORMATS has each
     operand of the definition, and from BESIDE on, where there are more, those of what lies beside each; None where it
-    is not in play. FIELDS are the names of the scalars. REST: tensors may end within a group, as those of whole code blocks do not."""
+    is not in play. FIELDS are the names of the scalars. REST: tensors may end within a group, as those of whole code
+    blocks do not."""
     if skipped(found_inf_ptr):
         return
     part = find_stretch(table_ptr, blocks_ptr, first_block, OPERANDS + len(FORMATS))
@@ -79,7 +80,7 @@ def _sweep_kernel(
     for at in range(0, whole, BLOCK):
         sums = ROUND(sums, s, row_ptr, p, at, whole, FLAGS, BLOCK, VECTOR)
     totals = total(sums)
-    if REST:
+    if REST:  # noqa: SIM102
         if whole < part.count:
             rest = ROUND(no_sums(TERMS, GROUP), s, row_ptr, p, whole, part.count, FLAGS, GROUP, 1)
             totals = merged(totals, total(rest))
