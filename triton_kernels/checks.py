@@ -162,10 +162,13 @@ def check_coded(
     assert operand.codec is not None and operand.beside is not None
     name, other, known = operand.list, operand.beside, _PAIRED[operand.codec]
     formats, others = _formats(tensors), _formats(beside) if beside else None
-    alone = {(dtype, None) for dtype in _ALONE[operand.codec]}
-    pairs = {(dtype, its) for dtype, allowed in known.items() for its in allowed}
+    if beside:
+        pairs = {(dtype, its) for dtype, allowed in known.items() for its in allowed}
+        fits = {(t.dtype, its.dtype) for t, its in zip(tensors, beside, strict=True)} <= pairs
+    else:
+        fits = {t.dtype for t in tensors} <= set(_ALONE[operand.codec])
     usual = (
-        (formats, others) in (pairs if beside else alone)
+        fits
         and {t.device for t in (*tensors, *beside)} <= {device}
         and {t.layout for t in (*tensors, *beside)} <= {torch.strided}
         and all(map(Tensor.is_contiguous, (*params, *tensors, *beside)))
@@ -177,7 +180,7 @@ def check_coded(
         entry = f"{name}[{i}]"
         _check_place(entry, t, param, device)
         if not beside:
-            without = "" if operand.codec == "weight" else f" without {other}"
+            without = " for the Triton kernel" if operand.codec == "weight" else f" without {other}"
             require(t.dtype in _ALONE[operand.codec], f"{entry} must be {_names(_ALONE[operand.codec])}{without}")
             continue
         require(t.dtype in known, f"{entry} must be {_names(known)}, with {other}")

@@ -109,7 +109,7 @@ def _lay_out(rule: Rule, call: Call, flags: Any) -> Layout:
         tensors, column = call.lists[operand.symbol], table.OPERANDS.value + k
         writes = operand.mutable and (writes or operand.role != "weight")
         others = None
-        if rule.coded and operand.codec is not None:
+        if operand.codec is not None:
             beside = call.beside[operand.symbol]
             dtypes, others = check_coded(operand, tensors, beside, call.params, call.device)
         else:
