@@ -104,7 +104,8 @@ def test_bands(storage: ModuleType) -> None:
     band = storage.BAND
     for found, said in (
         ((0.0, 0.0), "inside"), ((0.4 * band, 0.3 * band), "inside"),
-        ((-0.4 * band, 0.31 * band), "its mean is inside"), ((1.4 * band, 0.3 * band), "its mean is outside"), ((-1.7 * band, 0.3 * band), "**outside**"),
+        ((-0.4 * band, 0.31 * band), "its mean is inside"),
+        ((1.4 * band, 0.3 * band), "its mean is outside"), ((-1.7 * band, 0.3 * band), "**outside**"),
         ((math.inf, math.nan), "diverged"), ((math.nan, math.nan), "not run"),
     ):  # fmt: skip
         assert storage.verdict_of_band(found) == said
