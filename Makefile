@@ -28,7 +28,7 @@ NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 
 CSRC := $(shell find csrc -not -name definitions.h -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(CSRC) $(shell find tests -name '*.cpp')
 
-.PHONY: demo quick test test-full lint format bench bench-peers convex theory pace mada results roofline occupancy gpu wheel docs clean
+.PHONY: demo quick test test-full lint format bench bench-peers convex theory pace mada storage results roofline occupancy gpu wheel docs clean
 
 demo: $(VENV)/.bench
 	$(BIN)/python examples/train_lm.py
@@ -75,6 +75,10 @@ pace: $(VENV)/.bench
 # MADA beside the optimizers that it contains, into out/experiments: 25 minutes on 2 cores; what is done is kept.
 mada: $(VENV)/.bench
 	$(BIN)/python research/mada.py
+
+# What compressed states cost in quality, into out/experiments: 35 minutes on a busy core; what is done is kept.
+storage: $(VENV)/.bench
+	$(BIN)/python research/storage.py
 
 # bench/results/README.md, its figures and the tables in README.md and docs/ that come from there, from the JSON files alone.
 results: $(VENV)/.bench

@@ -118,6 +118,14 @@ def mada(kept: dict[str, Any], path: Path) -> str:
     return "\n\n".join([experiment.render(kept), *(picture(image, image.stem) for image in images)])
 
 
+def storage(kept: dict[str, Any], path: Path) -> str:
+    import storage as experiment
+
+    image = path.with_suffix(".png")
+    experiment.draw(kept, image)
+    return f"{experiment.render(kept)}\n\n{picture(image, 'losses of averages and of whole optimizers in formats')}"
+
+
 def demo(kept: dict[str, Any], path: Path) -> str:
     lines = [
         f"{kept['cpu']}, {kept['threads']} threads; torch {kept['torch']}, Python {kept['python']}; "
@@ -329,6 +337,7 @@ SECTIONS = (
     Section("Whole training steps", "throughput-*.json", "python bench/throughput.py --out bench/results", throughput),
     Section("PACE at small scale", "pace.json", "python research/pace.py --out bench/results", pace),
     Section("MADA at small scale", "mada.json", "python research/mada.py --out bench/results", mada),
+    Section("Compressed states", "storage.json", "python research/storage.py --out bench/results", storage),
     Section("The demo", "demo.json", "make demo; cp out/results.json bench/results/demo.json", demo),
     Section("Adam at the wrong end", "convex.json", "python research/convex.py --out bench/results", convex),
     Section("What the theory says", "theory.json", "python research/theory.py --out bench/results", theory),
