@@ -30,3 +30,8 @@ __all__ = [
     "step_in_backward",
 ]
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    """What is meant to be used, without the modules that it is made of."""
+    return sorted([*__all__, "__version__", "__doc__", "__file__", "__name__", "__path__"])

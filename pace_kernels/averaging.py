@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import derived
+from . import derived, zero
 from .backend import say_once
 from .checks import Group, require
 from .conversions import average_in, encode_again, hash_of, state_in, weight_in
@@ -104,7 +104,7 @@ class Averaging(Whole, torch.optim.Optimizer):
 
     def _require_live(self, what: str) -> None:
         if self._swapped:
-            raise RuntimeError(f"{what} while the weights are swapped to EMA: call optimizer.train() first")
+            raise RuntimeError(f"{what} while the averaged weights are swapped in: call optimizer.train() first")
 
     @torch.no_grad()
     def eval(self, model: torch.nn.Module | None = None) -> None:
@@ -125,15 +125,18 @@ class Averaging(Whole, torch.optim.Optimizer):
             ValueError: ``model`` has trainable parameters, and this optimizer steps none of them.
             TypeError: ``model`` is no module.
         """
-        self._require_whole("eval()")
+        self._eval(model, "eval()")
+
+    def _eval(self, model: torch.nn.Module | None, what: str) -> None:
+        self._require_whole(what)
         if self._swapped:
             return
         self._forget_dry_run()
         groups = [group for group in self.param_groups if self._option(group, "use_ema_eval")]
         entries = self._entries(groups)
-        derived.check_no_frozen_graphs("eval()")
-        derived.check_no_flat_parameters(self._params(), "eval()")
-        self._check_swap("eval()", model, entries)
+        derived.check_no_frozen_graphs(what)
+        derived.check_no_flat_parameters(self._params(), what)
+        self._check_swap(what, model, entries)
         self._versions.clear()
         before = [_version(entry.param) for entry in entries]
         self._swap_in(entries, groups)
@@ -141,7 +144,7 @@ class Averaging(Whole, torch.optim.Optimizer):
         self._versions.update({e.param: (was, _version(e.param)) for e, was in zip(entries, before, strict=True)})
 
     @torch.no_grad()
-    def train(self, model: torch.nn.Module | None = None, *, keep: str | None = None) -> None:
+    def train(self, model: torch.nn.Module | None = None, *, keep: Literal["loaded", "live"] | None = None) -> None:
         """Puts the weights back that ``eval()`` took out; a second call does nothing.
 
         Arguments:
@@ -204,7 +207,8 @@ class Averaging(Whole, torch.optim.Optimizer):
         if not any(self._option(group, "use_ema_eval") for group in self.param_groups):
             say_once(f"averaged() of {type(self).__name__}: no group has use_ema_eval=True, so the weights stay live")
         try:
-            self.eval(model)
+            with torch.no_grad():
+                self._eval(model, "averaged()")
             yield
         finally:
             if not was_swapped:
@@ -230,6 +234,8 @@ class Averaging(Whole, torch.optim.Optimizer):
 
     def _check_swap(self, what: str, model: torch.nn.Module | None, entries: list[_Entry]) -> None:
         """Refuses what can't be swapped, before anything has changed."""
+        if what != "train()":
+            zero.check_alone(self, what)
         if model is not None:
             if not isinstance(model, torch.nn.Module):
                 raise TypeError(f"{what}: model must be a torch.nn.Module, got {type(model).__name__}")

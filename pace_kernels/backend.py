@@ -16,11 +16,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from . import torch_rules
+
+BackendName: TypeAlias = Literal["cpu", "cuda", "triton", "torch"]
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,9 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, wrapper: 
         if (why := row.refusal(device, dtype, by_name=True)) is not None:
             raise RuntimeError(f"backend={name!r} can't step this parameter: {why}")
         return row
+    wanted = os.environ.get("PACE_CPU_ISA")
+    if device.type == "cpu" and wanted and (_table()["cpu"].reason or "").startswith("PACE_CPU_ISA="):
+        raise RuntimeError(f"the instruction set asked for is not available: {_table()['cpu'].reason}")
     row = next(row for row in _table().values() if row.refusal(device, dtype) is None)
     expected = _KERNELS.get(device.type, ()) if dtype != torch.float64 else ()
     if torch.version.hip is not None:  # AMD GPUs have Triton's kernels alone

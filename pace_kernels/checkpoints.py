@@ -200,6 +200,11 @@ class Checkpoints(Averaging):
                     f"param_groups[{number}]: weight_decay {saved['weight_decay']} was Adam's, added to the gradient; "
                     "here it is decoupled, as in AdamW"
                 )
+            if "decoupled_weight_decay" in saved and "amsgrad" not in saved:  # which Adam and AdamW have both
+                notes.append(
+                    f"param_groups[{number}] is of RAdam: its moments are Adam's and are taken over, its rectification "
+                    f"of the first steps is not done by {type(self).__name__}"
+                )
             names = names_of_states = options.pop("state_names")
             groups.append(options | {"state_names": None})
             if names is None or self.OWN_OPTION not in saved:

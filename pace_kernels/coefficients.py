@@ -102,6 +102,22 @@ class Coefficients(KernelOptimizer):
             values |= {name: learned[name] for name in group["learn"]}
         return values
 
+    def get_step_stats(self) -> dict[str, float]:
+        """What is learned, flat, for a logger: each coefficient by its name, and its hypergradient of the last step, as
+        ``hypergradient_beta1``. With coefficients="group" the names end in the group's number, as ``beta1_0``. Empty
+        where nothing is learned. Reading waits for the device."""
+        stats = {}
+        by_group = self.param_groups[0]["coefficients"] == "group"
+        for number, group in enumerate(self.param_groups if by_group else self.param_groups[:1]):
+            end = f"_{number}" if by_group else ""
+            if not group["learn"]:
+                continue
+            pair = torch.stack([group["coefficient_values"], group["hypergradients"]]).tolist()
+            for name, value, slope in zip(COEFFICIENTS, *pair, strict=True):
+                if name in group["learn"]:
+                    stats[f"{name}{end}"], stats[f"hypergradient_{name}{end}"] = value, slope
+        return stats
+
     @torch.no_grad()
     def freeze(self) -> None:
         """Stops learning: the learned values become fixed options (MADA-FS), and what only learning needs is dropped.

@@ -17,6 +17,7 @@ from .conversions import in_float
 from .formats import asked, formats_of
 from .memory import check_whole, share_memory
 from .sharding import gathered, is_sharded, local, on_first_rank
+from .zero import averaged_on_all_ranks, is_zero
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def averaged(
     Arguments:
         model: the model, as it is called; its parameters may be wrapped, sharded, compiled.
         optimizers: :class:`PACE`, :class:`MADA`, :class:`Pullback`, :class:`ScheduleFreeAdamW`, each of which steps
-            some of its parameters.
+            some of its parameters; or a ``ZeroRedundancyOptimizer`` around one: then all ranks have to make the call.
         update_bn: batches, or a function of the model that passes batches through it in its training mode. Running
             statistics of batch normalization, which are the live model's, are recomputed with them for the averages;
             all buffers come back bit for bit. Of a list or a tuple the first entry is passed, a mapping by keyword.
@@ -40,8 +41,10 @@ def averaged(
     ...     loss = model(torch.ones(8, 4)).square().mean()
     """
     with ExitStack() as stack:
-        for optimizer in _checked(optimizers, "averaged()"):
-            stack.enter_context(optimizer.averaged(model))
+        inner = [vars(optimizer)["optim"] if is_zero(optimizer) else optimizer for optimizer in optimizers]
+        for outer, optimizer in zip(optimizers, _checked(inner, "averaged()"), strict=True):
+            all_ranks = averaged_on_all_ranks(outer, model) if is_zero(outer) else None
+            stack.enter_context(all_ranks or optimizer.averaged(model))
         if update_bn is not None:
             stack.enter_context(recomputed(model, update_bn))
         yield

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .backend import BackendName
 from .checks import Group, check_torchs_options, require
 from .fitting import NO_STATE
 from .launching import Prepared, of_c
@@ -19,6 +21,8 @@ from .mada_options import (
     LEARNING,
     MADA_ONLY,
     PRESETS,
+    Coefficient,
+    Preset,
     check_mada_options,
     check_sharing,
     check_start,
@@ -135,6 +139,7 @@ class MADA(MadaCheckpoints):
     STATE_ROWS = {"last_scalars": len(LAST_SCALARS)}  # noqa: RUF012
     OWN_OPTION = "learn"
     ONLY_OPTIONS = MADA_ONLY
+    BOOKS = frozenset({*LEARNED, "last_options", "frozen"})
 
     _built = True  # whether all groups of the constructor are there
 
@@ -151,14 +156,14 @@ class MADA(MadaCheckpoints):
         c: float = 1.0,
         gamma: float = 1.0,
         lion_betas: tuple[float, float] = (0.95, 0.98),
-        second_moment: str = "mean",
-        learn: tuple[str, ...] | list[str] = COEFFICIENTS,
-        hyper_lr: float | Mapping[str, float] | None = None,
-        hyper_momentum: float | Mapping[str, float] = 0.0,
+        second_moment: Literal["mean", "max"] = "mean",
+        learn: Sequence[Coefficient] | AbstractSet[Coefficient] = COEFFICIENTS,  # type: ignore[assignment]
+        hyper_lr: float | Mapping[Coefficient, float] | None = None,
+        hyper_momentum: float | Mapping[Coefficient, float] = 0.0,
         hyper_clip: float = 10.0,
         hyper_warmup: int = 50,
-        bounds: Mapping[str, tuple[float, float]] | None = None,
-        coefficients: str = "global",
+        bounds: Mapping[Coefficient, tuple[float, float]] | None = None,
+        coefficients: Literal["global", "group"] = "global",
         lambda_pullback: float = 0.0,
         clamp_pullback: bool = True,
         beta_ema: float = 0.01,
@@ -167,7 +172,7 @@ class MADA(MadaCheckpoints):
         ema_rho: float = 0.0,
         ema_gamma: float = 1.0,
         ema_update_freq: int = 1,
-        pullback_from: str = "weights",
+        pullback_from: Literal["weights", "step"] = "weights",
         maximize: bool = False,
         capturable: bool = False,
         skip_nonfinite: bool = False,
@@ -175,7 +180,7 @@ class MADA(MadaCheckpoints):
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
-        backend: str | None = None,
+        backend: BackendName | None = None,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -225,7 +230,7 @@ class MADA(MadaCheckpoints):
         self._built = True
 
     @classmethod
-    def preset(cls, name: str, params: ParamsT, **options: Any) -> MADA:
+    def preset(cls, name: Preset, params: ParamsT, **options: Any) -> MADA:
         """MADA as one of the optimizers that it contains, with no more memory than that one.
 
         ``options`` go to the constructor, over the preset's: the rule's published coefficients, with AdamW's decoupled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from .definitions.mada import COEFFICIENTS, MADA
 from .memory import is_whole
 from .options import listed, plain_float, plain_sequence
 
+Coefficient: TypeAlias = Literal["beta1", "beta2", "beta3", "rho", "c", "gamma"]
+Preset: TypeAlias = Literal["adamw", "amsgrad", "avgrad", "adan", "yogi", "lion", "hyperadam"]
 _HYPER_LR = {"beta1": 5e-4, "beta2": 5e-4, "beta3": 0.1, "rho": 0.1, "c": 0.1, "gamma": 0.1}
 _BOUNDS = {"beta1": (0.01, 0.99), "beta2": (0.501, 0.999), "beta3": (0.0, 0.99)} | dict.fromkeys(
     ("rho", "c", "gamma"), (0.0, 1.0)

@@ -23,7 +23,7 @@ from .checks import Group, check_lr, check_number, overlaps_itself, require
 from .fitting import Fitting
 from .formats import REMAINDER, asked, formats_of, whole_name
 from .memory import check_whole
-from .options import Record, check_given, make_plain
+from .options import Record, check_given, check_spelling, make_plain, shown
 from .planning import Plans, is_observed
 from .report import Memory, memory_of
 from .sharding import (
@@ -58,6 +58,8 @@ class KernelOptimizer(Fitting):
 
     # Whether gradients are operands of the step. Where they are not, having one is what puts a parameter into a step.
     READS_GRADIENTS: ClassVar[bool] = True
+    # What groups keep beside their options and GROUP_STATE.
+    BOOKS: ClassVar[frozenset[str]] = frozenset()
     # What may change from step to step without further checks.
     MOVING: ClassVar[frozenset[str]] = frozenset({"lr"})
 
@@ -78,7 +80,9 @@ class KernelOptimizer(Fitting):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with options of its own; also in the middle of training. See ``torch.optim.Optimizer``."""
         if isinstance(param_group, dict):
-            check_given(param_group, self.defaults, f"param_groups[{len(self.param_groups)}]", type(self).__name__)
+            name, kind = f"param_groups[{len(self.param_groups)}]", type(self).__name__
+            check_given(param_group, self.defaults, name, kind)
+            check_spelling(param_group, self.defaults, name, kind)
             param_group = self._completed(param_group)
         self._plans.end()
         super().add_param_group(param_group)
@@ -178,7 +182,7 @@ class KernelOptimizer(Fitting):
         """What mixed precision and clipping hand over, checked: float32 tensors with one element."""
         given = {
             "grad_scale": getattr(self, "grad_scale", None),
-            "clip_coef": clip_coef,
+            "clip_coef": self._plans.clip_coef if clip_coef is None else clip_coef,
             "found_inf": getattr(self, "found_inf", None),
         }
         scaling = {}
@@ -266,6 +270,9 @@ class KernelOptimizer(Fitting):
         """
         return memory_of(self)
 
+    def __repr__(self) -> str:
+        return shown(type(self).__name__, self.param_groups, {*GROUP_STATE, *self.BOOKS})
+
     # ---- the step --------------------------------------------------------------------------------------------------
 
     def step(  # type: ignore[override]
@@ -284,7 +291,8 @@ class KernelOptimizer(Fitting):
         if closure is None and self._plans.next is not None and not torch.compiler.is_compiling():
             # By the dict: to find that there is no attribute takes 1 µs, an eighth of a small step.
             own = self.__dict__
-            scales = clip_coef is not None or "found_inf" in own or "grad_scale" in own
+            scales = clip_coef is not None or self._plans.clip_coef is not None
+            scales = scales or "found_inf" in own or "grad_scale" in own
             if self._again(self._scaling(clip_coef) if scales else {}):
                 return None
         return self._unobserved_step(closure, clip_coef=clip_coef)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -88,6 +89,30 @@ def check_given(group: Mapping[str, Any], own: Collection[str], name: str, kind:
             f"options of a wrapper? {kind} would take {', '.join(ours)} for its own. Give it groups without them, such "
             f'as {{"params": group["params"]}}; set {", ".join(strangers)} in param_groups once it is made'
         )
+
+
+def check_spelling(group: Mapping[str, Any], own: Collection[str], name: str, kind: str) -> None:
+    """Refuses a group with a key that nobody here knows and that is nearly an option: torch.optim takes any key, and
+    so would train without the option that was meant. Tags that are near to none stay."""
+    known = {*_FOREIGN, *_COMMON, *own}
+    for key in group:
+        if not isinstance(key, str) or key in known or len(key) < 4 or "swapped" in group:
+            continue
+        if meant := difflib.get_close_matches(key, own, n=1, cutoff=0.85):
+            raise ValueError(
+                f"{name} has {key!r}, which {kind} does not know: did you mean {meant[0]!r}? Give a tag of your own "
+                "another name, or set it in param_groups once the optimizer is made"
+            )
+
+
+def shown(kind: str, groups: Iterable[Group], books: Collection[str]) -> str:
+    """What ``repr`` of an optimizer shows: options alone, in the form of torch.optim."""
+    lines = [f"{kind} ("]
+    for number, group in enumerate(groups):
+        lines.append(f"Parameter Group {number}")
+        hidden = {"params", "param_names", *books}
+        lines += [f"    {name}: {group[name]}" for name in sorted(set(group) - hidden)]
+    return "\n".join([*lines, ")"])
 
 
 def _nothing() -> None:

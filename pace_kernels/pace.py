@@ -6,13 +6,13 @@ import math
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .backend import choose
+from .backend import BackendName, choose
 from .checks import Group, check_average_options, check_common_options, check_switch, check_torchs_options
 from .definitions import DEFINITIONS
 from .formats import CODED, OPTIONS, asked, beside, check_format_options
@@ -22,7 +22,7 @@ from .optimizer import KernelOptimizer
 from .options import make_plain
 from .plan import Plan
 from .planning import NO_ROLES
-from .sharding import Axes, gathered_rows, is_wrapper, local
+from .sharding import Axes, gathered_rows, is_wrapper, local, on_host
 from .states import PLAIN, Work
 from .torch_rules.pace import PaceOptions, average_weight, merge_stats
 from .whole import Call
@@ -135,7 +135,7 @@ class PACE(KernelOptimizer):
         ema_update_freq: int = 1,
         log_stats: bool = False,
         *,
-        pullback_from: str = "weights",
+        pullback_from: Literal["weights", "step"] = "weights",
         state_bits: int = 32,
         ema_bits: int | None = None,
         master_weight_bits: int | None = None,
@@ -146,7 +146,7 @@ class PACE(KernelOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
-        backend: str | None = None,
+        backend: BackendName | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -299,7 +299,7 @@ class PACE(KernelOptimizer):
                 warnings.warn("get_step_stats() is empty: no group has log_stats=True", stacklevel=2)
             return {}
         rows = [row for stats, over in self._step_stats for row in gathered_rows(stats, over)]
-        values = merge_stats([row.to("cpu", torch.float64) for row in rows]).tolist()
+        values = merge_stats(on_host(rows)).tolist()
         s = dict(zip(PACE_STATS, values, strict=True))
         count = s["count"]
         if count == 0:

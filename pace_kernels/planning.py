@@ -50,6 +50,7 @@ class Plans:
         self.next: Any = None  # that of the next step, as far as that can be told
         self.by_mask: dict[tuple[bool, ...], Plan] = {}  # by the parameters without a gradient
         self.vain = 0  # how many were made since one was of use
+        self.clip_coef: Any = None  # the optimizer's attribute, which is set through such wrappers too
 
     def end(self) -> None:
         self.next, self.by_mask = None, {}
@@ -103,6 +104,20 @@ class Planning(Launching):
 
     MOST_PLANS = 4  # one for each set of parameters that have gradients
     _plans: Plans
+
+    @property
+    def clip_coef(self) -> Tensor | float | None:
+        """What ``step()`` takes for its argument ``clip_coef`` where that is None, from now on; None: nothing. For
+        trainers that call ``step()`` themselves, also through the wrappers of Lightning and Fabric."""
+        return self._plans.clip_coef  # type: ignore[no-any-return]
+
+    @clip_coef.setter
+    def clip_coef(self, value: Tensor | float | None) -> None:
+        self._plans.clip_coef = value
+
+    @clip_coef.deleter
+    def clip_coef(self) -> None:
+        self._plans.clip_coef = None
 
     def plans(self) -> Plans:
         return self._plans

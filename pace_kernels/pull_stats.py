@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .ops import PACE_STATS
 from .pulls import AVERAGE, STEP, Row
-from .sharding import gathered_rows
+from .sharding import gathered_rows, on_host
 from .torch_rules.pace import merge_stats
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def _merged(rows: list[Row]) -> dict[str, float]:
     found = [row for r in rows for row in gathered_rows(r.stats, r.axes)]
     if not found:
         return {}
-    values = merge_stats([row.to("cpu", torch.float64) for row in found]).tolist()
+    values = merge_stats(on_host(found)).tolist()
     s = dict(zip(PACE_STATS, values, strict=True))
     return s if s["count"] > 0 else {}
 
@@ -30,7 +30,8 @@ def _merged(rows: list[Row]) -> dict[str, float]:
 def statistics(rows: list[Row]) -> dict[str, float]:
     """Of a step, from its calls; empty where none left any."""
     stats: dict[str, float] = {}
-    s, raw = _merged(rows), _merged([r for r in rows if r.moment])
+    s = _merged(rows)
+    raw = s if all(r.moment for r in rows) else _merged([r for r in rows if r.moment])
     if not s:
         return {}
     for key, name, of in (

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from .backend import requested
+from .backend import BackendName, requested
 from .checks import Group
 from .optimizer import KernelOptimizer
+from .options import shown
 from .planning import is_observed
 from .pull_plan import PullPlan
 from .pull_stats import Averager, statistics
 from .pullback_checkpoints import PullbackCheckpoints
-from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, STEP, Pull, Scratch, count_of, is_fake, versions
+from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, STEP, SWAPPED, Pull, Scratch, count_of, is_fake, versions
 from .second_moments import refuse
 from .sharding import agree, axes, local
 from .states import FORMAT
 from .torch_rules.pace import average_weight
 from .torch_rules.pullback import PullbackOptions
+
+_NO_CLIP_COEF = (
+    "Pullback.step() takes no clip_coef: the base's step takes the gradients as they are. Clip them before it, as by "
+    "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)"
+)
 
 
 class Pullback(PullbackCheckpoints):
@@ -103,8 +109,8 @@ class Pullback(PullbackCheckpoints):
         ema_gamma: float = 1.0,
         ema_update_freq: int = 1,
         log_stats: bool = False,
-        pullback_from: str = "weights",
-        backend: str | None = None,
+        pullback_from: Literal["weights", "step"] = "weights",
+        backend: BackendName | None = None,
     ) -> None:
         if isinstance(optimizer, Pullback):
             raise ValueError("optimizer is a Pullback already: one average is kept, wrap the optimizer inside")
@@ -127,7 +133,7 @@ class Pullback(PullbackCheckpoints):
         self._backend_name = requested(backend)
         self._set_up()
         for group in optimizer.param_groups:
-            self._own(group)
+            self._taken_over(group)
         self._hook_base()
 
     def _set_up(self) -> None:
@@ -178,7 +184,7 @@ class Pullback(PullbackCheckpoints):
         """Adds a group to the base, with options of its own; also in the middle of training."""
         self.base.add_param_group(param_group)
         try:
-            self._own(self.base.param_groups[-1])
+            self._taken_over(self.base.param_groups[-1])
         except Exception:
             self.base.param_groups.pop()
             raise
@@ -186,8 +192,19 @@ class Pullback(PullbackCheckpoints):
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """The base's step, then the pull and the average. ``closure`` recomputes the loss; its value is returned."""
+    @property
+    def clip_coef(self) -> None:
+        """None: :meth:`step` takes no coefficient. Setting another one raises TypeError."""
+
+    @clip_coef.setter
+    def clip_coef(self, value: Any) -> None:
+        if value is not None:
+            raise TypeError(_NO_CLIP_COEF)
+
+    def step(self, closure: Callable[[], Any] | None = None, *, clip_coef: None = None) -> Any:  # type: ignore[override]
+        """The base's step, then the pull and the average. ``closure`` recomputes the loss; its value is returned.
+        A ``clip_coef``, as :meth:`PACE.step` takes it, is refused (TypeError): bases do not scale gradients."""
+        self.clip_coef = clip_coef
         # A subclass with a step of its own has torch's hooks around that one.
         if type(self).step is Pullback.step and is_observed(self):
             return self._observed_step(*(() if closure is None else (closure,)))
@@ -405,4 +422,7 @@ class Pullback(PullbackCheckpoints):
 
     def __repr__(self) -> str:
         own = {name: self._defaults[name] for name in ("lambda_pullback", "gain", "pullback_from")}
-        return f"Pullback({self.base!r}, {', '.join(f'{k}={v!r}' for k, v in own.items())})"
+        plain = type(self.base).__repr__ is torch.optim.Optimizer.__repr__
+        books = {SWAPPED, FORMAT_VERSION}
+        base = shown(type(self.base).__name__, self.param_groups, books) if plain else repr(self.base)
+        return f"Pullback({base}, {', '.join(f'{k}={v!r}' for k, v in own.items())})"

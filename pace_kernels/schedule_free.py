@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .averaging import _Entry
+from .backend import BackendName
 from .checks import Group, check_common_options, check_number, check_torchs_options, checked_count, require
 from .definitions.schedule_free import SCHEDULE_FREE
 from .fitting import NO_STATE
@@ -88,6 +89,7 @@ class ScheduleFreeAdamW(KernelOptimizer):
     STATE_TENSORS = ("exp_avg_sq", "z")
     OWN_OPTION = "weight_lr_power"
     MOVING = frozenset({"lr", *_COUNTED})
+    BOOKS = frozenset({*_COUNTED, "train_mode", "live_at"})
     _AVERAGE = "z"
 
     _turns: dict[int, tuple[Any, Any]]  # by id of a group: its schedule after the step that is taken, and c
@@ -109,7 +111,7 @@ class ScheduleFreeAdamW(KernelOptimizer):
         skip_nonfinite: bool = False,
         fused: bool | None = None,
         differentiable: bool = False,
-        backend: str | None = None,
+        backend: BackendName | None = None,
     ) -> None:
         defaults = {
             "lr": lr,

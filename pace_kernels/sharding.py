@@ -142,6 +142,13 @@ def gathered_rows(row: Tensor, its_axes: Axes) -> list[Tensor]:
     return rows
 
 
+def on_host(rows: list[Tensor]) -> list[Tensor]:
+    """The rows in float64 on the CPU, in their order: one copy, and one wait, per device."""
+    by_device = {device: [row for row in rows if row.device == device] for device in {row.device for row in rows}}
+    sent = {device: iter(torch.stack(here).to("cpu", torch.float64)) for device, here in by_device.items()}
+    return [next(sent[row.device]) for row in rows]
+
+
 def agree(value: bool, device: torch.device, its_axes: Axes) -> bool:
     """Whether ``value`` is true on all ranks along the axes."""
     if not its_axes:

@@ -14,7 +14,8 @@ from .backend import backends, choose
 from .checks import Group, check_average_options, check_defined, check_lr, require
 from .definitions.pullback import PULLBACK
 from .memory import aligned, check_whole
-from .pulls import AVERAGE, OURS, STEP, Own, Pull, Scratch, count_of
+from .options import check_spelling
+from .pulls import AVERAGE, OPTIONS, OURS, STEP, Own, Pull, Scratch, count_of
 from .second_moments import SecondMoment, lacks, require_second_moment, second_moment_of
 from .sharding import PLAIN, Axes, axes, is_sharded, is_wrapper, local, placed_alike
 from .states import as_state, state_dtype
@@ -43,6 +44,13 @@ class Taking(Averaging):
         own = self._checked(group, dict(zip(self._defaults, values, strict=True)))
         self._scratch.own[id(group)] = (values, own)
         return own
+
+    def _taken_over(self, group: Group) -> None:
+        """Checks a group that the base has had before."""
+        number = next(k for k, other in enumerate(self.base.param_groups) if other is group)
+        named = {name: value for name, value in group.items() if name not in self.base.defaults}
+        check_spelling(named, OPTIONS, f"param_groups[{number}]", f"Pullback({type(self.base).__name__})")
+        self._own(group)
 
     def _checked(self, group: Group, values: Group) -> Own:
         check_defined(values, PULLBACK.options)

@@ -267,7 +267,7 @@ def test_the_average_is_kept_and_swapped() -> None:
     live = [p.detach().clone() for p in model.parameters()]
     with optimizer.averaged():
         assert all(torch.equal(p, optimizer.state[p]["ema"].to(p.dtype)) for p in model.parameters())
-        with pytest.raises(RuntimeError, match="swapped to EMA"):
+        with pytest.raises(RuntimeError, match="weights are swapped in"):
             optimizer.step()
     assert all(torch.equal(p, x) for p, x in zip(model.parameters(), live, strict=True))
     plain = MADA(model.parameters())

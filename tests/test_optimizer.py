@@ -323,7 +323,7 @@ def test_eval_and_train_swap_exactly(dtype: torch.dtype, backend: str | None) ->
         optimizer.eval()
         assert torch.equal(p, average.to(dtype))
         assert torch.equal(untouched, rest)
-    with pytest.raises(RuntimeError, match="swapped to EMA"):
+    with pytest.raises(RuntimeError, match="weights are swapped in"):
         optimizer.step()
     for _ in range(2):
         optimizer.train()
@@ -351,7 +351,7 @@ def test_eval_before_the_first_step_and_with_unused_parameters() -> None:
     p = param(3)
     optimizer = PACE([p])
     optimizer.eval()
-    with pytest.raises(RuntimeError, match="swapped to EMA"):
+    with pytest.raises(RuntimeError, match="weights are swapped in"):
         optimizer.step()
     optimizer.train()
     assert len(optimizer.state) == 0
@@ -370,7 +370,7 @@ def test_averaged_comes_back_whatever_happens() -> None:
     optimizer.eval()
     with optimizer.averaged():
         pass
-    with pytest.raises(RuntimeError, match="swapped to EMA"):  # it was swapped before: it stays so
+    with pytest.raises(RuntimeError, match="weights are swapped in"):  # it was swapped before: it stays so
         optimizer.step()
 
 
@@ -412,7 +412,7 @@ def test_a_closure_may_not_leave_the_average_in() -> None:
         optimizer.eval()
         return 0.0
 
-    with pytest.raises(RuntimeError, match="swapped to EMA"):
+    with pytest.raises(RuntimeError, match="weights are swapped in"):
         optimizer.step(closure)
     optimizer.train()
     assert torch.equal(p, before)

@@ -484,7 +484,7 @@ def test_states_that_are_no_dicts() -> None:
 def test_averages_that_are_swapped_in_and_out(name: str) -> None:
     pair = Pair(partial(BUILDS[name], use_ema_eval=True)).under_plan()
     pair.do(lambda o: o.eval())
-    pair.refuses("swapped to EMA")
+    pair.refuses("weights are swapped in")
     pair.do(lambda o: o.train())
     for _ in range(4):
         pair.step()

@@ -328,7 +328,7 @@ def test_the_swap() -> None:
         optimizer.step()
     live = [p.detach().clone() for p in params]
     with optimizer.averaged():
-        with pytest.raises(RuntimeError, match="swapped to EMA"):
+        with pytest.raises(RuntimeError, match="weights are swapped in"):
             optimizer.step()
         for p in params:
             assert torch.equal(p.detach(), optimizer.state[p]["ema"].to(p.dtype))

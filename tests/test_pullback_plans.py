@@ -65,7 +65,7 @@ def test_options_and_gradients_that_change() -> None:
     pair.step()
     pair.do(lambda o: o.eval())
     for optimizer in pair.both:
-        with pytest.raises(RuntimeError, match="swapped to EMA"):
+        with pytest.raises(RuntimeError, match="weights are swapped in"):
             optimizer.step()
     pair.do(lambda o: o.train())
     for _ in range(3):

@@ -17,7 +17,7 @@ from ranks import run
 from torch import Tensor, nn
 
 import pace_kernels.torch_rules.mada as mada_rule
-from pace_kernels import MADA, PACE, Pullback, ScheduleFreeAdamW, clip_coefficient
+from pace_kernels import MADA, PACE, Pullback, ScheduleFreeAdamW, averaged, clip_coefficient
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
@@ -435,6 +435,36 @@ def test_ranks_of_zero_redundancy_leave_a_step_undone_together(world: int) -> No
     results = run(world, check_one_bad_rank_of_zero)
     assert all(result == results[0] for result in results)
     assert results[0][0] == 2 and results[0][1]["gamma"] != 1.0
+
+
+def check_averages_of_zero() -> tuple[bool, bool, list[str]]:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model, alone = net(), net()
+    zero, whole_one = ZeroRedundancyOptimizer(model.parameters(), PACE, lr=1e-2), PACE(alone.parameters(), lr=1e-2)
+    for t in range(3):
+        for m, optimizer in ((model, zero), (alone, whole_one)):
+            set_grads(m, t)
+            optimizer.step()
+    live, wanted = [p.detach().clone() for p in model.parameters()], whole_one.ema_state_dict(alone)
+    with averaged(model, zero):
+        right = all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+    back = all(map(torch.equal, model.parameters(), live))
+
+    def refusal(call: Any) -> str:
+        with pytest.raises(RuntimeError) as error, call(model):
+            pass
+        return str(error.value)
+
+    return right, back, [refusal(c) for c in (zero.optim.averaged, zero.optim.eval, zero.optim.ema_state_dict)]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_averages_under_zero_redundancy_are_those_of_all_ranks(world: int) -> None:
+    for right, back, refusals in run(world, check_averages_of_zero):
+        assert right and back
+        for what, refusal in zip(("averaged()", "eval()", "ema_state_dict()"), refusals, strict=True):
+            assert refusal.startswith(f"{what}: this is one rank's part of a ZeroRedundancyOptimizer")
 
 
 def check_gradient_scaler(rule: str, fused: bool) -> tuple[list[str], float]:
