@@ -72,3 +72,9 @@ class RunningStatistics:
     def put_back(self, model: Any) -> None:
         batchnorm.put_back(model, self.live)
         self.live = {}
+
+
+def step_statistics(optimizer: Any, prefix: str = "optimizer/") -> dict[str, float]:
+    """``get_step_stats()`` of the optimizer within its wrappers, under names for a logger; of others nothing."""
+    read = getattr(stepping(optimizer), "get_step_stats", None)
+    return {f"{prefix}{name}": value for name, value in read().items()} if read else {}

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..averaging import Averaging
 from ..batchnorm import Batches
-from .callbacks import RunningStatistics, averaging
+from .callbacks import RunningStatistics, averaging, step_statistics
 
 
 def _callback() -> Any:
@@ -40,6 +40,8 @@ class UseAverage(_callback()):  # type: ignore[misc]
             normalization are recomputed with them for each average that is evaluated or saved, and the live ones come
             back before training goes on, also from a checkpoint. By default they are the live module's, which is said
             once; False: not even that.
+        statistics: whether the loggers get each optimizer's ``get_step_stats()`` every ``log_every_n_steps`` steps, as
+            ``optimizer/lambda_mean``; with several optimizers as ``optimizer0/lambda_mean``.
 
     Several optimizers may have averages; those of others are left as they are. DeepSpeed's engine is refused
     (RuntimeError as training begins): it steps weights of its own.
@@ -48,8 +50,17 @@ class UseAverage(_callback()):  # type: ignore[misc]
     >>> trainer = Trainer(callbacks=[UseAverage()])  # doctest: +SKIP
     """
 
-    def __init__(self, checkpoints: bool = True, update_bn: Batches | Literal[False] | None = None) -> None:
+    def __init__(
+        self,
+        checkpoints: bool = True,
+        update_bn: Batches | Literal[False] | None = None,
+        statistics: bool = False,
+    ) -> None:
         super().__init__()
+        if not isinstance(statistics, bool):
+            raise ValueError(f"statistics must be True or False, got {statistics!r}")
+        self.statistics = statistics
+        self._logged = 0
         if not isinstance(checkpoints, bool):
             raise ValueError(f"checkpoints must be True or False, got {checkpoints!r}")
         self.checkpoints = checkpoints
@@ -69,6 +80,17 @@ class UseAverage(_callback()):  # type: ignore[misc]
         for optimizer in _averaging(trainer):
             optimizer.train(pl_module)
         self._statistics.put_back(pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if not self.statistics or step == self._logged or step % trainer.log_every_n_steps:
+            return
+        self._logged = step  # once, where gradients are accumulated
+        several = len(trainer.optimizers) > 1
+        for number, optimizer in enumerate(trainer.optimizers):
+            found = step_statistics(optimizer, f"optimizer{number if several else ''}/")
+            for logger in trainer.loggers if found else ():
+                logger.log_metrics(found, step=step)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if _fitting(trainer) or trainer.ckpt_path is None:

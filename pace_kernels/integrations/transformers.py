@@ -5,10 +5,65 @@ from __future__ import annotations
 import warnings
 from typing import Any, Literal
 
+import torch
 from transformers import TrainerCallback
 
+from ..averaging import Averaging
+from ..backend import say_once
 from ..batchnorm import Batches
-from .callbacks import RunningStatistics, averaging
+from ..pace import PACE
+from .around import for_arguments
+from .callbacks import RunningStatistics, averaging, step_statistics, stepping
+
+
+def optimizer_from(
+    args: Any, optimizer: type[torch.optim.Optimizer] = PACE, **options: Any
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """What ``Trainer`` takes for ``optimizer_cls_and_kwargs``, from its own arguments.
+
+    ``learning_rate``, ``adam_beta1``, ``adam_beta2``, ``adam_epsilon`` and ``weight_decay`` are those of ``args``, and
+    Trainer makes the groups with and without weight decay. As Trainer makes the optimizer by itself, it works with
+    ``model_init``, a hyperparameter search and FSDP2 too.
+
+    Arguments:
+        args: ``TrainingArguments``.
+        optimizer: the class: PACE, MADA, ScheduleFreeAdamW, or ``integrations.around.PullbackAround``, whose base gets
+            what comes from ``args``.
+        options: arguments of that class, which go before those of ``args``.
+
+    >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=optimizer_from(args, PACE))  # doctest: +SKIP
+    """
+    given = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }
+    return optimizer, for_arguments(optimizer, given, options)
+
+
+class AveragingMixin:
+    """Before ``Trainer``, or a trainer of TRL, in the list of bases: logs ``get_step_stats()`` with each training loss,
+    where TensorBoard, W&B and others see it, as ``optimizer/lambda_mean``. Callbacks come too late for that.
+
+    It warns once where live weights are saved, which is what Trainer does without :class:`UseAverage`.
+
+    >>> class MyTrainer(AveragingMixin, Trainer): pass  # doctest: +SKIP
+    """
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs.update(step_statistics(self.optimizer))  # type: ignore[attr-defined]
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        ours = stepping(getattr(self, "optimizer", None))
+        callbacks = self.callback_handler.callbacks  # type: ignore[attr-defined]
+        if isinstance(ours, Averaging) and not any(isinstance(callback, UseAverage) for callback in callbacks):
+            groups = [group for group in ours.param_groups if ours._option(group, "use_ema_eval")]
+            if ours._entries(groups) and not ours._swapped:
+                say_once("Trainer saves the live weights, not their average: add the callback UseAverage()")
+        super().save_model(*args, **kwargs)  # type: ignore[misc]
 
 
 class UseAverage(TrainerCallback):  # type: ignore[misc]
