@@ -33,6 +33,7 @@ if "OMP_NUM_THREADS" not in os.environ:
 SLOW = (
     "test_bench*.py",
     "test_evaluation_changes_no_bit.py",
+    "test_examples.py",
     "test_experiments_*.py",
     "test_fuzz.py",
     "test_gpu_command.py",

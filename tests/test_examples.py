@@ -1,0 +1,55 @@
+"""Promise: each example runs to its end, and does what it is there to show."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def ran(folder: Path, command: str) -> str:
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    words = [sys.executable, *command.split()]
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_the_diff_makes_the_loop_evaluate_and_save_the_average(folder: Path) -> None:
+    printed = [ran(folder, "examples/loop.py --steps 4")]
+    subprocess.run(["git", "apply", "examples/loop.diff"], cwd=folder, check=True)
+    assert "PACE(" in (folder / "examples/loop.py").read_text()
+    printed.append(ran(folder, "examples/loop.py --steps 4"))
+    assert all(4.0 < float(text.split()[1]) < 6.0 for text in printed) and printed[0] != printed[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "needs"),
+    [
+        ("examples/diffusion.py --steps 300", "averaged", ()),
+        ("examples/sweep.py --steps 3", "lambda_pullback 5.0", ()),
+        ("-m torch.distributed.run --nproc_per_node=2 examples/fsdp2.py --steps 3", "tensors to ship", ()),
+        ("examples/sft.py --steps 4", "'optimizer/lambda_mean'", ("transformers", "accelerate")),
+        ("examples/lightning_cli.py fit --config examples/lightning.yaml", "", ("lightning", "jsonargparse")),
+    ],
+)
+def test_an_example_runs(command: str, said: str, needs: tuple[str, ...], folder: Path) -> None:
+    for name in needs:
+        pytest.importorskip(name)
+    assert said in ran(folder, command)
+    if "yaml" in command:
+        (metrics,) = folder.rglob("metrics.csv")
+        assert "optimizer/pullback_norm" in metrics.read_text()
