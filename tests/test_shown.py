@@ -33,6 +33,8 @@ model = torch.nn.Linear(4, 1)
 pace = PACE(model.parameters(), lr=torch.tensor(1e-3), pullback_from="step", backend="cpu")
 PACE([{"params": [model.weight], "lr": 0.1}], pullback_from="steps")  # no
 PACE(model.parameters(), lambda_pulback=0.1)  # no
+PACE(model.parameters(), state_bits=8, ema_bits=16, master_weight_bits=24)
+PACE(model.parameters(), state_bits=4)  # no
 ScheduleFreeAdamW(model.named_parameters(), backend="gpu")  # no
 MADA(model.parameters(), learn=("beta1", "rho"), hyper_lr={"rho": 0.1}, second_moment="max", coefficients="group")
 MADA(model.parameters(), learn=("beta1", "roh"))  # no
@@ -62,7 +64,8 @@ def test_a_misspelt_option_is_a_type_error(checker: str, tmp_path: Path) -> None
     (tmp_path / "user.py").write_text(USERS)
     root = str(Path(pace_kernels.__file__).parents[1])
     (tmp_path / "pyrightconfig.json").write_text(f'{{"typeCheckingMode": "strict", "extraPaths": ["{root}"]}}')
-    options = {"mypy": ["--strict", f"--cache-dir={root}/.mypy_cache", "user.py"], "pyright": ["--pythonpath", sys.executable]}[checker]
+    strict = ["--strict", f"--cache-dir={root}/.mypy_cache", "user.py"]
+    options = strict if checker == "mypy" else ["--pythonpath", sys.executable]
     command = [sys.executable, "-m", checker, *options]
     environment = {**os.environ, "MYPYPATH": root}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
