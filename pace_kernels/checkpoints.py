@@ -48,13 +48,13 @@ class Checkpoints(Averaging):
     """An optimizer whose checkpoints are checked before they change anything. Not for direct use."""
 
     # Names of the state tensors that this class of optimizer may keep, beside `step` and, while swapped, `live`.
-    STATE_TENSORS: ClassVar[tuple[str, ...]] = ()
+    _STATE_TENSORS: ClassVar[tuple[str, ...]] = ()
     # Names of small float64 states, with their number of elements.
-    STATE_ROWS: ClassVar[dict[str, int]] = {}
+    _STATE_ROWS: ClassVar[dict[str, int]] = {}
     # An option that the groups of no other optimizer have: by it a checkpoint is known for one of this class.
-    OWN_OPTION: ClassVar[str]
+    _OWN_OPTION: ClassVar[str]
     # All of those that no other optimizer's groups have: others leave them out of a checkpoint of this class.
-    ONLY_OPTIONS: ClassVar[tuple[str, ...]] = ()
+    _ONLY_OPTIONS: ClassVar[tuple[str, ...]] = ()
 
     _backend_name: str | None
     _drops_averages = False  # while a checkpoint is loaded
@@ -67,8 +67,8 @@ class Checkpoints(Averaging):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "OWN_OPTION" in cls.__dict__:
-            _ONLY[cls.OWN_OPTION] = cls.ONLY_OPTIONS
+        if "_OWN_OPTION" in cls.__dict__:
+            _ONLY[cls._OWN_OPTION] = cls._ONLY_OPTIONS
 
     def _check_options(self, group: Group) -> None:
         """Raises ValueError or TypeError where an option of the group is not allowed."""
@@ -207,7 +207,7 @@ class Checkpoints(Averaging):
                 )
             names = names_of_states = options.pop("state_names")
             groups.append(options | {"state_names": None})
-            if names is None or self.OWN_OPTION not in saved:
+            if names is None or self._OWN_OPTION not in saved:
                 names = (*(names or ()), *self._required_states(options))
             rests = _AT_REST in names and any(has_average(loaded["state"].get(key, ())) for key in saved["params"])
             names = [name for name in names if name != _AT_REST]
@@ -270,7 +270,7 @@ class Checkpoints(Averaging):
         return groups
 
     def _check_names(self, states: Mapping[Any, Mapping[str, Any]], saved_groups: list[Group]) -> None:
-        known = {"step", "live", *self.STATE_TENSORS, HASH, *self.STATE_ROWS, *_FOREIGN_NAMES, *_FOREIGN_STATE}
+        known = {"step", "live", *self._STATE_TENSORS, HASH, *self._STATE_ROWS, *_FOREIGN_NAMES, *_FOREIGN_STATE}
         for saved, group in zip(saved_groups, self.param_groups, strict=True):
             for i, key in enumerate(saved["params"]):
                 if unknown := sorted(map(str, states.get(key, {}).keys() - known)):
@@ -326,7 +326,7 @@ class Checkpoints(Averaging):
         """The options of a group after loading: the saved ones, and the present ones where none was saved."""
         options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         options |= GROUP_STATE  # of what is loaded, not of what was here
-        others = (names for own, names in _ONLY.items() if own in saved and own != self.OWN_OPTION)
+        others = (names for own, names in _ONLY.items() if own in saved and own != self._OWN_OPTION)
         dropped = {*_FOREIGN_OPTIONS, *chain.from_iterable(others)}
         options |= {k: v for k, v in saved.items() if k not in dropped}
         make_plain(options, self.defaults)
@@ -368,12 +368,12 @@ class Checkpoints(Averaging):
         if not asked(group).weight and "ema_scales" not in state:  # codes beside a weight are beside its remainder too
             state.pop(REMAINDER, None)
         for key, value in state.items():
-            shape = (self.STATE_ROWS[key],) if key in self.STATE_ROWS else tuple(param.shape)
+            shape = (self._STATE_ROWS[key],) if key in self._STATE_ROWS else tuple(param.shape)
             shape = () if key == HASH else scales_shape(param) if key.endswith("_scales") else shape
             check_saved(name, key, value, shape, param)
         ours = {"step": step.reshape(()).to(param.device if group["capturable"] else "cpu", copy=True)}
         for key, value in state.items():
-            row = key in self.STATE_ROWS
+            row = key in self._STATE_ROWS
             ours[key] = self._initial(key, param, group).copy_(value) if row else copied(key, value, param, group)
         return ours
 

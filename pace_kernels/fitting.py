@@ -145,7 +145,7 @@ class Fitting(Planning):
         shape is refused."""
         value = state.get(name)
         if value is None:  # options changed: it will be created
-            shaped = (key for key in self.STATE_TENSORS if not key.endswith("_scales"))
+            shaped = (key for key in self._STATE_TENSORS if not key.endswith("_scales"))
             name = next((key for key in shaped if key in state), name)
             value = state.get(name)
         if value is None:
@@ -157,7 +157,7 @@ class Fitting(Planning):
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} has a state of shape {tuple(value.shape)}: was it resized?"
             )
-        kept = {key: state[key] for key in self.STATE_TENSORS if key in state}
+        kept = {key: state[key] for key in self._STATE_TENSORS if key in state}
         if "ema" in kept and kept["ema"].shape != param.shape:
             del kept["ema"]
         check_whole(map(local, kept.values()))

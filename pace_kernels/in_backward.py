@@ -103,7 +103,7 @@ class _InBackward(PACE):
             self._bucket[param] = len(self._sizes) - 1
             self._sizes[-1] += param.requires_grad
             held += param.numel() * param.element_size()
-        self.MOST_PLANS = len(self._sizes) + 2
+        self._MOST_PLANS = len(self._sizes) + 2
         self._lock = threading.RLock()  # hooks run in the threads of the devices
         self._end()
         me = weakref.ref(self)

@@ -223,7 +223,7 @@ class Launching(Checkpoints):
                 undone = torch.ones((), device="cpu")  # with which the operator returns where it would write
                 call.func(*call.args, **{**call.keywords, "found_inf": undone})  # type: ignore[attr-defined]
             elif work.backend.name == "torch" or number > 0:
-                check_operands(work, states, self.STATE_ROWS)
+                check_operands(work, states, self._STATE_ROWS)
 
 
 def _new_version(work: Work) -> None:

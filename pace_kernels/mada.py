@@ -131,15 +131,15 @@ class MADA(MadaCheckpoints):
     ['beta1', 'rho']
     """
 
-    OPERATOR = "mada_step_"
-    STATE_TENSORS = (
+    _OPERATOR = "mada_step_"
+    _STATE_TENSORS = (
         *("exp_avg", "exp_avg_sq", "exp_avg_diff", "mean_exp_avg_sq", "max_exp_avg_sq", "exp_avg_lion"),
         *("last_grad", "older_grad", "ema"),
     )
-    STATE_ROWS = {"last_scalars": len(LAST_SCALARS)}  # noqa: RUF012
-    OWN_OPTION = "learn"
-    ONLY_OPTIONS = MADA_ONLY
-    BOOKS = frozenset({*LEARNED, "last_options", "frozen"})
+    _STATE_ROWS = {"last_scalars": len(LAST_SCALARS)}  # noqa: RUF012
+    _OWN_OPTION = "learn"
+    _ONLY_OPTIONS = MADA_ONLY
+    _BOOKS = frozenset({*LEARNED, "last_options", "frozen"})
 
     _built = True  # whether all groups of the constructor are there
 
@@ -369,7 +369,7 @@ class MADA(MadaCheckpoints):
             self._sums.append((group, sums, work))
         get = states.get
         return partial(
-            of_c(work.backend.op(self.OPERATOR)),
+            of_c(work.backend.op(self._OPERATOR)),
             work.params,
             work.grads,
             get("exp_avg", []),

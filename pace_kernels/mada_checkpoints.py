@@ -36,7 +36,7 @@ class MadaCheckpoints(Coefficients):
         kept = {k: v for k, v in self._arguments(group).learning.items() if isinstance(options[k], Mapping)}
         options = expanded(options, {**options, **kept})
         self._check_options(options)
-        if options["learn"] and self.OWN_OPTION in saved:
+        if options["learn"] and self._OWN_OPTION in saved:
             for name, fresh in self._fresh({**options, "params": group["params"]}).items():
                 value = saved.get(name)
                 shape = tuple(fresh.shape) if fresh is not None else ()
@@ -69,7 +69,7 @@ class MadaCheckpoints(Coefficients):
         two = isinstance(last, (tuple, list)) and [isinstance(part, (tuple, list)) for part in last] == [True, True]
         allowed = f"None, or ({', '.join(REDONE_BY)}) and the names of states"
         require(two and len(last[0]) == len(REDONE_BY), "last_options", allowed, last)
-        known = {*self.STATE_TENSORS, *self.STATE_ROWS}
+        known = {*self._STATE_TENSORS, *self._STATE_ROWS}
         stranger = next((name for name in last[1] if not isinstance(name, str) or name not in known), None)
         require(stranger is None, "last_options", f"names of states, of {', '.join(sorted(known))}", stranger)
         for name, value in zip(REDONE_BY, last[0], strict=True):
@@ -129,7 +129,7 @@ class MadaCheckpoints(Coefficients):
 
     def _translated(self, loaded: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         saved_groups = self._checked_structure(loaded)
-        starts = not any(self.OWN_OPTION in group for group in saved_groups)
+        starts = not any(self._OWN_OPTION in group for group in saved_groups)
         loaded = super()._translated(loaded, notes)
         if self._incoming is not None:
             check_sharing(loaded["param_groups"], start=starts)

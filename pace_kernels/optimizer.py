@@ -57,11 +57,11 @@ class KernelOptimizer(Fitting):
     _health_check = getattr(torch.optim.Optimizer, next(n for n in _HEALTH_CHECKS if hasattr(torch.optim.Optimizer, n)))
 
     # Whether gradients are operands of the step. Where they are not, having one is what puts a parameter into a step.
-    READS_GRADIENTS: ClassVar[bool] = True
+    _READS_GRADIENTS: ClassVar[bool] = True
     # What groups keep beside their options and GROUP_STATE.
-    BOOKS: ClassVar[frozenset[str]] = frozenset()
+    _BOOKS: ClassVar[frozenset[str]] = frozenset()
     # What may change from step to step without further checks.
-    MOVING: ClassVar[frozenset[str]] = frozenset({"lr"})
+    _MOVING: ClassVar[frozenset[str]] = frozenset({"lr"})
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
         self._backend_name = requested(backend)
@@ -158,7 +158,7 @@ class KernelOptimizer(Fitting):
         record = self._record(group)
         if changed := record.changed(group):
             make_plain(group, self.defaults)
-            if not self.MOVING.issuperset(changed):
+            if not self._MOVING.issuperset(changed):
                 self._check_options(group)
                 self._changed.append(group)
             record.keep(group)
@@ -173,7 +173,7 @@ class KernelOptimizer(Fitting):
     def _drop_unused(self, group: Group) -> None:
         """A state that its option was turned off for would be stale when the option comes back: it starts anew then."""
         used = {*self._state_tensors(group), REMAINDER}
-        unused = {name for name in (*self.STATE_TENSORS, *self.STATE_ROWS) if whole_name(name) not in used}
+        unused = {name for name in (*self._STATE_TENSORS, *self._STATE_ROWS) if whole_name(name) not in used}
         for param in group["params"]:
             for name in unused & self.state.get(param, {}).keys():
                 del self.state[param][name]
@@ -219,7 +219,7 @@ class KernelOptimizer(Fitting):
                 param, its_axes = owner, _NO_AXES
                 if is_sharded(owner):
                     param, its_axes = local(owner), axes(owner)
-                    if self.READS_GRADIENTS:
+                    if self._READS_GRADIENTS:
                         grad = self._local_grad(owner, grad, group, i)
                 wrapper = is_wrapper(param)
                 its_formats = PLAIN if wanted is PLAIN else formats_of(wanted, owner)
@@ -241,7 +241,7 @@ class KernelOptimizer(Fitting):
                         buckets[device, dtype, over, wraps, formats] = work
                 work.owners.append(owner)
                 work.params.append(param)
-                if not self.READS_GRADIENTS:
+                if not self._READS_GRADIENTS:
                     continue
                 if (
                     grad.dtype is not dtype
@@ -271,7 +271,7 @@ class KernelOptimizer(Fitting):
         return memory_of(self)
 
     def __repr__(self) -> str:
-        return shown(type(self).__name__, self.param_groups, {*GROUP_STATE, *self.BOOKS})
+        return shown(type(self).__name__, self.param_groups, {*GROUP_STATE, *self._BOOKS})
 
     # ---- the step --------------------------------------------------------------------------------------------------
 

@@ -109,10 +109,10 @@ class PACE(KernelOptimizer):
     ...     loss = model(torch.ones(8, 4)).square().mean()
     """
 
-    OPERATOR = "pace_step_"
-    STATE_TENSORS = ("exp_avg", "exp_avg_sq", "ema", *CODED)
-    OWN_OPTION = "log_stats"
-    ONLY_OPTIONS = ("log_stats", *OPTIONS)
+    _OPERATOR = "pace_step_"
+    _STATE_TENSORS = ("exp_avg", "exp_avg_sq", "ema", *CODED)
+    _OWN_OPTION = "log_stats"
+    _ONLY_OPTIONS = ("log_stats", *OPTIONS)
 
     _step_stats: list[tuple[Tensor, Axes]]  # of the last step
     _new_stats: list[tuple[Tensor, Axes]]  # of the step that is being taken
@@ -186,7 +186,7 @@ class PACE(KernelOptimizer):
                 del group[name]
 
     def _check_options(self, group: Group) -> None:
-        check_common_options(group, DEFINITIONS[self.OPERATOR].options)
+        check_common_options(group, DEFINITIONS[self._OPERATOR].options)
         check_average_options(group)
         check_switch("log_stats", group["log_stats"])
         check_format_options(group)
@@ -273,7 +273,7 @@ class PACE(KernelOptimizer):
             stats = torch.empty(len(PACE_STATS), dtype=dtype, device=device)
             self._new_stats.append((stats, work.axes))
         return partial(
-            of_c(work.backend.op(self.OPERATOR)),
+            of_c(work.backend.op(self._OPERATOR)),
             work.params,
             work.grads,
             *(states.get(name, states.get(f"{name}_codes", [])) for name in ("exp_avg", "exp_avg_sq", "ema")),

@@ -115,7 +115,7 @@ class Plan:
     def __init__(
         self, optimizer: Planning, works: list[Work], mask: tuple[bool, ...], rows: list[tuple[Any, ...]]
     ) -> None:
-        definition = DEFINITIONS[optimizer.OPERATOR]
+        definition = DEFINITIONS[optimizer._OPERATOR]
         self.options = [_Options(group) for group in optimizer.param_groups]
         self.all_params = params = [param for options in self.options for param in options.params]
         self.requires_grad = list(map(_requires_grad, params))

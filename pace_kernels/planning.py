@@ -71,7 +71,7 @@ def _end_stale(phase: str, info: dict[str, int]) -> None:
     if phase != "stop" or info["generation"] != 2:
         return
     for optimizer in list(WITH_PLANS.values()):
-        plans = optimizer.plans()
+        plans = optimizer._plans_held()
         with contextlib.suppress(AttributeError, KeyError):  # of groups or states that are being replaced
             if plans.next is not None and all(plan.is_of(optimizer) for plan in [plans.next, *plans.by_mask.values()]):
                 continue
@@ -96,13 +96,13 @@ def is_observed(optimizer: torch.optim.Optimizer) -> bool:
 class Planning(Launching):
     """An optimizer whose next step may take up what the last one was made of. Not for direct use."""
 
-    OPERATOR: ClassVar[str] = ""  # of the step; one without a definition makes no plans
+    _OPERATOR: ClassVar[str] = ""  # of the step; one without a definition makes no plans
     # Options that change neither which states there are nor which kernels run, as the operator calls them.
-    SCHEDULED: ClassVar[dict[str, tuple[str, ...]]] = {
+    _SCHEDULED: ClassVar[dict[str, tuple[str, ...]]] = {
         "lr": ("lr",), "weight_decay": ("weight_decay",), "betas": ("beta1", "beta2"),
     }  # fmt: skip
 
-    MOST_PLANS = 4  # one for each set of parameters that have gradients
+    _MOST_PLANS = 4  # one for each set of parameters that have gradients
     _plans: Plans
 
     @property
@@ -119,7 +119,7 @@ class Planning(Launching):
     def clip_coef(self) -> None:
         self._plans.clip_coef = None
 
-    def plans(self) -> Plans:
+    def _plans_held(self) -> Plans:
         return self._plans
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -230,7 +230,7 @@ class Planning(Launching):
         """The operator's names and values of options that were replaced; None where they need a closer look."""
         numbers: dict[str, float] = {}
         for name in names:
-            targets = self.SCHEDULED.get(name)
+            targets = self._SCHEDULED.get(name)
             if targets is None:
                 if name in self.defaults:
                     return None
@@ -253,13 +253,13 @@ class Planning(Launching):
         works = [work for work, _ in prepared]
         plans = self._plans
         plans.vain += 1
-        seldom = plans.vain > 2 * self.MOST_PLANS and plans.vain % 64 != 0  # something changes at each step
+        seldom = plans.vain > 2 * self._MOST_PLANS and plans.vain % 64 != 0  # something changes at each step
         if seldom or not self._can_plan(works):
             plans.end()
             return
         mask = tuple(param.grad is None for group in self.param_groups for param in group["params"])
         others = {key: plan for key, plan in plans.by_mask.items() if key != mask and plan.is_of(self)}
-        plans.by_mask = others if len(others) < self.MOST_PLANS else {}
+        plans.by_mask = others if len(others) < self._MOST_PLANS else {}
         try:
             plans.next = plans.by_mask[mask] = self._planned(works, mask)
             WITH_PLANS[id(self)] = self
@@ -280,7 +280,7 @@ class Planning(Launching):
             if is_sharded(work.owners[0]):
                 columns = [list(map(local, column)) for column in columns]
             states = dict(zip(names, columns, strict=True))
-            counts += chain.from_iterable(states[name] for name in ("step", *self.STATE_ROWS) if name in states)
+            counts += chain.from_iterable(states[name] for name in ("step", *self._STATE_ROWS) if name in states)
             rows.append((names, now, self._launch(work, states)))
         # A plan reads those of all parts before the first part moves its own.
         if len(set(map(Tensor.data_ptr, counts))) < len(counts):
@@ -288,7 +288,7 @@ class Planning(Launching):
         return Plan(self, works, mask, rows)
 
     def _can_plan(self, works: list[Work]) -> bool:
-        if not self.OPERATOR or not works or self._askew or self._dry:
+        if not self._OPERATOR or not works or self._askew or self._dry:
             return False
         if any(group["skip_nonfinite"] or group["swapped"] for group in self.param_groups):
             return False

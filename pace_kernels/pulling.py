@@ -46,7 +46,7 @@ class Pulling(Taking):
 
     _MARK = SWAPPED
 
-    def plans(self) -> Plans:
+    def _plans_held(self) -> Plans:
         return self._scratch.step_plans
 
     def _option(self, group: Group, name: str) -> Any:

@@ -100,8 +100,8 @@ def memory_of(optimizer: KernelOptimizer) -> Memory:
             elif param.requires_grad:
                 states = {"step": 4}
                 for name in names_of(formats, optimizer._state_tensors(group)):
-                    if name in optimizer.STATE_ROWS:
-                        states[name] = 8 * optimizer.STATE_ROWS[name]
+                    if name in optimizer._STATE_ROWS:
+                        states[name] = 8 * optimizer._STATE_ROWS[name]
                         continue
                     size = dtype_of(name, formats, param).itemsize
                     states[name] = here.numel() * size // (BLOCK if name.endswith("_scales") else 1)

@@ -85,11 +85,11 @@ class ScheduleFreeAdamW(KernelOptimizer):
     ...     loss = model(torch.ones(8, 4)).square().mean()
     """
 
-    OPERATOR = "schedule_free_step_"
-    STATE_TENSORS = ("exp_avg_sq", "z")
-    OWN_OPTION = "weight_lr_power"
-    MOVING = frozenset({"lr", *_COUNTED})
-    BOOKS = frozenset({*_COUNTED, "train_mode", "live_at"})
+    _OPERATOR = "schedule_free_step_"
+    _STATE_TENSORS = ("exp_avg_sq", "z")
+    _OWN_OPTION = "weight_lr_power"
+    _MOVING = frozenset({"lr", *_COUNTED})
+    _BOOKS = frozenset({*_COUNTED, "train_mode", "live_at"})
     _AVERAGE = "z"
 
     _turns: dict[int, tuple[Any, Any]]  # by id of a group: its schedule after the step that is taken, and c
@@ -148,10 +148,10 @@ class ScheduleFreeAdamW(KernelOptimizer):
                 check_number(name, group[name], "finite", math.isfinite)
 
     def _state_tensors(self, group: Group) -> tuple[str, ...]:
-        return self.STATE_TENSORS
+        return self._STATE_TENSORS
 
     def _required_states(self, group: Group) -> tuple[str, ...]:
-        return self.STATE_TENSORS
+        return self._STATE_TENSORS
 
     def _initial(self, name: str, param: Tensor, group: Group, state: Any = NO_STATE) -> Tensor:
         return super()._initial("ema" if name == "z" else name, param, group, state)
@@ -206,7 +206,7 @@ class ScheduleFreeAdamW(KernelOptimizer):
         else:
             now, schedule = {"lr": alpha, "count": float(t), "share": share}, None
         return partial(
-            of_c(work.backend.op(self.OPERATOR)),
+            of_c(work.backend.op(self._OPERATOR)),
             work.params,
             work.grads,
             states["exp_avg_sq"],
@@ -331,7 +331,7 @@ class ScheduleFreeAdamW(KernelOptimizer):
         only train_mode tells the mode then, and live weights belong to their k."""
         states, groups = dict(loaded.get("state") or {}), []
         for saved in self._checked_structure(loaded):
-            if self.OWN_OPTION in saved:
+            if self._OWN_OPTION in saved:
                 here = [key for key in saved["params"] if states.get(key)]
                 swapped = bool(here) and not saved["train_mode"]
                 stale = {"live"} if not swapped or saved.get("live_at") != saved["k"] else set()

@@ -168,7 +168,7 @@ def test_from_the_second_step_on_a_plan_takes_it(kind: type, capturable: bool) -
     on, steps = device(), 5
     ours = train(kind, on, torch.float32, steps=steps, capturable=capturable)
     assert_same_bits(ours, train(kind, None, torch.float32, steps=steps, capturable=capturable))
-    assert on.calls[kind.OPERATOR] == 1 and on.calls["plan_step_"] == steps - 1, on.calls
+    assert on.calls[kind._OPERATOR] == 1 and on.calls["plan_step_"] == steps - 1, on.calls
 
 
 def test_a_pullback_is_planned_too() -> None:

@@ -162,7 +162,7 @@ def test_refused(make: Make, options: dict[str, Any], message: str) -> None:
 DEFINED = [
     (kind, option)
     for kind in (PACE, MADA, ScheduleFreeAdamW)
-    for option in DEFINITIONS[kind.OPERATOR].options
+    for option in DEFINITIONS[kind._OPERATOR].options
     if option.name in inspect.signature(kind).parameters and (option.allowed or option.type == "bool")
 ]
 
