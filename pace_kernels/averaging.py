@@ -106,7 +106,6 @@ class Averaging(Whole, torch.optim.Optimizer):
         if self._swapped:
             raise RuntimeError(f"{what} while the averaged weights are swapped in: call optimizer.train() first")
 
-    @torch.no_grad()
     def eval(self, model: torch.nn.Module | None = None) -> None:
         """Puts the average in place of the weights, in groups with ``use_ema_eval``; a second call does nothing.
 
@@ -127,6 +126,7 @@ class Averaging(Whole, torch.optim.Optimizer):
         """
         self._eval(model, "eval()")
 
+    @torch.no_grad()
     def _eval(self, model: torch.nn.Module | None, what: str) -> None:
         self._require_whole(what)
         if self._swapped:
@@ -207,8 +207,7 @@ class Averaging(Whole, torch.optim.Optimizer):
         if not any(self._option(group, "use_ema_eval") for group in self.param_groups):
             say_once(f"averaged() of {type(self).__name__}: no group has use_ema_eval=True, so the weights stay live")
         try:
-            with torch.no_grad():
-                self._eval(model, "averaged()")
+            self._eval(model, "averaged()")
             yield
         finally:
             if not was_swapped:

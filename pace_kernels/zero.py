@@ -50,13 +50,12 @@ def averaged_on_all_ranks(zero: Any, model: torch.nn.Module) -> Iterator[None]:
     was_swapped = inner._swapped
     _together.add(id(inner))
     try:
-        with torch.no_grad():
-            inner._eval(model, "averaged()")
-            for rank, indices in enumerate(owned):
-                for i in indices:
-                    dist.broadcast(params[i].detach(), dist.get_global_rank(ranks, rank), group=ranks)
-            torch.autograd.graph.increment_version(others)
-            inner._forget_derived(model)
+        inner._eval(model, "averaged()")
+        for rank, indices in enumerate(owned):
+            for i in indices:
+                dist.broadcast(params[i].detach(), dist.get_global_rank(ranks, rank), group=ranks)
+        torch.autograd.graph.increment_version(others)
+        inner._forget_derived(model)
         left = [param._version for param in params]
         yield
         if left != [param._version for param in params]:
@@ -65,8 +64,7 @@ def averaged_on_all_ranks(zero: Any, model: torch.nn.Module) -> Iterator[None]:
             )
     finally:
         _together.discard(id(inner))
-        with torch.no_grad():
-            for param, value in zip(others, live, strict=True):
-                param.copy_(value)
-            if not was_swapped:
-                inner.train(model, keep="live")
+        for param, value in zip(others, live, strict=True):
+            param.detach().copy_(value)
+        if not was_swapped:
+            inner.train(model, keep="live")
