@@ -21,10 +21,16 @@ constexpr unsigned kWarp = 0xffffffffu;
 
 // ---- elements in registers ------------------------------------------------------------------------------------------
 
+// Where 8 elements lie, which are counted by eights: 32 bits suffice, and one instruction (part.h refuses more).
+template <int kBits>
+__device__ __forceinline__ uint64_t place(uint32_t vector) {
+  return static_cast<uint64_t>(vector) * kBits;
+}
+
 // 8 elements of kBits each, packed in words.
 template <int kBits>
-__device__ __forceinline__ void load_wide(uint32_t* words, const void* data, int64_t at) {
-  const char* const p = static_cast<const char*>(data) + at * (kBits / 8);
+__device__ __forceinline__ void load_wide(uint32_t* words, const void* data, uint32_t vector) {
+  const auto* const p = static_cast<const char*>(data) + place<kBits>(vector);
   __builtin_assume(__isGlobal(p));
   if constexpr (kBits == 8) {
     const uint2 part = *reinterpret_cast<const uint2*>(p);
@@ -43,8 +49,9 @@ using ElementOf = std::conditional_t<kBits == 8, uint8_t, std::conditional_t<kBi
 
 // The first `left` of them.
 template <int kBits>
-__device__ __forceinline__ void load_each(uint32_t* words, const void* data, int64_t at, int left) {
-  const auto* const p = static_cast<const ElementOf<kBits>*>(data) + at;
+__device__ __forceinline__ void load_each(uint32_t* words, const void* data, uint32_t vector, int left) {
+  const auto* const p =
+      reinterpret_cast<const ElementOf<kBits>*>(static_cast<const char*>(data) + place<kBits>(vector));
   __builtin_assume(__isGlobal(p));
   constexpr int kParts = 32 / kBits;
   uint32_t element[kEach];
@@ -57,11 +64,11 @@ __device__ __forceinline__ void load_each(uint32_t* words, const void* data, int
 }
 
 template <int kBits, bool kWide>
-__device__ __forceinline__ void load(uint32_t* words, const void* data, int64_t at, int left) {
+__device__ __forceinline__ void load(uint32_t* words, const void* data, uint32_t vector, int left) {
   if constexpr (kWide) {
-    load_wide<kBits>(words, data, at);
+    load_wide<kBits>(words, data, vector);
   } else {
-    load_each<kBits>(words, data, at, left);
+    load_each<kBits>(words, data, vector, left);
   }
 }
 
@@ -71,8 +78,8 @@ __device__ __forceinline__ uint32_t four(const uint32_t (&v)[kEach], int k) {
   constexpr unsigned kTwo = kByte << 4 | kByte | 4 << 4;
   return __byte_perm(__byte_perm(v[k], v[k + 1], kTwo), __byte_perm(v[k + 2], v[k + 3], kTwo), 0x5410);
 }
-__device__ __forceinline__ void store_bytes(void* data, int64_t at, uint2 v, bool wide, int left) {
-  auto* const p = static_cast<uint8_t*>(data) + at;
+__device__ __forceinline__ void store_bytes(void* data, uint32_t vector, uint2 v, bool wide, int left) {
+  auto* const p = static_cast<uint8_t*>(data) + place<8>(vector);
   __builtin_assume(__isGlobal(p));
   if (wide) {
     *reinterpret_cast<uint2*>(p) = v;
@@ -86,12 +93,12 @@ __device__ __forceinline__ void store_bytes(void* data, int64_t at, uint2 v, boo
 
 // Of each value the lowest kBits; or, of 16, the highest.
 template <int kBits, bool kHigh = false>
-__device__ __forceinline__ void store(void* data, int64_t at, const uint32_t (&v)[kEach], bool wide, int left) {
+__device__ __forceinline__ void store(void* data, uint32_t vector, const uint32_t (&v)[kEach], bool wide, int left) {
   if constexpr (kBits == 8) {
-    store_bytes(data, at, {four<0>(v, 0), four<0>(v, 4)}, wide, left);
+    store_bytes(data, vector, {four<0>(v, 0), four<0>(v, 4)}, wide, left);
     return;
   }
-  auto* const p = static_cast<ElementOf<kBits>*>(data) + at;
+  auto* const p = reinterpret_cast<ElementOf<kBits>*>(static_cast<char*>(data) + place<kBits>(vector));
   __builtin_assume(__isGlobal(p));
   if (!wide) {
 #pragma unroll
@@ -225,54 +232,56 @@ struct CodedRound {
 
   __device__ __forceinline__ Aligned aligned() const {
     const F f(launch.now);
-    const auto place = [&](const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) & (bytes == 1 ? 7 : 15); };
+    const auto beyond = [&](const void* p, int bytes) {
+      return reinterpret_cast<uintptr_t>(p) & (bytes == 1 ? 7 : 15);
+    };
     uintptr_t others = 0;
-    for (const int k : {D::kX, D::kM, D::kV, D::kE}) others |= place(address(k), bytes_of(format_at(launch.now, k)));
-    if (f.x == Format::kPair24 || f.x == Format::kPair32) others |= place(beside(D::kX), bytes_of_rest(f.x));
-    if (f.average && f.e == Format::kPair24) others |= place(beside(D::kE), 1);
-    return {place(address(D::kG), 2) == 0, others == 0};
+    for (const int k : {D::kX, D::kM, D::kV, D::kE}) others |= beyond(address(k), bytes_of(format_at(launch.now, k)));
+    if (f.x == Format::kPair24 || f.x == Format::kPair32) others |= beyond(beside(D::kX), bytes_of_rest(f.x));
+    if (f.average && f.e == Format::kPair24) others |= beyond(beside(D::kE), 1);
+    return {beyond(address(D::kG), 2) == 0, others == 0};
   }
 
   template <bool kWide>
-  static __device__ __forceinline__ void load_moment(Format format, uint32_t* words, const void* data, int64_t at,
+  static __device__ __forceinline__ void load_moment(Format format, uint32_t* words, const void* data, uint32_t vector,
                                                      int left) {
     if (format == Format::kFloat32) {
-      load<32, kWide>(words, data, at, left);
+      load<32, kWide>(words, data, vector, left);
     } else if (format == Format::kDithered16) {
-      load<16, kWide>(words, data, at, left);
+      load<16, kWide>(words, data, vector, left);
     } else {
-      load<8, kWide>(words, data, at, left);
+      load<8, kWide>(words, data, vector, left);
     }
   }
 
   template <bool kWide>
-  __device__ __forceinline__ void load_others(const F& f, Raw& r, int64_t at, int left) const {
+  __device__ __forceinline__ void load_others(const F& f, Raw& r, uint32_t vector, int left) const {
     if (f.x == Format::kFloat32) {
-      load<32, kWide>(r.x, address(D::kX), at, left);
+      load<32, kWide>(r.x, address(D::kX), vector, left);
     } else {
-      load<16, kWide>(r.x, address(D::kX), at, left);
+      load<16, kWide>(r.x, address(D::kX), vector, left);
     }
-    if (f.x == Format::kPair32) load<16, kWide>(r.rest, beside(D::kX), at, left);
-    if (f.x == Format::kPair24) load<8, kWide>(r.rest, beside(D::kX), at, left);
-    load_moment<kWide>(f.v, r.v, address(D::kV), at, left);
-    if (has(D::Flag::moment)) load_moment<kWide>(f.m, r.m, address(D::kM), at, left);
+    if (f.x == Format::kPair32) load<16, kWide>(r.rest, beside(D::kX), vector, left);
+    if (f.x == Format::kPair24) load<8, kWide>(r.rest, beside(D::kX), vector, left);
+    load_moment<kWide>(f.v, r.v, address(D::kV), vector, left);
+    if (has(D::Flag::moment)) load_moment<kWide>(f.m, r.m, address(D::kM), vector, left);
     if (!f.average || !(is_grid(f.e) || has(D::Flag::pull) || s.rule.moves != 0)) return;
-    if (f.e == Format::kFloat32) load<32, kWide>(r.e, address(D::kE), at, left);
-    if (f.e == Format::kGrid16 || f.e == Format::kPair24) load<16, kWide>(r.e, address(D::kE), at, left);
-    if (f.e == Format::kGrid8) load<8, kWide>(r.e, address(D::kE), at, left);
-    if (f.e == Format::kPair24) load<8, kWide>(r.e_rest, beside(D::kE), at, left);
+    if (f.e == Format::kFloat32) load<32, kWide>(r.e, address(D::kE), vector, left);
+    if (f.e == Format::kGrid16 || f.e == Format::kPair24) load<16, kWide>(r.e, address(D::kE), vector, left);
+    if (f.e == Format::kGrid8) load<8, kWide>(r.e, address(D::kE), vector, left);
+    if (f.e == Format::kPair24) load<8, kWide>(r.e_rest, beside(D::kE), vector, left);
   }
 
   template <bool kWide>
-  __device__ __forceinline__ void load_gradients(Raw& r, int64_t at, int left) const {
+  __device__ __forceinline__ void load_gradients(Raw& r, uint32_t vector, int left) const {
     if (format_at(launch.now, D::kG) == Format::kFloat32) {
-      load<32, kWide>(r.g, address(D::kG), at, left);
+      load<32, kWide>(r.g, address(D::kG), vector, left);
     } else {
-      load<16, kWide>(r.g, address(D::kG), at, left);
+      load<16, kWide>(r.g, address(D::kG), vector, left);
     }
   }
 
-  __device__ __forceinline__ void load_scales(const F& f, Raw& r, int64_t block) const {
+  __device__ __forceinline__ void load_scales(const F& f, Raw& r, uint32_t block) const {
     const auto scale = [&](int k) { return static_cast<int32_t>(beside<const uint8_t>(k)[block]); };
     if (f.v == Format::kSquare8) r.v_scale = scale(D::kV);
     if (f.m == Format::kMoment8 && has(D::Flag::moment)) r.m_scale = scale(D::kM);
@@ -345,11 +354,29 @@ struct CodedRound {
   // Where the average lies: grid + offset. One of its own has no offset: −0, which changes nothing.
   static __device__ __forceinline__ float2 average_of(const F& f, const Raw& r, int j, float grid) {
     if (f.e == Format::kFloat32) return {float_of(r.e[j]), -0.0f};
-    if (f.e == Format::kPair24) {
-      return {join(bfloat16_of(r.e, j), static_cast<int8_t>(byte_of(r.e_rest, j)) * 256), -0.0f};
-    }
+    if (f.e == Format::kPair24) return {float_of(r.e[j]), -0.0f};  // joined in place
     const int32_t code = f.e == Format::kGrid8 ? static_cast<int8_t>(byte_of(r.e, j)) : signed_half_of(r.e, j);
     return {grid, static_cast<float>(code) * power_of_two(larger(r.e_scale, 1))};
+  }
+
+  // Averages of 24 bits, joined in place.
+  static __device__ __forceinline__ void decode_pairs(Raw& r) {
+    uint32_t upper[kEach];
+    bool rare = false;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) upper[j] = bfloat16_of(r.e, j);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const float e = float_of(upper[j] + static_cast<uint32_t>(static_cast<int8_t>(byte_of(r.e_rest, j)) * 256));
+      r.e[j] = bits_of(e);
+      rare |= e != e;
+    }
+    if (!rare) return;
+    asm volatile("");
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      r.e[j] = bits_of(join(upper[j], static_cast<int8_t>(byte_of(r.e_rest, j)) * 256));
+    }
   }
 
   // Weights, and grids of averages beside them. What is rare is looked for in all 8 at once, and done again: a rest
@@ -386,17 +413,19 @@ struct CodedRound {
     }
   }
 
-  // The weights settled, and no code of a moment is a negative NaN's. A moment is NaN only where its weight is too.
-  static __device__ __forceinline__ void settle(const F& f, float (&x)[kEach], float (&m)[kEach]) {
+  // The weights and averages of their own settled, and no code of a moment is a negative NaN's. A moment is NaN only
+  // where its weight is too.
+  static __device__ __forceinline__ void settle(const F& f, float (&x)[kEach], float (&m)[kEach], float (&e)[kEach]) {
     bool rare = false;
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) rare |= x[j] != x[j];
+    for (int j = 0; j < kEach; ++j) rare |= x[j] != x[j] || (f.average && f.e == Format::kPair24 && e[j] != e[j]);
     if (!rare) return;
     asm volatile("");  // a branch: as choices these were 3 operations an element
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       x[j] = float_of(settled(x[j]));
       if (f.m == Format::kMoment8) m[j] = float_of(settled(m[j]));
+      if (f.average && f.e == Format::kPair24) e[j] = float_of(settled(e[j]));
     }
   }
 
@@ -423,14 +452,15 @@ struct CodedRound {
     return float_of(bits);
   }
 
-  // 8 elements, the first of which is `at` of the tensor and `place` of its block: decoded, stepped, encoded, stored. A
+  // The 8 elements of a vector, the first of which is number `place` of its block: decoded, stepped, encoded, stored. A
   // thread of which none is left takes part in the maxima alone: blocks are there or not as a whole.
-  __device__ __forceinline__ void run(const F& f, Raw& r, int64_t at, int place, bool wide, int left) const {
+  __device__ __forceinline__ void run(const F& f, Raw& r, uint32_t vector, int place, bool wide, int left) const {
     const bool pulls = has(D::Flag::pull), dithers = format_at(launch.now, D::kX) == Format::kDithered16;
     float x[kEach], m[kEach], v[kEach], back[kEach], grid[kEach], offset[kEach];
     uint32_t h[kEach], x_bits[kEach], e_bits[kEach];
     uint32_t m_most = 2 * kRankOfZero, v_most = m_most, e_most = m_most;
     decode_weights(f, r, x, grid);
+    if (f.average && f.e == Format::kPair24) decode_pairs(r);
     decode_gradients(r.g);
     decode_moments<MCode>(f.m, r.m, r.m_scale);
     decode_moments<VCode>(f.v, r.v, r.v_scale);
@@ -455,7 +485,7 @@ struct CodedRound {
       grid[j] = e.x, offset[j] = e.y;
       if (f.average && !is_grid(f.e)) grid[j] = averaged(average, step.x, s.rule.weight);
     }
-    settle(f, x, m);
+    settle(f, x, m, grid);
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       const float v_settled = settled_square(v[j]);
@@ -466,7 +496,7 @@ struct CodedRound {
       if (f.v == Format::kSquare8) v_most = larger(v_most, twice_rank_of(v[j]));
       if (f.average && !is_grid(f.e)) {
         const bool whole = f.e == Format::kFloat32;
-        e_bits[j] = whole ? bits_of(grid[j]) : rounded_bits<24>(settled(grid[j]), h[j] >> 24);
+        e_bits[j] = whole ? bits_of(grid[j]) : rounded_bits<24>(bits_of(grid[j]), h[j] >> 24);
       }
     }
     if (f.average && is_grid(f.e)) {
@@ -486,19 +516,19 @@ struct CodedRound {
     if (f.v == Format::kSquare8) v_rank = largest_of_block(v_most);
 
     const CodedRound to = anew();
-    to.store_weights(f, at, x_bits, wide, left);
-    to.template store_moments<VCode>(f.v, D::kV, at, v, h, v_rank, wide, left);
-    if (has(D::Flag::moment)) to.template store_moments<MCode>(f.m, D::kM, at, m, h, m_rank, wide, left);
+    to.store_weights(f, vector, x_bits, wide, left);
+    to.template store_moments<VCode>(f.v, D::kV, vector, v, h, v_rank, wide, left);
+    if (has(D::Flag::moment)) to.template store_moments<MCode>(f.m, D::kM, vector, m, h, m_rank, wide, left);
     if (!f.average) return;
     if (f.e == Format::kGrid8) {
-      to.template store_averages<8>(at, grid, offset, back, e_rank, place, wide, left);
+      to.template store_averages<8>(vector, grid, offset, back, e_rank, place, wide, left);
     } else if (f.e == Format::kGrid16) {
-      to.template store_averages<16>(at, grid, offset, back, e_rank, place, wide, left);
+      to.template store_averages<16>(vector, grid, offset, back, e_rank, place, wide, left);
     } else if (s.rule.moves != 0) {
       if (f.e == Format::kFloat32) {
-        store<32>(to.address(D::kE), at, e_bits, wide, left);
+        store<32>(to.address(D::kE), vector, e_bits, wide, left);
       } else {
-        to.store_pairs(Format::kPair24, D::kE, at, e_bits, wide, left);
+        to.store_pairs(Format::kPair24, D::kE, vector, e_bits, wide, left);
       }
     }
   }
@@ -508,49 +538,49 @@ struct CodedRound {
   }
 
   // As high_part with rest_of_32 and rest_of_24.
-  __device__ __forceinline__ void store_pairs(Format format, int k, int64_t at, const uint32_t (&bits)[kEach],
+  __device__ __forceinline__ void store_pairs(Format format, int k, uint32_t vector, const uint32_t (&bits)[kEach],
                                               bool wide, int left) const {
     uint32_t words[kEach];
 #pragma unroll
     for (int j = 0; j < kEach; ++j) words[j] = bits[j] + 0x8000u;
-    store<16, true>(address(k), at, words, wide, left);
-    if (format == Format::kPair32) return store<16>(beside(k), at, bits, wide, left);
+    store<16, true>(address(k), vector, words, wide, left);
+    if (format == Format::kPair32) return store<16>(beside(k), vector, bits, wide, left);
 #pragma unroll
     for (int j = 0; j < kEach; ++j) words[j] = bits[j] >> 8;
-    store<8>(beside(k), at, words, wide, left);
+    store<8>(beside(k), vector, words, wide, left);
   }
 
-  __device__ __forceinline__ void store_weights(const F& f, int64_t at, const uint32_t (&bits)[kEach], bool wide,
+  __device__ __forceinline__ void store_weights(const F& f, uint32_t vector, const uint32_t (&bits)[kEach], bool wide,
                                                 int left) const {
     if (f.x == Format::kPair32 || f.x == Format::kPair24) {
-      store_pairs(f.x, D::kX, at, bits, wide, left);
+      store_pairs(f.x, D::kX, vector, bits, wide, left);
     } else if (f.x == Format::kFloat32) {
-      store<32>(address(D::kX), at, bits, wide, left);
+      store<32>(address(D::kX), vector, bits, wide, left);
     } else if (f.x == Format::kFloat16) {
-      store<16>(address(D::kX), at, bits, wide, left);
+      store<16>(address(D::kX), vector, bits, wide, left);
     } else {
-      store<16, true>(address(D::kX), at, bits, wide, left);
+      store<16, true>(address(D::kX), vector, bits, wide, left);
     }
   }
 
   // The threads of a block have exchanged maxima of what they made of what they read: all have read its scale by now.
-  __device__ __forceinline__ void store_scale(int k, int64_t at, int32_t b, int left) const {
-    if (threadIdx.x % kSharing == 0 && left > 0) beside<uint8_t>(k)[at / kCodeBlock] = static_cast<uint8_t>(b);
+  __device__ __forceinline__ void store_scale(int k, uint32_t vector, int32_t b, int left) const {
+    if (threadIdx.x % kSharing == 0 && left > 0) beside<uint8_t>(k)[vector / kSharing] = static_cast<uint8_t>(b);
   }
 
   template <class Code>
-  __device__ __forceinline__ void store_moments(Format format, int k, int64_t at, const float (&a)[kEach],
+  __device__ __forceinline__ void store_moments(Format format, int k, uint32_t vector, const float (&a)[kEach],
                                                 const uint32_t (&h)[kEach], int32_t rank, bool wide, int left) const {
     constexpr int kShift = std::is_same_v<Code, MCode> ? 0 : 16;
     uint32_t words[kEach];
     if (format == Format::kFloat32) {
 #pragma unroll
       for (int j = 0; j < kEach; ++j) words[j] = bits_of(a[j]);
-      store<32>(address(k), at, words, wide, left);
+      store<32>(address(k), vector, words, wide, left);
     } else if (format == Format::kDithered16) {
 #pragma unroll
       for (int j = 0; j < kEach; ++j) words[j] = rounded_bits<16>(settled(a[j]), h[j] >> kShift);
-      store<16, true>(address(k), at, words, wide, left);
+      store<16, true>(address(k), vector, words, wide, left);
     } else {
       const int32_t b = Code::scale(rank);
       const uint32_t mask = in_register(std::is_same_v<Code, MCode> ? 0x7f800u : 0x7ff00u);
@@ -563,15 +593,15 @@ struct CodedRound {
         for (int j = 0; j < kEach; ++j) all[j] = bits_of(a[j]);
         packed.x |= four<3>(all, 0) & 0x80808080u, packed.y |= four<3>(all, 4) & 0x80808080u;
       }
-      store_bytes(address(k), at, packed, wide, left);
-      store_scale(k, at, b, left);
+      store_bytes(address(k), vector, packed, wide, left);
+      store_scale(k, vector, b, left);
     }
   }
 
   template <int kBits>
-  __device__ __forceinline__ void store_averages(int64_t at, const float (&grid)[kEach], const float (&offset)[kEach],
-                                                 const float (&back)[kEach], int32_t rank, int place, bool wide,
-                                                 int left) const {
+  __device__ __forceinline__ void store_averages(uint32_t vector, const float (&grid)[kEach],
+                                                 const float (&offset)[kEach], const float (&back)[kEach], int32_t rank,
+                                                 int place, bool wide, int left) const {
     using Code = GridCode<kBits>;
     const int32_t b = Code::scale(rank);
     uint32_t words[kEach];
@@ -586,37 +616,38 @@ struct CodedRound {
       const auto p = place_of(grid[j], offset[j], back[j]);
       words[j] = static_cast<uint32_t>(Code::store({p.grid, p.offset, p.increment}, back[j], b, u[j]));
     }
-    store<kBits>(address(D::kE), at, words, wide, left);
-    store_scale(D::kE, at, b, left);
+    store<kBits>(address(D::kE), vector, words, wide, left);
+    store_scale(D::kE, vector, b, left);
   }
 
   // A warp's elements [begin, end), at most 256.
   __device__ __forceinline__ void take(int64_t begin, int64_t end, const Aligned& aligned) const {
     const F f(launch.now);
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int64_t at = begin + lane * kEach;
+    const uint32_t vector = static_cast<uint32_t>(begin / kEach) + static_cast<uint32_t>(lane);
     const bool full = end - begin == kTile, wide = full && aligned.others;
-    const int left = full ? kEach : static_cast<int>(end - at);  // may be negative
+    const int left = full ? kEach : static_cast<int>(end - begin) - lane * kEach;  // may be negative
     Raw r;
     clear(f, r);
     if (wide) {
-      load_others<true>(f, r, at, kEach);
+      load_others<true>(f, r, vector, kEach);
     } else {
-      load_others<false>(f, r, at, left);
+      load_others<false>(f, r, vector, left);
     }
-    if (left > 0) load_scales(f, r, at / kCodeBlock);
+    if (left > 0) load_scales(f, r, vector / kSharing);
     if (full && aligned.gradients) {
-      load_gradients<true>(r, at, kEach);
+      load_gradients<true>(r, vector, kEach);
     } else {
-      load_gradients<false>(r, at, left);
+      load_gradients<false>(r, vector, left);
     }
     loads_end();
-    run(f, r, at, lane % kSharing * kEach, wide, left);
+    run(f, r, vector, lane % kSharing * kEach, wide, left);
   }
 };
 
 template <class F, bool kStats>
-__global__ void __launch_bounds__(kThreads, F::kAny ? 4 : 5) coded_kernel(const __grid_constant__ SweepLaunch launch) {
+__global__ void __launch_bounds__(kThreads, F::kAny ? (kStats ? 3 : 4) : 5)
+    coded_kernel(const __grid_constant__ SweepLaunch launch) {
   using Scalars = PaceRule::Scalars;
   using Sums = std::conditional_t<kStats, PaceThreadSums, NoSums>;
   if (skipped(launch.found_inf)) return;
