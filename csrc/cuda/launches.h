@@ -92,6 +92,8 @@ constexpr int kCodedCapacity = SweepLaunch::capacity(2 * kCodedBeside);
 PACE_RULE uint32_t coded_now(Formats formats, unsigned flags) {
   return static_cast<uint32_t>(formats) | flags << (4 * kCodedBeside);
 }
+// Its kernels count elements by eights, in 32 bits.
+constexpr int64_t kMostCoded = int64_t{1} << 35;
 PACE_RULE unsigned flags_of(uint32_t now) { return now >> (4 * kCodedBeside); }
 
 // ---- sums of blocks -------------------------------------------------------------------------------------------------

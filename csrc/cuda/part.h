@@ -199,6 +199,8 @@ class PartOf final : public PartOfCall<typename Rule::D> {
     check_operand(list.name, i, t, param, written, place_);
     const Format format = checked_format(call_, k, i, t, place_);
     SweepTensor& to = tensors_[i];
+    STD_TORCH_CHECK(!is_coded(format) || t.numel() <= kMostCoded, entry(list.name, i), " has ", t.numel(),
+                    " elements; in codes it must not have more than 2^35");
     to.formats = (to.formats & ~(Formats{15} << (4 * k))) | Formats{static_cast<uint8_t>(format)} << (4 * k);
     if (k == 0) {
       const Tensor order = copies_.dense(t, written);

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -152,12 +152,14 @@ def translated(parameters: bytes, operands: list[Operand]) -> bytes:
 @dataclass
 class Device:
     """Runs operators. ``rng`` shuffles the blocks of every launch; with ``warp_serial`` one warp runs at a time, up to
-    its next barrier. ``misalign`` puts every operand that many bytes behind a multiple of 256."""
+    its next barrier. ``misalign`` puts every array, or those named ``askew``, that many bytes behind a multiple of
+    256."""
 
     arch: str = build.ptx_archs()[0]
     rng: np.random.Generator | None = None
     warp_serial: bool = False
     misalign: int = 0
+    askew: Collection[str] = frozenset(ARRAYS)
     launches: list[str] = field(default_factory=list)  # names of kernels
     calls: Counter[str] = field(default_factory=Counter)  # of operators
     # Bytes moved, by (family of the kernel, name of the operand, "ld" or "st").
@@ -230,7 +232,10 @@ class Device:
             labels = [getattr(entry, "symbol", "row") for entry in definition.lists]
             names = [entry.list for entry in definition.lists]
             for name, label, length in zip(
-                [*names, "steps", *definition.beside], [*labels, "steps", *definition.beside], given["lengths"], strict=False
+                [*names, "steps", *definition.beside],
+                [*labels, "steps", *definition.beside],
+                given["lengths"],
+                strict=False,
             ):
                 if name in fresh:
                     continue
@@ -265,7 +270,8 @@ class Device:
         memory = Memory()
         operands = sorted([*self.operands, *self._workspaces()], key=lambda operand: operand.address)
         for operand in operands:
-            shift = self.misalign // operand.item * operand.item if operand.item else 0
+            is_askew = operand.item > 0 and operand.name in self.askew
+            shift = self.misalign // operand.item * operand.item if is_askew else 0
             contents = bytes_at(operand.address, operand.size)
             operand.there = memory.upload(contents, readonly=not operand.written, misalign=shift)
         names = {operand.there: operand.name for operand in operands}
