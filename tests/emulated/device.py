@@ -21,7 +21,7 @@ from ptx import Memory, run
 from torch import Tensor
 
 from emulated import build
-from pace_kernels.backend import Backend
+from pace_kernels.backend import Backend, backends
 from pace_kernels.definitions import DEFINITIONS
 
 GARBAGE = 0xA5  # what device.cpp fills memory with before anything is written to it
@@ -171,6 +171,7 @@ class Device:
     @contextmanager
     def in_place_of_the_cpu(self, plans: bool = True) -> Iterator[Device]:
         """Whatever the front-end asks of a backend, it gets from here."""
+        backends()  # rows are made before they are patched
         with (
             mock.patch.object(Backend, "name", property(lambda _: "cuda"), create=True),
             mock.patch.object(Backend, "op", lambda _, name: getattr(self, name)),

@@ -92,10 +92,8 @@ def usual_path(code: MachineCode) -> list[str]:
     """The instructions of a round on the way that most rounds take: with the most accesses of 16 and 8 bytes, without
     calls of functions, and otherwise the shortest. Instructions are 16 bytes."""
     lines = code.instructions
-    jumps = {
-        n: int(m[1], 16) // 16 for n, line in enumerate(lines) if (m := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", line))
-    }
-    jumps = {n: to for n, to in jumps.items() if "DIV" not in lines[n]}
+    branches = [(n, re.search(r"\bBRA\b(?!\.DIV).*?(0x[0-9a-f]+)", line)) for n, line in enumerate(lines)]
+    jumps = {n: int(match[1], 16) // 16 for n, match in branches if match}
     first = next(n for n, line in enumerate(lines) if re.search(r"\bLDG\.E\.(64|128)\b", line))
     begin, end = max(((to, n) for n, to in jumps.items() if to <= first <= n), key=lambda loop: loop[1] - loop[0])
     best: dict[int, tuple[int, int, int]] = {}  # by instruction: how much better it is from there on; the next one
@@ -125,8 +123,8 @@ def usual_path(code: MachineCode) -> list[str]:
     return path
 
 
-# What does not run on the pipe of integers and comparisons, by the beginnings of names: floating point and IMAD, memory,
-# functions, control, the uniform pipe.
+# What does not run on the pipe of integers and comparisons, by the beginnings of names: floating point and IMAD,
+# memory, functions, control, the uniform pipe.
 NOT_ALU = (
     *("FADD", "FMUL", "FFMA", "IMAD", "LD", "ST", "SHFL", "BAR", "MUFU", "I2F", "F2I", "FRND"),
     *("BRA", "BSSY", "BSYNC", "CALL", "RET", "EXIT", "NOP", "WARPSYNC", "U", "R2UR", "S2UR"),
