@@ -132,11 +132,6 @@ __device__ __forceinline__ uint32_t bfloat16_of(const uint32_t* words, int j) {
 
 // ---- the same bits as in ../codes.h, in fewer operations ------------------------------------------------------------
 
-// A mask that is in a register, since an instruction takes one constant and `dithered` has two.
-__device__ __forceinline__ uint32_t in_register(uint32_t mask) {
-  asm("" : "+r"(mask));
-  return mask;
-}
 // Without the sign, which is added to 4 codes at once.
 __device__ __forceinline__ uint32_t code_of(MCode, float m, int32_t b, uint32_t h, uint32_t mask) {
   return static_cast<uint32_t>(MCode::encode(fabsf(m), b, (h << 11 & mask) | 0x400u));
@@ -197,10 +192,14 @@ __device__ __forceinline__ int32_t largest_of_block(uint32_t twice_rank) {
   return static_cast<int32_t>(larger(twice_rank, __shfl_xor_sync(kWarp, twice_rank, 2)) >> 1);
 }
 
-// Which of the operands have accesses of 16 bytes, 8 of bytes: the gradients, all others.
-struct Aligned {
-  bool gradients, others;
-};
+// Which operands have accesses of 16 bytes, 8 of bytes.
+enum Aligned : unsigned { kNone = 0, kOthers = 1, kGradients = 2 };
+
+// What the compiler must not know, or else it keeps what follows from it for each place where that is asked.
+__device__ __forceinline__ unsigned opaque(unsigned a) {
+  asm volatile("" : "+r"(a));
+  return a;
+}
 
 template <class F, class Sums>
 struct CodedRound {
@@ -230,7 +229,7 @@ struct CodedRound {
   }
   __device__ __forceinline__ bool has(unsigned flag) const { return (flags_of(launch.now) & flag) != 0; }
 
-  __device__ __forceinline__ Aligned aligned() const {
+  __device__ __forceinline__ unsigned aligned() const {
     const F f(launch.now);
     const auto beyond = [&](const void* p, int bytes) {
       return reinterpret_cast<uintptr_t>(p) & (bytes == 1 ? 7 : 15);
@@ -239,7 +238,7 @@ struct CodedRound {
     for (const int k : {D::kX, D::kM, D::kV, D::kE}) others |= beyond(address(k), bytes_of(format_at(launch.now, k)));
     if (f.x == Format::kPair24 || f.x == Format::kPair32) others |= beyond(beside(D::kX), bytes_of_rest(f.x));
     if (f.average && f.e == Format::kPair24) others |= beyond(beside(D::kE), 1);
-    return {beyond(address(D::kG), 2) == 0, others == 0};
+    return (others == 0 ? kOthers : kNone) | (beyond(address(D::kG), 2) == 0 ? kGradients : kNone);
   }
 
   template <bool kWide>
@@ -583,7 +582,8 @@ struct CodedRound {
       store<16, true>(address(k), vector, words, wide, left);
     } else {
       const int32_t b = Code::scale(rank);
-      const uint32_t mask = in_register(std::is_same_v<Code, MCode> ? 0x7f800u : 0x7ff00u);
+      // That of `dithered`, in a register, since an instruction takes one constant: `now` has no bit 31.
+      const uint32_t mask = (std::is_same_v<Code, MCode> ? 0x7f800u : 0x7ff00u) | launch.now >> 31;
 #pragma unroll
       for (int j = 0; j < kEach; ++j) words[j] = code_of(Code(), a[j], b, h[j], mask);
       uint2 packed = {four<0>(words, 0), four<0>(words, 4)};
@@ -620,28 +620,28 @@ struct CodedRound {
     store_scale(D::kE, vector, b, left);
   }
 
-  // A warp's elements [begin, end), at most 256.
-  __device__ __forceinline__ void take(int64_t begin, int64_t end, const Aligned& aligned) const {
+  // A warp's 256 elements, of which `count` are left, from a vector on.
+  __device__ __forceinline__ void take(uint32_t first, int count, unsigned aligned) const {
     const F f(launch.now);
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const uint32_t vector = static_cast<uint32_t>(begin / kEach) + static_cast<uint32_t>(lane);
-    const bool full = end - begin == kTile, wide = full && aligned.others;
-    const int left = full ? kEach : static_cast<int>(end - begin) - lane * kEach;  // may be negative
+    const uint32_t vector = first + static_cast<uint32_t>(lane);
+    const int left = count - lane * kEach;  // of this thread: may be negative, or more than 8
+    const unsigned wide = opaque(count >= kTile ? aligned : kNone);
     Raw r;
     clear(f, r);
-    if (wide) {
+    if ((wide & kOthers) != 0) {
       load_others<true>(f, r, vector, kEach);
     } else {
       load_others<false>(f, r, vector, left);
     }
     if (left > 0) load_scales(f, r, vector / kSharing);
-    if (full && aligned.gradients) {
+    if ((wide & kGradients) != 0) {
       load_gradients<true>(r, vector, kEach);
     } else {
       load_gradients<false>(r, vector, left);
     }
     loads_end();
-    run(f, r, vector, lane % kSharing * kEach, wide, left);
+    run(f, r, vector, lane % kSharing * kEach, (wide & kOthers) != 0, left);
   }
 };
 
@@ -660,10 +660,11 @@ __global__ void __launch_bounds__(kThreads, F::kAny ? (kStats ? 3 : 4) : 5)
   __syncthreads();
   Sums sums;
   const CodedRound<F, Sums> round{launch, part.tensor, scalars, spread, sums};
-  const Aligned aligned = round.aligned();
+  const unsigned aligned = opaque(round.aligned());
+  const uint32_t first = static_cast<uint32_t>(part.begin / kEach);
 #pragma unroll 1
   for (int at = static_cast<int>(threadIdx.x) / 32 * kTile; at < part.count; at += kThreads / 32 * kTile) {
-    round.anew().take(part.begin + at, part.begin + (at + kTile < part.count ? at + kTile : part.count), aligned);
+    round.anew().take(first + static_cast<uint32_t>(at / kEach), part.count - at, aligned);
   }
   finish_stats(sums, scalars, launch.sums, part.count);
 }
