@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .backend import BackendName, choose
+from .backend import BackendName
 from .checks import Group, check_average_options, check_common_options, check_switch, check_torchs_options
 from .definitions import DEFINITIONS
 from .formats import CODED, OPTIONS, asked, beside, check_format_options
@@ -22,12 +22,10 @@ from .optimizer import KernelOptimizer
 from .options import make_plain
 from .plan import Plan
 from .planning import NO_ROLES
-from .sharding import Axes, gathered_rows, is_wrapper, local, on_host
+from .sharding import Axes, gathered_rows, on_host
 from .states import PLAIN, Work
 from .torch_rules.pace import PaceOptions, average_weight, merge_stats
 from .whole import Call
-
-_WITHOUT_CODES = ("cuda",)  # backends
 
 
 class PACE(KernelOptimizer):
@@ -199,9 +197,6 @@ class PACE(KernelOptimizer):
         """Why a parameter can't be stepped in the formats that the group asks for; None where it can."""
         if asked(group).weight and param.dtype not in (torch.bfloat16, torch.float32):
             return f"is {param.dtype}: master_weight_bits is for torch.bfloat16, in groups of their own"
-        backend = choose(self._backend_name, param.device, param.dtype, is_wrapper(local(param))).name
-        if backend in _WITHOUT_CODES:
-            return f'is stepped by the backend "{backend}", which has no compressed states: pass backend="torch"'
         return None
 
     def _states(self, work: Work) -> dict[str, list[Tensor]]:

@@ -104,7 +104,7 @@ class Call:
 
     def everything(self) -> list[Tensor]:
         lists = [self.params, *self.lists, self.steps, *(side for side in self.beside.values() if side)]
-        flat = (t.reshape(-1) for tensors in lists for t in tensors)
+        flat = (t.reshape(-1).contiguous() for tensors in lists for t in tensors)
         settled = (codes.settled(t.float()) if t.is_floating_point() else t for t in flat)
         return [t.view(torch.uint8) for t in settled]
 

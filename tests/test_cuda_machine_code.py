@@ -9,7 +9,7 @@ import re
 import pytest
 from emulated import build
 from emulated.build import machine_code
-from emulated.occupancy import Sweep, sweeps, table, warps
+from emulated.occupancy import Sweep, alu_operations, coded, sweeps, table, usual_path, warps
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
@@ -37,7 +37,9 @@ def test_every_instance_is_there(arch: str) -> None:
     assert names.count("Pace") == 5 * 12 and names.count("Mada") == 5 * 17
     assert names.count("Pullback") == 5 * 4 + 3 * 6  # with a second moment in 5 pairs of formats, without in 3 formats
     assert names.count("ScheduleFree") == 5
-    assert len(machine_code(arch)) == len(names) + 7  # scalars of four, sums of two, learning
+    of = [sweep.formats for _, sweep, _ in coded(arch)]
+    assert len(of) == 4 * 4 + 2 and of.count(None) == 2  # weights x averages; one for all formats, one with sums
+    assert len(machine_code(arch)) == len(names) + len(of) + 7  # scalars of four, sums of two, learning
 
 
 @pytest.mark.parametrize("arch", build.ARCHS)
@@ -54,6 +56,43 @@ def test_the_vector_path_moves_128_bits(arch: str) -> None:
         wide = [line for line in code.instructions if re.search(r"\b(LDG|STG)\.E\.128\b", line)]
         assert sum("LDG" in line for line in wide) == loads, name
         assert sum("STG" in line for line in wide) == stores, name
+
+
+# Accesses of 128 and of 64 bits that 8 elements take.
+CODED = {
+    **{"Float32": (2, 0), "BFloat16": (1, 0), "Pair32": (2, 0), "Pair24": (1, 1)},
+    **{"Grid8": (0, 1), "Grid16": (1, 0), None: (0, 0)},
+}
+
+
+@pytest.mark.parametrize("arch", build.ARCHS)
+def test_codes_are_moved_64_bits_at_a_time_and_all_else_128(arch: str) -> None:
+    for name, sweep, code in coded(arch):
+        if sweep.formats is None:
+            continue
+        x, e = (CODED[part] for part in sweep.formats)
+        for kind, gradients in (("LDG", 1 + 2), ("STG", 0)):  # of bfloat16, and of float32
+            of = [sum(f"{kind}.E.{bits}" in line for line in code.instructions) for bits in (128, 64)]
+            assert of == [x[0] + e[0] + gradients, x[1] + e[1] + 2], (name, kind)
+
+
+@pytest.mark.parametrize("arch", build.ARCHS)
+def test_enough_codes_are_under_way_before_the_first_use(arch: str) -> None:
+    for name, sweep, code in coded(arch):
+        if sweep.formats is None:
+            continue
+        path = build.MachineCode(tuple(line for line in usual_path(code) if not re.search(r"\bBRA\b", line)), 0, 0, 0)
+        bytes_ = under_way(path, True) + under_way(path, False) - 16  # of gradients in bfloat16
+        assert warps(arch, code) * 32 * bytes_ >= IN_FLIGHT, (name, bytes_)
+
+
+def test_an_h100_has_time_for_the_operations_of_codes() -> None:
+    """For 85 on the pipe of integers a parameter at its bandwidth (1.33 clocks of 64 lanes at 16.2 bytes)."""
+    for name, sweep, code in coded("90"):
+        if sweep.formats is not None:
+            path = usual_path(code)
+            gradients = 4  # to take bfloat16 apart, where the path has those in float32
+            assert (alu_operations(path) + gradients) / 8 <= 70, (name, alu_operations(path) / 8)
 
 
 # The memory of a multiprocessor of an H100 is busy with some 15 KB in flight (3.35 TB/s x 0.6 µs / 132); twice that.
@@ -111,6 +150,8 @@ def test_occupancy(arch: str) -> None:
     for name, sweep, code in sweeps(arch):
         least = 16 if sweep.definition.name != "Mada" else (8 if sweep.narrow else 12)
         assert warps(arch, code) >= least, (name, code.registers)
+    for name, of, code in coded(arch):
+        assert warps(arch, code) >= (20 if of.formats is not None else 12 if of.stats else 16), (name, code.registers)
 
 
 def test_the_readme_has_this_table() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from emulated import build
+from emulated.device import FORMATS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -84,6 +85,34 @@ def test_every_element_is_in_one_launch(tensors: list[tuple[int, str, int]], on_
     alive = {(x, None if on_device else t) for n, x, t in tensors if n > 0}
     assert len(alive) <= len(calls) <= len(kinds)
     assert sum(c["blocks"] for c in calls) == sum(blocks(n) for n, _, _ in tensors)
+
+
+def formats(*names: str) -> int:
+    """Of the operands x, g, m, v and e, as `Formats` in csrc/cuda/launches.h has them."""
+    return sum(FORMATS.index(name) << (4 * k) for k, name in enumerate(names))
+
+
+def test_codes_have_kernels_by_their_formats() -> None:
+    """One for weights and averages where moments have 8 bits; one for all others together, and for sums."""
+    frequent = formats("Pair32", "BFloat16", "Moment8", "Square8", "Grid8")
+    rare = [formats("Pair32", "BFloat16", "Dithered16", "Dithered16", "Grid8")]
+    rare += [formats("Float16", "Float16", "Moment8", "Square8", "Grid16")]
+    made = [tensor(8192, formats=f) for f in (frequent, *rare, formats(*["Float32"] * 5))] * 2
+    calls = plan(made)
+    assert sorted((c["kind"], c["known"], c["blocks"]) for c in calls) == sorted(
+        [("sweep", False, 4), ("coded", True, 4), ("coded", False, 4), ("coded", False, 4)]
+    )
+    known = next(c for c in calls if c["known"])
+    assert known["formats"][0] == "Pair32" and known["e"] == "Grid8"
+    summed = plan([tensor(8192, formats=frequent)], result=0x4000)
+    assert [(c["kind"], c["known"]) for c in summed] == [("coded", False), ("sum", False)]
+    dithered = plan([tensor(64, formats=formats("Dithered16", "BFloat16", "Moment8", "Square8", "Pair24"))])
+    assert [(c["formats"][0], c["e"], c["known"]) for c in dithered] == [("BFloat16", "Pair24", True)]
+
+
+def test_thousands_of_tensors_in_codes_are_few_launches() -> None:
+    frequent = formats("Pair32", "BFloat16", "Moment8", "Square8", "Grid8")
+    assert [c["blocks"] for c in plan([tensor(4096, formats=frequent)] * 700)] == [333, 333, 34]
 
 
 def test_step_counts_of_the_host_reach_the_device_by_value() -> None:

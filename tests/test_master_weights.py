@@ -330,16 +330,6 @@ def test_tied_memory() -> None:
     assert bool((one == 1).all()) and not twins.state
 
 
-def test_other_backends_are_refused() -> None:
-    from pace_kernels import pace
-    from pace_kernels.backend import Backend
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pace, "choose", lambda *_: Backend("cuda", True, None))
-        with pytest.raises(ValueError, match='is stepped by the backend "cuda", which has no compressed states'):
-            PACE([parameter()], master_weight_bits=32)
-
-
 def call() -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
     lists = [list(entry) for entry in operands()]
     lists[0], lists[1] = ([a.detach().bfloat16() for a in entry] for entry in lists[:2])

@@ -11,6 +11,9 @@ namespace pace {
 template <class Rule>
 const void* sweep_function(const KernelId& id);
 
+// The same of operands in codes, in pace_coded.cu.
+const void* coded_function(const KernelId& id);
+
 // Launches a kernel on a device's stream; null, or what went wrong.
 const char* launch_kernel(const KernelId& id, int64_t blocks, int threads, const void* parameters, int32_t device,
                           void* stream);

@@ -81,6 +81,21 @@ struct SweepLaunch {
 };
 static_assert(sizeof(SweepLaunch) <= kParameterBytes);
 
+// The formats of a tensor's operands, 4 bits each.
+using Formats = uint64_t;
+PACE_RULE Format format_at(Formats formats, int operand) { return static_cast<Format>(formats >> (4 * operand) & 15u); }
+
+// A sweep of operands in codes has a row for each operand, and behind these a row for what lies beside each, null where
+// that is nothing. `now` has their formats, and behind these the rule's flags.
+constexpr int kCodedBeside = PaceDefinition::kOperands;
+constexpr int kCodedCapacity = SweepLaunch::capacity(2 * kCodedBeside);
+PACE_RULE uint32_t coded_now(Formats formats, unsigned flags) {
+  return static_cast<uint32_t>(formats) | flags << (4 * kCodedBeside);
+}
+// Its kernels count elements by eights, in 32 bits.
+constexpr int64_t kMostCoded = int64_t{1} << 35;
+PACE_RULE unsigned flags_of(uint32_t now) { return now >> (4 * kCodedBeside); }
+
 // ---- sums of blocks -------------------------------------------------------------------------------------------------
 
 constexpr int kSumThreads = 128;
@@ -119,16 +134,19 @@ static_assert(sizeof(LearnLaunch) <= kParameterBytes);
 
 // ---- which kernel ---------------------------------------------------------------------------------------------------
 
-enum class KernelKind : int32_t { kScalars, kSweep, kSum, kLearn };
+enum class KernelKind : int32_t { kScalars, kSweep, kCoded, kSum, kLearn };
 enum class RuleName : int32_t { kPace, kMada, kPullback, kScheduleFree };
 
 // A sweep's instance: formats of weights and of what lies beside them in a format of its own, the gradients or the
-// pullback's second moment; and the rule's flags. Others have none of these.
+// pullback's second moment; and the rule's flags. A sweep of codes (coded.cuh): formats of weights and averages, and
+// whether it is compiled for these, or for all. Others have none of these.
 struct KernelId {
   KernelKind kind;
   RuleName rule;
   Format x = Format::kFloat32, g = Format::kFloat32;
   unsigned flags = 0;
+  Format e = Format::kFloat32;
+  bool known = false;
 };
 
 }  // namespace pace

@@ -115,13 +115,6 @@ class PartOf final : public PartOfCall<typename Rule::D> {
   PartOf(Call<D> call, const Place& place, int fresh)
       : PartOfCall<D>(std::move(call), place, fresh), place_(place), copies_(place) {
     const TensorList& params = call_.params();
-    for (int k = 0; k < D::kOperands; ++k) {
-      STD_TORCH_CHECK(call_.beside[static_cast<size_t>(k)].empty(), D::kLists[k].beside,
-                      " are read on the CPU alone, as yet: on CUDA there must be none");
-    }
-    if constexpr (D::kCodes) {
-      STD_TORCH_CHECK(!call_.options.stochastic_rounding, "stochastic_rounding is for the CPU alone, as yet");
-    }
     tensors_.resize(params.size());
     counts_.resize(params.size());
     for (size_t i = 0; i < params.size(); ++i) {
@@ -204,23 +197,36 @@ class PartOf final : public PartOfCall<typename Rule::D> {
     const bool written = is_written(call_, k);
     const Tensor& param = call_.params()[i];
     check_operand(list.name, i, t, param, written, place_);
-    const Format format = format_of(list.name, i, t, list.role == Role::state);
+    const Format format = checked_format(call_, k, i, t, place_);
     SweepTensor& to = tensors_[i];
+    STD_TORCH_CHECK(!is_coded(format) || t.numel() <= kMostCoded, entry(list.name, i), " has ", t.numel(),
+                    " elements; in codes it must not have more than 2^35");
+    to.formats = (to.formats & ~(Formats{15} << (4 * k))) | Formats{static_cast<uint8_t>(format)} << (4 * k);
     if (k == 0) {
       const Tensor order = copies_.dense(t, written);
       if (order.get() != t.get()) orders_.resize(tensors_.size()), orders_[i] = order;
       to.array[0] = order.data_ptr();
-      to.x = to.g = format;
+      to.x = to.g = plain_of(format);
+      add_beside(0, i, order, format);
       return;
     }
     const Tensor& order = i < orders_.size() && orders_[i] ? *orders_[i] : param;
     to.array[k] = copies_.in_order_of(order, t, written).data_ptr();
+    add_beside(k, i, order, format);
     STD_TORCH_CHECK(list.role != Role::copy || format == to.x, entry(list.name, i),
                     " must be of its parameter's dtype");
     if (list.role != Role::gradient && list.role != Role::moment) return;
     STD_TORCH_CHECK(format == to.x || format == Format::kFloat32, entry(list.name, i),
                     " must be of its parameter's dtype, or float32");
     to.g = format;
+  }
+
+  void add_beside(int k, size_t i, const Tensor& order, Format format) {
+    const TensorList& list = call_.beside[static_cast<size_t>(k)];
+    if (list.empty()) return;
+    // Those of blocks have another shape; their operands are contiguous.
+    const Tensor beside = in_blocks(format) ? list[i] : copies_.in_order_of(order, list[i], true);
+    tensors_[i].beside[k] = beside.data_ptr();
   }
 
   using PartOfCall<D>::call_;

@@ -23,6 +23,27 @@ unsigned in_play(unsigned flags, std::integer_sequence<unsigned, kFlags...>) {
   return masks[flags];
 }
 
+bool is_coded(Formats formats) {
+  bool coded = false;
+  for (; formats != 0; formats >>= 4) coded = coded || is_coded(format_at(formats, 0));
+  return coded;
+}
+
+// The sweep of operands in codes, some of which are. Most formats of weights and averages beside moments of 8 bits have
+// a kernel each; all others, and sums, have one together.
+KernelId coded_kernel(Formats formats, unsigned flags) {
+  using D = PaceDefinition;
+  const Format x = format_at(formats, D::kX), e = format_at(formats, D::kE);
+  const bool moment = (flags & D::Flag::moment) != 0, average = (flags & D::Flag::average) != 0;
+  KernelId id{KernelKind::kCoded, RuleName::kPace};
+  id.flags = flags;
+  id.known = (flags & D::Flag::stats) == 0 && x != Format::kFloat16 && format_at(formats, D::kV) == Format::kSquare8 &&
+             (!moment || format_at(formats, D::kM) == Format::kMoment8) && (!average || is_coded(e));
+  id.x = x == Format::kDithered16 ? Format::kBFloat16 : x;
+  id.e = average ? e : Format::kFloat32;
+  return id;
+}
+
 // The launches that add up `count` rows into the result: a level for each factor of kRowsPerBlock.
 template <class Rule>
 void add_sums(const typename Rule::Row* rows, int64_t count, int64_t learn, const StepRequest<Rule>& request,
@@ -52,7 +73,8 @@ void plan_step(const std::vector<SweepTensor>& tensors, const StepRequest<Rule>&
   std::vector<const SweepTensor*> order(tensors.size());
   std::transform(tensors.begin(), tensors.end(), order.begin(), [](const SweepTensor& t) { return &t; });
   const auto before = [](const SweepTensor* a, const SweepTensor* b) {
-    return std::make_tuple(a->x, a->g, a->steps_taken) < std::make_tuple(b->x, b->g, b->steps_taken);
+    return std::make_tuple(a->x, a->g, a->formats, a->steps_taken) <
+           std::make_tuple(b->x, b->g, b->formats, b->steps_taken);
   };
   if (!std::is_sorted(order.begin(), order.end(), before)) std::stable_sort(order.begin(), order.end(), before);
   const unsigned flags = Rule::flags(r.options, r.lists, r.result != nullptr);
@@ -93,18 +115,20 @@ void plan_step(const std::vector<SweepTensor>& tensors, const StepRequest<Rule>&
   for (int k = 0; k < D::kOperands; ++k) {
     if ((mask & bit(k)) != 0) arrays[array_count++] = k;
   }
-  const int capacity = SweepLaunch::capacity(array_count);
+  const int plain_capacity = SweepLaunch::capacity(array_count);
   SweepLaunch launch;  // not cleared: kernels read what is filled alone
   launch.found_inf = r.found_inf;
-  launch.now = Rule::now(r.options, r.lists);
   typename D::Options options = r.options;
   options.lr = r.lr.value;
   int64_t first_block = 0;
   for (size_t begin = 0, end = 0; begin < order.size(); begin = end) {
     const SweepTensor& first = *order[begin];
     const auto same = [&](const SweepTensor& t) {
-      return t.x == first.x && t.g == first.g && (on_device || t.steps_taken == first.steps_taken);
+      return t.x == first.x && t.g == first.g && t.formats == first.formats &&
+             (on_device || t.steps_taken == first.steps_taken);
     };
+    const bool coded = D::kCodes && is_coded(first.formats);
+    const int capacity = coded ? kCodedCapacity : plain_capacity;
     bool walks = true;
     if (!on_device) {
       const double t = first.steps_taken + 1.0;
@@ -122,13 +146,21 @@ void plan_step(const std::vector<SweepTensor>& tensors, const StepRequest<Rule>&
       uint64_t* slot = launch.slot + k;
       *slot = static_cast<uint64_t>(t.numel);
       *(slot += capacity) = static_cast<uint64_t>(blocks);
-      for (int a = 0; a < array_count; ++a) *(slot += capacity) = reinterpret_cast<uint64_t>(t.array[arrays[a]]);
+      const auto add = [&](const void* address) { *(slot += capacity) = reinterpret_cast<uint64_t>(address); };
+      if (coded) {
+        for (int a = 0; a < D::kOperands; ++a) add(t.array[a]);
+        for (int a = 0; a < D::kOperands; ++a) add(t.beside[a]);
+      } else {
+        for (int a = 0; a < array_count; ++a) add(t.array[arrays[a]]);
+      }
       blocks += more;
     }
     launch.tensors = k;
     launch.device_scalars = on_device ? scalars + begin : nullptr;
     launch.sums = sums ? rows + first_block : nullptr;
-    const KernelId id{KernelKind::kSweep, Rule::kName, first.x, first.g, flags};
+    launch.now = coded ? coded_now(first.formats, flags) : Rule::now(r.options, r.lists);
+    const KernelId id =
+        coded ? coded_kernel(first.formats, flags) : KernelId{KernelKind::kSweep, Rule::kName, first.x, first.g, flags};
     if (walks && blocks > 0) emit(id, blocks, kThreads, &launch, sizeof launch);
     first_block += blocks;
   }

@@ -21,6 +21,8 @@ using Workspace = std::function<void*(size_t bytes)>;
 struct SweepTensor {
   static constexpr int kOperands = 10;
   void* array[kOperands];
+  void* beside[kOperands];  // what lies beside operands in codes
+  Formats formats;
   Format x, g;  // as KernelId has them
   int64_t numel;
   StepAddress step;

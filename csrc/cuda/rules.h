@@ -26,6 +26,7 @@ struct PaceRule {
   struct Scalars {
     PaceScalars rule;
     PaceStatScalars stat;
+    Rounding rounding;
   };
   using Row = PaceRow;
   static constexpr RuleName kName = RuleName::kPace;
@@ -44,6 +45,7 @@ struct PaceRule {
   PACE_RULE void fill(Scalars& to, const PaceOptions& o, double t, float factor, const double*, double*) {
     to.rule = pace_scalars(o, t, factor);
     to.stat = pace_stat_scalars(o, t);
+    to.rounding = rounding_of(o, t);
   }
 };
 

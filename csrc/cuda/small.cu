@@ -99,6 +99,8 @@ static const void* function_of(const KernelId& id) {
       return (const void*)scalars_kernel<Rule>;
     case KernelKind::kSweep:
       return sweep_function<Rule>(id);
+    case KernelKind::kCoded:
+      return coded_function(id);
     case KernelKind::kSum:
       return (const void*)sum_kernel<typename Rule::Row>;
     case KernelKind::kLearn:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,19 +21,32 @@ from ptx import Memory, run
 from torch import Tensor
 
 from emulated import build
-from pace_kernels.backend import Backend
+from pace_kernels.backend import Backend, backends
 from pace_kernels.definitions import DEFINITIONS
 
 GARBAGE = 0xA5  # what device.cpp fills memory with before anything is written to it
 PLAN_OPS = ("plan_add_", "plan_learn_", "plan_before_", "plan_step_")
 OPS = (*DEFINITIONS, "mada_learn_", *PLAN_OPS)
-SYMBOLS = {operand.symbol for definition in DEFINITIONS.values() for operand in definition.operands}
+# Arrays, which may lie at any multiple of their elements: operands, and what lies beside them.
+ARRAYS = {operand.symbol for definition in DEFINITIONS.values() for operand in definition.operands}
+ARRAYS |= {name for definition in DEFINITIONS.values() for name in definition.beside}
 _NAMESPACE = torch.library.Library("pace_emulated", "DEF")
 for _name in OPS:
     _NAMESPACE.define(str(getattr(torch.ops.pace_kernels, _name).default._schema).removeprefix("pace_kernels::"))
 
 
 RULES = {op.removesuffix("_").removesuffix("_step"): op for op in DEFINITIONS}
+
+
+# In their order in csrc/storage.h.
+FORMATS = ("Float32", "BFloat16", "Float16", "Dithered16", "Pair24", "Pair32", "Moment8", "Square8", "Grid8", "Grid16")
+
+
+def coded_formats(x: str, e: str, flags: int) -> str:
+    """The formats that a kernel of codes is compiled for, as C++ demangles them."""
+    average = flags >> DEFINITIONS["pace_step_"].flags.index("average") & 1
+    numbers = [f"(pace::Format){FORMATS.index(name)}" for name in (x, e)]
+    return f"pace::Known<{numbers[0]},{'true' if average else 'false'},{numbers[1]}>"
 
 
 def kernel_name(call: dict[str, Any]) -> str:
@@ -44,6 +57,10 @@ def kernel_name(call: dict[str, Any]) -> str:
         of_role = {"weight": x, "copy": x, "gradient": g, "moment": g, "state": "pace::Float32"}
         formats = ",".join(of_role[operand.role] for operand in definition.operands)
         return f"pace::sweep_kernel<pace::{definition.name}<{call['flags']}u>,{formats}>"
+    if call["kind"] == "coded":
+        formats = coded_formats(call["formats"][0], call["e"], call["flags"]) if call["known"] else "pace::Any"
+        stats = call["flags"] >> definition.flags.index("stats") & 1
+        return f"pace::coded_kernel<{formats},{'true' if stats else 'false'}>"
     if call["kind"] == "sum":
         return f"pace::sum_kernel<pace::{'Mada' if call['rule'] == 'mada' else 'Pace'}Row>"
     if call["kind"] == "scalars":
@@ -52,16 +69,18 @@ def kernel_name(call: dict[str, Any]) -> str:
 
 
 _LAUNCH = ctypes.CFUNCTYPE(
-    ctypes.c_int, *[ctypes.c_char_p] * 4, ctypes.c_uint, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t
+    *(ctypes.c_int, *[ctypes.c_char_p] * 5, ctypes.c_int, ctypes.c_uint, ctypes.c_int64, ctypes.c_int),
+    *(ctypes.c_void_p, ctypes.c_size_t),
 )
 _running: list[Device] = []  # the device whose operator runs
 
 
 @_LAUNCH
 def _launch(*arguments: Any) -> int:
-    kind, rule, x, g = (text.decode() for text in arguments[:4])
-    flags, blocks, threads, parameters, size = arguments[4:]
-    call = {"kind": kind, "rule": rule, "formats": (x, g), "flags": flags, "blocks": blocks, "threads": threads}
+    kind, rule, x, g, e = (text.decode() for text in arguments[:5])
+    known, flags, blocks, threads, parameters, size = arguments[5:]
+    call = {"kind": kind, "rule": rule, "formats": (x, g), "e": e, "known": bool(known), "flags": flags}
+    call |= {"blocks": blocks, "threads": threads}
     try:
         _running[-1]._launched({**call, "parameters": ctypes.string_at(parameters, size)})
     except BaseException as error:  # which can't pass through C++
@@ -112,7 +131,7 @@ def _operand(name: str, tensor: Any, written: bool) -> Iterator[Operand]:
         return
     extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     if extent == tensor.numel():
-        item = tensor.element_size() if name in SYMBOLS else 0
+        item = tensor.element_size() if name in ARRAYS else 0
         yield Operand(name, tensor.data_ptr(), tensor.numel() * tensor.element_size(), written, item)
 
 
@@ -133,12 +152,14 @@ def translated(parameters: bytes, operands: list[Operand]) -> bytes:
 @dataclass
 class Device:
     """Runs operators. ``rng`` shuffles the blocks of every launch; with ``warp_serial`` one warp runs at a time, up to
-    its next barrier. ``misalign`` puts every operand that many bytes behind a multiple of 256."""
+    its next barrier. ``misalign`` puts every array, or those named ``askew``, that many bytes behind a multiple of
+    256."""
 
     arch: str = build.ptx_archs()[0]
     rng: np.random.Generator | None = None
     warp_serial: bool = False
     misalign: int = 0
+    askew: Collection[str] = frozenset(ARRAYS)
     launches: list[str] = field(default_factory=list)  # names of kernels
     calls: Counter[str] = field(default_factory=Counter)  # of operators
     # Bytes moved, by (family of the kernel, name of the operand, "ld" or "st").
@@ -150,6 +171,7 @@ class Device:
     @contextmanager
     def in_place_of_the_cpu(self, plans: bool = True) -> Iterator[Device]:
         """Whatever the front-end asks of a backend, it gets from here."""
+        backends()  # rows are made before they are patched
         with (
             mock.patch.object(Backend, "name", property(lambda _: "cuda"), create=True),
             mock.patch.object(Backend, "op", lambda _, name: getattr(self, name)),
@@ -208,10 +230,16 @@ class Device:
             definition = DEFINITIONS[given["rule"]]
             fresh = definition.lists_of("gradient")
             tensors = iter(given["tensors"])
-            for entry, length in zip([*definition.lists, None], given["lengths"], strict=True):
-                if entry is not None and entry.list in fresh:
+            labels = [getattr(entry, "symbol", "row") for entry in definition.lists]
+            names = [entry.list for entry in definition.lists]
+            for name, label, length in zip(
+                [*names, "steps", *definition.beside],
+                [*labels, "steps", *definition.beside],
+                given["lengths"],
+                strict=False,
+            ):
+                if name in fresh:
                     continue
-                label = "steps" if entry is None else getattr(entry, "symbol", "row")
                 for _ in range(length):
                     yield from _operand(label, next(tensors), True)
         for label in ("extras", "learned", "fresh"):
@@ -243,7 +271,8 @@ class Device:
         memory = Memory()
         operands = sorted([*self.operands, *self._workspaces()], key=lambda operand: operand.address)
         for operand in operands:
-            shift = self.misalign // operand.item * operand.item if operand.item else 0
+            is_askew = operand.item > 0 and operand.name in self.askew
+            shift = self.misalign // operand.item * operand.item if is_askew else 0
             contents = bytes_at(operand.address, operand.size)
             operand.there = memory.upload(contents, readonly=not operand.written, misalign=shift)
         names = {operand.there: operand.name for operand in operands}
@@ -251,7 +280,7 @@ class Device:
         parameters = [translated(call["parameters"], operands)]
         serial = self.rng if self.warp_serial else None
         done = run(text, entry, call["blocks"], call["threads"], parameters, memory, order=self.rng, warp_serial=serial)
-        family = call["rule"] if call["kind"] == "sweep" else f"{call['rule']}_{call['kind']}"
+        family = call["rule"] if call["kind"] in ("sweep", "coded") else f"{call['rule']}_{call['kind']}"
         for kind in ("ld", "st"):
             for address, count in done[f"{kind}_bytes_by_buffer"].items():
                 self.moved[family, names[address], kind] += count

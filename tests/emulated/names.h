@@ -6,7 +6,7 @@
 namespace pace {
 
 inline const char* name_of(KernelKind kind) {
-  static const char* const names[] = {"scalars", "sweep", "sum", "learn"};
+  static const char* const names[] = {"scalars", "sweep", "coded", "sum", "learn"};
   return names[static_cast<int>(kind)];
 }
 
@@ -16,7 +16,9 @@ inline const char* name_of(RuleName rule) {
 }
 
 inline const char* name_of(Format f) {
-  return f == Format::kFloat32 ? "Float32" : (f == Format::kBFloat16 ? "BFloat16" : "Float16");
+  static const char* const names[] = {"Float32", "BFloat16", "Float16", "Dithered16", "Pair24",
+                                      "Pair32",  "Moment8",  "Square8", "Grid8",      "Grid16"};
+  return names[static_cast<int>(f)];
 }
 
 }  // namespace pace

@@ -10,9 +10,11 @@ from pace_kernels.definitions.kit import Definition
 
 from . import build
 from .build import MachineCode
+from .device import FORMATS as FORMAT_NAMES
 from .device import kernel_name
 
 THREADS = 128  # of a block; csrc/cuda/launches.h
+CODED = r"pace::coded_kernel<pace::(Any|Known<\(pace::Format\)(\d+),(true|false),\(pace::Format\)(\d+)>),(true|false)>"
 SWEEP = r"pace::sweep_kernel<pace::(\w+)<(\d+)u>,(.*)>"
 # Of a multiprocessor: registers, threads, shared memory in KiB (CUDA C++ Programming Guide, compute capabilities).
 MULTIPROCESSOR = {
@@ -64,6 +66,74 @@ def sweeps(arch: str) -> list[tuple[str, Sweep, MachineCode]]:
             formats = [part.removeprefix("pace::") for part in match.group(3).split(",")]
             found.append((name, Sweep(definition, on, formats), code))
     return found
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A sweep of operands in codes: the formats that it is compiled for, None where it is for all."""
+
+    formats: tuple[str, str | None] | None  # of weights and averages
+    stats: bool
+
+
+def coded(arch: str) -> list[tuple[str, Coded, MachineCode]]:
+    found = []
+    for name, code in build.machine_code(arch).items():
+        if match := re.fullmatch(CODED, name):
+            of, x, average, e, stats = match.groups()
+            formats = (
+                None if of == "Any" else (FORMAT_NAMES[int(x)], FORMAT_NAMES[int(e)] if average == "true" else None)
+            )
+            found.append((name, Coded(formats, stats == "true"), code))
+    return found
+
+
+def usual_path(code: MachineCode) -> list[str]:
+    """The instructions of a round on the way that most rounds take: with the most accesses of 16 and 8 bytes, without
+    calls of functions, and otherwise the shortest. Instructions are 16 bytes."""
+    lines = code.instructions
+    branches = [(n, re.search(r"\bBRA\b(?!\.DIV).*?(0x[0-9a-f]+)", line)) for n, line in enumerate(lines)]
+    jumps = {n: int(match[1], 16) // 16 for n, match in branches if match}
+    first = next(n for n, line in enumerate(lines) if re.search(r"\bLDG\.E\.(64|128)\b", line))
+    begin, end = max(((to, n) for n, to in jumps.items() if to <= first <= n), key=lambda loop: loop[1] - loop[0])
+    best: dict[int, tuple[int, int, int]] = {}  # by instruction: how much better it is from there on; the next one
+
+    def worth(line: str) -> int:
+        if "CALL" in line:
+            return -1000
+        wide = re.search(r"\b(LDG|STG)\.E\.(64|128)\b", line)
+        return 10 if wide else -1 if re.search(r"\b(LDG|STG)\.", line) else 0
+
+    for n in range(end, begin - 1, -1):
+        line = lines[n]
+        always = re.match(r"(BRA|RET|EXIT)\b(?!.*\bU?P\d)", line) is not None
+        after = [best[to] for to in ([jumps[n]] if n in jumps else []) if n < to <= end and to in best]
+        ways = [(value, -length, to) for (value, length, _), to in zip(after, [jumps.get(n, 0)], strict=False)]
+        if not (always and n in jumps) and n + 1 in best:
+            ways.append((best[n + 1][0], -best[n + 1][1], n + 1))
+        if n == end:
+            ways = [(0, 0, -1)]
+        if ways:
+            value, length, to = max(ways)
+            best[n] = (value + worth(line), 1 - length, to)
+    path, n = [], begin
+    while n >= 0:
+        path.append(lines[n])
+        n = best[n][2]
+    return path
+
+
+# What does not run on the pipe of integers and comparisons, by the beginnings of names: floating point and IMAD,
+# memory, functions, control, the uniform pipe.
+NOT_ALU = (
+    *("FADD", "FMUL", "FFMA", "IMAD", "LD", "ST", "SHFL", "BAR", "MUFU", "I2F", "F2I", "FRND"),
+    *("BRA", "BSSY", "BSYNC", "CALL", "RET", "EXIT", "NOP", "WARPSYNC", "U", "R2UR", "S2UR"),
+)
+
+
+def alu_operations(path: list[str]) -> int:
+    names = [re.sub(r"^@!?U?P\w+ ", "", line) for line in path]
+    return sum(not name.startswith(NOT_ALU) for name in names)
 
 
 def table() -> list[str]:

@@ -58,6 +58,8 @@ pace::Emit append_to(py::list& calls) {
     call["kind"] = pace::name_of(id.kind);
     call["rule"] = pace::name_of(id.rule);
     call["formats"] = py::make_tuple(pace::name_of(id.x), pace::name_of(id.g));
+    call["e"] = pace::name_of(id.e);
+    call["known"] = id.known;
     call["flags"] = id.flags;
     call["blocks"] = blocks;
     call["threads"] = threads;
@@ -78,6 +80,7 @@ py::list plan_step(const py::list& tensors, const py::dict& options, const py::d
       t.array[k++] = address.is_none() ? nullptr : reinterpret_cast<void*>(address.cast<uintptr_t>());
     }
     t.x = format(value<std::string>(from, "x_format")), t.g = format(value<std::string>(from, "g_format"));
+    if (from.contains("formats")) t.formats = value<pace::Formats>(from, "formats");
     t.numel = value<int64_t>(from, "numel");
     t.step = {reinterpret_cast<uintptr_t>(pointer<void>(from, "step"))};
     t.steps_taken = value<double>(from, "steps_taken");

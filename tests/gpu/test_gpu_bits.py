@@ -17,7 +17,7 @@ from pace_bound import Bounded, Reference, U
 from pace_cases import gradients, weights
 from test_mada_hypergradients import LEARNING, terms
 
-from pace_kernels import MADA
+from pace_kernels import MADA, PACE
 from pace_kernels.ops import COEFFICIENTS
 
 STEPS = 12
@@ -43,6 +43,35 @@ def test_pace(case: str, dtype: torch.dtype, backend: str, scalars_one_unit_off:
         assert_same(
             contents(params, optimizer), contents(*train("PACE", on_gpu.reference(), CPU, dtype, STEPS, **options))
         )
+
+
+# Weights and states in codes, with gradients where DDP's buckets have them.
+CODES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "master 32": (torch.bfloat16, {"state_bits": 8, "master_weight_bits": 32}),
+    "master 24, averages of 16 bits": (torch.bfloat16, {"state_bits": 8, "ema_bits": 16, "master_weight_bits": 24}),
+    "dithered, averages of 24 bits": (torch.bfloat16, {"state_bits": 8, "ema_bits": 24, "stochastic_rounding": True}),
+    "float32": (torch.float32, {"state_bits": 8, "betas": (0.0, 0.99)}),
+    "16 bits": (torch.bfloat16, {"state_bits": 16, "ema_bits": 32, "log_stats": True}),
+}
+
+
+@pytest.mark.parametrize("askew", [False, True], ids=["aligned", "gradients askew"])
+@pytest.mark.parametrize("case", CODES)
+def test_codes(case: str, askew: bool) -> None:
+    dtype, options = CODES[case]
+    runs = []
+    for backend, device in ((need(on_gpu.BACKENDS[0]), DEVICE), (on_gpu.reference(), CPU)):
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((66, 64), (64,), (2, 32, 64), (1025, 512))
+        params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for s in shapes]
+        optimizer = PACE(params, lr=1e-2, backend=backend, **options)
+        for _ in range(STEPS):
+            for p in params:
+                grad = torch.zeros(p.numel() + askew, dtype=dtype, device=device)[int(askew) :].view(p.shape)
+                p.grad = grad.copy_(torch.randn(p.shape, generator=generator).to(dtype))
+            optimizer.step()
+        runs.append(contents(params, optimizer))
+    assert_same(*runs)
 
 
 def within_the_bound(params: list[Any], optimizer: Any, dtype: torch.dtype) -> None:
