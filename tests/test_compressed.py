@@ -488,8 +488,9 @@ def test_a_parameter_at_rest_gets_a_new_average() -> None:
 
 def test_parameters_over_one_memory_are_refused() -> None:
     one = torch.ones(64, 64)
-    for options in ({"ema_bits": 8}, {"ema_bits": 16}):
-        twins = PACE([nn.Parameter(one), nn.Parameter(one)], **options)
+    for options, in_groups in itertools.product(({"ema_bits": 8}, {"ema_bits": 16}), (False, True)):
+        params = [nn.Parameter(one), nn.Parameter(one)]
+        twins = PACE([{"params": [p]} for p in params] if in_groups else params, **options)
         with pytest.raises(RuntimeError, match="two parameters are one memory"):
             step(twins, 0)
         assert bool((one == 1).all()) and not twins.state
