@@ -17,6 +17,7 @@ from .formats import (
     AVERAGE,
     CODED,
     HASH,
+    MOMENTS,
     OPTIONS,
     PARTS,
     REMAINDER,
@@ -128,7 +129,8 @@ class Checkpoints(Averaging):
         saved = self.state_dict()
         params = [param for group in self.param_groups for param in group["params"]]
         for key, state in saved["state"].items():
-            if isinstance(key, int) and any(name in CODED for name in state):
+            narrow = any(name in MOMENTS and value.dtype == torch.bfloat16 for name, value in state.items())
+            if isinstance(key, int) and (narrow or any(name in CODED for name in state)):
                 self._check_unedited("float_state_dict()", params[key : key + 1])
                 saved["state"][key] = in_floats(state, params[key])
         for group in saved["param_groups"]:

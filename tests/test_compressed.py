@@ -291,6 +291,8 @@ def test_floats_for_torch_and_older_versions() -> None:
     assert saved["param_groups"][0]["format_version"] == 1 and OPTIONS.keys().isdisjoint(saved["param_groups"][0])
     assert set(saved["state"][0]) == {"step", "exp_avg", "exp_avg_sq", "ema"}
     assert saved["state"][0]["exp_avg"].dtype == torch.float32
+    halves = trained({"state_bits": 16, "ema_bits": 32})[1].float_state_dict()["state"][0]
+    assert {value.dtype for value in halves.values()} == {torch.float32}
     adamw = torch.optim.AdamW(model.parameters())
     adamw.load_state_dict(
         {**saved, "param_groups": [{**adamw.param_groups[0], "params": saved["param_groups"][0]["params"]}]}
