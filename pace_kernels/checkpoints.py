@@ -360,7 +360,7 @@ class Checkpoints(Averaging):
         step = checked_count(f"{name}: step", state.pop("step"), LAST_STEP)
         step = step.to(step_dtype(step.item()))
         if self._drops_averages and "ema_scales" in state:
-            state = {key: value for key, value in state.items() if key not in (*AVERAGE, HASH)}
+            state = {key: value for key, value in state.items() if key not in AVERAGE}
         check_parts(state, name, param)
         if not asked(group).weight and "ema_scales" not in state:  # codes beside a weight are beside its remainder too
             state.pop(REMAINDER, None)
@@ -401,3 +401,6 @@ class Checkpoints(Averaging):
             self.state.clear()
             self.state.update(self._incoming)
             self._dry = False
+        else:  # a copy, of the weights too
+            lying = [param for param, state in self.state.items() if is_beside(state) and HASH not in state]
+            self._note_left(lying)
