@@ -23,16 +23,17 @@ from . import derived, zero
 from .backend import say_once
 from .checks import Group, require
 from .conversions import average_in, encode_again, hash_of, state_in, weight_in
-from .formats import AVERAGES_BESIDE, CODED, HASH, REMAINDER
+from .formats import AVERAGES_BESIDE, CODED, HASH, REMAINDER, is_beside
 from .memory import check_whole, overlapping, region, share_memory
 from .sharding import is_sharded, local
 from .whole import Whole, at_once, each
 
 # The versions of a parameter, wrapper and local part.
 Version = tuple[int, int]
-# Of each parameter that train() put back: its version since, and the one before eval(), which has the same contents. By
-# it an optimizer that swapped before another one did knows its average again.
+# Of each parameter that train() put back: its version since, and those before eval(), of the last 8 swaps, which had
+# the same contents. By it an optimizer knows its weights and averages again after another one swapped them.
 _restored: Any = WeakTensorKeyDictionary()
+_SWAPS = 8
 
 
 @dataclass
@@ -54,7 +55,8 @@ class Averaging(Whole, torch.optim.Optimizer):
     # The versions of swapped weights before the swap, and as it left them: a later one was written by others.
     # One object for wrappers that copy attributes, such as Lightning's, and never part of a checkpoint.
     _versions: dict[Tensor, tuple[Version, Version]]
-    # The versions of weights beside which averages lie, as the last step or swap left them.
+    # The versions of weights beside which averages lie, as the last step or swap left them. A step notes its own before
+    # it begins, so weights may be one behind where a signal's handler comes in between.
     _left: Any = MappingProxyType({})
     # The key of a group that says whether its average is swapped in. Groups are shared with wrappers that pass for this
     # optimizer, such as Lightning's; an attribute set through one of them would stay there.
@@ -172,11 +174,14 @@ class Averaging(Whole, torch.optim.Optimizer):
         before = {param: was for param, (was, _) in self._versions.items()}
         kept = [(e, average_in(e.state, weight_in(e.state["live"], e.state))) for e in entries if id(e.param) in loaded]
         self._versions.clear()
-        self._swap_out(back, [*entries, *back], [group for group in self.param_groups if self._MARK in group])
+        lying = [entry.param for entry in back if is_beside(entry.state)]
+        self._swap_out(back, [*entries, *back], [group for group in self.param_groups if self._MARK in group], lying)
         for entry, average in kept:  # remainders, and codes of averages, were those of the weights of before
             encode_again(entry.param, entry.state, None, average)
-        self._note_left([entry.param for entry in entries if entry.param in self._left])
-        _restored.update({e.param: (_version(e.param), before[e.param]) for e in back if e.param in before})
+            self._note_left([entry.param] if is_beside(entry.state) else ())
+        for param in (entry.param for entry in back if entry.param in before):
+            was, (left, same) = before[param], _restored.get(param, (None, ()))
+            _restored[param] = (_version(param), (was, *(same if left == was else ()))[:_SWAPS])
         self._forget_derived(model)
 
     def _unwritten(self) -> list[tuple[Tensor, Tensor]]:
@@ -229,7 +234,7 @@ class Averaging(Whole, torch.optim.Optimizer):
             return False
         _, left = self._versions[param]
         now = _version(param)
-        return now != left and _restored.get(param) != (now, left)
+        return now != left and left not in _equal_since(param)
 
     def _check_swap(self, what: str, model: torch.nn.Module | None, entries: list[_Entry]) -> None:
         """Refuses what can't be swapped, before anything has changed."""
@@ -260,13 +265,17 @@ class Averaging(Whole, torch.optim.Optimizer):
             for entry in entries:  # in step order: of parameters over one memory the last has seen the steps of all
                 _write(entry.param, self._average_of(entry))
         except Exception:
-            self._swap_out(entries, entries, groups)
+            self._swap_out(entries, entries, groups, [e.param for e in entries if is_beside(e.state)])
             raise
 
-    def _swap_out(self, back: list[_Entry], entries: list[_Entry], groups: Sequence[Group]) -> None:
+    def _swap_out(
+        self, back: list[_Entry], entries: list[_Entry], groups: Sequence[Group], lying: Iterable[Tensor] = ()
+    ) -> None:
+        """``lying``: parameters beside which averages lie again then."""
         for entry in back:
             if "live" in entry.state:
                 _write(entry.param, entry.state["live"])
+        self._note_left(lying)
         self._set_marks(entries, None, groups)
 
     def _set_marks(self, entries: list[_Entry], copies: list[Tensor] | None, groups: Sequence[Group]) -> None:
@@ -279,17 +288,17 @@ class Averaging(Whole, torch.optim.Optimizer):
             lives = each(dict.__setitem__, states, repeat("live"), copies)
         at_once([lives, each(dict.__setitem__, groups, repeat(self._MARK), repeat(copies is not None))])
 
-    def _note_left(self, params: Iterable[Tensor]) -> None:
-        """Averages lie beside these weights as they are now."""
+    def _note_left(self, params: Iterable[Tensor], more: int = 0) -> None:
+        """Averages lie beside these weights as they are now, or will be after so many writes ``more``."""
         for param in params:
-            self._left[param] = version_of(local(param))
+            self._left[param] = version_of(local(param)) + more
 
     def _check_unedited(self, what: str, params: Iterable[Tensor], loaded: bool = True) -> None:
         """Raises RuntimeError where weights were written since averages were left beside them, which would go along;
         and, with ``loaded``, where averages of a checkpoint are beside other weights than they were."""
         for param in params:
             state = self.state.get(param, {})
-            if "live" in state:  # where the averages lie beside
+            if "live" in state or not is_beside(state):  # it lies beside the live ones
                 continue
             if loaded and HASH in state:
                 if int(state[HASH]) != hash_of(param):
@@ -299,9 +308,12 @@ class Averaging(Whole, torch.optim.Optimizer):
                         "with it; or load_state_dict(..., reset_average=True); or save with ema_bits=24, whose "
                         "averages stand alone"
                     )
+                self._note_left([param])
                 del state[HASH]
-            left = self._left.get(param)
-            if left is not None and version_of(local(param)) != left:
+            left, now = self._left.get(param), version_of(local(param))
+            if left is not None and not (
+                now in (left, left - 1) or any(same == left for _, same in _equal_since(param))
+            ):
                 raise RuntimeError(
                     f"{what}: a parameter of shape {tuple(param.shape)} was written since the last step, and it has an "
                     f"average of {AVERAGES_BESIDE}. Edit weights within `with optimizer.editing_weights():`, or "
@@ -327,16 +339,21 @@ class Averaging(Whole, torch.optim.Optimizer):
         ]
         with torch.no_grad():
             self._check_unedited("editing_weights()", [entry.param for entry in entries])
+            self._note_left([entry.param for entry in entries if is_beside(entry.state)])
             kept = [
-                (e, local(e.param).detach().clone(), average_in(e.state, weight_in(e.param, e.state))) for e in entries
+                (e, float(e.state["step"]), local(e.param).clone(), average_in(e.state, weight_in(e.param, e.state)))
+                for e in entries
             ]
         try:
             yield
         finally:
             with torch.no_grad():
-                for entry, before, average in kept:
-                    encode_again(entry.param, entry.state, before, average)
-            self._note_left([entry.param for entry in entries if entry.param in self._left])
+                for entry, count, before, average in kept:
+                    state = self.state.get(entry.param)
+                    if state is not entry.state or "live" in state or float(state["step"]) != count:
+                        continue  # it was loaded, is swapped, or took a step: that average is newer
+                    encode_again(entry.param, state, before, average)
+                    self._note_left([entry.param] if is_beside(state) else ())
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -394,6 +411,12 @@ def _with_others(params: list[Tensor], some: list[Tensor]) -> set[int]:
     known = set(map(id, some))
     groups = overlapping(params) if some else []
     return {id(param) for group in groups if not known.isdisjoint(map(id, group)) for param in group}
+
+
+def _equal_since(param: Tensor) -> tuple[Version, ...]:
+    """The versions that had the contents which the parameter has, as swaps in and out tell."""
+    now, same = _restored.get(param, (None, ()))
+    return same if now == _version(param) else ()
 
 
 def _version(param: Tensor) -> Version:

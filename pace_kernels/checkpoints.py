@@ -17,6 +17,7 @@ from .formats import (
     AVERAGE,
     CODED,
     HASH,
+    MOMENTS,
     OPTIONS,
     PARTS,
     REMAINDER,
@@ -128,7 +129,8 @@ class Checkpoints(Averaging):
         saved = self.state_dict()
         params = [param for group in self.param_groups for param in group["params"]]
         for key, state in saved["state"].items():
-            if isinstance(key, int) and any(name in CODED for name in state):
+            narrow = any(name in MOMENTS and value.dtype == torch.bfloat16 for name, value in state.items())
+            if isinstance(key, int) and (narrow or any(name in CODED for name in state)):
                 self._check_unedited("float_state_dict()", params[key : key + 1])
                 saved["state"][key] = in_floats(state, params[key])
         for group in saved["param_groups"]:
@@ -363,7 +365,7 @@ class Checkpoints(Averaging):
         step = checked_count(f"{name}: step", state.pop("step"), LAST_STEP)
         step = step.to(step_dtype(step.item()))
         if self._drops_averages and "ema_scales" in state:
-            state = {key: value for key, value in state.items() if key not in (*AVERAGE, HASH)}
+            state = {key: value for key, value in state.items() if key not in AVERAGE}
         check_parts(state, name, param)
         if not asked(group).weight and "ema_scales" not in state:  # codes beside a weight are beside its remainder too
             state.pop(REMAINDER, None)
@@ -404,3 +406,6 @@ class Checkpoints(Averaging):
             self.state.clear()
             self.state.update(self._incoming)
             self._dry = False
+        else:  # a copy, of the weights too
+            lying = [param for param, state in self.state.items() if is_beside(state) and HASH not in state]
+            self._note_left(lying)

@@ -129,14 +129,19 @@ def average_in(state: Mapping[str, Tensor], weight: Tensor) -> Tensor | None:
     return state_in("ema", state, weight) if "ema_scales" in state else None
 
 
+def _bits(a: Tensor) -> Tensor:
+    return a.view(torch.int32 if a.element_size() == 4 else torch.int16)
+
+
 def encode_again(param: Tensor, state: Mapping[str, Tensor], before: Tensor | None, average: Tensor | None) -> None:
     """After others wrote a parameter: elements that differ from ``before``, or without that all, have no remainder, and
     ``average``, if that lay beside it, lies beside what it holds now."""
-    if before is not None and torch.equal(before, local(param)):
+    written = None if before is None else _bits(before) != _bits(local(param).detach())  # a NaN is not equal to itself
+    if written is not None and not bool(written.any()):
         return
     if REMAINDER in state:
         rest = local(state[REMAINDER])
-        rest.zero_() if before is None else rest.masked_fill_(before != local(param), 0)
+        rest.zero_() if written is None else rest.masked_fill_(written, 0)
     if average is None:
         return
     formats = formats_in(state)
@@ -148,15 +153,20 @@ def encode_again(param: Tensor, state: Mapping[str, Tensor], before: Tensor | No
 
 
 def converted(state: Mapping[str, Tensor], param: Tensor, formats: Formats) -> dict[str, Tensor]:
-    """The states of a parameter in other formats: floats are rounded to the nearest, which each time gives the same."""
-    weight = weight_in(param, state)
-    there = {name: state_in(name, state, weight) for name in {whole_name(key) for key in state} & (PARTS.keys())}
+    """The states of a parameter in other formats: floats are rounded to the nearest, which each time gives the same.
+    What lies in its format stays: its codes may be others if they are made again."""
+    was = weight_in(param, state)
     new: dict[str, Tensor] = {}
     if formats.weight:
         new[REMAINDER] = _remainder(state.get(REMAINDER), param, formats)
     weight, plain = weight_in(param, new), formats._replace(weight=0)
-    for name, value in there.items():
-        for part, tensor in zip(names_of(plain, [name]), encoded(name, value, weight, formats), strict=True):
+    for name in [name for name in PARTS if any(whole_name(key) == name for key in state)]:
+        parts = names_of(plain, [name])
+        fits = all(part in state and state[part].dtype is dtype_of(part, formats, param) for part in parts)
+        if fits and ("ema_scales" not in parts or new.get(REMAINDER) is state.get(REMAINDER)):
+            new |= {part: state[part] for part in parts}
+            continue
+        for part, tensor in zip(parts, encoded(name, state_in(name, state, was), weight, formats), strict=True):
             new[part] = _filled(part, param, tensor)
     return new
 

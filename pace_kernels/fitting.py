@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from functools import partial
+from itertools import repeat
 from types import MappingProxyType
 from typing import Any
 
@@ -12,22 +14,12 @@ from torch import Tensor
 
 from .checks import Group
 from .conversions import as_coded, converted, new_state, weight_in
-from .formats import (
-    CODED,
-    MOMENTS,
-    PARTS,
-    REMAINDER,
-    dtype_of,
-    formats_in,
-    has_average,
-    is_beside,
-    names_of,
-    whole_name,
-)
+from .formats import CODED, MOMENTS, PARTS, REMAINDER, dtype_of, is_beside, names_of, whole_name
 from .memory import aligned, check_whole
 from .planning import Planning
 from .sharding import is_sharded, local, placed_alike
 from .states import PLAIN, Formats, Work, as_state, empty_state, exact_on, moved
+from .whole import at_once, each
 
 NO_STATE: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -96,20 +88,14 @@ class Fitting(Planning):
         these. It means the same afterwards."""
         if formats is PLAIN and not any(name in CODED for name in state):
             return
-        there = formats_in(state)
-        moments = any(whole_name(name) in MOMENTS for name in state)
-        if (
-            (there.state == formats.state or not moments)
-            and (there.ema == formats.ema or not has_average(state))
-            and (there.weight in (formats.weight, 0))  # one that is missing is new, as every other state
-        ):
-            return
-        if is_beside(state):
-            self._check_unedited("step()", (param,))
+        there = [name for name in state if name in CODED or name in PARTS]
+        wanted = names_of(formats, {whole_name(name) for name in there} & PARTS.keys())
+        if all(name in wanted and state[name].dtype is dtype_of(name, formats, param) for name in there):
+            return  # one that is missing is new, as every other state
+        self._check_unedited("step()", (param,))
         new = converted(state, param, formats)
-        for name in [name for name in state if name in CODED or whole_name(name) in PARTS]:
-            del state[name]
-        state.update(new)
+        at_once([each(dict.pop, repeat(state), there, repeat(None)), partial(dict.update, state, new)])  # type: ignore[arg-type]
+        self._note_left([param] if is_beside(state) else ())
 
     def _first(self, name: str, param: Tensor, work: Work, state: Mapping[str, Tensor]) -> Tensor:
         """A state at a parameter's first step; ``state`` has those before it."""

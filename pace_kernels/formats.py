@@ -33,7 +33,7 @@ PARTS = {
 }
 CODED = (*(part for parts in PARTS.values() for part in parts), REMAINDER)
 _WHOLE = {part: name for name, parts in PARTS.items() for part in parts}
-AVERAGE = ("ema", *PARTS["ema"])
+AVERAGE = ("ema", *PARTS["ema"], HASH)
 EMA_DTYPES = {24: torch.bfloat16, 16: torch.int16, 8: torch.int8}
 
 

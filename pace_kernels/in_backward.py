@@ -135,6 +135,11 @@ class _InBackward(PACE):
                     "step_in_backward() on several ranks needs parameters that fully_shard has sharded: the gradients "
                     "of others are averaged after they were used"
                 )
+            if param.grad is None:
+                raise RuntimeError(
+                    "another hook, as that of another optimizer of step_in_backward() over this model, has freed a "
+                    "gradient before it was used: drop that optimizer"
+                )
             self._waiting[param] = None
             bucket = self._bucket[param]
             self._missing[bucket] -= 1
@@ -143,15 +148,17 @@ class _InBackward(PACE):
 
     def _take(self, params: list[Tensor]) -> None:
         """Steps these of the waiting parameters, and frees their gradients."""
-        apart = [(p, p.grad) for p in self._waiting if self._bucket[p] != self._bucket[params[0]]]
+        here = set(map(id, params))
+        # Others of their buckets, those that wait for step(), and gradients that were there before backward().
+        apart = [(p, grad) for p in self._bucket if id(p) not in here and (grad := p.grad) is not None]
         for param, _ in apart:
             param.grad = None
         try:
-            self._note_norm(params)
             super().step(clip_coef=self._coefficient())
         finally:
             for param, grad in apart:
                 param.grad = grad
+        self._note_norm(params)
         self._left_stats += self._step_stats
         for param in params:
             param.grad = None
@@ -172,6 +179,7 @@ class _InBackward(PACE):
             return None
         return (self._max_norm / (self._norm + 1e-6)).clamp(max=1.0)
 
+    @torch.optim.Optimizer.profile_hook_step  # the class was exchanged after torch had looked at its step
     def step(self, closure: Callable[[], Any] | None = None, *, clip_coef: Tensor | float | None = None) -> Any:
         """Steps what ``backward()`` has left, and ends the iteration. See :func:`step_in_backward`."""
         if closure is not None or clip_coef is not None:
@@ -182,10 +190,10 @@ class _InBackward(PACE):
         with self._lock:
             rest = [p for p in self._bucket if p.grad is not None]
             if rest:
-                self._note_norm(rest)
                 super().step(clip_coef=self._coefficient())
+                self._note_norm(rest)
                 self._left_stats += self._step_stats
-                for param in self._waiting:
+                for param in rest:
                     param.grad = None
             self._step_stats = self._left_stats
             if self._squares:
@@ -195,9 +203,12 @@ class _InBackward(PACE):
                 self._squares = []
             self._end()
 
+    step.hooked = True  # type: ignore[attr-defined]  # or torch would put hooks around it once more after a load
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops gradients that wait for others of their bucket, too: ends an iteration whose ``backward()`` failed."""
         super().zero_grad(set_to_none)
+        self._squares = []
         self._end()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

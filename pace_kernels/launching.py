@@ -134,7 +134,6 @@ class Launching(Checkpoints):
                 raise
             self._run(works)
             return
-        self._note_left(owner for work in works if work.formats.on_grid for owner in work.owners)
         self._plan_next(prepared)
 
     def _plan_next(self, prepared: Prepared) -> None:
@@ -168,9 +167,11 @@ class Launching(Checkpoints):
         then = self._changes(prepared)
         copies = any(work.copies for work in works)
         if not copies and all(map(_is_of_c, calls)) and all(map(_is_of_c, then)):
+            self._note_left(self._lying(works), 1)
             for work in works:  # before: a handler in between must not find new weights of an old version
                 _new_version(work)
             self._at_once(calls, then)
+            self._note_left(self._lying(works))  # once more: views of one tensor count their writes together
             return
         written = [t for work, states in prepared for t in chain(work.params, *states.values())]
         with self._under_way(written):
@@ -186,6 +187,11 @@ class Launching(Checkpoints):
                     _new_version(work)
             for call in then:
                 call()
+            self._note_left(self._lying(works))
+
+    def _lying(self, works: list[Work]) -> list[Tensor]:
+        """The parameters beside which averages lie."""
+        return [p for work in works if work.formats.on_grid and self._keeps_average(work.group) for p in work.owners]
 
     def _changes(self, prepared: Prepared) -> list[Call]:
         """What the step changes beside what the operators write."""

@@ -21,7 +21,7 @@ from torch.optim.optimizer import ParamsT
 from .backend import choose, requested
 from .checks import Group, check_lr, check_number, overlaps_itself, require
 from .fitting import Fitting
-from .formats import REMAINDER, asked, formats_of, whole_name
+from .formats import HASH, REMAINDER, asked, formats_of, whole_name
 from .memory import check_whole
 from .options import Record, check_given, check_spelling, make_plain, shown
 from .planning import Plans, is_observed
@@ -174,6 +174,8 @@ class KernelOptimizer(Fitting):
         """A state that its option was turned off for would be stale when the option comes back: it starts anew then."""
         used = {*self._state_tensors(group), REMAINDER}
         unused = {name for name in (*self._STATE_TENSORS, *self._STATE_ROWS) if whole_name(name) not in used}
+        if "ema" in unused:
+            unused.add(HASH)
         for param in group["params"]:
             for name in unused & self.state.get(param, {}).keys():
                 del self.state[param][name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from .checks import Group, check_average_options, check_common_options, check_sw
 from .definitions import DEFINITIONS
 from .formats import CODED, OPTIONS, asked, beside, check_format_options
 from .launching import Prepared, of_c
+from .memory import region
 from .ops import PACE_STATS
 from .optimizer import KernelOptimizer
 from .options import make_plain
@@ -26,6 +28,13 @@ from .sharding import Axes, gathered_rows, on_host
 from .states import PLAIN, Work
 from .torch_rules.pace import PaceOptions, average_weight, merge_stats
 from .whole import Call
+
+
+def _are_twins(works: list[Work]) -> bool:
+    """Whether a parameter with a remainder, or with an average beside it, is one memory with another parameter."""
+    found = [(region(p), w.formats.weight or w.formats.on_grid) for w in works for p in w.params]
+    count = Counter(where for where, _ in found if where is not None)
+    return any(coded and count[where] > 1 for where, coded in found if where is not None)
 
 
 class PACE(KernelOptimizer):
@@ -208,7 +217,7 @@ class PACE(KernelOptimizer):
 
     def _separated(self, works: list[Work]) -> list[Work]:
         parts = super()._separated(works)
-        if len(parts) > len(works) and any(work.formats.weight or work.formats.on_grid for work in works):
+        if parts is not works and _are_twins(works):
             raise RuntimeError(
                 "two parameters are one memory, and each would have a remainder or codes of its own beside it: with "
                 "master_weight_bits, or ema_bits of 8 or 16, tie them as one parameter"

@@ -122,8 +122,9 @@ class Plan:
         self.owners = [owner for work in works for owner in work.owners]
         self.params = [param for work in works for param in work.params]
         # Parameters beside which averages lie, and their local parts.
-        self.beside = [owner for work in works if work.formats.on_grid for owner in work.owners]
-        self.lie = [param for work in works if work.formats.on_grid for param in work.params]
+        lying = [work for work in works if work.formats.on_grid and optimizer._keeps_average(work.group)]
+        self.beside = [owner for work in lying for owner in work.owners]
+        self.lie = [param for work in lying for param in work.params]
         self.sharded = any(map(is_sharded, self.owners))
         self.placed = list(map(_placed, self.owners)) if self.sharded else []
         self.mask = mask

@@ -170,6 +170,9 @@ class Planning(Launching):
         if scaling:
             scaling = {name: moved(value, plan.device) for name, value in scaling.items()}
         # Before: a handler in between must not find new weights of an old version.
+        ahead = [version_of(param) + 1 for param in plan.lie]
+        if ahead:
+            self._left.update(zip(plan.beside, ahead, strict=True))
         _increment_version(plan.params)
         if plan.sharded:
             _increment_version(plan.owners)
@@ -192,8 +195,8 @@ class Planning(Launching):
                 self._record(kept.group).forget(other)
             kept.keep(names)
         self._taken_by(plan)
-        if plan.beside:
-            self._left.update(zip(plan.beside, map(version_of, plan.lie), strict=True))
+        if (now := list(map(version_of, plan.lie))) != ahead:  # views of one tensor count their writes together
+            self._left.update(zip(plan.beside, now, strict=True))
         if turned and plan.after is not None:
             following, plan.after = plan.after, None
             following.after = plan

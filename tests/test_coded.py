@@ -121,6 +121,15 @@ def test_torch_and_the_kernels_have_the_same_bits(case: tuple[str, int, int | No
             assert torch.equal(a, b), step
 
 
+@pytest.mark.parametrize("count", (2**24, 2**24 + 2, 2**32 + 1, 2**40 + 3))
+def test_steps_beyond_what_float32_counts(count: int) -> None:
+    ours, theirs = Call("24", 8, 16), Call("24", 8, 16)
+    for call, function in ((ours, NATIVE), (theirs, torch_rules.pace_step_)):
+        call.steps = [torch.tensor(count, dtype=torch.float64) for _ in call.steps]
+        call.take(function, call.gradients(0), ema_update_freq=3)
+    assert all(map(torch.equal, ours.everything(), theirs.everything()))
+
+
 # ---- instruction sets, threads, machine code -------------------------------------------------------------------------
 
 

@@ -291,6 +291,8 @@ def test_floats_for_torch_and_older_versions() -> None:
     assert saved["param_groups"][0]["format_version"] == 1 and OPTIONS.keys().isdisjoint(saved["param_groups"][0])
     assert set(saved["state"][0]) == {"step", "exp_avg", "exp_avg_sq", "ema"}
     assert saved["state"][0]["exp_avg"].dtype == torch.float32
+    halves = trained({"state_bits": 16, "ema_bits": 32})[1].float_state_dict()["state"][0]
+    assert {value.dtype for value in halves.values()} == {torch.float32}
     adamw = torch.optim.AdamW(model.parameters())
     adamw.load_state_dict(
         {**saved, "param_groups": [{**adamw.param_groups[0], "params": saved["param_groups"][0]["params"]}]}
@@ -418,6 +420,147 @@ def test_averages_of_other_weights_are_refused(use: str) -> None:
     assert "ema_codes" in second.state[other[0].weight]
 
 
+def resumed(model: nn.Module, optimizer: PACE) -> tuple[nn.Module, PACE]:
+    other = copy.deepcopy(model)
+    second = PACE(other.parameters(), lr=1e-2, **PACKED)
+    second.load_state_dict(through_a_file(optimizer.state_dict()))
+    return other, second
+
+
+def read_first(use: Any) -> Any:
+    def found(model: nn.Module, optimizer: PACE) -> tuple[nn.Module, PACE]:
+        other, second = resumed(model, optimizer)
+        use(other, second)
+        return other, second
+
+    return found
+
+
+def edited(model: nn.Module, optimizer: PACE) -> None:
+    with optimizer.editing_weights(), torch.no_grad():
+        model[0].weight.mul_(0.5)
+
+
+def saved_swapped(model: nn.Module, optimizer: PACE) -> tuple[nn.Module, PACE]:
+    optimizer.eval()
+    found = resumed(model, optimizer)
+    found[1].train()
+    return found
+
+
+BEGINNINGS: dict[str, Any] = {
+    "loaded, then averaged()": read_first(lambda model, optimizer: (optimizer.eval(), optimizer.train())),
+    "loaded, then ema_state_dict()": read_first(ema_state_dict),
+    "loaded, then editing_weights()": read_first(edited),
+    "loaded, of a swapped one": saved_swapped,
+    "deepcopy": lambda *pair: copy.deepcopy(pair),
+    "pickle": lambda *pair: pickle.loads(pickle.dumps(pair)),
+}
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+def test_weights_edited_before_the_first_step_are_noticed(beginning: str) -> None:
+    model, optimizer = BEGINNINGS[beginning](*trained(PACKED))
+    with torch.no_grad():
+        model[0].weight.mul_(0.5)
+    with pytest.raises(RuntimeError, match="was written since the last step"):
+        step(optimizer, 9)
+
+
+def without_average(model: nn.Module, optimizer: PACE) -> None:
+    optimizer.param_groups[0].update(lambda_pullback=0.0, use_ema_eval=False)
+    step(optimizer, 5)
+
+
+def apart(model: nn.Module, optimizer: PACE) -> None:
+    optimizer.param_groups[0].update(ema_bits=24)
+    step(optimizer, 5)
+
+
+def at_rest(model: nn.Module, optimizer: PACE) -> None:
+    model[0].requires_grad_(False)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param) if param.requires_grad else None
+    optimizer.step()
+
+
+@pytest.mark.parametrize("is_loaded", (False, True))
+@pytest.mark.parametrize("drop", (without_average, apart, at_rest))
+def test_weights_without_an_average_beside_them_may_be_edited(drop: Any, is_loaded: bool) -> None:
+    """Also once averages come back, which begin then."""
+    model, optimizer = trained(PACKED)
+    if is_loaded:
+        model, optimizer = resumed(model, optimizer)
+    drop(model, optimizer)
+    options = {"lambda_pullback": 0.15, "use_ema_eval": True, "ema_bits": 8}
+    for back in ({}, options):
+        with torch.no_grad():
+            model[0].weight.mul_(0.5)
+        if back:
+            model[0].requires_grad_(True)
+            optimizer.param_groups[0].update(back)
+        step(optimizer, 6)
+        assert ("ema_scales" in optimizer.state[model[0].weight]) == bool(back) and optimizer.state_dict()
+
+
+def test_other_optimizers_may_swap_in_between() -> None:
+    model, optimizer = trained(PACKED)
+    other = PACE(model.parameters(), lr=0.0, weight_decay=0.0)
+    with optimizer.editing_weights():
+        step(other, 0)
+    for _ in range(3):
+        with other.averaged(model):
+            pass
+        step(optimizer, 7)
+        for _ in range(2):
+            with other.averaged(model):
+                pass
+            with optimizer.averaged(model), other.averaged(model):
+                pass
+    step(optimizer, 7)
+
+
+def test_editing_weights_around_a_step_or_around_nothing() -> None:
+    model, optimizer = trained(PACKED)
+    step(optimizer, 3)
+    for param in model.parameters():
+        param.grad.view(-1)[0] = torch.nan
+    optimizer.step()
+    before = bits(optimizer)
+    with optimizer.editing_weights():
+        pass
+    assert bits(optimizer) == before  # NaN is not equal to itself
+    model, optimizer = trained(PACKED)
+    with optimizer.editing_weights():
+        step(optimizer, 3)
+    assert bits(optimizer) == bits(trained(PACKED, 4)[1])
+
+
+def test_views_of_one_tensor_count_their_writes_together() -> None:
+    flat = torch.randn(3, 64, 64)
+    params = [nn.Parameter(part) for part in flat]
+    optimizer = PACE([{"params": params[:2]}, {"params": params[2:]}], ema_bits=8)
+    for t in range(4):
+        step(optimizer, t)
+        optimizer.state_dict()
+
+
+def test_what_lies_in_its_format_is_not_made_again() -> None:
+    model, optimizer = trained({"state_bits": 8, "ema_bits": 24, "master_weight_bits": 32}, 5)
+    param = model[0].weight
+    before = dict(optimizer.state[param])
+    after = converted(before, param, Formats(8, 8, 32))
+    assert all(after[name] is before[name] for name in before if name.startswith("exp_avg") or name == "remainder")
+    mixed = {**before, "exp_avg_sq": in_floats(before, param)["exp_avg_sq"]}  # m in codes, v not
+    del mixed["exp_avg_sq_codes"], mixed["exp_avg_sq_scales"]
+    optimizer.state[param] = mixed
+    optimizer.param_groups[0]["lr"] = 0.0
+    v = mixed["exp_avg_sq"].clone()
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert torch.allclose(in_floats(optimizer.state[param], param)["exp_avg_sq"], v, rtol=0.1)
+
+
 def test_evaluations_between_steps() -> None:
     model, optimizer = trained(PACKED)
     _, twin = trained(PACKED)
@@ -488,12 +631,15 @@ def test_a_parameter_at_rest_gets_a_new_average() -> None:
 
 def test_parameters_over_one_memory_are_refused() -> None:
     one = torch.ones(64, 64)
-    for options in ({"ema_bits": 8}, {"ema_bits": 16}):
-        twins = PACE([nn.Parameter(one), nn.Parameter(one)], **options)
+    for options, in_groups in itertools.product(({"ema_bits": 8}, {"ema_bits": 16}), (False, True)):
+        params = [nn.Parameter(one), nn.Parameter(one)]
+        twins = PACE([{"params": [p]} for p in params] if in_groups else params, **options)
         with pytest.raises(RuntimeError, match="two parameters are one memory"):
             step(twins, 0)
         assert bool((one == 1).all()) and not twins.state
     step(PACE([nn.Parameter(one), nn.Parameter(one)], state_bits=8, ema_bits=24), 0)
+    groups = [{"params": [nn.Parameter(one), nn.Parameter(one)]}, {"params": [nn.Parameter(one + 1)], "ema_bits": 8}]
+    step(PACE(groups), 0)
 
 
 def test_compiled_steps_and_capturable() -> None:

@@ -106,6 +106,61 @@ def test_accumulation_is_refused_and_zero_grad_ends_an_iteration() -> None:
     optimizer.step()
 
 
+def counts(optimizer: PACE) -> list[float]:
+    return [optimizer.state[p]["step"].item() for group in optimizer.param_groups for p in group["params"]]
+
+
+def test_gradients_of_before_and_of_parameters_unfrozen_later_step_once() -> None:
+    model = net()
+    model[5].requires_grad_(False)
+    model(X).square().mean().backward()
+    optimizer = step_in_backward(model, factory, bucket_bytes=1)
+    model[5].requires_grad_(True)
+    for t in range(1, 3):
+        model(X).square().mean().backward()
+        optimizer.step()
+        assert counts(optimizer) == [t] * 12 and all(p.grad is None for p in model.parameters())
+
+
+def test_a_failed_iteration_leaves_no_norm() -> None:
+    model, other = net(), net()
+    first, second = (step_in_backward(m, factory, max_norm=1.0, bucket_bytes=1) for m in (model, other))
+    for m, optimizer in ((model, first), (other, second)):
+        m(X).square().mean().backward()
+        optimizer.step()
+    with pytest.raises(ZeroDivisionError):
+        handle = model[0].weight.register_hook(lambda _: 1 / 0)
+        model(X).square().mean().backward()
+    handle.remove()
+    first.zero_grad()
+    norms = []
+    for m, optimizer in ((model, first), (other, second)):
+        m.load_state_dict(net().state_dict())
+        optimizer.load_state_dict(factory(net().parameters()).state_dict())
+        m(X).square().mean().backward()
+        optimizer.step()
+        norms.append(optimizer._norm)
+    assert torch.equal(*norms)
+
+
+def test_two_optimizers_over_a_model_are_refused() -> None:
+    model = net()
+    optimizers = [step_in_backward(model, factory) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="has freed a gradient before it was used"):
+        model(X).square().mean().backward()
+    assert not optimizers[1].state
+
+
+def test_hooks_of_steps_run_once_an_iteration() -> None:
+    model, calls = net(), []
+    optimizer = step_in_backward(model, factory, bucket_bytes=1)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    model(X).square().mean().backward()
+    optimizer.step()
+    assert calls == ["before", "after"]
+
+
 class _Scaler:
     """Sets what torch.amp.GradScaler sets."""
 

@@ -89,6 +89,7 @@ def test_at_once_makes_all_calls_in_order() -> None:
 
 KINDS: dict[str, Any] = {
     "PACE": lambda groups, **k: PACE(groups, lr=0.1, log_stats=True, **k),
+    "PACE in codes": lambda groups, **k: PACE(groups, lr=0.1, state_bits=8, **k),
     "PACE that skips": lambda groups, **k: PACE(groups, lr=0.1, skip_nonfinite=True, **k),
     "MADA": lambda groups, **k: MADA(groups, lr=0.1, hyper_warmup=0, use_ema_eval=True, **k),
     "a set for each group": lambda groups, **k: MADA(groups, lr=0.1, hyper_warmup=0, coefficients="group", **k),
@@ -104,7 +105,8 @@ def built(kind: str, layout: str, backend: str | None) -> tuple[torch.nn.Module,
     model = torch.nn.Module()
     groups = []
     for g, dtypes in enumerate(DTYPES[layout]):
-        params = [torch.nn.Parameter(torch.randn(3, 2).to(dtype)) for dtype in dtypes]
+        shape = (128, 32) if "codes" in kind else (3, 2)
+        params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for dtype in dtypes]
         groups.append({"params": params})
         for i, param in enumerate(params):
             model.register_parameter(f"p{g}{i}", param)
@@ -239,7 +241,7 @@ def test_who_saves_at_any_line_of_a_step_has_a_whole_state(kind: str, layout: st
 
 
 @pytest.mark.parametrize("backend", [None, "torch"])
-@pytest.mark.parametrize("kind", ["PACE", "MADA", "schedule-free"])
+@pytest.mark.parametrize("kind", ["PACE", "PACE in codes", "MADA", "schedule-free"])
 @pytest.mark.slow
 def test_an_exception_at_any_line_of_a_step_leaves_a_whole_state_or_says_so(kind: str, backend: str | None) -> None:
     layout = "two groups, mixed" if backend is None else "one group"

@@ -69,7 +69,7 @@ class Stored:
 
     def write(self, keep: Keep, was: Floats, new: Stepped, s: Any, t: Scalar, update_freq: Scalar) -> None:
         """``s`` has the average's ``weight`` and ``moves``, ``t`` is this step, ``update_freq`` how often it moves."""
-        count = torch.as_tensor(t, device=self.x.device)
+        count = t if isinstance(t, Tensor) else torch.tensor(int(t), device=self.x.device)  # float32 counts to 2^24
         h = codes.dither(new.x, new.v, codes.dither_key(count)) if self._is_dithered() else None
         place = self._place(was.x) if self._on_grid() else None  # before the weight is written
         back = self._write_weight(keep, new.x, h)
