@@ -121,7 +121,7 @@ def mada(kept: dict[str, Any], path: Path) -> str:
 def storage(kept: dict[str, Any], path: Path) -> str:
     import storage as experiment
 
-    image = path.with_suffix(".png")
+    image = path.with_suffix(".webp")
     experiment.draw(kept, image)
     return f"{experiment.render(kept)}\n\n{picture(image, 'losses of averages and of whole optimizers in formats')}"
 

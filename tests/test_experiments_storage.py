@@ -67,11 +67,11 @@ def test_float32_with_master_weights_is_float32_for_the_same_gradients(storage: 
 def test_weights_that_part_are_noticed(storage: ModuleType) -> None:
     training = storage.Beside(storage.QUICK.averages()[0])
     training.step(1.0)
-    training.losses()
+    training.measure()
     with torch.no_grad():
         next(training.model.parameters()).add_(1e-6)
     with pytest.raises(RuntimeError, match="beside which grid, 16 bits lies are no longer the same"):
-        training.losses()
+        training.measure()
 
 
 def test_formats_of_others(storage: ModuleType) -> None:
@@ -122,9 +122,20 @@ def test_bands(storage: ModuleType) -> None:
 def invented(storage: ModuleType, spec: dict[str, Any]) -> dict[str, Any]:
     noise = 1e-4 * (-1) ** spec["seed"]
     if spec["task"] == "averages":
-        off = {"grid, 8 bits": 0.001, "bfloat16, nearest": 1.0, "int8 difference, nearest": 0.00205}
+        off = {
+            "24 bits, dithered": -0.003,
+            "grid, 8 bits": 0.001,
+            "bfloat16, nearest": 1.0,
+            "int8 difference, nearest": 0.00205,
+        }
         names = [storage.REFERENCE, *storage.OURS, *storage.OTHERS]
-        return {"steps": [800, 1600, 2400], "losses": {n: [2.5 + (1 + noise) * off.get(n, 0.0)] * 3 for n in names}}
+        losses = {n: [2.5 + (1 + noise) * off.get(n, 0.0)] * 3 for n in names}
+        return {
+            "steps": [800, 1600, 2400],
+            "loss": losses,
+            "ahead": {n: [0.25] * 3 for n in names},
+            "off": {n: [0.5] * 3 for n in names},
+        }
     if spec["task"] == "whole":
         bits = spec["options"].get("state_bits", 32)
         return {"average": 2.5 + (0.01 if bits == 8 else 0.0) + noise * (bits % 3), "live": 2.4, "bytes": 7.0}
@@ -139,11 +150,14 @@ def test_sentences_follow_the_numbers(storage: ModuleType, tmp_path: Path, monke
     assert (
         "| grid, 16 bits | 2.03 | +0.00000 ± 0.00000 |" in said and "| grid, 8 bits | 1.03 | +0.0010 ± 0.0000 |" in said
     )
-    assert "Of the formats of others bfloat16, nearest is the farthest off after 2,400 steps: +1.0000 ± 0.0001." in said
+    assert "Of the formats of others bfloat16, nearest differs most in loss at the end: +1.0000 ± 0.0001." in said
+    assert "24 bits, dithered: beyond the band with -0.0030 ± 0.0000 at 800 steps and -0.0030 ± 0.0000 at 1,600" in said
+    assert "ahead of the float32 average by +25.00 % and +25.00 % and +25.00 % of the way" in said
+    assert "grid, 8 bits: beyond" not in said
     (line,) = [line for line in said.splitlines() if line.startswith("| int8 difference, nearest")]
-    assert line.endswith("| **outside** |")
+    assert line.endswith("| **outside** | 25.00 | 50.00 |")
     (line,) = [line for line in said.splitlines() if line.startswith("| master 24, states 8")]
-    assert "**a loss**" in line and line.endswith("| 0.0101 |")
+    assert "**a loss**" in line and line.endswith("| +0.0101 |")
     (line,) = [line for line in said.splitlines() if line.startswith("| master 32, states 16")]
     assert "no loss to be seen" in line
     assert "| 8, 0.999 | fallen | 1.00 ± 0.07 | 0.50 ± 0.10 |" in said
