@@ -337,7 +337,7 @@ SECTIONS = (
     Section("Whole training steps", "throughput-*.json", "python bench/throughput.py --out bench/results", throughput),
     Section("PACE at small scale", "pace.json", "python research/pace.py --out bench/results", pace),
     Section("MADA at small scale", "mada.json", "python research/mada.py --out bench/results", mada),
-    Section("Compressed states", "storage.json", "python research/storage.py --out bench/results", storage),
+    Section("Quality of compressed states", "storage.json", "python research/storage.py --out bench/results", storage),
     Section("The demo", "demo.json", "make demo; cp out/results.json bench/results/demo.json", demo),
     Section("Adam at the wrong end", "convex.json", "python research/convex.py --out bench/results", convex),
     Section("What the theory says", "theory.json", "python research/theory.py --out bench/results", theory),

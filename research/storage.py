@@ -516,7 +516,9 @@ def table_of_rates(kept: Mapping[str, Any], size: Size) -> str:
     return (
         "**What is noisy or slow**: the rate of a coordinate, 1 / sqrt(v) over float32's for the same gradients, by "
         "the size of its gradients over those of the loudest of its block; mean ± standard deviation over coordinates. "
-        "*Fallen*: after all but the loudest have fallen to a tenth.\n\n"
+        "*Fallen*: after all but the loudest have fallen to a tenth. In 8 bits v is at least 2^−20 of the largest of "
+        "its block, so that the quietest are slow. What the dither adds to v is forgotten as v is: within "
+        "1 / (1 − β2) steps.\n\n"
     ) + "\n".join(lines)
 
 
@@ -531,9 +533,10 @@ def sentences(kept: Mapping[str, Any], size: Size) -> str:
         if beyond:
             each = " and ".join(f"{stated(found[i])} at {steps[i]:,} steps" for i in beyond)
             shares = " and ".join(f"{100 * statistics.mean(ahead[name][i]):+.2f} %" for i in beyond)
+            title = name[0].upper() + name[1:]
             said.append(
-                f"{name}: beyond the band with {each}. There it is ahead of the float32 average by {shares} of the way "
-                "to the weights. That is an error also where the loss is lower, and no gain."
+                f"{title}: beyond the band with {each}. There it is ahead of the float32 average by {shares} of the "
+                "way to the weights. That is an error also where the loss is lower, and no gain."
             )
     for names, words in ((OURS, "Of our formats"), (OTHERS, "Of the formats of others")):
         if steps:
@@ -556,7 +559,7 @@ def sentences(kept: Mapping[str, Any], size: Size) -> str:
             f"weights by {live} nats, in the mean of the magnitudes: single runs tell nothing of less than that."
         )
     said.append(
-        f"{len(size.whole_seeds)} runs of a model of 0.12 M parameters: no loss to be seen here is no proof that a "
+        f"{len(size.whole_seeds)} seeds of a model of 0.12 M parameters: no loss to be seen here is no proof that a "
         "format loses nothing elsewhere."
     )
     return "\n".join(f"- {sentence}" for sentence in said)

@@ -153,7 +153,7 @@ def test_sentences_follow_the_numbers(storage: ModuleType, tmp_path: Path, monke
     assert "Of the formats of others bfloat16, nearest differs most in loss at the end: +1.0000 ± 0.0001." in said
     assert "24 bits, dithered: beyond the band with -0.0030 ± 0.0000 at 800 steps and -0.0030 ± 0.0000 at 1,600" in said
     assert "ahead of the float32 average by +25.00 % and +25.00 % and +25.00 % of the way" in said
-    assert "grid, 8 bits: beyond" not in said
+    assert "Grid, 8 bits: beyond" not in said
     (line,) = [line for line in said.splitlines() if line.startswith("| int8 difference, nearest")]
     assert line.endswith("| **outside** | 25.00 | 50.00 |")
     (line,) = [line for line in said.splitlines() if line.startswith("| master 24, states 8")]
