@@ -60,7 +60,7 @@ class Plan:
     report: list[int] = field(default_factory=lambda: [3, 4, 5, 6, 7, 8])
 
 
-QUICK = Plan(3, 2, 2, 1, 1, [0.5, 2.0], [0, 1], [2, 3])
+QUICK = Plan(3, 2, 2, 1, 1, [0.5], [0, 1], [2, 3])
 
 # ---- cells ----
 
