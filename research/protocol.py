@@ -353,7 +353,7 @@ def render(kept: Mapping[str, Any]) -> str:
         f"Validation and test: {plan.windows:,} windows each, nats per byte; {plan.steps:,} steps.",
     ]
     if seconds:
-        parts += [provenance(kept) + f" {statistics.median(seconds):.0f} s a run in the median, by the clock.", "\n".join(lines)]
+        parts += [provenance(kept) + f" {statistics.median(seconds):.0f} s a run by the clock.", "\n".join(lines)]
     if untouched := len(courses) - len(lines[2:]):
         parts.append(f"Not begun: {untouched} of {len(courses)} pairs of method and schedule.")
     said = []
