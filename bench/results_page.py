@@ -126,6 +126,12 @@ def storage(kept: dict[str, Any], path: Path) -> str:
     return f"{experiment.render(kept)}\n\n{picture(image, 'losses of averages and of whole optimizers in formats')}"
 
 
+def protocol(kept: dict[str, Any], path: Path) -> str:
+    import protocol as experiment
+
+    return experiment.render(kept)
+
+
 def demo(kept: dict[str, Any], path: Path) -> str:
     lines = [
         f"{kept['cpu']}, {kept['threads']} threads; torch {kept['torch']}, Python {kept['python']}; "
@@ -336,6 +342,7 @@ SECTIONS = (
     Section("Steps on a GPU", "gpu-*.json", "make gpu", gpu),
     Section("Whole training steps", "throughput-*.json", "python bench/throughput.py --out bench/results", throughput),
     Section("PACE at small scale", "pace.json", "python research/pace.py --out bench/results", pace),
+    Section("PACE by the protocol", "protocol.json", "python research/protocol.py --minutes 50", protocol),
     Section("MADA at small scale", "mada.json", "python research/mada.py --out bench/results", mada),
     Section("Quality of compressed states", "storage.json", "python research/storage.py --out bench/results", storage),
     Section("The demo", "demo.json", "make demo; cp out/results.json bench/results/demo.json", demo),

@@ -78,6 +78,10 @@ def factor(schedule: str, step: int, steps: int) -> float:
         return COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
     if schedule == "wsd":
         return min(1.0, (steps - step) / (DECAY_SHARE * steps))
+    if schedule == "cosine to 0":
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    if schedule == "linear to 0":
+        return (steps - step) / (steps - warmup)
     raise ValueError(f"no schedule {schedule!r}")
 
 
@@ -94,8 +98,8 @@ def schedule_free(groups: Any, lr: float, **options: Any) -> Optimizer:
 
 # By the name in a spec.
 OPTIMIZERS: dict[str, Builder] = {
-    "AdamW": lambda groups, lr, **o: torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True, **o),
-    "PACE": lambda groups, lr, **o: pace_kernels.PACE(groups, lr=lr, betas=BETAS, log_stats=True, **o),
+    "AdamW": lambda groups, lr, **o: torch.optim.AdamW(groups, lr=lr, fused=True, **{"betas": BETAS, **o}),
+    "PACE": lambda groups, lr, **o: pace_kernels.PACE(groups, lr=lr, log_stats=True, **{"betas": BETAS, **o}),
     "schedule-free": schedule_free,
 }
 

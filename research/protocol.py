@@ -1,0 +1,400 @@
+"""The comparison of `research/PROTOCOL.md`: run by run, over as many sittings as it takes.
+
+    python research/protocol.py --minutes 50    goes on with what is missing; without --minutes until all is done
+    python research/protocol.py --processes 2   two runs at once, for two quiet cores
+    python research/protocol.py --cells         the settings that were drawn, and runs nothing
+    python research/protocol.py --minutes 0     what is there and what is missing, and runs nothing
+    python research/protocol.py --add FILE      takes over the runs of a file that was made elsewhere
+    python research/protocol.py --quick         a few short runs into out/quick, to see that it works
+
+Results go into `bench/results/protocol.json.xz` after each run, and `make results` brings them onto the page. Only one
+command may write a file at a time: two would lose runs of each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+import harness
+import lm
+import torch
+from pace import spread
+from runs import CRITICAL, Spec, complete, done, load, provenance, result, save
+from train_lm import validation_set
+
+import pace_kernels
+
+RESULTS = Path(__file__).resolve().parents[1] / "bench/results"
+TRUNK = ("constant", "wsd")  # alike up to the fork: one run
+DECAYS = ("cosine to 0", "linear to 0")
+SCHEDULES = (*TRUNK, *DECAYS)
+CRITICAL_99 = {2: 63.66, 3: 9.92, 4: 5.84, 5: 4.60, 6: 4.03}  # |t|, by the number of seeds
+MATTERS = 0.005  # nats per byte
+CLAMPING = 1e9  # c of "PACE, clamped": Λ = min(α c w_t / D, 1) is 1 where α > 1e-5 × D, since w_t ≥ 1e-4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is run: kept in the file, and compared with it."""
+
+    steps: int = 4880
+    windows: int = 1024
+    cells: int = 24
+    finalists: int = 4  # at constant rate and WSD
+    rate_finalists: int = 2
+    factors: list[float] = field(default_factory=lambda: [0.5, 0.8, 1.25, 2.0, 3.2])  # of the rate, for cosine, linear
+    choose: list[int] = field(default_factory=lambda: [0, 1, 2])  # seeds
+    report: list[int] = field(default_factory=lambda: [3, 4, 5, 6, 7, 8])
+
+
+QUICK = Plan(3, 2, 2, 1, 1, [0.5], [0, 1], [2, 3])
+
+# ---- cells ----
+
+Cell = dict[str, float]
+
+
+def draw(count: int) -> list[Cell]:
+    """A Latin hypercube. random.Random(15).random() is the same in every version of Python."""
+    generator = random.Random(15)
+
+    def logarithmic(low: float, high: float, share: float) -> float:
+        return low * (high / low) ** share
+
+    def column() -> list[float]:
+        order = sorted(range(count), key=[generator.random() for _ in range(count)].__getitem__)
+        return [(place + generator.random()) / count for place in order]
+
+    rows = zip(*(column() for _ in range(8)), strict=True)
+    cells = [
+        {
+            "lr": logarithmic(5e-4, 0.032, rate),
+            "beta1": 1 - logarithmic(0.02, 0.5, first),
+            "beta2": 1 - logarithmic(0.002, 0.4, second),
+            "horizon": logarithmic(10, 1000, horizon),
+            "kappa": 0.1 + 0.7 * kappa,
+            "strength": logarithmic(0.05, 50, strength),
+            "hyper": logarithmic(0.1, 10, hyper),
+            "hyper_momentum": 0.5 * (momentum < 0.5),
+        }
+        for rate, first, second, horizon, kappa, strength, hyper, momentum in rows
+    ]
+    return [{name: float(f"{value:.4g}") for name, value in cell.items()} for cell in cells]
+
+
+# ---- methods ----
+
+
+def trajectory(name: str, cell: Cell) -> tuple[str, dict[str, Any], list[str], list[str]]:
+    """Optimizer, its options, the averages beside it, and the weights that are judged."""
+    betas = {"betas": [cell["beta1"], cell["beta2"]]}
+    longer, same = f"EMA {1 - 1 / cell['horizon']}", f"power {cell['kappa']}"
+    if name == "AdamW":
+        return "AdamW", betas, [longer, same], ["live", longer, same]
+    if name == "PACE":
+        options = {"lambda_pullback": cell["strength"], "ema_kappa": cell["kappa"]}
+        return "PACE", betas | options, [longer], ["average", longer]
+    if name == "PACE, clamped":
+        return "PACE", betas | {"lambda_pullback": CLAMPING, "ema_kappa": cell["kappa"]}, [], ["average"]
+    if name == "schedule-free":
+        return "ScheduleFreeAdamW", betas, [], ["average"]
+    rates = dict.fromkeys(("beta3", "rho", "c", "gamma"), 0.1 * cell["hyper"])
+    rates |= dict.fromkeys(("beta1", "beta2"), 5e-4 * cell["hyper"])
+    return "MADA", betas | {"hyper_lr": rates, "hyper_momentum": cell["hyper_momentum"]}, [], ["live"]
+
+
+# By name: the trajectory, which of its weights, and the options that are searched beside rate and betas.
+METHODS: dict[str, tuple[str, int, tuple[str, ...]]] = {
+    "AdamW": ("AdamW", 0, ()),
+    "AdamW + EMA": ("AdamW", 1, ("horizon",)),
+    "AdamW + PACE's average": ("AdamW", 2, ("kappa",)),
+    "PACE": ("PACE", 0, ("kappa", "strength")),
+    "PACE, longer average": ("PACE", 1, ("kappa", "strength", "horizon")),
+    "PACE, clamped": ("PACE, clamped", 0, ("kappa",)),
+    "schedule-free": ("schedule-free", 0, ()),
+    "MADA": ("MADA", 0, ("hyper", "hyper_momentum")),
+}
+SYMBOLS = {"horizon": "H", "kappa": "κ", "strength": "c", "hyper": "hyper rates ×", "hyper_momentum": "their momentum"}
+FIRST, THEN = list(METHODS)[:5], list(METHODS)[5:]
+ROUNDS = ((FIRST, TRUNK), (THEN, TRUNK), (FIRST, DECAYS), (THEN, DECAYS))
+
+# Ours, theirs, the schedules, and those that are primary: PROTOCOL.md says what each decides.
+COMPARISONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("PACE", "AdamW + EMA", TRUNK),
+    ("PACE", "AdamW + PACE's average", TRUNK),
+    ("PACE", "AdamW", ()),
+    ("PACE, clamped", "PACE", ()),
+    ("PACE, longer average", "PACE", ()),
+    ("PACE, longer average", "AdamW + EMA", ()),
+    ("schedule-free", "AdamW + EMA", ()),
+    ("MADA", "AdamW", ()),
+)
+
+# ---- one run ----
+
+lm.OPTIMIZERS |= {
+    "ScheduleFreeAdamW": lambda groups, lr, **o: pace_kernels.ScheduleFreeAdamW(groups, lr=lr, **o),
+    "MADA": lambda groups, lr, **o: pace_kernels.MADA(groups, lr=lr, **o),
+}
+
+
+def text(name: str, windows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Windows of the first half of the held-out text, or of the second."""
+    held_out = lm.corpus().validation
+    middle = len(held_out) // 2
+    return validation_set(held_out[:middle] if name == "validation" else held_out[middle:], windows, lm.CPU)
+
+
+def fork(schedules: Sequence[str], steps: int) -> int:
+    """How many first steps are the same under all these schedules."""
+    same = (len({lm.factor(schedule, step, steps) for schedule in schedules}) == 1 for step in range(1, steps + 1))
+    return next((step for step, alike in enumerate(same) if not alike), steps)
+
+
+def train(plan: Plan, cells: Sequence[Cell], spec: Spec) -> dict[str, Any]:
+    """By schedule, the last losses of the weights that are judged; null after a divergence."""
+    cell, schedules = cells[spec["cell"]], spec["schedules"]
+    optimizer, options, beside, judged = trajectory(spec["trajectory"], cell)
+    common = {"optimizer": optimizer, "lr": cell["lr"] * spec["factor"], "seed": spec["seed"]}
+    training = lm.Training(common | {"options": options, "averages": beside})
+    training.validation = text(spec["text"], plan.windows)
+
+    def go(schedule: str, first: int, last: int) -> bool:
+        steps = range(first, last + 1)
+        return all(math.isfinite(training.step(lm.factor(schedule, step, plan.steps))) for step in steps)
+
+    split = fork(schedules, plan.steps)
+    alive, restore, found = go(schedules[0], 1, split), training.snapshot(), {}
+    for index, schedule in enumerate(schedules):
+        if index:
+            restore()
+        losses = training.losses() if alive and go(schedule, split + 1, plan.steps) else {}
+        found[schedule] = [lm.plain(round(losses.get(name, math.inf), 5)) for name in judged]
+        if "series" not in found and (series := training.series()) and losses:
+            found["series"] = [float(f"{value:.3g}") for value in series.values()]
+    return found
+
+
+# ---- what is needed, in order ----
+
+
+@dataclass(frozen=True)
+class Course:
+    """A method under a schedule: what is done, and which runs come next."""
+
+    method: str
+    schedule: str
+    parts: list[list[Spec]]  # search, finalists, report, as far as they are known
+    counts: list[int]  # how many each will have
+    chosen: tuple[int, float] | None = None  # cell, and factor of its rate
+    validation: float = math.nan  # of the chosen setting, the mean of its seeds
+
+
+def reading(kept: Mapping[str, Any], spec: Spec, method: str, schedule: str) -> float:
+    value = result(kept, spec)[schedule][METHODS[method][1]]
+    return math.inf if value is None else value
+
+
+def course(kept: Mapping[str, Any], plan: Plan, method: str, schedule: str) -> Course:
+    trunk = schedule in TRUNK
+    keep = plan.finalists if trunk else plan.rate_finalists
+    candidates = [(cell, 1.0) for cell in range(plan.cells)]
+    parts: list[list[Spec]] = []
+    counts = [plan.cells, keep * (len(plan.choose) - 1), len(plan.report)]
+    if not trunk:
+        counts[0] = len(plan.factors)
+        base = course(kept, plan, method, "wsd").chosen
+        if base is None:
+            return Course(method, schedule, parts, counts)
+        candidates = [(base[0], factor) for factor in plan.factors]
+
+    def spec(candidate: tuple[int, float], seed: int, name: str) -> Spec:
+        return {"trajectory": METHODS[method][0], "cell": candidate[0], "factor": candidate[1],
+                "schedules": list(TRUNK) if trunk else [schedule], "text": name, "seed": seed}  # fmt: skip
+
+    def mean(candidate: tuple[int, float], seeds: Sequence[int]) -> float:
+        return statistics.fmean(reading(kept, spec(candidate, seed, "validation"), method, schedule) for seed in seeds)
+
+    parts.append([spec(candidate, plan.choose[0], "validation") for candidate in candidates])
+    if not all(done(kept, its) for its in parts[-1]):
+        return Course(method, schedule, parts, counts)
+    finalists = sorted(candidates, key=lambda candidate: mean(candidate, plan.choose[:1]))[:keep]
+    parts.append([spec(candidate, seed, "validation") for candidate in finalists for seed in plan.choose[1:]])
+    if not all(done(kept, its) for its in parts[-1]):
+        return Course(method, schedule, parts, counts)
+    chosen = min(finalists, key=lambda candidate: mean(candidate, plan.choose))
+    parts.append([spec(chosen, seed, "test") for seed in plan.report])
+    return Course(method, schedule, parts, counts, chosen, mean(chosen, plan.choose))
+
+
+def missing(kept: Mapping[str, Any], plan: Plan) -> Iterator[Spec]:
+    """What is known by now, in the order of the protocol: a round's search cell by cell, then what follows."""
+    for methods, schedules in ROUNDS:
+        courses = [course(kept, plan, method, schedule) for schedule in schedules for method in methods]
+        for part in range(3):
+            listed = [each.parts[part] for each in courses if len(each.parts) > part]
+            for index in range(max(map(len, listed), default=0)):
+                for specs in listed:
+                    if index < len(specs) and not done(kept, specs[index]):
+                        yield specs[index]
+
+
+def about(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
+    names = ("model", "batch", "gradient_norm", "warmup_share", "decay_share")
+    common = lm.about()
+    task = {name: common["task"][name] for name in names}
+    return {"corpus": common["corpus"], "task": task, "plan": dataclasses.asdict(plan), "cells": list(cells)}
+
+
+def go_on(path: Path, plan: Plan, minutes: float, processes: int) -> dict[str, Any]:
+    """Runs what is missing until all is done, or until the next run would end too late."""
+    start, cells = time.monotonic(), draw(plan.cells)
+    common, run = about(plan, cells), functools.partial(train, plan, cells)
+    kept, longest = complete(path, common, [], run, 0), 60.0
+    while todo := list({str(spec): spec for spec in missing(kept, plan)}.values())[: max(1, 4 * processes)]:
+        before = time.monotonic()
+        if before + longest * len(todo) / max(1, processes) > start + 60 * minutes:
+            break
+        kept = complete(path, common, todo, run, processes)
+        harness.pack(path)
+        longest = max(each["seconds"] for each in list(kept["runs"].values())[-len(todo) :])
+    return kept
+
+
+def add(path: Path, other: Path, plan: Plan) -> None:
+    """Runs of another file, which must be of the same protocol; those that are here already stay."""
+    kept = complete(path, about(plan, draw(plan.cells)), [], dict, 0)
+    theirs = load(other.with_name(other.name.removesuffix(".xz")))
+    if theirs["about"] != kept["about"]:
+        raise SystemExit(f"{other} was made by another protocol or on another text than {path}: nothing was added")
+    kept["runs"] = {**theirs["runs"], **kept["runs"]}
+    save(kept, path)
+    harness.pack(path)
+
+
+# ---- the page ----
+
+
+def settings(plan: Plan, cells: Sequence[Cell], each: Course) -> str:
+    if each.chosen is None:
+        return "–"
+    index, factor = each.chosen
+    cell = cells[index]
+    rates = [other["lr"] for other in cells]
+    edge = sorted(rates).index(cell["lr"]) not in range(2, len(rates) - 2)
+    if each.schedule in DECAYS:
+        edge = factor in (min(plan.factors), max(plan.factors))
+    found = [f"lr {cell['lr'] * factor:.3g}{' (edge)' * edge}", f"β {cell['beta1']:.3g}, {cell['beta2']:.3g}"]
+    return ", ".join(found + [f"{SYMBOLS[name]} {cell[name]:.3g}" for name in METHODS[each.method][2]])
+
+
+def tests(kept: Mapping[str, Any], each: Course) -> list[float]:
+    """On the seeds of the report; nan where a run is missing."""
+    return [
+        reading(kept, spec, each.method, each.schedule) if done(kept, spec) else math.nan
+        for specs in each.parts[2:]
+        for spec in specs
+    ]
+
+
+def judged(ours: Sequence[float], theirs: Sequence[float], primary: bool, seeds: int) -> str:
+    """The paired difference and what it says."""
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if not math.isnan(a + b)]
+    if len(pairs) < seeds:
+        return f"{len(pairs)} of {seeds} seeds: not decided"
+    if any(math.isinf(loss) for pair in pairs for loss in pair):
+        return "a seed diverged"
+    differences = [a - b for a, b in pairs]
+    mean = statistics.mean(differences)
+    half = (CRITICAL_99 if primary else CRITICAL)[seeds] * statistics.stdev(differences) / math.sqrt(seeds)
+    said = "lower" if mean + half < 0 else "higher" if mean - half > 0 else "no difference found"
+    if said != "no difference found" and abs(mean) < MATTERS:
+        said = "no difference that matters"
+    return f"{mean:+.4f} ± {half:.4f} ({99 if primary else 95} %): {said}"
+
+
+def render(kept: Mapping[str, Any]) -> str:
+    """From the JSON alone."""
+    plan, cells = Plan(**kept["about"]["plan"]), kept["about"]["cells"]
+    courses = {(m, s): course(kept, plan, m, s) for methods, schedules in ROUNDS for s in schedules for m in methods}
+    lines = [
+        "| schedule | method | search | finalists | report | chosen | validation | test, mean ± standard deviation |",
+        "| --- | --- | ---: | ---: | ---: | --- | ---: | --- |",
+    ]
+    total = sum(sum(each.counts) for each in courses.values())
+    there = 0
+    for (method, schedule), each in courses.items():
+        counts = [sum(done(kept, spec) for spec in part) for part in each.parts] + [0] * (3 - len(each.parts))
+        there += sum(counts)
+        if not sum(counts):
+            continue
+        shares = " | ".join(f"{count} of {of}" for count, of in zip(counts, each.counts, strict=True))
+        tested = spread(tests(kept, each)) if counts[2] == each.counts[2] else "–"
+        validation = "–" if each.chosen is None else f"{each.validation:.4f}"
+        lines.append(f"| {schedule} | {method} | {shares} | {settings(plan, cells, each)} | {validation} | {tested} |")
+    seconds = sorted(run["seconds"] for run in kept["runs"].values())
+    parts = [
+        f"**{'Complete' if there == total else 'Incomplete'}: {there} of {total} losses "
+        f"({100 * there / total:.1f} %), from {len(kept['runs'])} runs.** `research/PROTOCOL.md` says what is compared "
+        "and what it decides; nothing is decided by a comparison that lacks a seed. "
+        f"Validation and test: {plan.windows:,} windows each, nats per byte; {plan.steps:,} steps.",
+    ]
+    if seconds:
+        parts += [provenance(kept) + f" {statistics.median(seconds):.0f} s a run by the clock.", "\n".join(lines)]
+    if untouched := len(courses) - len(lines[2:]):
+        parts.append(f"Not begun: {untouched} of {len(courses)} pairs of method and schedule.")
+    said = []
+    for ours, theirs, primary in COMPARISONS:
+        for schedule in SCHEDULES:
+            pair = [courses[name, schedule] for name in (ours, theirs)]
+            if all(each.chosen for each in pair):
+                losses = [tests(kept, each) for each in pair]
+                verdict = judged(*losses, schedule in primary, len(plan.report))
+                said.append(f"- {schedule}: {ours} − {theirs} = {verdict}{', primary' * (schedule in primary)}")
+    decayed = [courses["AdamW", schedule] for schedule in ("wsd", *DECAYS)]
+    if all(each.chosen for each in decayed):
+        best = min(decayed, key=lambda each: each.validation)
+        losses = [tests(kept, courses["PACE", "constant"]), tests(kept, best)]
+        said.append(f"- PACE at a constant rate − AdamW, {best.schedule} = {judged(*losses, False, len(plan.report))}")
+    parts.append("\n".join(said) or "No comparison has begun: their settings are not chosen yet.")
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="folder of protocol.json.xz (bench/results)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begins no run that would end later")
+    parser.add_argument("--processes", type=int, default=0, help="at once; 0: one, in this process")
+    parser.add_argument("--cells", action="store_true", help="lists the settings that were drawn, runs nothing")
+    parser.add_argument("--add", type=Path, metavar="FILE", help="takes over the runs of another protocol.json.xz")
+    parser.add_argument("--quick", action="store_true", help="a few short runs, into out/quick")
+    arguments = parser.parse_args(argv)
+    plan = QUICK if arguments.quick else Plan()
+    if arguments.cells:
+        for index, cell in enumerate(draw(plan.cells)):
+            print(index, ", ".join(f"{name} {value:g}" for name, value in cell.items()))
+        return 0
+    path = (arguments.out or (Path("out/quick") if arguments.quick else RESULTS)) / "protocol.json"
+    if arguments.add:
+        add(path, arguments.add, plan)
+    print(render(go_on(path, plan, 0 if arguments.add else arguments.minutes, arguments.processes)))
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    sys.exit(main())
