@@ -338,7 +338,12 @@ SECTIONS = (
     Section("Against every peer", "peers.json", "make bench-peers PEERS='--out bench/results --fresh'", peers),
     Section("Steps on a CPU", "step.json", "python bench/bench_step.py --out bench/results", step),
     Section("What a step costs the host", "host.json", "python bench/bench_step.py --host --out bench/results", host),
-    Section("Compressed states: time on a CPU", "compressed.json", "python bench/bench_compressed.py --out bench/results", compressed),
+    Section(
+        "Compressed states: time on a CPU",
+        "compressed.json",
+        "python bench/bench_compressed.py --out bench/results",
+        compressed,
+    ),
     Section("Steps on a GPU", "gpu-*.json", "make gpu", gpu),
     Section("Whole training steps", "throughput-*.json", "python bench/throughput.py --out bench/results", throughput),
     Section("PACE at small scale", "pace.json", "python research/pace.py --out bench/results", pace),
