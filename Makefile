@@ -72,7 +72,7 @@ theory: $(VENV)/.bench
 pace: $(VENV)/.bench
 	$(BIN)/python research/pace.py
 
-# Goes on with research/PROTOCOL.md for MINUTES, into bench/results; 6 to 10 hours of a core in all. Then: make results.
+# Goes on with research/PROTOCOL.md for MINUTES, into bench/results; at most 12 hours of a core in all. Then: make results.
 MINUTES ?= 50
 protocol: $(VENV)/.bench
 	$(BIN)/python research/protocol.py --minutes $(MINUTES)
