@@ -149,11 +149,10 @@ class Checkpoints(Averaging):
         fit raises ValueError or TypeError and changes nothing. States go to the parameters by their position, as in
         ``torch.optim``. A state saved between ``eval()`` and ``train()`` comes back swapped. The weights themselves are
         the model's, and are not touched (but for live ones that ``eval()`` took out, which come back): load the model
-        too, and, for a checkpoint of ``pace-optimizer`` saved in eval
-        mode, load it first. States in codes go into every other format, when they are used first: averages of
-        ``ema_bits`` 8 or 16 mean something beside their weights alone, which may be loaded before or after; with others
-        than those of the checkpoint the next use raises RuntimeError. ``reset_average`` drops these averages, and they
-        begin at the weights that the next step finds.
+        too, and, for a checkpoint of ``pace-optimizer`` saved in eval mode, load it first. States in codes go into
+        every other format, when they are used first: averages of ``ema_bits`` 8 or 16 mean something beside their
+        weights alone, which may be loaded before or after; with others than those of the checkpoint the next use raises
+        RuntimeError. ``reset_average`` drops all averages, and they begin at the weights that the next step finds.
         """
         self._drops_averages = reset_average
         if not isinstance(state_dict, Mapping):
@@ -364,7 +363,7 @@ class Checkpoints(Averaging):
                 notes.append(f"{name}: the model holds neither its weights nor its average; load the model first")
         step = checked_count(f"{name}: step", state.pop("step"), LAST_STEP)
         step = step.to(step_dtype(step.item()))
-        if self._drops_averages and "ema_scales" in state:
+        if self._drops_averages:
             state = {key: value for key, value in state.items() if key not in AVERAGE}
         check_parts(state, name, param)
         if not asked(group).weight and "ema_scales" not in state:  # codes beside a weight are beside its remainder too

@@ -16,6 +16,7 @@ from .pace import PACE
 from .sharding import Axes, axes, is_sharded, local, reduce_
 
 Kind = TypeVar("Kind", bound=PACE)
+_SKIPS = "skip_nonfinite must be False: it has to know all gradients before the first is used"
 
 
 def step_in_backward(
@@ -69,7 +70,7 @@ def step_in_backward(
     if not isinstance(optimizer, PACE):
         raise TypeError(f"factory must return a PACE, got {type(optimizer).__name__}")
     if any(group["skip_nonfinite"] for group in optimizer.param_groups):
-        raise ValueError("skip_nonfinite must be False: it has to know all gradients before the first is used")
+        raise ValueError(_SKIPS)
     optimizer.__class__ = _class_of(type(optimizer))  # type: ignore[assignment, arg-type]
     optimizer._begin(bucket_bytes, max_norm)  # type: ignore[attr-defined]
     return optimizer
@@ -116,6 +117,11 @@ class _InBackward(PACE):
         self._hooks = [
             param.register_post_accumulate_grad_hook(arrived) for param in self._bucket if param.requires_grad
         ]
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        super()._check_options(group)
+        if group["skip_nonfinite"]:  # that of a checkpoint, or set by hand: buckets would be left undone one by one
+            raise ValueError(_SKIPS)
 
     def _end(self) -> None:
         self._missing = list(self._sizes)

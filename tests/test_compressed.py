@@ -503,6 +503,16 @@ def test_weights_without_an_average_beside_them_may_be_edited(drop: Any, is_load
         assert ("ema_scales" in optimizer.state[model[0].weight]) == bool(back) and optimizer.state_dict()
 
 
+@pytest.mark.parametrize("ema_bits", (32, 24, 16, 8))
+def test_averages_are_reset_in_every_format(ema_bits: int) -> None:
+    model, optimizer = trained({"ema_bits": ema_bits})
+    with pytest.warns(UserWarning, match="they begin at the weights"):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()), reset_average=True)
+    assert "exp_avg" in optimizer.state[model[0].weight] and not optimizer._entries(optimizer.param_groups)
+    step(optimizer, 9)
+    assert len(optimizer._entries(optimizer.param_groups)) == len(list(model.parameters()))
+
+
 def test_other_optimizers_may_swap_in_between() -> None:
     model, optimizer = trained(PACKED)
     other = PACE(model.parameters(), lr=0.0, weight_decay=0.0)

@@ -195,6 +195,9 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(error, match=sentence):
             call()
+    skipping = PACE(net().parameters(), skip_nonfinite=True)
+    with pytest.raises(ValueError, match="skip_nonfinite must be False"):
+        optimizer.load_state_dict(skipping.state_dict())
     with _Scaler(optimizer), pytest.raises(RuntimeError, match="GradScaler"):
         optimizer.step()
 
