@@ -127,11 +127,13 @@ class _InBackward(PACE):
         self._missing = list(self._sizes)
         self._waiting: dict[Tensor, None] = {}
         self._stepped: set[int] = set()
+        self._refused = False
         self._left_stats: list[Any] = []
 
     def _arrived(self, param: Tensor) -> None:
         with self._lock:
             if id(param) in self._stepped or param in self._waiting:
+                self._refused = True  # its gradient is one that was used, or the sum with one
                 raise RuntimeError(
                     "a second gradient of a parameter before optimizer.step(): step_in_backward() can't accumulate "
                     "gradients, since the first was used and freed. Call step() after each backward()"
@@ -193,6 +195,8 @@ class _InBackward(PACE):
             raise RuntimeError(f"step() with {what}: parameters were stepped in backward(). max_norm clips there")
         if hasattr(self, "found_inf") or hasattr(self, "grad_scale"):
             raise RuntimeError("step() by a GradScaler: parameters were stepped in backward(), by scaled gradients")
+        if self._refused:
+            raise RuntimeError("step() after a refused accumulation: drop its gradients by zero_grad() first")
         with self._lock:
             rest = [p for p in self._bucket if p.grad is not None]
             if rest:

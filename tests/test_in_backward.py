@@ -101,6 +101,9 @@ def test_accumulation_is_refused_and_zero_grad_ends_an_iteration() -> None:
     model(X).square().mean().backward()
     with pytest.raises(RuntimeError, match="can't accumulate"):
         model(X).square().mean().backward()
+    with pytest.raises(RuntimeError, match="after a refused accumulation"):
+        optimizer.step()
+    assert {int(state["step"]) for state in optimizer.state.values()} == {1}
     optimizer.zero_grad()
     model(X).square().mean().backward()
     optimizer.step()
