@@ -417,16 +417,18 @@ def test_averages_against_float64(bits: int, w: float, drift: int) -> None:
     sizes = 10 ** -(4 * torch.rand(n // BLOCK, generator=gen)).repeat_interleave(BLOCK)  # all of the binade
     x = 22 * sizes * torch.randn(n, generator=gen)
     e, stored = x.double(), native.average(bits, n)
-    for t in range(int(3 / w)):
+    steps, biases = int(4 / w), []
+    for t in range(steps):
         to = x * (1 - 1e-3) + sizes * (torch.randn(n, generator=gen) + drift)
         native.move(stored, x, to, w, native.evenly(t, n))
         x = to
         e += w * (x.double() - e)
-    off, away = (native.load_average(stored, x) - e) / sizes, (x - e) / sizes
-    size = away.square().mean().sqrt()
+        if t >= steps // 2 and t % 5 == 0:  # over time, since elements at the same place of their blocks round alike
+            off, away = (native.load_average(stored, x) - e) / sizes, (x - e) / sizes
+            size = away.square().mean().sqrt()
+            biases.append(torch.stack((off.mean(), (off * away.sign()).mean())) / size)
     assert off.square().mean().sqrt() <= (0.1 if bits == 8 else 1e-3 if w > 1e-4 else 2e-3) * size
-    for bias in (off, off * away.sign()):
-        assert bias.mean().abs() <= (0.01 if bits == 8 else 5e-4) * size
+    assert torch.stack(biases).mean(0).abs().max() <= (0.004 if bits == 8 else 3e-5)
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def floor_of(a):
 
 @triton.jit
 def evenly(spread, BLOCK: tl.constexpr):
-    """What a block's elements are dithered by, in [0, 1); `spread` is the average's moves times GOLDEN."""
+    """What a block's elements are dithered by, in [0, 1); `spread` is half the average's moves times GOLDEN."""
     place = (tl.arange(0, BLOCK) & (CODE_BLOCK - 1)).to(tl.uint32)
     return float_of(((spread + place * 0x6487ED51) >> 9) | 0x3F800000) - 1.0
 

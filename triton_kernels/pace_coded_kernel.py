@@ -57,7 +57,7 @@ def pace_coded_scalars(options, given, to):
     store_fields(to.scalars, fields, to.mask)
     moves = tl.floor(given.t / o.ema_update_freq)
     key = float_of(codes.mixed(codes.low_word(given.t) * codes.GOLDEN))
-    spread = float_of(codes.low_word(moves) * codes.GOLDEN)
+    spread = float_of((codes.low_word(moves) >> 1) * codes.GOLDEN)
     share = tl.where(fields.moves != 0.0, fields.weight, 0.0)
     store_fields(to.scalars + len(fields), (key, spread, share), to.mask)
     store_gain(o, o.lr * o.lambda_pullback * gain_weight(o, given.t), given.t, to)

@@ -72,7 +72,7 @@ def hashed(bits: Tensor, begin: int) -> Tensor:
 def evenly(moves: Tensor, n: int) -> Tensor:
     """What n elements of an average are dithered by, at so many moves of it."""
     place = torch.arange(n, device=moves.device) % BLOCK
-    return ((moves.to(torch.int64) & _WORD) * _GOLDEN + place * 0x6487ED51) & _WORD
+    return (((moves.to(torch.int64) & _WORD) >> 1) * _GOLDEN + place * 0x6487ED51) & _WORD
 
 
 # ---- m and v ---------------------------------------------------------------------------------------------------------
