@@ -172,9 +172,21 @@ inline bool may_be_empty(const Call<PullbackDefinition>& a, int k) {
   return k == D::kBefore || (k == D::kV && (a.options.gain || !pulls(a.options)));
 }
 
+// Whether averages lie on a grid beside their weights.
+inline bool on_grid(const Call<PullbackDefinition>& a) {
+  using D = PullbackDefinition;
+  const auto is_grid = [](const Tensor& t) {
+    return t.scalar_type() == ScalarType::Char || t.scalar_type() == ScalarType::Short;
+  };
+  return std::any_of(a[D::kE].begin(), a[D::kE].end(), is_grid);
+}
+
 inline void check_rule(const Call<PullbackDefinition>& a) {
   using D = PullbackDefinition;
-  STD_TORCH_CHECK(pulls(a.options) || !a.has(D::kBefore), "befores must be empty where nothing pulls");
+  const bool grid = on_grid(a);
+  STD_TORCH_CHECK(!grid || a.has(D::kBefore) || a.params().empty(),
+                  "befores must not be empty where emas are int8 or int16, which are read beside them");
+  STD_TORCH_CHECK(grid || pulls(a.options) || !a.has(D::kBefore), "befores must be empty where nothing pulls");
   STD_TORCH_CHECK(pulls(a.options) || !a.has(D::kV), "second_moments must be empty where nothing pulls");
   STD_TORCH_CHECK(!a.options.gain || !a.has(D::kV), "second_moments must be empty where gain is given");
 }
@@ -228,8 +240,12 @@ Format checked_format(const Call<D>& a, int k, size_t i, const Tensor& t, const 
   if (list.codec == Codec::none) return format_of(list.name, i, t, list.role == Role::state);
   const TensorList& lists = a.beside[static_cast<size_t>(k)];
   const Format format = coded_format(list, i, t, lists.empty() ? nullptr : &lists[i]);
-  if constexpr (D::kCodes) {
+  if constexpr (D::kStochastic) {
     if (k == 0 && format == Format::kBFloat16 && a.options.stochastic_rounding) return Format::kDithered16;
+  }
+  if constexpr (std::is_same_v<D, MadaDefinition>) {
+    // A maximum of values that were rounded up by chance would creep up.
+    if (k == D::kW && format == Format::kDithered16 && a.options.second_max) return Format::kBFloat16;
   }
   if (!lists.empty()) check_beside(list, i, t, lists[i], format, a.params()[i], place);
   return format;

@@ -113,11 +113,12 @@ inline Format coded_format(const ListInfo& list, size_t i, const Tensor& t, cons
                     " must be int16 or int8");
     return rest == ScalarType::Short ? Format::kPair32 : Format::kPair24;
   }
-  const bool average = list.codec == Codec::average;
+  const bool average = list.codec == Codec::average || list.codec == Codec::iterate;
   if (beside == nullptr) {
     if (dtype == ScalarType::Float) return Format::kFloat32;
     STD_TORCH_CHECK(dtype == ScalarType::BFloat16 && !average, entry(list.name, i), " must be float32",
-                    average ? "" : " or bfloat16", " without ", list.beside);
+                    average ? "" : " or bfloat16", list.beside == nullptr ? "" : " without ",
+                    list.beside == nullptr ? "" : list.beside);
     return Format::kDithered16;
   }
   if (!average) {

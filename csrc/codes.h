@@ -54,6 +54,10 @@ PACE_RULE uint32_t dither(uint32_t x_settled, float v_settled, uint32_t key) {
   return mixed(x_settled * kGolden ^ bits_of(v_settled) ^ key);
 }
 
+// An element has more roundings than PACE's where its rule has more states: h is the first word, this gives the next of
+// one. Of each an operand takes 16 bits of its own (`dither` in pace_kernels/definitions/kit.py).
+PACE_RULE uint32_t further(uint32_t h) { return mixed(h + kGolden); }
+
 // ---- scales of blocks -----------------------------------------------------------------------------------------------
 
 PACE_RULE float power_of_two(int32_t b) { return float_of(static_cast<uint32_t>(b) << 23); }

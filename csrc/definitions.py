@@ -43,14 +43,17 @@ def lines_of(d: Definition) -> list[str]:
     for o in d.operands:
         mutable = "true" if o.mutable else "false"
         codec = f"Codec::{o.codec or 'none'}"
-        out.append(f'      {{"{o.list}", Role::{o.role}, {mutable}, {text(o.empty)}, {codec}, {text(o.beside)}}},')
+        out.append(
+            f'      {{"{o.list}", Role::{o.role}, {mutable}, {text(o.empty)}, {codec}, {text(o.beside)}, {o.dither}}},'
+        )
     out += ["  };", f"  static constexpr int kOrder[] = {{{', '.join(order)}}};"]
     out += [f'  static constexpr RowInfo kRows{{"{row.list}", {row.numbers}}};']
     extras = [f"k{camel(e.name)}" for e in d.extras]
     out += [f"  enum Extra : int {{ {', '.join([*extras, 'kExtras'])} }};"]
     infos = ", ".join(f'{{"{e.name}", {e.numbers}}}' for e in d.extras)
     out += [f"  static constexpr RowInfo kExtraInfo[] = {{{infos}}};"]
-    out += [f"  static constexpr bool kCodes = {'true' if d.beside else 'false'};"]
+    stochastic = any(o.name == "stochastic_rounding" for o in d.options)
+    out += [f"  static constexpr bool kStochastic = {'true' if stochastic else 'false'};"]
     out += [f"  static constexpr bool kScales = {'true' if 'grad_scale' in d.scaling else 'false'};"]
     out += [f"  struct Flag {{ enum : unsigned {{ {bits}values = {1 << len(d.flags)} }}; }};"]
     out += ["", "  template <unsigned kFlags>", "  struct Uses {"]

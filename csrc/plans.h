@@ -66,9 +66,12 @@ class PartOfCall : public Part {
     const typename D::Options before = call_.options;
     call_.options.visit(options);
     call_.options.visit(RangeCheck{});
-    if constexpr (D::kCodes) {
+    if constexpr (D::kStochastic) {
       STD_TORCH_CHECK(call_.options.stochastic_rounding == before.stochastic_rounding,
                       "stochastic_rounding is another one than the plan's");
+    }
+    if constexpr (std::is_same_v<D, MadaDefinition>) {  // by which a state in bfloat16 is rounded
+      STD_TORCH_CHECK(call_.options.second_max == before.second_max, "second_max is another one than the plan's");
     }
     check_rule(call_);
   }

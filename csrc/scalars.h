@@ -53,6 +53,8 @@ PACE_RULE Rounding rounding_of(const Options& o, double t) {
           average_moves(o, t) ? static_cast<float>(average_weight(o, t)) : 0.0f};
 }
 
+PACE_RULE Rounding rounding_of(const ScheduleFreeOptions&, double t) { return {dither_key(low_word(t)), 0, 0.0f}; }
+
 // `factor` multiplies the gradient: clip coefficient / gradient scale. MADA has these options too.
 template <class Options>
 PACE_RULE PaceScalars pace_scalars(const Options& o, double t, float factor) {

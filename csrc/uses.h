@@ -10,11 +10,11 @@ namespace pace {
 // float32, `state` is float32.
 enum class Role : uint8_t { weight, gradient, moment, copy, state };
 
-// In which codes it may lie instead (codes.h), with a list of what lies beside them.
-enum class Codec : uint8_t { none, weight, moment, square, average };
+// In which codes it may lie instead (codes.h), but for `second` and `gradient` with a list of what lies beside them.
+enum class Codec : uint8_t { none, weight, moment, square, second, gradient, average, iterate };
 
-// A list of an operator: what ends the refusal of its length where it may be missing, null where it may not; and the
-// list beside it, null where there never is one.
+// A list of an operator: what ends the refusal of its length where it may be missing, null where it may not; the list
+// beside it, null where there never is one; and which 16 bits of an element's dither are its own (`further` in codes.h).
 struct ListInfo {
   const char* name;
   Role role;
@@ -22,6 +22,7 @@ struct ListInfo {
   const char* empty;
   Codec codec;
   const char* beside;
+  int dither;
 };
 
 // A tensor of so many float64 numbers.

@@ -258,7 +258,8 @@ def learn_options(group: Group) -> dict[str, Any]:
 
 def step_options(group: Group) -> dict[str, Any]:
     """The options of ``mada_step_``. They are the group's, but for a few names."""
-    options = {option.name: group[option.name] for option in MADA.options if option.name not in _OTHERWISE}
+    own = [option for option in MADA.options if option.name not in _OTHERWISE]
+    options = {o.name: group[o.name] for o in own if o.default is None or o.name in group}
     options["capturable"] = group["capturable"]
     options["beta1"], options["beta2"] = group["betas"]
     options["lion_beta1"], options["lion_beta2"] = group["lion_betas"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -32,6 +33,7 @@ CAPTURED = -1
 
 def numbers_of(definition: Definition, given: Group) -> list[float]:
     """Options as plans take them: None is NaN."""
+    given = {o.name: json.loads(o.default.lower()) for o in definition.options if o.default is not None} | given
     names = [option.name for option in definition.options] + ["capturable"]
     return [_NOT_A_NUMBER if (value := given[name]) is None else float(value) for name in names]
 

@@ -55,7 +55,7 @@ class Call:
     @property
     def coded(self) -> bool:
         """Whether an operand lies in a format of codes.py, alone or with something beside it."""
-        alone = [o.symbol for o in self.definition.operands if o.codec in ("moment", "square")]
+        alone = [o.symbol for o in self.definition.operands if o.codec in ("moment", "square", "second", "gradient")]
         if self.options.get("stochastic_rounding", False):
             alone.append(self.definition.operands[0].symbol)
         return any(self.beside.values()) or any(
@@ -139,14 +139,18 @@ def _check_place(entry: str, t: Tensor, param: Tensor, device: torch.device, wri
 # What an operand may be in codes, by its codec: alone, and with what lies beside it of which dtypes.
 _ALONE = {
     "weight": (torch.float32, torch.bfloat16, torch.float16), "moment": (torch.float32, torch.bfloat16),
-    "square": (torch.float32, torch.bfloat16), "average": (torch.float32,),
+    "square": (torch.float32, torch.bfloat16), "second": (torch.float32, torch.bfloat16),
+    "gradient": (torch.float32, torch.bfloat16), "average": (torch.float32,), "iterate": (torch.float32,),
 }  # fmt: skip
 _PAIRED: dict[str, dict[torch.dtype, tuple[torch.dtype, ...]]] = {
     "weight": {torch.bfloat16: (torch.int16, torch.int8)},
     "moment": {torch.uint8: (torch.uint8,)},
     "square": {torch.uint8: (torch.uint8,)},
     "average": {torch.int8: (torch.uint8,), torch.int16: (torch.uint8,), torch.bfloat16: (torch.int8,)},
+    "second": {},
+    "gradient": {},
 }
+_PAIRED["iterate"] = _PAIRED["average"]
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:
@@ -159,7 +163,7 @@ def check_coded(
 ) -> tuple[Formats, Formats | None]:
     """The same for an operand that may be in codes, and what lies beside it, if anything does. Returns the formats of
     both. Code blocks are 32 consecutive elements, so tensors that have such are contiguous."""
-    assert operand.codec is not None and operand.beside is not None
+    assert operand.codec is not None
     name, other, known = operand.list, operand.beside, _PAIRED[operand.codec]
     formats, others = _formats(tensors), _formats(beside) if beside else None
     if beside:
@@ -180,7 +184,7 @@ def check_coded(
         entry = f"{name}[{i}]"
         _check_place(entry, t, param, device)
         if not beside:
-            without = " for the Triton kernel" if operand.codec == "weight" else f" without {other}"
+            without = " for the Triton kernel" if operand.codec == "weight" else f" without {other}" if other else ""
             require(t.dtype in _ALONE[operand.codec], f"{entry} must be {_names(_ALONE[operand.codec])}{without}")
             continue
         require(t.dtype in known, f"{entry} must be {_names(known)}, with {other}")

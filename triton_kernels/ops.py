@@ -110,7 +110,7 @@ def _lay_out(rule: Rule, call: Call, flags: Any) -> Layout:
         writes = operand.mutable and (writes or operand.role != "weight")
         others = None
         if operand.codec is not None:
-            beside = call.beside[operand.symbol]
+            beside = call.beside.get(operand.symbol, [])
             dtypes, others = check_coded(operand, tensors, beside, call.params, call.device)
         else:
             dtypes = check_operands(operand.list, tensors, call.params, call.device, operand.role, writes)
@@ -179,7 +179,9 @@ def _add_up(summed: Summed, rows: Tensor, result: Tensor, learn: int = 0, lr: fl
 def _step(rule: Rule, *values: Any, **named: Any) -> None:
     call = Call(rule.definition, values, named)
     if call.coded:
-        rule = CODED[rule.definition.op]
+        op = rule.definition.op
+        require(op in CODED, f'{op} does not take compressed formats through Triton: use backend="torch"')
+        rule = CODED[op]
     check_ranges(rule.definition, call.options)
     play = rule.module.play(call)
     check_call(call, play)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -23,9 +24,15 @@ def play(call: Call) -> Play:
     gain = call.options["gain"]
     pull = call.options["lambda_pullback"] != 0.0 if gain is None else gain != 0.0
     before, moment = call.has("before"), call.has("v")
-    require(pull or not before, "befores must be empty where nothing pulls")
+    grid = any(t.dtype in (torch.int8, torch.int16) for t in call.lists["e"])
+    require(
+        not grid or before or not call.params,
+        "befores must not be empty where emas are int8 or int16, which are read beside them",
+    )
+    require(grid or pull or not before, "befores must be empty where nothing pulls")
     require(pull or not moment, "second_moments must be empty where nothing pulls")
     require(gain is None or not moment, "second_moments must be empty where gain is given")
+    before = before and pull and not call.options["pullback_from_step"]
     flags = Flags(before, moment, pull, True, call.tensors["stats"] is not None)
     return Play(flags, may_be_empty={"before": True, "v": gain is not None or not pull})
 

@@ -19,7 +19,7 @@ FIELDS = ScheduleFreeScalars._fields
 
 
 def play(call: Call) -> Play:
-    return Play(Flags(), may_be_empty={})
+    return Play(Flags(increment=False), may_be_empty={})
 
 
 @triton.jit

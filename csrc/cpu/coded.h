@@ -129,7 +129,7 @@ struct GridTile {
 };
 
 // The operands of a rule that has none in codes.
-template <class D, bool kCodes = D::kCodes>
+template <class D, bool kCodes = std::is_base_of_v<PaceDefinition, D>>
 struct Coded {
   const uint32_t read;
 

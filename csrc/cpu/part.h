@@ -66,17 +66,15 @@ class PartOf final : public PartOfCall<typename Host::D> {
     const size_t n = works_.size();
     counts_.resize(n);
     scalars_.resize(n);
-    roundings_.resize(D::kCodes ? n : 0);
+    roundings_.resize(n);
     for (size_t i = 0; i < n; ++i) {
       Work& w = works_[i];
       const double t = counts_[i] = w.step.taken(i) + 1.0;
       const bool same = i > 0 && t == counts_[i - 1] && host_->same_memory(i);
       w.scalars = same ? works_[i - 1].scalars : &scalars_[i];
       if (!same) host_->fill(scalars_[i], t, i);
-      if constexpr (D::kCodes) {
-        w.rounding = !w.coded ? nullptr : same ? works_[i - 1].rounding : nullptr;
-        if (w.coded && w.rounding == nullptr) *(w.rounding = &roundings_[i]) = host_->rounding(t);
-      }
+      w.rounding = w.coded && same ? works_[i - 1].rounding : nullptr;
+      if (w.coded && w.rounding == nullptr) *(w.rounding = &roundings_[i]) = host_->rounding(t);
       if constexpr (std::is_same_v<D, MadaDefinition>) {
         w.flags = same ? works_[i - 1].flags : host_->flags(t, i);
       } else {
@@ -133,7 +131,13 @@ class PartOf final : public PartOfCall<typename Host::D> {
   Stream stream(int k, size_t i, const Tensor& t, const MemoryOrder& order, Layouts& layouts) const {
     const ListInfo& list = D::kLists[k];
     check_operand(list.name, i, t, call_.params()[i], is_written(call_, k), kCpu);
-    return order.stream(t, checked_format(call_, k, i, t, kCpu), layouts);
+    const Format format = checked_format(call_, k, i, t, kCpu);
+    if constexpr (!std::is_same_v<D, PaceDefinition>) {
+      const bool plain = k == 0 || list.codec == Codec::none ? !is_coded(format) : format == Format::kFloat32;
+      STD_TORCH_CHECK(plain, entry(list.name, i), " is in a compressed format, which ", D::kOp,
+                      " does not take on the CPU: use backend=\"torch\"");
+    }
+    return order.stream(t, format, layouts);
   }
   // What lies beside operand k, and whether it is coded.
   void add_beside(int k, size_t i, const MemoryOrder& order) {

@@ -92,7 +92,7 @@ struct PullbackHost {
   PullbackHost(const Call<D>& a, const GradScaling&) : call(a), o(options_now(a)) {}
 
   unsigned flags(double t) const {
-    return (call.has(D::kBefore) ? D::Flag::before : 0u) | (call.has(D::kV) ? D::Flag::moment : 0u) |
+    return (call.has(D::kBefore) && pulls(o) && !o.pullback_from_step ? D::Flag::before : 0u) | (call.has(D::kV) ? D::Flag::moment : 0u) |
            (pulls(o) ? D::Flag::pull : 0u) | (average_moves(o, t) ? D::Flag::average : 0u) |
            (call.extras[D::kStats] ? D::Flag::stats : 0u);
   }
@@ -101,6 +101,7 @@ struct PullbackHost {
   static bool sums(unsigned flags) { return (flags & D::Flag::stats) != 0; }
   static bool same_memory(size_t) { return true; }
   void fill(Scalars& to, double t, size_t) { to = pullback_scalars(o, t); }
+  Rounding rounding(double t) const { return rounding_of(o, t); }
   void clear() const {
     if (call.extras[D::kStats]) clear_stats(call.numbers(D::kStats));
   }
@@ -130,6 +131,7 @@ struct ScheduleFreeHost {
   static bool sums(unsigned) { return false; }
   static bool same_memory(size_t) { return true; }
   void fill(Scalars& to, double, size_t) const { to = schedule_free_scalars(o, factor); }
+  Rounding rounding(double t) const { return rounding_of(o, t); }
   static void clear() {}
   static void remember(size_t) {}
   static void finish(const std::vector<double>&, const std::vector<BlockSums>&) {}
@@ -193,6 +195,7 @@ struct MadaHost {
     const LastStep redo = last_step(o, t - 1.0, last(i));
     to.last = redo.scalars, factors[i] = redo.factors;
   }
+  Rounding rounding(double t) const { return rounding_of(o, t); }
   void clear() const {
     double* const out = call.numbers(D::kHypergradients);
     if (out != nullptr) std::fill(out, out + kHypergradients, 0.0);

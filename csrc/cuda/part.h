@@ -198,6 +198,11 @@ class PartOf final : public PartOfCall<typename Rule::D> {
     const Tensor& param = call_.params()[i];
     check_operand(list.name, i, t, param, written, place_);
     const Format format = checked_format(call_, k, i, t, place_);
+    if constexpr (!std::is_same_v<D, PaceDefinition>) {
+      const bool plain = k == 0 || list.codec == Codec::none ? !is_coded(format) : format == Format::kFloat32;
+      STD_TORCH_CHECK(plain, entry(list.name, i), " is in a compressed format, which ", D::kOp,
+                      " does not take on CUDA: use backend=\"torch\"");
+    }
     SweepTensor& to = tensors_[i];
     STD_TORCH_CHECK(!is_coded(format) || t.numel() <= kMostCoded, entry(list.name, i), " has ", t.numel(),
                     " elements; in codes it must not have more than 2^35");

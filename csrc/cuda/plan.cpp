@@ -127,7 +127,7 @@ void plan_step(const std::vector<SweepTensor>& tensors, const StepRequest<Rule>&
       return t.x == first.x && t.g == first.g && t.formats == first.formats &&
              (on_device || t.steps_taken == first.steps_taken);
     };
-    const bool coded = D::kCodes && is_coded(first.formats);
+    const bool coded = std::is_same_v<D, PaceDefinition> && is_coded(first.formats);
     const int capacity = coded ? kCodedCapacity : plain_capacity;
     bool walks = true;
     if (!on_device) {

@@ -61,7 +61,7 @@ struct PullbackRule {
   static constexpr unsigned kNow = D::Flag::average, kSums = D::Flag::stats;
 
   static unsigned flags(const PullbackOptions& o, unsigned lists, bool result) {
-    return ((lists & bit(D::kBefore)) != 0 ? D::Flag::before : 0u) |
+    return ((lists & bit(D::kBefore)) != 0 && !o.pullback_from_step ? D::Flag::before : 0u) |
            ((lists & bit(D::kV)) != 0 ? D::Flag::moment : 0u) | (pulls(o) ? D::Flag::pull : 0u) | D::Flag::average |
            (result ? D::Flag::stats : 0u);
   }

@@ -10,7 +10,7 @@ struct ScheduleFree {
   using Scalars = Rule::Scalars;
   using Sums = NoSums;
   static constexpr unsigned kFlags = flags;
-  static constexpr bool kThere = true, kScalarsAnew = false;
+  static constexpr bool kThere = flags == 0, kScalarsAnew = false;
   // 8 blocks a multiprocessor leave 64 registers a thread, 6 leave 80, which eight elements of a 16-bit format need.
   static constexpr int blocks(int vector) { return vector == 4 ? 8 : 6; }
 

@@ -42,10 +42,14 @@ class Operand:
     """A tensor of the parameter's shape. ``reads`` and ``writes`` say when a step does, in terms of the definition's
     flags, as C++ has it. ``empty`` is the sentence that ends the refusal of a list of another length where the list may
     be missing; None: it has to be there. ``role`` says how it lies: a "weight"; a "gradient" or a "moment", in the
-    weight's format or float32; a "copy", in the weight's format; a "state", in float32. ``codec`` says in what else it
-    may lie (csrc/codes.h), and ``beside`` names the list of what lies beside it then, which as a rule is None: of a
-    "weight" in bfloat16 what is left over of float32; of a "moment", a "square" or an "average" the scales of its
-    codes."""
+    weight's format or float32; a "copy", in the weight's format; a "state", in float32.
+
+    ``codec`` says in what else it may lie (csrc/codes.h), and ``beside`` names the list of what lies beside it then,
+    which as a rule is None: of a "weight" in bfloat16 what is left over of float32; of a "moment" or a "square" the
+    scales of its codes; of an "average" or an "iterate", which differ in how they move, scales or what is left over of
+    24 bits. A "second" moment's mean or maximum and a "gradient" that is kept lie in bfloat16 alone. ``dither`` says
+    which 16 of the bits that an element's roundings are dithered by are its own, counted from the lowest: 2 k and
+    2 k + 1 are the halves of the k-th word (`further` in csrc/codes.h)."""
 
     symbol: str  # in rules and kernels
     list: str  # of the operator
@@ -55,10 +59,11 @@ class Operand:
     mutable: bool = True  # by the schema
     empty: str | None = None
     codec: str | None = None
+    dither: int = 0
 
     @property
     def beside(self) -> str | None:
-        if self.codec is None:
+        if self.codec in (None, "second", "gradient"):
             return None
         return "remainders" if self.codec == "weight" else f"{self.list.removesuffix('s')}_scales"
 
@@ -140,6 +145,8 @@ class Definition:
         return f"{self.op}({', '.join(parts)}, *, {', '.join(options)}, bool capturable) -> ()"
 
 
+# Whether weights in bfloat16 with nothing beside them are rounded stochastically.
+STOCHASTIC_ROUNDING = Option("stochastic_rounding", "bool", default="False")
 # The options of the averaging weight and of the pull, which every rule with an average has.
 PULLING = (Option("lambda_pullback", "float", NONNEGATIVE),)
 AVERAGING = (

@@ -1,7 +1,20 @@
 """MADA: a parameterized optimizer whose coefficients are learned by hypergradient descent. The rule:
 csrc/rules/mada.h."""
 
-from .kit import AVERAGING, BELOW_ONE, NONNEGATIVE, POSITIVE, PULLING, UNIT, Definition, Extra, Operand, Option, Row
+from .kit import (
+    AVERAGING,
+    BELOW_ONE,
+    NONNEGATIVE,
+    POSITIVE,
+    PULLING,
+    STOCHASTIC_ROUNDING,
+    UNIT,
+    Definition,
+    Extra,
+    Operand,
+    Option,
+    Row,
+)
 
 # MADA's coefficients, in the order of every tensor and list of six; MadaCoefficient in csrc/rules/mada.h has the same.
 COEFFICIENTS = ("beta1", "beta2", "beta3", "rho", "c", "gamma")
@@ -17,19 +30,34 @@ MADA = Definition(
     op="mada_step_",
     name="Mada",
     lists=(
-        Operand("x", "params", "weight"),
+        Operand("x", "params", "weight", codec="weight"),
         Operand("g", "grads", "gradient", writes="false", mutable=False),
-        Operand("m", "exp_avgs", reads="adam", writes="adam", empty=""),
-        Operand("v", "exp_avg_sqs", reads="adam", writes="adam", empty=""),
-        Operand("n", "exp_avg_diffs", reads="diff", writes="diff", empty=""),
-        Operand("w", "second_exp_avg_sqs", reads="second", writes="second", empty=""),
-        Operand("l", "exp_avg_lions", reads="lion", writes="lion", empty=""),
+        Operand("m", "exp_avgs", reads="adam", writes="adam", empty="", codec="moment"),
+        Operand("v", "exp_avg_sqs", reads="adam", writes="adam", empty="", codec="square", dither=1),
+        Operand("n", "exp_avg_diffs", reads="diff", writes="diff", empty="", codec="moment", dither=2),
+        # In bfloat16 a mean is rounded stochastically; a maximum to nearest, since one of dithered values creeps up.
+        Operand("w", "second_exp_avg_sqs", reads="second", writes="second", empty="", codec="second", dither=4),
+        Operand("l", "exp_avg_lions", reads="lion", writes="lion", empty="", codec="moment", dither=3),
         # Where both gradients are kept, the new one goes over the older one, and the caller exchanges the two lists;
-        # with `stay` the lists keep their roles.
-        Operand("last_g", "last_grads", reads="lag || diff", writes="stay || lag != diff", empty=""),
-        Operand("older_g", "older_grads", reads="lag && diff", writes="lag && diff", empty=""),
+        # with `stay` the lists keep their roles. What is written twice is rounded once: it has no more bits then.
+        Operand(
+            *("last_g", "last_grads"),
+            reads="lag || diff",
+            writes="stay || lag != diff",
+            empty="",
+            codec="gradient",
+            dither=5,
+        ),
+        Operand(
+            *("older_g", "older_grads"),
+            reads="lag && diff",
+            writes="lag && diff",
+            empty="",
+            codec="gradient",
+            dither=5,
+        ),
         Row("last_scalars", len(LAST_SCALARS)),
-        Operand("e", "emas", reads="average", writes="average", empty=""),
+        Operand("e", "emas", reads="average", writes="average", empty="", codec="average"),
     ),
     options=(
         Option("learn", "int"),
@@ -50,6 +78,7 @@ MADA = Definition(
         *AVERAGING,
         Option("pullback_from_step", "bool"),
         Option("maximize", "bool"),
+        STOCHASTIC_ROUNDING,
     ),
     flags=("lag", "diff", "second", "lion", "adam", "average", "stay"),
     extras=(

@@ -1,7 +1,18 @@
 """Schedule-free AdamW: gradients at y, between the steps z and their weighted mean. The rule:
 csrc/rules/schedule_free.h."""
 
-from .kit import AT_LEAST_ONE, BELOW_ONE, NONNEGATIVE, POSITIVE, UNIT, Definition, Extra, Operand, Option
+from .kit import (
+    AT_LEAST_ONE,
+    BELOW_ONE,
+    NONNEGATIVE,
+    POSITIVE,
+    STOCHASTIC_ROUNDING,
+    UNIT,
+    Definition,
+    Extra,
+    Operand,
+    Option,
+)
 
 # The numbers of the tensor `schedule`, in place of the options of these names where only the device knows them.
 SCHEDULE = ("count", "share")
@@ -10,10 +21,10 @@ SCHEDULE_FREE = Definition(
     op="schedule_free_step_",
     name="ScheduleFree",
     lists=(
-        Operand("y", "params", "weight"),
+        Operand("y", "params", "weight", codec="weight"),
         Operand("g", "grads", "gradient", writes="false", mutable=False),
-        Operand("v", "exp_avg_sqs"),
-        Operand("z", "zs"),
+        Operand("v", "exp_avg_sqs", codec="square", dither=1),
+        Operand("z", "zs", codec="iterate", dither=2),
     ),
     options=(
         Option("lr", "float", NONNEGATIVE),
@@ -24,7 +35,9 @@ SCHEDULE_FREE = Definition(
         Option("count", "float", AT_LEAST_ONE),
         Option("share", "float", UNIT),
         Option("maximize", "bool"),
+        STOCHASTIC_ROUNDING,
     ),
-    flags=(),
+    # Where z lies on a grid, a rule leaves how far it moves in its place: z₊ has not the bits to tell.
+    flags=("increment",),
     extras=(Extra("schedule", len(SCHEDULE), written=False),),
 )

@@ -3,143 +3,164 @@ written once the rule has run. csrc/cpu/coded.h does the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..definitions.kit import Definition, Operand
 from . import codes
 from .codes import E_CODES, M_CODE, V_CODE
 from .common import Keep, Scalar
 
 
-class Floats(NamedTuple):
-    x: Tensor
-    m: Tensor | None
-    v: Tensor
-    e: Tensor | None
+class Averaging(NamedTuple):
+    """How far an average moves in a step, whether it does, and how often it does."""
+
+    weight: Scalar
+    moves: Scalar
+    update_freq: Scalar
 
 
-class Stepped(Protocol):
-    """What a rule makes of them."""
+class Dither:
+    """The bits that the roundings of one parameter's step are dithered by, computed where one asks for them: of the new
+    weight and second moment before they are rounded, or of what ``new`` has in its place (``further`` in
+    csrc/codes.h)."""
 
-    @property
-    def x(self) -> Tensor: ...
-    @property
-    def m(self) -> Tensor: ...
-    @property
-    def v(self) -> Tensor: ...
-    @property
-    def e(self) -> Tensor | None: ...
+    def __init__(self, x: Tensor, new: Mapping[str, Tensor | None], count: Tensor) -> None:
+        self._x, self._new, self._count = x, new, count
+        self._words: list[Tensor] = []
+
+    def word(self, operand: Operand) -> Tensor:
+        while len(self._words) <= operand.dither // 2:
+            self._words.append(codes.further(self._words[-1]) if self._words else self._first())
+        return self._words[operand.dither // 2]
+
+    def half(self, operand: Operand) -> Tensor:
+        """From the operand's own 16 bits on."""
+        return self.word(operand) >> 16 * (operand.dither % 2)
+
+    def _first(self) -> Tensor:
+        key, v = codes.dither_key(self._count), self._new.get("v")
+        if v is not None:
+            return codes.dither(self._x, v, key)
+        settled = next(a for symbol in ("l", "e") if (a := self._new.get(symbol)) is not None)
+        return codes.dither_by(self._x, codes.settled(settled), key)
 
 
 def _flat(a: Tensor) -> Tensor:
     return a.reshape(-1)
 
 
-@dataclass
 class Stored:
-    """The tensors of one parameter. What lies beside one is None where that is plain."""
+    """The tensors of one parameter, by their symbols, and what lies beside those that are not plain."""
 
-    x: Tensor
-    rest: Tensor | None
-    m: Tensor | None
-    m_scales: Tensor | None
-    v: Tensor
-    v_scales: Tensor | None
-    e: Tensor | None
-    e_scales: Tensor | None
-    stochastic: bool  # rounding of a weight in bfloat16
+    def __init__(self, coded: Coded, i: int) -> None:
+        self._operands = {o.symbol: o for o in coded.definition.operands if coded.lists.get(o.symbol)}
+        self._tensors = {symbol: coded.lists[symbol][i] for symbol in self._operands}
+        self._beside = {symbol: side[i] for symbol, side in coded.beside.items() if side and symbol in self._operands}
+        self._weight = coded.definition.operands[0].symbol
+        self._dtype, self._stochastic, self._nearest = coded.dtype, coded.stochastic, coded.nearest
+        self._place: codes.Place | None = None
 
-    def read(self) -> Floats:
-        """As floats: float32, or float64 where the state v is."""
-        dtype = torch.float64 if self.v.dtype == torch.float64 else torch.float32
-        x = self.x.to(dtype) if self.rest is None else codes.joined(self.x, self.rest)
-        m = None if self.m is None else _moment(M_CODE, self.m, self.m_scales)
-        e = self.e
-        if self.e_scales is not None and e is not None:
-            e = codes.joined(e, self.e_scales) if e.dtype == torch.bfloat16 else self._place(x).value().view_as(x)
-        return Floats(x, m, _moment(V_CODE, self.v, self.v_scales), e)
+    def read(self) -> dict[str, Tensor]:
+        """As floats: float32, or float64 where the states are."""
+        found: dict[str, Tensor] = {}
+        for symbol, operand in self._operands.items():
+            found[symbol] = self._read(operand, found)
+        return found
 
-    def _place(self, x: Tensor) -> codes.Place:
-        assert self.e is not None and self.e_scales is not None
-        return E_CODES[8 * self.e.element_size()].load(_flat(self.e), _flat(self.e_scales), _flat(x))
+    def _read(self, operand: Operand, found: dict[str, Tensor]) -> Tensor:
+        a, side, codec = self._tensors[operand.symbol], self._beside.get(operand.symbol), operand.codec
+        if side is None:
+            return a.to(self._dtype)
+        if a.dtype == torch.bfloat16:
+            return codes.joined(a, side)
+        if codec in ("moment", "square"):
+            return (M_CODE if codec == "moment" else V_CODE).load(_flat(a), _flat(side)).view(a.shape)
+        beside = found.get("before", found[self._weight])  # a base may have moved the weight since
+        self._place = E_CODES[8 * a.element_size()].load(_flat(a), _flat(side), _flat(beside))
+        return self._place.value().view(a.shape)
 
-    def write(self, keep: Keep, was: Floats, new: Stepped, s: Any, t: Scalar, update_freq: Scalar) -> None:
-        """``s`` has the average's ``weight`` and ``moves``, ``t`` is this step, ``update_freq`` how often it moves."""
-        count = t if isinstance(t, Tensor) else torch.tensor(int(t), device=self.x.device)  # float32 counts to 2^24
-        h = codes.dither(new.x, new.v, codes.dither_key(count)) if self._is_dithered() else None
-        place = self._place(was.x) if self._on_grid() else None  # before the weight is written
-        back = self._write_weight(keep, new.x, h)
-        if self.m is not None:
-            _write_moment(keep, M_CODE, self.m, self.m_scales, new.m, h, 0)
-        _write_moment(keep, V_CODE, self.v, self.v_scales, new.v, h, 16)
-        if self.e is None or new.e is None:
-            return
-        if place is not None:
-            weight = torch.where(s.moves != 0, s.weight, 0.0) if isinstance(s.moves, Tensor) else s.weight * s.moves
-            spread = codes.evenly(torch.floor_divide(count, update_freq), back.numel())
-            moved = place.moved(_flat(back), weight)
-            both = E_CODES[8 * self.e.element_size()].store(moved, _flat(back), spread)
-            _put(keep, (self.e, self.e_scales), both)
-        elif isinstance(s.moves, Tensor) or s.moves:
-            stays: Callable[[Tensor, Tensor], Tensor] = lambda old, now: now  # noqa: E731
-            if isinstance(s.moves, Tensor):
-                stays = lambda old, now: torch.where(s.moves != 0, now, old)  # noqa: E731
-            if self.e_scales is None:
-                keep.copy_(self.e, stays(self.e, new.e))
-                return
-            assert h is not None
-            high, rest = codes.split(codes.rounded(new.e, 24, h >> 24), 24)
-            _put(keep, (self.e, self.e_scales), (stays(self.e, high), stays(self.e_scales, rest)))
+    @property
+    def on_grid(self) -> bool:
+        """Whether an average or an iterate was read that lies on a grid beside the weights."""
+        return self._place is not None
 
-    def _on_grid(self) -> bool:
-        return self.e_scales is not None and self.e is not None and self.e.dtype != torch.bfloat16
+    def write(self, keep: Keep, new: Mapping[str, Tensor | None], t: Scalar, average: Averaging | None = None) -> None:
+        """What a rule makes of them, in the order of ``new``; of an iterate on a grid, how far it moves. Without the
+        weight, that stays. ``t`` is this step."""
+        was = self._tensors[self._weight]
+        count = t if isinstance(t, Tensor) else torch.tensor(int(t), device=was.device)  # float32 counts to 2^24
+        x = new.get(self._weight)
+        dither = Dither(was.to(self._dtype) if x is None else x, new, count)
+        back = was.to(self._dtype) if x is None else self._write_weight(keep, x, dither)
+        for symbol, value in new.items():
+            if value is None or symbol == self._weight or symbol not in self._operands:
+                continue
+            operand = self._operands[symbol]
+            if operand.codec in ("average", "iterate"):
+                self._write_average(keep, operand, value, back, dither, count, average)
+            else:
+                self._write_moment(keep, operand, value, dither)
 
-    def _is_dithered(self) -> bool:
-        rest, e = self.rest, self.e
-        return (
-            (self.stochastic and rest is None and self.x.dtype == torch.bfloat16)
-            or (rest is not None and rest.dtype == torch.int8)
-            or any(a is not None and a.dtype in (torch.bfloat16, torch.uint8) for a in (self.m, self.v))
-            or (e is not None and self.e_scales is not None and e.dtype == torch.bfloat16)
-        )
-
-    def _write_weight(self, keep: Keep, x: Tensor, h: Tensor | None) -> Tensor:
+    def _write_weight(self, keep: Keep, x: Tensor, dither: Dither) -> Tensor:
         """The weight as it will be read back."""
-        if self.rest is not None:
-            bits = 32 if self.rest.dtype == torch.int16 else 24
-            back = x if h is None or bits == 32 else codes.rounded(x, 24, h)
-            _put(keep, (self.x, self.rest), codes.split(back, bits))
+        operand = self._operands[self._weight]
+        to, rest = self._tensors[self._weight], self._beside.get(self._weight)
+        if rest is not None:
+            bits = 32 if rest.dtype == torch.int16 else 24
+            back = x if bits == 32 else codes.rounded(x, 24, dither.word(operand))
+            _put(keep, (to, rest), codes.split(back, bits))
             return back
-        if self.stochastic and self.x.dtype == torch.bfloat16 and h is not None:
-            back = codes.rounded(x, 16, h)
-            keep.copy_(self.x, _in_bfloat16(back))
+        if self._stochastic and to.dtype == torch.bfloat16:
+            back = codes.rounded(x, 16, dither.word(operand))
+            keep.copy_(to, _in_bfloat16(back))
             return back
-        keep.copy_(self.x, x)
-        return x if self.x.dtype == x.dtype else x.to(self.x.dtype).to(x.dtype)
+        keep.copy_(to, x)
+        return x if to.dtype == x.dtype else x.to(to.dtype).to(x.dtype)
 
+    def _write_moment(self, keep: Keep, operand: Operand, value: Tensor, dither: Dither) -> None:
+        to, scales = self._tensors[operand.symbol], self._beside.get(operand.symbol)
+        if scales is not None:
+            code, h = (M_CODE, dither.half) if operand.codec == "moment" else (V_CODE, dither.word)
+            _put(keep, (to, scales), code.store(_flat(value), _flat(h(operand))))
+        elif to.dtype == torch.bfloat16 and not (self._nearest and operand.codec == "second"):
+            keep.copy_(to, _in_bfloat16(codes.rounded(value, 16, dither.half(operand))))
+        else:
+            keep.copy_(to, value)
 
-def _moment(code: Any, a: Tensor, scales: Tensor | None) -> Tensor:
-    if scales is not None:
-        loaded: Tensor = code.load(_flat(a), _flat(scales))
-        return loaded.view(a.shape)
-    return a.float() if a.dtype == torch.bfloat16 else a
-
-
-def _write_moment(
-    keep: Keep, code: Any, a: Tensor, scales: Tensor | None, value: Tensor, h: Tensor | None, shift: int
-) -> None:
-    if scales is not None:
-        assert h is not None
-        _put(keep, (a, scales), code.store(_flat(value), _flat(h)))
-    elif a.dtype == torch.bfloat16:
-        assert h is not None
-        keep.copy_(a, _in_bfloat16(codes.rounded(value, 16, h >> shift)))
-    else:
-        keep.copy_(a, value)
+    def _write_average(
+        self,
+        keep: Keep,
+        operand: Operand,
+        value: Tensor,
+        back: Tensor,
+        dither: Dither,
+        count: Tensor,
+        average: Averaging | None,
+    ) -> None:
+        to, side = self._tensors[operand.symbol], self._beside.get(operand.symbol)
+        moves = 1.0 if average is None else average.moves
+        if self._place is not None:
+            if average is None:
+                moved, spread = self._place._replace(increment=_flat(value)), _flat(dither.word(operand))
+            else:
+                at, zero = average.weight, 0.0
+                weight = torch.where(moves != 0, at, zero) if isinstance(moves, Tensor) else at * moves
+                spread = codes.evenly(torch.floor_divide(count, average.update_freq), back.numel())
+                moved = self._place.moved(_flat(back), weight)
+            _put(keep, (to, side), E_CODES[8 * to.element_size()].store(moved, _flat(back), spread))
+            return
+        if not isinstance(moves, Tensor) and not moves:
+            return
+        parts: tuple[Tensor, ...] = (value,)
+        if side is not None:
+            parts = codes.split(codes.rounded(value, 24, dither.word(operand) >> 24), 24)
+        for old, now in zip((to, side), parts, strict=False):
+            assert old is not None
+            keep.copy_(old, torch.where(moves != 0, now, old) if isinstance(moves, Tensor) else now)
 
 
 def _in_bfloat16(a: Tensor) -> Tensor:
@@ -154,12 +175,22 @@ def _put(keep: Keep, to: tuple[Tensor, Tensor | None], parts: tuple[Tensor, Tens
 
 
 class Coded:
-    """The lists of a call beside its operands; each is None or empty where these are plain."""
+    """The operands of a call by their symbols, and the lists of what lies beside them; each of these is None or empty
+    where its operands are plain. ``dtype``: what is computed with; ``stochastic``: rounding of weights in bfloat16 with
+    nothing beside them; ``nearest``: that of a "second" moment."""
 
-    def __init__(self, stochastic: bool, *beside: list[Tensor] | None) -> None:
-        self.stochastic, self.beside = stochastic, beside
+    def __init__(
+        self,
+        definition: Definition,
+        dtype: torch.dtype,
+        lists: Mapping[str, Sequence[Tensor]],
+        beside: Mapping[str, Sequence[Tensor] | None],
+        *,
+        stochastic: bool = False,
+        nearest: bool = False,
+    ) -> None:
+        self.definition, self.dtype, self.lists, self.beside = definition, dtype, lists, beside
+        self.stochastic, self.nearest = stochastic, nearest
 
-    def stored(self, i: int, *operands: Tensor | None) -> Stored:
-        """``operands`` of parameter i, in the order of the lists."""
-        pairs = [(a, scales[i] if scales else None) for a, scales in zip(operands, self.beside, strict=True)]
-        return Stored(*[part for pair in pairs for part in pair], self.stochastic)  # type: ignore[arg-type, call-arg]
+    def stored(self, i: int) -> Stored:
+        return Stored(self, i)

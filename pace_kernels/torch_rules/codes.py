@@ -60,7 +60,17 @@ def settled_square(v: Tensor) -> Tensor:
 
 def dither(x: Tensor, v: Tensor, key: Tensor) -> Tensor:
     """32 bits for each element of the new weights and second moments before they are rounded."""
-    return _mixed((settled(x) * _GOLDEN & _WORD) ^ bits_of(settled_square(v)) ^ key)
+    return dither_by(x, bits_of(settled_square(v)), key)
+
+
+def dither_by(x: Tensor, bits: Tensor, key: Tensor) -> Tensor:
+    """The same of other bits where there is no second moment."""
+    return _mixed((settled(x) * _GOLDEN & _WORD) ^ bits ^ key)
+
+
+def further(h: Tensor) -> Tensor:
+    """The next 32 bits after such."""
+    return _mixed(h + _GOLDEN & _WORD)
 
 
 def hashed(bits: Tensor, begin: int) -> Tensor:

@@ -69,8 +69,7 @@ def place(states: Sequence[Tensor]) -> tuple[torch.device, torch.dtype]:
     """Where the states of a call are, and in what dtype they are computed with."""
     if not states:
         return torch.device("cpu"), torch.float32
-    coded = states[0].dtype in (torch.bfloat16, torch.uint8)
-    return states[0].device, torch.float32 if coded else states[0].dtype
+    return states[0].device, torch.float64 if states[0].dtype == torch.float64 else torch.float32
 
 
 def handed_over(

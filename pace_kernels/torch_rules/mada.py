@@ -51,6 +51,7 @@ from torch import Tensor
 
 from ..definitions import MADA
 from ..definitions.mada import COEFFICIENTS, DONE, NO_GRADIENT, REDO
+from .coded import Averaging, Coded
 from .common import (
     Begun,
     Keep,
@@ -227,7 +228,8 @@ def mada_rule(s: MadaScalars, g: Tensor, last_g: Tensor | None, before: MadaMome
         m = s.beta1 * m + s.one_minus_beta1 * g
         v = s.beta2 * v + s.one_minus_beta2 * g_tilde
         if w is not None:
-            w = torch.maximum(w, v) if s.second_max else s.mean_new * v + s.mean_old * w
+            # Not torch.maximum: of codes a v that was NaN comes back as infinity, and a w that was stays.
+            w = torch.where(w > v, w, v) if s.second_max else s.mean_new * v + s.mean_old * w
         V = v * s.inv_bias2 if w is None else (s.rho * v + s.one_minus_rho * w) * s.inv_bias2
         N = m * s.inv_bias1
         if n is not None and d is not None:
@@ -312,16 +314,12 @@ def _or_new(taken: Scalar, last_g: Tensor, g: Tensor) -> Tensor:
     return g if taken == NO_GRADIENT else last_g
 
 
-def _remember(keep: Keep, last_g: Tensor, g: Tensor, last: Tensor, older: Tensor | None, roles_stay: bool) -> None:
-    """Writes the new gradient; over the older one where there is one, since the caller exchanges the two."""
-    if older is None:
-        keep.copy_(last, g)
-    elif roles_stay:
-        keep.copy_(older, last_g)
-        keep.copy_(last, g)
-    else:
-        keep.copy_(last, last_g)
-        keep.copy_(older, g)
+def _remembered(last_g: Tensor, g: Tensor, both: bool, roles_stay: bool) -> dict[str, Tensor]:
+    """Where the new gradient is written, in order; over the older one where there is one, since the caller exchanges
+    the two."""
+    if not both:
+        return {"last_g": g}
+    return {"older_g": last_g, "last_g": g} if roles_stay else {"last_g": last_g, "older_g": g}
 
 
 def mada_step_(
@@ -343,6 +341,12 @@ def mada_step_(
     grad_scale: Tensor | None = None,
     clip_coef: Tensor | None = None,
     found_inf: Tensor | None = None,
+    remainders: list[Tensor] | None = None,
+    exp_avg_scales: list[Tensor] | None = None,
+    exp_avg_sq_scales: list[Tensor] | None = None,
+    exp_avg_diff_scales: list[Tensor] | None = None,
+    exp_avg_lion_scales: list[Tensor] | None = None,
+    ema_scales: list[Tensor] | None = None,
     **options: Any,
 ) -> None:
     """What the operator ``mada_step_`` does, tensor by tensor; on any device, and in float64 for float64 parameters.
@@ -362,11 +366,21 @@ def mada_step_(
     roles_stay = o.capturable or by_graph(device)  # of tensors that change places, a graph of its own is made
     row = _row(last_scalars[0], (REDO if o.learn else DONE, lr, *q)) if last_scalars else None
     sums: list[Scalar] = [0.0] * len(COEFFICIENTS)
-    lists = (exp_avgs, exp_avg_diffs, exp_avg_sqs, second_exp_avg_sqs, exp_avg_lions)
-    for i, (param, t) in enumerate(zip(params, counts, strict=not keep.all)):
-        kept = MadaMoments(*(tensors[i] if tensors else None for tensors in lists))
-        dtype = next(a.dtype for a in kept if a is not None)
-        last_g = last_grads[i] if last_grads else None
+    lists = {
+        "x": params, "m": exp_avgs, "v": exp_avg_sqs, "n": exp_avg_diffs, "w": second_exp_avg_sqs, "l": exp_avg_lions,
+        "last_g": last_grads, "older_g": older_grads, "e": emas,
+    }  # fmt: skip
+    beside = {
+        "x": remainders, "m": exp_avg_scales, "v": exp_avg_sq_scales, "n": exp_avg_diff_scales,
+        "l": exp_avg_lion_scales, "e": ema_scales,
+    }  # fmt: skip
+    dtype = begun.dtype
+    coded = Coded(MADA, dtype, lists, beside, stochastic=o.stochastic_rounding, nearest=o.second_max)
+    for i, (_, t) in enumerate(zip(params, counts, strict=not keep.all)):
+        stored = coded.stored(i)
+        was = stored.read()
+        kept = MadaMoments(*(was.get(symbol) for symbol in MadaMoments._fields))
+        last_g, older_g = was.get("last_g"), was.get("older_g")
         pull = rounded(pulls[i], dtype)
         g = pull.grad_factor * grads[i].to(dtype)
         before = kept
@@ -374,7 +388,6 @@ def mada_step_(
         if last_g is not None:
             last_g = _or_new(last[0], last_g, g)
         if o.learn and last_g is not None:
-            older_g = older_grads[i] if older_grads else None
             redo, factors = last_step(o, t - 1.0, last)
             redo = rounded(redo, dtype)
             redone = mada_rule(redo, last_g, older_g, kept)
@@ -386,17 +399,12 @@ def mada_step_(
                         sums[k] = sums[k] + shared * fixed_order_sum(term)
         previous_g = last_g if exp_avg_diffs else None
         new = mada_rule(rounded(scalars[i], dtype), g, previous_g, before)
-        e = emas[i] if emas else None
-        x, average = pulled(pull, param.to(dtype), new, e)
-        keep.copy_(param, x)
-        if e is not None and average is not None:
-            keep.copy_(e, average)
-        for tensor, value in zip(kept, before if o.learn else new.moments, strict=True):
-            if tensor is not None and value is not None:
-                keep.copy_(tensor, value)
+        x, average = pulled(pull, was["x"], new, was.get("e"))
+        now: dict[str, Tensor | None] = {"x": x, "e": average, **(before if o.learn else new.moments)._asdict()}
         if last_g is not None and row is not None:
-            _remember(keep, last_g, g, last_grads[i], older_grads[i] if older_grads else None, roles_stay)
+            now |= _remembered(last_g, g, older_g is not None, roles_stay)
             keep.copy_(last_scalars[i], row)
+        stored.write(keep, now, t, Averaging(pull.weight, pull.moves, o.ema_update_freq))
     if hypergradients is not None:
         hypergradients.zero_()
         keep.copy_(hypergradients, _row(hypergradients, (*sums, 0.0 if keep.all else lr)))

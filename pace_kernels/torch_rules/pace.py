@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..definitions import PACE
 from ..definitions.kit import PACE_STATS
-from .coded import Coded
+from .coded import Averaging, Coded
 from .common import (
     Begun,
     Keep,
@@ -216,16 +216,17 @@ def pace_step_(
     pull, momentum = o.lambda_pullback != 0.0, o.beta1 != 0.0
     scalars = begun.scalars(lambda t: pace_scalars(o, t, begun.factor))
     of_stats = begun.scalars(lambda t: stats_scalars(o, t), torch.float64) if stats is not None else []
-    coded = Coded(o.stochastic_rounding, remainders, exp_avg_scales, exp_avg_sq_scales, ema_scales)
+    lists = {"x": params, "m": exp_avgs if momentum else [], "v": exp_avg_sqs, "e": emas}
+    beside = {"x": remainders, "m": exp_avg_scales, "v": exp_avg_sq_scales, "e": ema_scales}
+    coded = Coded(PACE, begun.dtype, lists, beside, stochastic=o.stochastic_rounding)
     rows: list[Tensor] = []
     for i, (param, its_scalars) in enumerate(zip(params, scalars, strict=not keep.all)):
-        m = exp_avgs[i] if momentum else None
-        e = emas[i] if emas else None
         s = rounded(its_scalars, begun.dtype)
-        stored = coded.stored(i, param, m, exp_avg_sqs[i], e)
+        stored = coded.stored(i)
         was = stored.read()
-        new = pace_rule(s, grads[i].to(was.v.dtype), was.x, was.m, was.v, was.e, pull)
-        stored.write(keep, was, new, s, begun.counts[i], o.ema_update_freq)
+        new = pace_rule(s, grads[i].to(begun.dtype), was["x"], was.get("m"), was["v"], was.get("e"), pull)
+        states = {"x": new.x, "m": new.m, "v": new.v, "e": new.e}
+        stored.write(keep, states, begun.counts[i], Averaging(s.weight, s.moves, o.ema_update_freq))
         if stats is not None and param.numel() > 0:
             rows.append(summed_stats(new, of_stats[i]).to(stats.dtype))
     write_stats(stats, keep, rows)

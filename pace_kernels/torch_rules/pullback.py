@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..definitions import PULLBACK
+from .coded import Averaging, Coded
 from .common import Begun, Options, Scalar, averaged, number, options_type, rounded, square_root
 from .pace import PaceStep, StatsScalars, average_moves, average_weight, gain_weight, summed_stats, write_stats
 
@@ -91,6 +92,7 @@ def pullback_(
     stats: Tensor | None = None,
     lr_tensor: Tensor | None = None,
     found_inf: Tensor | None = None,
+    ema_scales: list[Tensor] | None = None,
     **options: Any,
 ) -> None:
     """What the operator ``pullback_`` does, tensor by tensor; on any device, and in float64 for float64 averages."""
@@ -99,17 +101,21 @@ def pullback_(
     scalars = begun.scalars(lambda t: pullback_scalars(o, t))
     of_stats = begun.scalars(lambda t: stats_scalars(o, t), torch.float64) if stats is not None else []
     rows: list[Tensor] = []
+    lists = {"x": params, "before": befores, "v": second_moments, "e": emas}
+    coded = Coded(PULLBACK, begun.dtype, lists, {"e": ema_scales})
+    grid = any(e.dtype in (torch.int8, torch.int16) for e in emas)
+    if grid and not befores:
+        raise RuntimeError("befores must not be empty where emas are int8 or int16, which are read beside them")
     for i, (param, its_scalars) in enumerate(zip(params, scalars, strict=not keep.all)):
-        e = emas[i]
-        s = rounded(its_scalars, e.dtype)
-        if not pull and stats is None and not isinstance(s.moves, Tensor) and not s.moves:
+        s = rounded(its_scalars, begun.dtype)
+        if not (pull or grid) and stats is None and not isinstance(s.moves, Tensor) and not s.moves:
             continue
-        before, v = (tensors[i].to(e.dtype) if tensors else None for tensors in (befores, second_moments))
-        new = pullback_rule(s, param.to(e.dtype), before, v, e, pull)
-        if pull:
-            keep.copy_(param, new.x)
-        assert new.e is not None
-        begun.average(e, new.e, s.moves)
+        stored = coded.stored(i)
+        was = stored.read()
+        before = None if o.pullback_from_step or not pull else was.get("before")
+        new = pullback_rule(s, was["x"], before, was.get("v"), was["e"], pull)
+        states = {"e": new.e} | ({"x": new.x} if pull else {})
+        stored.write(keep, states, begun.counts[i], Averaging(s.weight, s.moves, o.ema_update_freq))
         if stats is not None and param.numel() > 0:
             rows.append(summed_stats(new, of_stats[i]).to(stats.dtype))
     write_stats(stats, keep, rows)

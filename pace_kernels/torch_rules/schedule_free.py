@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..definitions import SCHEDULE_FREE
 from ..definitions.schedule_free import SCHEDULE
+from .coded import Coded
 from .common import (
     Begun,
     Options,
@@ -110,11 +111,15 @@ def schedule_free_scalars(o: Options, t: Scalar, factor: Scalar = 1.0) -> Schedu
     )
 
 
-def schedule_free_rule(s: ScheduleFreeScalars, g: Tensor, y: Tensor, v: Tensor, z: Tensor) -> ScheduleFreeStep:
+def schedule_free_rule(
+    s: ScheduleFreeScalars, g: Tensor, y: Tensor, v: Tensor, z: Tensor, increment: bool = False
+) -> ScheduleFreeStep:
+    """One step. ``increment``: in the place of z₊ is how far z moves, −α_t u."""
     g = s.grad_factor * g
     v = s.beta2 * v + s.one_minus_beta2 * (g * g)
     u = g / (square_root(v * s.inv_bias2) + s.eps) + s.weight_decay * y
-    return ScheduleFreeStep(averaged(y, z, s.share) - s.y_size * u, v, z - s.z_size * u)
+    move = s.z_size * u
+    return ScheduleFreeStep(averaged(y, z, s.share) - s.y_size * u, v, -move if increment else z - move)
 
 
 def schedule_free_average(y: Tensor, z: Tensor, beta1: float, out: Tensor | None = None) -> Tensor:
@@ -138,6 +143,9 @@ def schedule_free_step_(
     grad_scale: Tensor | None = None,
     clip_coef: Tensor | None = None,
     found_inf: Tensor | None = None,
+    remainders: list[Tensor] | None = None,
+    exp_avg_sq_scales: list[Tensor] | None = None,
+    z_scales: list[Tensor] | None = None,
     **options: Any,
 ) -> None:
     """What the operator ``schedule_free_step_`` does, tensor by tensor; on any device, and in float64 for float64
@@ -150,9 +158,12 @@ def schedule_free_step_(
     begun = Begun(ScheduleFreeOptions, options, steps, exp_avg_sqs, given, **scaling)
     o, keep = begun.o, begun.keep
     scalars = begun.scalars(lambda _: schedule_free_scalars(o, o.count, begun.factor))
-    for i, (param, its_scalars) in enumerate(zip(params, scalars, strict=not keep.all)):
-        v, z = exp_avg_sqs[i], zs[i]
-        new = schedule_free_rule(rounded(its_scalars, v.dtype), grads[i].to(v.dtype), param.to(v.dtype), v, z)
-        keep.copy_(param, new.y)
-        keep.copy_(v, new.v)
-        keep.copy_(z, new.z)
+    beside = {"y": remainders, "v": exp_avg_sq_scales, "z": z_scales}
+    lists = {"y": params, "v": exp_avg_sqs, "z": zs}
+    coded = Coded(SCHEDULE_FREE, begun.dtype, lists, beside, stochastic=o.stochastic_rounding)
+    for i, (_, its_scalars) in enumerate(zip(params, scalars, strict=not keep.all)):
+        stored = coded.stored(i)
+        was = stored.read()
+        s, g = rounded(its_scalars, begun.dtype), grads[i].to(begun.dtype)
+        new = schedule_free_rule(s, g, was["y"], was["v"], was["z"], stored.on_grid)
+        stored.write(keep, new._asdict(), begun.counts[i])
