@@ -14,7 +14,8 @@ enum class Role : uint8_t { weight, gradient, moment, copy, state };
 enum class Codec : uint8_t { none, weight, moment, square, second, gradient, average, iterate };
 
 // A list of an operator: what ends the refusal of its length where it may be missing, null where it may not; the list
-// beside it, null where there never is one; and which 16 bits of an element's dither are its own (`further` in codes.h).
+// beside it, null where there never is one; and which 16 bits of an element's dither are its own (`further` in
+// codes.h).
 struct ListInfo {
   const char* name;
   Role role;

@@ -34,12 +34,15 @@ _LIBRARY = torch.library.Library("pace_kernels", "DEF")
 # are float32 or float64. float32 counts to 2^24: a count that is there is refused on the CPU; on a device, where nobody
 # reads it, it stays there.
 #
+# Lists may lie in the formats of csrc/codes.h, a format a list and call: with `remainders` (int16 or int8) the
+# parameters are bfloat16, each of 32 or 24 bits together with its remainder; moments (exp_avgs, exp_avg_sqs,
+# exp_avg_diffs, exp_avg_lions) may be bfloat16, or uint8 with scales (`exp_avg_scales`, ...); second_exp_avg_sqs,
+# last_grads and older_grads bfloat16; emas and zs bfloat16 with int8 `ema_scales` and `z_scales`, or int8 or int16 with
+# uint8 ones. Codes with uint8 scales, one for 32 consecutive elements, are contiguous, and their parameters too. With
+# `stochastic_rounding` bfloat16 parameters without remainders are rounded by the same dither.
+#
 # pace_step_ is one PACE step (csrc/rules/pace.h). `exp_avgs` may be empty where beta1 is 0, `emas` where
-# lambda_pullback is 0. Lists may lie in the formats of csrc/codes.h, a format a list and call: with `remainders` (int16
-# or int8) the parameters are bfloat16, each of 32 or 24 bits together with its remainder; exp_avgs and exp_avg_sqs may
-# be bfloat16, or uint8 with `exp_avg_scales` and `exp_avg_sq_scales`; emas bfloat16 with int8 `ema_scales`, or int8 or
-# int16 with uint8 ones. Codes with uint8 scales, one for 32 consecutive elements, are contiguous, and their parameters
-# too. With `stochastic_rounding` bfloat16 parameters without remainders are rounded by the same dither.
+# lambda_pullback is 0.
 #
 # mada_step_ is one MADA step (csrc/rules/mada.h). A list may be empty where nothing needs it; those that are there say
 # what is in play: `exp_avgs` and `exp_avg_sqs` Adam's moments, `exp_avg_diffs` the differences of gradients,
@@ -56,7 +59,8 @@ _LIBRARY = torch.library.Library("pace_kernels", "DEF")
 # or float32; empty with `gain`), bias-corrected by beta2 at the step that is `step_offset` beyond that of `steps`. The
 # distance is measured from `befores`, the weights before the base's step, in the parameter's dtype; where the list is
 # empty, from `params`. Where nothing pulls (gain or, without it, lambda_pullback 0) both are empty and `params` is only
-# read.
+# read. Averages in int8 or int16 are read beside `befores`, which are there then even so; the distance is measured from
+# `params` with `pullback_from_step`.
 #
 # schedule_free_step_ is one step of schedule-free AdamW (csrc/rules/schedule_free.h). lr, `count` and `share` are those
 # of the whole group at this step, which the front end computes; `schedule` has the last two where only the device knows

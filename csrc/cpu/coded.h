@@ -44,11 +44,11 @@ void store_pair(const Stream& s, int64_t begin, int64_t n, const float* in) {
   store_tile<Rest>(*s.rest, begin, n, in);
 }
 
-// Rounds in place, by the bits of `h` from `kShift` on.
-template <int kBits, int kShift = 0>
-void round_tile(float* a, const uint32_t* h, int64_t n) {
+// Rounds in place, by the bits of `h` from `shift` on.
+template <int kBits>
+void round_tile(float* a, const uint32_t* h, int shift, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) a[i] = float_of(rounded_bits<kBits>(settled(a[i]), h[i] >> kShift));
+  for (int64_t i = 0; i < n; ++i) a[i] = float_of(rounded_bits<kBits>(settled(a[i]), h[i] >> shift));
 }
 
 template <class Code>
@@ -62,7 +62,7 @@ void load_codes(const Stream& s, int64_t begin, int64_t n, float* out) {
 }
 
 template <class Code>
-void store_codes(const Stream& s, int64_t begin, int64_t n, const float* in, const uint32_t* h) {
+void store_codes(const Stream& s, int64_t begin, int64_t n, const float* in, const uint32_t* h, int shift) {
   uint8_t* const codes = static_cast<uint8_t*>(s.data) + begin;
   for (int64_t k = 0; k < n; k += kCodeBlock) {
     int32_t rank = kRankOfZero;
@@ -71,16 +71,16 @@ void store_codes(const Stream& s, int64_t begin, int64_t n, const float* in, con
     const int32_t b = Code::scale(rank);
     alignas(64) uint32_t code[kCodeBlock];
 #pragma omp simd
-    for (int i = 0; i < kCodeBlock; ++i) code[i] = Code::store(in[k + i], b, Code::dithered(h[k + i]));
+    for (int i = 0; i < kCodeBlock; ++i) code[i] = Code::store(in[k + i], b, Code::dithered(h[k + i] >> shift));
 #pragma omp simd
     for (int i = 0; i < kCodeBlock; ++i) codes[k + i] = static_cast<uint8_t>(code[i]);
     s.scales[(begin + k) / kCodeBlock] = static_cast<uint8_t>(b);
   }
 }
 
-// Averages beside their weights.
+// Averages, or iterates, beside their weights.
 struct GridTile {
-  alignas(64) float grid[kLargestTile], offset[kLargestTile], u[kCodeBlock];
+  alignas(64) float grid[kLargestTile], offset[kLargestTile];
 
   template <int kBits, class Int>
   void load(const Stream& s, int64_t begin, int64_t n, const float* x, float* e) {
@@ -97,77 +97,110 @@ struct GridTile {
   }
 
   // `x`: the new weights as they will be read back. Where the weight is 1 the average is x itself; of loops with that
-  // choice in them gcc vectorizes but one arm. Codes are narrowed in a loop of their own, or floats fill half a vector.
+  // choice in them gcc vectorizes but one arm. `u`: the dither of each place in a block.
   template <int kBits, class Int>
-  void store(const Stream& s, int64_t begin, int64_t n, const float* x, float weight) {
-    using Code = GridCode<kBits>;
-    Int* const codes = static_cast<Int*>(s.data) + begin;
+  void store_average(const Stream& s, int64_t begin, int64_t n, const float* x, float weight, const float* u) {
     if (weight == 1.0f) {
       for (int64_t i = 0; i < n; ++i) grid[i] = x[i], offset[i] = 0.0f;
     }
     for (int64_t k = 0; k < n; k += kCodeBlock) {
       alignas(64) float increment[kCodeBlock];
-      alignas(64) int32_t code[kCodeBlock];
-      int32_t rank = kRankOfZero;
-#pragma omp simd reduction(max : rank)
-      for (int i = 0; i < kCodeBlock; ++i) {
-        const float g = grid[k + i], o = offset[k + i], to = x[k + i], more = weight * (to - (g + o));
-        rank = larger(rank, rank_of(((g - to) + o) + more));
-        increment[i] = more;
-      }
-      const int32_t b = Code::scale(rank);
 #pragma omp simd
-      for (int i = 0; i < kCodeBlock; ++i) {
-        const float g = grid[k + i], o = offset[k + i];
-        code[i] = Code::store({g, o, increment[i]}, x[k + i], b, u[i]);
-      }
-#pragma omp simd
-      for (int i = 0; i < kCodeBlock; ++i) codes[k + i] = static_cast<Int>(code[i]);
-      s.scales[(begin + k) / kCodeBlock] = static_cast<uint8_t>(b);
+      for (int i = 0; i < kCodeBlock; ++i) increment[i] = weight * (x[k + i] - (grid[k + i] + offset[k + i]));
+      store_block<kBits, Int>(s, begin, k, x, increment, u);
     }
+  }
+
+  // `moves`: how far each iterate moves; `h` dithers it.
+  template <int kBits, class Int>
+  void store_iterate(const Stream& s, int64_t begin, int64_t n, const float* x, const float* moves, const uint32_t* h) {
+    for (int64_t k = 0; k < n; k += kCodeBlock) {
+      alignas(64) float u[kCodeBlock];
+#pragma omp simd
+      for (int i = 0; i < kCodeBlock; ++i) u[i] = unit_of(h[k + i]);
+      store_block<kBits, Int>(s, begin, k, x, moves + k, u);
+    }
+  }
+
+ private:
+  // Codes are narrowed in a loop of their own, or floats fill half a vector.
+  template <int kBits, class Int>
+  inline __attribute__((always_inline)) void store_block(const Stream& s, int64_t begin, int64_t k, const float* x,
+                                                         const float* increment, const float* u) {
+    using Code = GridCode<kBits>;
+    Int* const codes = static_cast<Int*>(s.data) + begin;
+    alignas(64) int32_t code[kCodeBlock];
+    int32_t rank = kRankOfZero;
+#pragma omp simd reduction(max : rank)
+    for (int i = 0; i < kCodeBlock; ++i) {
+      rank = larger(rank, rank_of(((grid[k + i] - x[k + i]) + offset[k + i]) + increment[i]));
+    }
+    const int32_t b = Code::scale(rank);
+#pragma omp simd
+    for (int i = 0; i < kCodeBlock; ++i) {
+      const float g = grid[k + i], o = offset[k + i];
+      code[i] = Code::store({g, o, increment[i]}, x[k + i], b, u[i]);
+    }
+#pragma omp simd
+    for (int i = 0; i < kCodeBlock; ++i) codes[k + i] = static_cast<Int>(code[i]);
+    s.scales[(begin + k) / kCodeBlock] = static_cast<uint8_t>(b);
   }
 };
 
-// The operands of a rule that has none in codes.
-template <class D, bool kCodes = std::is_base_of_v<PaceDefinition, D>>
-struct Coded {
-  const uint32_t read;
-
-  Coded(const Stream*, const Rounding*, uint32_t reads, uint32_t) : read(reads) {}
-  static constexpr bool has(int) { return false; }
-  static constexpr bool any() { return false; }
-  static float* opened(int, int64_t, int64_t, float* const*, float*) { return nullptr; }
-  static void close(int64_t, int64_t, float* const*) {}
-};
-
+// The operands of a call, by the definition D, that lie in codes.
 template <class D>
-struct Coded<D, true> {
+class Coded {
   static constexpr int operand(Codec codec) {
     for (int k = 0; k < D::kOperands; ++k) {
       if (D::kLists[k].codec == codec) return k;
     }
     return -1;
   }
-  static constexpr int kX = operand(Codec::weight), kM = operand(Codec::moment), kV = operand(Codec::square),
-                       kE = operand(Codec::average);
-  static_assert(kX == 0, "averages are read beside weights, which are read first");
+  static constexpr int before() {
+    for (int k = 0; k < D::kOperands; ++k) {
+      if (D::kLists[k].role == Role::copy) return k;
+    }
+    return 0;
+  }
+  static constexpr bool is_average(int k) {
+    return D::kLists[k].codec == Codec::average || D::kLists[k].codec == Codec::iterate;
+  }
+  static constexpr int kX = 0, kV = operand(Codec::square);
+  static constexpr int kBefore = before();  // the weights that an average is read beside
+  static constexpr int kE = operand(Codec::average) >= 0 ? operand(Codec::average) : operand(Codec::iterate);
+  static_assert(kE > kBefore, "averages are read beside weights, which are read first");
+  // In place of a second moment, where there is none.
+  static constexpr int kOther = [] {
+    for (int k = D::kOperands - 1; k >= 0; --k) {
+      if (D::kLists[k].codec == Codec::moment) return k;
+    }
+    return kE;
+  }();
+  static constexpr int kWords = [] {
+    int most = 0;
+    for (const ListInfo& list : D::kLists) most = list.dither > most ? list.dither : most;
+    return most / 2 + 1;
+  }();
 
+ public:
   uint32_t read;
 
   Coded(const Stream* streams, const Rounding* rounding, uint32_t reads, uint32_t writes)
       : read(reads), streams_(streams), rounding_(rounding), written_(writes) {
     if (rounding == nullptr) return;
     for (int k = 0; k < D::kOperands; ++k) {
-      if (streams[k].data == nullptr || !is_coded(streams[k].format)) continue;
-      const bool grid = is_grid(streams[k].format);
+      const Format format = streams[k].format;
+      if (streams[k].data == nullptr || !is_coded(format)) continue;
+      const bool grid = is_grid(format);
       if (!grid && (reads >> k & 1) == 0) continue;
       coded_ |= 1u << k;
-      hashes_ = hashes_ || !(grid || streams[k].format == Format::kPair32);
+      const bool hashed = !(grid ? D::kLists[k].codec == Codec::average : format == Format::kPair32);
+      if (hashed) words_ = larger(words_, D::kLists[k].dither / 2 + 1);
     }
-    if (kE >= 0 && has(kE) && is_grid(streams[kE].format)) {
-      read |= 1u << kE;  // its codes depend on the weights, whatever a step does with the average
-      for (uint32_t i = 0; i < kCodeBlock; ++i) grid_.u[i] = unit_of(evenly(rounding->moves, i));
-    }
+    if (!has(kE) || !is_grid(streams[kE].format)) return;
+    // Its codes depend on the weights, whatever a step does with the average.
+    read |= 1u << kE | 1u << kBefore;
+    for (uint32_t i = 0; i < kCodeBlock; ++i) spread_[i] = unit_of(evenly(rounding->moves, i));
   }
 
   bool has(int k) const { return (coded_ >> k & 1) != 0; }
@@ -190,10 +223,10 @@ struct Coded<D, true> {
         load_codes<VCode>(s, at, n, out);
         break;
       case Format::kGrid8:
-        grid_.template load<8, int8_t>(s, at, n, data[kX], out);
+        grid_.template load<8, int8_t>(s, at, n, data[kBefore], out);
         break;
       case Format::kGrid16:
-        grid_.template load<16, int16_t>(s, at, n, data[kX], out);
+        grid_.template load<16, int16_t>(s, at, n, data[kBefore], out);
         break;
       default:
         load_tile<BFloat16>(s, at, n, out);
@@ -204,51 +237,52 @@ struct Coded<D, true> {
   // Writes the coded operands, which the rule has left in `data`, new. All are dithered by the weight and the second
   // moment as they were before any of them is rounded.
   void close(int64_t at, int64_t n, float* const* data) {
-    float *const x = data[kX], *const v = data[kV];
-    alignas(64) uint32_t h[kLargestTile];
-    if (hashes_) {
-      const uint32_t key = rounding_->key;
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) h[i] = dither(settled(x[i]), settled_square(v[i]), key);
+    alignas(64) uint32_t words[kWords][kLargestTile];
+    hash(n, data, words);
+    for (int k = 1; k < D::kOperands; ++k) {
+      if (has(k) && !is_average(k) && (written_ >> k & 1) != 0) {
+        close_moment(k, at, n, data[k], words[D::kLists[k].dither / 2]);
+      }
     }
-    close_moment(kM, at, n, data, h);
-    close_moment(kV, at, n, data, h);
-    if (has(kX)) close_weight(at, n, x, h);
-    if (!has(kE)) return;
-    const Stream& s = streams_[kE];
-    if (s.format == Format::kPair24) {
-      if ((written_ >> kE & 1) == 0) return;
-      round_tile<24, 24>(data[kE], h, n);
-      store_pair<RestOf24>(s, at, n, data[kE]);
-      return;
-    }
-    alignas(64) float scratch[kLargestTile];
-    const float* const back = read_back(x, n, scratch);
-    if (s.format == Format::kGrid8) {
-      grid_.template store<8, int8_t>(s, at, n, back, rounding_->weight);
-    } else {
-      grid_.template store<16, int16_t>(s, at, n, back, rounding_->weight);
-    }
+    if (has(kX)) close_weight(at, n, data[kX], words[0]);
+    if (has(kE)) close_average(at, n, data[kX], data[kE], words[D::kLists[kE].dither / 2]);
   }
 
  private:
-  void close_moment(int k, int64_t at, int64_t n, float* const* data, const uint32_t* h) const {
-    if (!has(k) || (written_ >> k & 1) == 0) return;
-    const Stream& s = streams_[k];
-    if (s.format == Format::kMoment8) {
-      store_codes<MCode>(s, at, n, data[k], h);
-    } else if (s.format == Format::kSquare8) {
-      float* const v = data[k];
+  void hash(int64_t n, float* const* data, uint32_t (*words)[kLargestTile]) const {
+    if (words_ == 0) return;
+    const uint32_t key = rounding_->key;
+    const float* const x = data[kX];
+    uint32_t* const h = words[0];
+    if (kV >= 0 && data[larger(kV, 0)] != nullptr) {
+      const float* const v = data[larger(kV, 0)];
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) v[i] = settled_square(v[i]);
-      store_codes<VCode>(s, at, n, v, h);
+      for (int64_t i = 0; i < n; ++i) h[i] = dither(settled(x[i]), settled_square(v[i]), key);
     } else {
-      if (k == kM) {
-        round_tile<16>(data[k], h, n);
-      } else {
-        round_tile<16, 16>(data[k], h, n);
-      }
-      store_tile<HighPart>(s, at, n, data[k]);
+      const float* const other = data[kOther];
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) h[i] = dither(settled(x[i]), float_of(settled(other[i])), key);
+    }
+    for (int word = 1; word < kWords && word < words_; ++word) {
+      const uint32_t* const last = words[word - 1];
+      uint32_t* const next = words[word];
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) next[i] = further(last[i]);
+    }
+  }
+
+  void close_moment(int k, int64_t at, int64_t n, float* a, const uint32_t* h) const {
+    const Stream& s = streams_[k];
+    const int shift = D::kLists[k].dither % 2 * 16;
+    if (s.format == Format::kMoment8) {
+      store_codes<MCode>(s, at, n, a, h, shift);
+    } else if (s.format == Format::kSquare8) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) a[i] = settled_square(a[i]);
+      store_codes<VCode>(s, at, n, a, h, 0);
+    } else {
+      round_tile<16>(a, h, shift, n);
+      store_tile<HighPart>(s, at, n, a);
     }
   }
 
@@ -256,11 +290,30 @@ struct Coded<D, true> {
     const Stream& s = streams_[kX];
     if (s.format == Format::kPair32) return store_pair<RestOf32>(s, at, n, x);
     if (s.format == Format::kPair24) {
-      round_tile<24>(x, h, n);
+      round_tile<24>(x, h, 0, n);
       return store_pair<RestOf24>(s, at, n, x);
     }
-    round_tile<16>(x, h, n);
+    round_tile<16>(x, h, 0, n);
     store_tile<HighPart>(s, at, n, x);
+  }
+
+  void close_average(int64_t at, int64_t n, const float* x, float* e, const uint32_t* h) {
+    const Stream& s = streams_[kE];
+    if (s.format == Format::kPair24) {
+      if ((written_ >> kE & 1) == 0) return;
+      round_tile<24>(e, h, 24, n);
+      return store_pair<RestOf24>(s, at, n, e);
+    }
+    alignas(64) float scratch[kLargestTile];
+    const float* const back = read_back(x, n, scratch);
+    if (D::kLists[kE].codec == Codec::iterate) {
+      s.format == Format::kGrid8 ? grid_.template store_iterate<8, int8_t>(s, at, n, back, e, h)
+                                 : grid_.template store_iterate<16, int16_t>(s, at, n, back, e, h);
+    } else {
+      const float weight = rounding_->weight;
+      s.format == Format::kGrid8 ? grid_.template store_average<8, int8_t>(s, at, n, back, weight, spread_)
+                                 : grid_.template store_average<16, int16_t>(s, at, n, back, weight, spread_);
+    }
   }
 
   // The weights as the next step will read them.
@@ -284,7 +337,8 @@ struct Coded<D, true> {
   const Rounding* const rounding_;
   const uint32_t written_;
   uint32_t coded_ = 0;
-  bool hashes_ = false;
+  int32_t words_ = 0;  // of the dither, that are needed
+  alignas(64) float spread_[kCodeBlock];
   GridTile grid_;
 };
 

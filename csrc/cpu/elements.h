@@ -74,11 +74,12 @@ struct Pullback : PullbackDefinition, PullbackDefinition::Uses<kFlags> {
 template <unsigned kFlags>
 struct ScheduleFree : ScheduleFreeDefinition, ScheduleFreeDefinition::Uses<kFlags> {
   using Scalars = ScheduleFreeScalars;
+  using U = ScheduleFreeDefinition::Uses<kFlags>;
   static constexpr bool kThere = true, kSums = false, kExtremes = false;
   static constexpr Walk kWalk = short_tiles(false);
 
   static inline __attribute__((always_inline)) Terms element(const Scalars& s, float (&a)[kOperands]) {
-    const ScheduleFreeStep r = schedule_free_rule(s, a[kG], a[kY], a[kV], a[kZ]);
+    const ScheduleFreeStep r = schedule_free_rule<U::increment>(s, a[kG], a[kY], a[kV], a[kZ]);
     a[kY] = r.y, a[kV] = r.v, a[kZ] = r.z;
     return {};
   }

@@ -77,6 +77,8 @@ class PartOf final : public PartOfCall<typename Host::D> {
       if (w.coded && w.rounding == nullptr) *(w.rounding = &roundings_[i]) = host_->rounding(t);
       if constexpr (std::is_same_v<D, MadaDefinition>) {
         w.flags = same ? works_[i - 1].flags : host_->flags(t, i);
+      } else if constexpr (std::is_same_v<D, ScheduleFreeDefinition>) {
+        w.flags = is_grid(w.streams[D::kZ].format) ? D::Flag::increment : 0u;
       } else {
         w.flags = same ? works_[i - 1].flags : host_->flags(t);
       }
@@ -105,7 +107,7 @@ class PartOf final : public PartOfCall<typename Host::D> {
     sums_.assign(sums ? static_cast<size_t>(blocks_->count()) : 0, kEmptySums);
     blocks_->run([&](size_t i, int64_t begin, int64_t end, int64_t block) {
       const Work& w = works_[i];
-      if (!Host::walks(w.flags)) return;
+      if (!Host::walks(w.flags) && !w.grid) return;
       sweep(w.streams.data(), w.scalars, w.flags, w.rounding, begin, end,
             sums ? &sums_[static_cast<size_t>(block)] : nullptr);
     });
@@ -124,26 +126,21 @@ class PartOf final : public PartOfCall<typename Host::D> {
     const Scalars* scalars = nullptr;
     Rounding* rounding = nullptr;
     unsigned flags = 0;
-    bool coded = false;
+    bool coded = false, grid = false;
   };
   using Layouts = std::deque<std::vector<int64_t>>;
 
   Stream stream(int k, size_t i, const Tensor& t, const MemoryOrder& order, Layouts& layouts) const {
     const ListInfo& list = D::kLists[k];
     check_operand(list.name, i, t, call_.params()[i], is_written(call_, k), kCpu);
-    const Format format = checked_format(call_, k, i, t, kCpu);
-    if constexpr (!std::is_same_v<D, PaceDefinition>) {
-      const bool plain = k == 0 || list.codec == Codec::none ? !is_coded(format) : format == Format::kFloat32;
-      STD_TORCH_CHECK(plain, entry(list.name, i), " is in a compressed format, which ", D::kOp,
-                      " does not take on the CPU: use backend=\"torch\"");
-    }
-    return order.stream(t, format, layouts);
+    return order.stream(t, checked_format(call_, k, i, t, kCpu), layouts);
   }
   // What lies beside operand k, and whether it is coded.
   void add_beside(int k, size_t i, const MemoryOrder& order) {
     Work& w = works_[i];
     Stream& its = w.streams[k];
     w.coded = w.coded || is_coded(its.format);
+    w.grid = w.grid || is_grid(its.format);
     const TensorList& list = call_.beside[static_cast<size_t>(k)];
     if (list.empty() || call_.lists[static_cast<size_t>(k)].empty()) return;
     if (in_blocks(its.format)) {

@@ -92,9 +92,9 @@ struct PullbackHost {
   PullbackHost(const Call<D>& a, const GradScaling&) : call(a), o(options_now(a)) {}
 
   unsigned flags(double t) const {
-    return (call.has(D::kBefore) && pulls(o) && !o.pullback_from_step ? D::Flag::before : 0u) | (call.has(D::kV) ? D::Flag::moment : 0u) |
-           (pulls(o) ? D::Flag::pull : 0u) | (average_moves(o, t) ? D::Flag::average : 0u) |
-           (call.extras[D::kStats] ? D::Flag::stats : 0u);
+    return (call.has(D::kBefore) && pulls(o) && !o.pullback_from_step ? D::Flag::before : 0u) |
+           (call.has(D::kV) ? D::Flag::moment : 0u) | (pulls(o) ? D::Flag::pull : 0u) |
+           (average_moves(o, t) ? D::Flag::average : 0u) | (call.extras[D::kStats] ? D::Flag::stats : 0u);
   }
   // A step in which nothing pulls and the average rests walks no memory.
   static bool walks(unsigned flags) { return (flags & (D::Flag::pull | D::Flag::average | D::Flag::stats)) != 0; }
@@ -126,7 +126,6 @@ struct ScheduleFreeHost {
     if (const double* const now = a.numbers(D::kSchedule)) o.count = now[0], o.share = now[1];
   }
 
-  static unsigned flags(double) { return 0; }
   static bool walks(unsigned) { return true; }
   static bool sums(unsigned) { return false; }
   static bool same_memory(size_t) { return true; }

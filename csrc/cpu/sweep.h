@@ -233,7 +233,7 @@ void sweep(const Stream* streams, const void* scalars, unsigned flags, const Rou
       if (coded.has(k)) {
         open[k] = {true, coded.opened(k, at, n, data, scratch[k])};
       } else {
-        open[k] = (its.read >> k & 1) != 0 ? open_tile(streams[k], at, n, scratch[k]) : Tile{true, nullptr};
+        open[k] = (coded.read >> k & 1) != 0 ? open_tile(streams[k], at, n, scratch[k]) : Tile{true, nullptr};
       }
       data[k] = open[k].data;
     }

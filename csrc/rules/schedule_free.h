@@ -35,13 +35,16 @@ struct ScheduleFreeStep {
   float y, v, z;
 };
 
+// kIncrement: in the place of z₊ is how far z moves, −α_t u.
+template <bool kIncrement = false>
 PACE_RULE ScheduleFreeStep schedule_free_rule(const ScheduleFreeScalars& s, float g, float y, float v, float z) {
   ScheduleFreeStep r;
   g = s.grad_factor * g;
   r.v = s.beta2 * v + s.one_minus_beta2 * (g * g);
   const float u = g / (square_root(r.v * s.inv_bias2) + s.eps) + s.weight_decay * y;
   r.y = averaged(y, z, s.share) - s.y_size * u;
-  r.z = z - s.z_size * u;
+  const float move = s.z_size * u;
+  r.z = kIncrement ? -move : z - move;
   return r;
 }
 

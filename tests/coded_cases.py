@@ -1,0 +1,190 @@
+"""Steps in compressed formats as data: the lists of a call of any optimizer's operator, new, in the formats that are
+asked for, and gradients of every size for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import mada_cases
+import pullback_cases
+import torch
+from torch import Tensor
+
+from pace_kernels import MADA as MadaOptimizer
+from pace_kernels.definitions import MADA, PULLBACK, SCHEDULE_FREE
+from pace_kernels.definitions.kit import Definition
+from pace_kernels.mada_options import state_tensors, step_options
+from pace_kernels.ops import HYPERGRADIENTS, LAST_SCALARS, NO_GRADIENT
+from pace_kernels.torch_rules import codes
+
+WEIGHTS = ("float32", "bfloat16", "float16", "dithered", "24", "32")
+PLAIN = WEIGHTS[:3]
+STATES = (32, 16, 8)
+AVERAGES = (None, 32, 24, 16, 8)
+ITERATES = AVERAGES[1:]
+SHAPES = ((64, 32), (1, 32), (3, 5, 64), (0, 32), (257, 64))  # the last is longer than a block of 16,384
+
+MOMENTS = {32: torch.float32, 16: torch.bfloat16, 8: torch.uint8}
+AVERAGED = {32: torch.float32, 24: torch.bfloat16, 16: torch.int16, 8: torch.int8}
+
+
+def odd(n: int, dtype: torch.dtype) -> Tensor:
+    """Zeros of no alignment but their element's."""
+    return torch.zeros(n + 1, dtype=dtype)[1:]
+
+
+class Lists:
+    """The arguments of a call but the gradients. ``weights``: one of WEIGHTS; ``bits``: of each state that is there, by
+    its symbol."""
+
+    definition: Definition
+
+    def __init__(self, weights: str, bits: dict[str, int], shapes: Sequence[tuple[int, ...]], seed: int = 0) -> None:
+        self.gen = torch.Generator().manual_seed(seed)
+        dtype = {"float32": torch.float32, "float16": torch.float16}.get(weights, torch.bfloat16)
+        params = [self.noise(shape).to(dtype) for shape in shapes]
+        weight = self.definition.operands[0]
+        self.lists: dict[str, list[Tensor]] = {entry.list: [] for entry in self.definition.lists}
+        self.lists[weight.list] = self.params = params
+        self.steps = [torch.zeros(()) for _ in shapes]
+        self.beside: dict[str, list[Tensor] | None] = dict.fromkeys(self.definition.beside)
+        self.extras: dict[str, Tensor] = {}
+        self.options: dict[str, Any] = {}
+        if weights in ("24", "32"):
+            kind = torch.int8 if weights == "24" else torch.int16
+            self.beside["remainders"] = [odd(p.numel(), kind).view(p.shape) for p in params]
+        for operand in self.definition.operands:
+            if operand.symbol in bits:
+                self._add(operand.codec, operand.list, operand.beside, bits[operand.symbol])
+
+    def _add(self, codec: str | None, name: str, beside: str | None, bits: int) -> None:
+        averaged = codec in ("average", "iterate")
+        dtype = (AVERAGED if averaged else MOMENTS)[bits]
+        states = self.lists[name] = [odd(p.numel(), dtype).view(p.shape) for p in self.params]
+        if bits == 8 or (averaged and bits == 16):
+            assert beside is not None
+            self.beside[beside] = [odd(p.numel() // codes.BLOCK, torch.uint8) for p in self.params]
+        if not averaged or bits < 24:
+            return
+        for state, param in zip(states, self.params, strict=True):
+            state.copy_(param)
+        if bits == 24:
+            assert beside is not None
+            rests = self.beside[beside] = [odd(p.numel(), torch.int8).view(p.shape) for p in self.params]
+            for state, rest, param in zip(states, rests, self.params, strict=True):
+                high, low = codes.split(codes.rounded(param.float(), 24, codes.NEAREST_24), 24)
+                state.copy_(high)
+                rest.copy_(low)
+
+    def noise(self, shape: Iterable[int]) -> Tensor:
+        return torch.randn(tuple(shape), generator=self.gen)
+
+    def gradients(self, step: int) -> list[Tensor]:
+        """Of every size, with what no training should meet."""
+        grads = [self.noise(p.shape) * 10.0 ** float(self.noise((1,)) * 3) for p in self.params]
+        if step == 3:
+            for g, value in zip(grads, (torch.inf, torch.nan, 1e30, 0.0, -1e30), strict=False):
+                g.view(-1)[:1] = value
+        if step == 4:
+            grads = [torch.zeros_like(g) for g in grads]
+        return [g.to(p.dtype) if step % 2 else g for g, p in zip(grads, self.params, strict=True)]
+
+    def take(self, function: Any, grads: list[Tensor], **changed: Any) -> None:
+        """A step, by an operator or what stands for it."""
+        fresh = {name: grads for name in self.definition.lists_of("gradient")}
+        lists = [(self.lists | fresh)[entry.list] for entry in self.definition.lists]
+        function(*lists, self.steps, **self.extras, **self.beside, **self.options | changed)
+
+    def everything(self) -> list[Tensor]:
+        """All that a step writes, as bytes, with one NaN for all."""
+        lists = [*self.lists.values(), self.steps, *(side for side in self.beside.values() if side)]
+        flat = (t.reshape(-1).contiguous() for tensors in lists for t in tensors)
+        settled = (
+            t if t.dtype == torch.float64 or not t.is_floating_point() else codes.settled(t.float()) for t in flat
+        )
+        return [t.view(torch.uint8) for t in settled]
+
+
+class Mada(Lists):
+    """``case``: a name of mada_cases. ``ema_bits``: None leaves out an average that nothing pulls toward."""
+
+    definition = MADA
+
+    def __init__(
+        self, case: str, weights: str, state_bits: int, ema_bits: int | None, shapes: Any = SHAPES, seed: int = 0
+    ) -> None:
+        group = MadaOptimizer([torch.nn.Parameter(torch.zeros(()))], lr=1e-2, **mada_cases.CASES[case]).param_groups[0]
+        names = set(state_tensors(group))
+        narrow = 16 if weights not in ("float32", "float16") and state_bits < 32 else 32
+        bits = {
+            "m": ("exp_avg", state_bits), "v": ("exp_avg_sq", state_bits), "n": ("exp_avg_diff", state_bits),
+            "l": ("exp_avg_lion", state_bits), "last_g": ("last_grad", narrow), "older_g": ("older_grad", narrow),
+            "w": (f"{group['second_moment']}_exp_avg_sq", max(16, state_bits)),
+        }  # fmt: skip
+        of_states = {symbol: its for symbol, (name, its) in bits.items() if name in names}
+        if ema_bits is not None or group["lambda_pullback"] > 0.0:
+            of_states["e"] = ema_bits or 32
+        super().__init__(weights, of_states, shapes, seed)
+        self.options = step_options(group) | {"stochastic_rounding": weights == "dithered"}
+        if "last_scalars" in names:
+            row = torch.tensor([NO_GRADIENT, *[0.0] * (len(LAST_SCALARS) - 1)], dtype=torch.float64)
+            self.lists["last_scalars"] = [row.clone() for _ in shapes]
+        self.start = [self.options[name] for name in ("beta1", "beta2", "beta3", "rho", "c", "gamma")]
+        self.taken = 0
+
+    def take(self, function: Any, grads: list[Tensor], **changed: Any) -> None:
+        """With coefficients that are others at each step; the two last gradients change places after it."""
+        self.taken += 1
+        if self.options["learn"]:
+            moved = (q + 0.04 * math.sin(self.taken + k) for k, q in enumerate(self.start))
+            self.extras["coefficients"] = torch.tensor([min(max(q, 0.0), 0.999) for q in moved], dtype=torch.float64)
+            self.extras["hypergradients"] = torch.zeros(len(HYPERGRADIENTS), dtype=torch.float64)
+        super().take(function, grads, **changed)
+        if self.lists["older_grads"] and not (self.options | changed)["capturable"]:
+            exchanged = {"last_grads": self.lists["older_grads"], "older_grads": self.lists["last_grads"]}
+            self.lists |= exchanged
+
+
+class ScheduleFree(Lists):
+    definition = SCHEDULE_FREE
+
+    def __init__(
+        self, weights: str, state_bits: int, z_bits: int, shapes: Any = SHAPES, seed: int = 0, lr: float = 1e-2
+    ) -> None:
+        super().__init__(weights, {"v": state_bits, "z": z_bits}, shapes, seed)
+        self.options = {
+            "lr": lr, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.01, "count": 0.0, "share": 1.0,
+            "maximize": False, "stochastic_rounding": weights == "dithered", "capturable": False,
+        }  # fmt: skip
+
+    def take(self, function: Any, grads: list[Tensor], **changed: Any) -> None:
+        self.options["count"] += 1.0
+        self.options["share"] = 1.0 / self.options["count"]
+        super().take(function, grads, **changed)
+
+
+class Pullback(Lists):
+    """``case``: a name of pullback_cases. Its base moves weights by its gradients, and has a second moment."""
+
+    definition = PULLBACK
+
+    def __init__(self, case: str, weights: str, ema_bits: int, shapes: Any = SHAPES, seed: int = 0) -> None:
+        super().__init__(weights, {"e": ema_bits}, shapes, seed)
+        given = pullback_cases.CASES[case]
+        self.options = pullback_cases.options_of(given)
+        pull, self.step_from = pullback_cases.pulls(given), given.get("from") == "step"
+        self.grid = ema_bits < 24
+        self.options["pullback_from_step"] = self.step_from and self.grid
+        if (pull and not self.step_from) or self.grid:
+            self.lists["befores"] = [p.clone() for p in self.params]
+        if pull and self.options["gain"] is None:
+            dtypes = (p.dtype if given.get("moment") == "narrow" else torch.float32 for p in self.params)
+            self.lists["second_moments"] = [
+                torch.zeros(p.shape, dtype=d) for p, d in zip(self.params, dtypes, strict=True)
+            ]
+
+    def take(self, function: Any, grads: list[Tensor], **changed: Any) -> None:
+        pullback_cases.base_step(self.lists, grads, self.options)
+        super().take(function, grads, **changed)
