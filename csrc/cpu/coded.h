@@ -147,6 +147,16 @@ struct GridTile {
   }
 };
 
+// Operands of which none is in codes.
+struct Plain {
+  const uint32_t read;
+
+  static constexpr bool has(int) { return false; }
+  static constexpr bool any() { return false; }
+  static float* opened(int, int64_t, int64_t, float* const*, float*) { return nullptr; }
+  static void close(int64_t, int64_t, float* const*) {}
+};
+
 // The operands of a call, by the definition D, that lie in codes.
 template <class D>
 class Coded {
@@ -185,9 +195,8 @@ class Coded {
  public:
   uint32_t read;
 
-  Coded(const Stream* streams, const Rounding* rounding, uint32_t reads, uint32_t writes)
+  Coded(const Stream* streams, const Rounding& rounding, uint32_t reads, uint32_t writes)
       : read(reads), streams_(streams), rounding_(rounding), written_(writes) {
-    if (rounding == nullptr) return;
     for (int k = 0; k < D::kOperands; ++k) {
       const Format format = streams[k].format;
       if (streams[k].data == nullptr || !is_coded(format)) continue;
@@ -200,7 +209,7 @@ class Coded {
     if (!has(kE) || !is_grid(streams[kE].format)) return;
     // Its codes depend on the weights, whatever a step does with the average.
     read |= 1u << kE | 1u << kBefore;
-    for (uint32_t i = 0; i < kCodeBlock; ++i) spread_[i] = unit_of(evenly(rounding->moves, i));
+    for (uint32_t i = 0; i < kCodeBlock; ++i) spread_[i] = unit_of(evenly(rounding.moves, i));
   }
 
   bool has(int k) const { return (coded_ >> k & 1) != 0; }
@@ -251,7 +260,7 @@ class Coded {
  private:
   void hash(int64_t n, float* const* data, uint32_t (*words)[kLargestTile]) const {
     if (words_ == 0) return;
-    const uint32_t key = rounding_->key;
+    const uint32_t key = rounding_.key;
     const float* const x = data[kX];
     uint32_t* const h = words[0];
     if (kV >= 0 && data[larger(kV, 0)] != nullptr) {
@@ -310,7 +319,7 @@ class Coded {
       s.format == Format::kGrid8 ? grid_.template store_iterate<8, int8_t>(s, at, n, back, e, h)
                                  : grid_.template store_iterate<16, int16_t>(s, at, n, back, e, h);
     } else {
-      const float weight = rounding_->weight;
+      const float weight = rounding_.weight;
       s.format == Format::kGrid8 ? grid_.template store_average<8, int8_t>(s, at, n, back, weight, spread_)
                                  : grid_.template store_average<16, int16_t>(s, at, n, back, weight, spread_);
     }
@@ -334,7 +343,7 @@ class Coded {
   }
 
   const Stream* const streams_;
-  const Rounding* const rounding_;
+  const Rounding& rounding_;
   const uint32_t written_;
   uint32_t coded_ = 0;
   int32_t words_ = 0;  // of the dither, that are needed

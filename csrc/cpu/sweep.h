@@ -210,15 +210,12 @@ const Instance<typename Rule<0>::Scalars>& instance(unsigned flags, std::integer
   return kInstances[flags];
 }
 
-// Elements [begin, end) of one tensor: `Sweep` in kernels.h, for every rule.
-template <template <unsigned> class Rule>
-void sweep(const Stream* streams, const void* scalars, unsigned flags, const Rounding* rounding, int64_t begin,
-           int64_t end, BlockSums* sums) {
-  constexpr int kOperands = Rule<0>::kOperands;
-  using Scalars = typename Rule<0>::Scalars;
-  const Instance<Scalars>& its = instance<Rule>(flags, std::make_integer_sequence<unsigned, Rule<0>::Flag::values>{});
+// Tile by tile. `coded`: the operands in codes, or Plain.
+template <int kOperands, class Scalars, class Codes>
+inline __attribute__((always_inline)) void walk(const Stream* streams, const void* scalars,
+                                                const Instance<Scalars>& its, Codes& coded, int64_t begin, int64_t end,
+                                                BlockSums* sums) {
   alignas(64) float scratch[kOperands][kLargestTile];
-  Coded<Rule<0>> coded(streams, rounding, its.read, its.written);
   const int64_t step = coded.any() ? kLargestTile : its.walk.tile;
   for (int64_t at = begin; at < end; at += step) {
     const int64_t n = end - at < step ? end - at : step;
@@ -242,6 +239,23 @@ void sweep(const Stream* streams, const void* scalars, unsigned flags, const Rou
     for (int k = 0; k < kOperands; ++k) {
       if ((its.written >> k & 1) != 0) close_tile(streams[k], at, n, open[k]);
     }
+  }
+}
+
+// Elements [begin, end) of one tensor: `Sweep` in kernels.h, for every rule. Where nothing is coded the loop over tiles
+// is one of its own, without a question about codes: with them schedule-free in float32 took 1.18 times as long.
+template <template <unsigned> class Rule>
+void sweep(const Stream* streams, const void* scalars, unsigned flags, const Rounding* rounding, int64_t begin,
+           int64_t end, BlockSums* sums) {
+  constexpr int kOperands = Rule<0>::kOperands;
+  using Scalars = typename Rule<0>::Scalars;
+  const Instance<Scalars>& its = instance<Rule>(flags, std::make_integer_sequence<unsigned, Rule<0>::Flag::values>{});
+  if (rounding == nullptr) {
+    Plain plain{its.read};
+    walk<kOperands>(streams, scalars, its, plain, begin, end, sums);
+  } else {
+    Coded<Rule<0>> coded(streams, *rounding, its.read, its.written);
+    walk<kOperands>(streams, scalars, its, coded, begin, end, sums);
   }
 }
 
