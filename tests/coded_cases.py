@@ -83,7 +83,9 @@ class Lists:
 
     def gradients(self, step: int) -> list[Tensor]:
         """Of every size, with what no training should meet."""
+        largest = (min(torch.finfo(p.dtype).max, 1e30) for p in self.params)
         grads = [self.noise(p.shape) * 10.0 ** float(self.noise((1,)) * 3) for p in self.params]
+        grads = [g.clamp(-most, most) for g, most in zip(grads, largest, strict=True)]
         if step == 3:
             for g, value in zip(grads, (torch.inf, torch.nan, 1e30, 0.0, -1e30), strict=False):
                 g.view(-1)[:1] = value

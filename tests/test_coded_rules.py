@@ -1,0 +1,337 @@
+"""Promise: MADA, schedule-free and the pullback with weights and states in compressed formats have the same bits in
+torch and in every kernel of the CPU, however rows are sharded; what is stored is the plain step's result, rounded as
+csrc/codes.h says; bad gradients stay alone; and nothing stalls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mada_cases
+import pullback_cases
+import pytest
+import torch
+from coded_cases import AVERAGES, ITERATES, PLAIN, SHAPES, STATES, WEIGHTS, Lists, Mada, Pullback, ScheduleFree
+from products import pairs_and_seed
+from torch import Tensor
+
+from pace_kernels import torch_rules
+from pace_kernels.torch_rules import codes
+
+OPS = torch.ops.pace_kernels
+NATIVE = {Mada: OPS.mada_step_.default, ScheduleFree: OPS.schedule_free_step_.default, Pullback: OPS.pullback_.default}
+TORCH = {
+    Mada: torch_rules.mada_step_,
+    ScheduleFree: torch_rules.schedule_free_step_,
+    Pullback: torch_rules.pullback_,
+}
+SMALL = ((64, 32), (1, 32), (3, 5, 64), (0, 32))
+Make = Callable[[], Lists]
+
+
+def assert_equal(ours: Lists, theirs: Lists, at: Any = "") -> None:
+    for k, (a, b) in enumerate(zip(ours.everything(), theirs.everything(), strict=True)):
+        assert torch.equal(a, b), (at, k, int((a != b).sum()))
+
+
+def same_bits(make: Make, steps: int = 6, **early: Any) -> None:
+    """In torch and in the kernels, the first three steps with other options."""
+    ours, theirs = make(), make()
+    for step in range(steps):
+        grads = ours.gradients(step)
+        changed = early if step < 3 else {}
+        ours.take(NATIVE[type(ours)], grads, **changed)
+        theirs.take(TORCH[type(theirs)], [g.clone() for g in grads], **changed)
+        assert_equal(ours, theirs, step)
+
+
+# ---- torch and the kernels -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "weights", "state_bits", "ema_bits"),
+    pairs_and_seed(mada_cases.CASES, WEIGHTS, STATES, AVERAGES, sample=8),
+)
+def test_mada_in_torch_and_in_the_kernels(case: str, weights: str, state_bits: int, ema_bits: int | None) -> None:
+    same_bits(lambda: Mada(case, weights, state_bits, ema_bits, SMALL), ema_update_freq=2)
+
+
+@pytest.mark.parametrize(("weights", "state_bits", "z_bits"), pairs_and_seed(WEIGHTS, STATES, ITERATES, sample=8))
+def test_schedule_free_in_torch_and_in_the_kernels(weights: str, state_bits: int, z_bits: int) -> None:
+    same_bits(lambda: ScheduleFree(weights, state_bits, z_bits))
+
+
+@pytest.mark.parametrize(
+    ("case", "weights", "ema_bits"), pairs_and_seed(pullback_cases.CASES, PLAIN, ITERATES, sample=8)
+)
+def test_the_pullback_in_torch_and_in_the_kernels(case: str, weights: str, ema_bits: int) -> None:
+    same_bits(lambda: Pullback(case, weights, ema_bits, SMALL), ema_update_freq=2)
+
+
+# The common formats of each optimizer, and what they are called with.
+COMMON: dict[str, Callable[..., Lists]] = {
+    "MADA": lambda **o: Mada("pulled", "32", 8, 8, **o),
+    "MADA, 16 bits": lambda **o: Mada("all, maximum", "24", 16, 24, **o),
+    "MADA, roles stay": lambda **o: Mada("capturable", "dithered", 8, None, **o),
+    "MADA, float32 weights": lambda **o: Mada("averaged, every third step", "float32", 8, 16, **o),
+    "Adan": lambda **o: Mada("Adan", "dithered", 16, 16, **o),
+    "Lion": lambda **o: Mada("averaged Lion", "32", 8, 8, **o),
+    "schedule-free": lambda **o: ScheduleFree("32", 8, 16, **o),
+    "schedule-free, 8 bits": lambda **o: ScheduleFree("24", 16, 8, **o),
+    "schedule-free, 24 bits": lambda **o: ScheduleFree("float32", 8, 24, **o),
+    "pullback": lambda **o: Pullback("default", "bfloat16", 8, **o),
+    "pullback, 16 bits": lambda **o: Pullback("from the step", "float32", 16, **o),
+    "pullback, 24 bits": lambda **o: Pullback("constant", "float16", 24, **o),
+}
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_tensors_longer_than_a_block(name: str) -> None:
+    same_bits(lambda: COMMON[name](shapes=SHAPES), steps=3)
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_shards_have_the_bits_of_the_whole(name: str) -> None:
+    """Rows of a parameter, cut unevenly, stepped as parameters of their own."""
+    whole = COMMON[name](shapes=((64, 32),))
+    parts = COMMON[name](shapes=((64, 32),))
+    _shard(parts, (17, 1, 46))
+    for step in (1, 0, 3, 4):
+        grads = whole.gradients(step)
+        whole.take(NATIVE[type(whole)], grads)
+        parts.take(NATIVE[type(parts)], list(grads[0].split((17, 1, 46))))
+    joined = {name: [torch.cat(list(ts))] for name, ts in parts.lists.items() if ts and name != "last_scalars"}
+    for name, (tensor,) in joined.items():
+        assert torch.equal(_settled(tensor), _settled(whole.lists[name][0])), name
+    for name, side in parts.beside.items():
+        assert side is None or torch.equal(torch.cat(side), whole.beside[name][0]), name  # type: ignore[index]
+
+
+def _settled(t: Tensor) -> Tensor:
+    return codes.settled(t.float()) if t.is_floating_point() else t
+
+
+def _shard(lists: Lists, rows: tuple[int, ...]) -> None:
+    """In place of each tensor, copies of its rows, each of which is a block."""
+
+    def cut(ts: list[Tensor]) -> list[Tensor]:
+        return [part.clone() for t in ts for part in t.split(rows)]
+
+    for name, ts in lists.lists.items():
+        lists.lists[name] = [ts[0].clone() for _ in rows] if ts and name == "last_scalars" else cut(ts)
+    lists.params = lists.lists[lists.definition.operands[0].list]
+    lists.beside = {name: cut(side) if side else side for name, side in lists.beside.items()}
+    lists.steps = [torch.zeros(()) for _ in rows]
+
+
+# ---- what is stored --------------------------------------------------------------------------------------------------
+
+
+def floats(c: Lists) -> dict[str, Tensor]:
+    """The first parameter's operands as float32."""
+    found: dict[str, Tensor] = {}
+    for o in c.definition.operands:
+        if not c.lists[o.list]:
+            continue
+        t = c.lists[o.list][0]
+        sides = c.beside.get(o.beside) if o.beside else None
+        if not sides:
+            found[o.symbol] = t.float().clone()
+        elif t.dtype == torch.bfloat16:
+            found[o.symbol] = codes.joined(t, sides[0])
+        elif t.dtype == torch.uint8:
+            code = codes.M_CODE if o.codec == "moment" else codes.V_CODE
+            found[o.symbol] = code.load(t.reshape(-1), sides[0]).view(t.shape)
+        else:
+            x = found["before" if "before" in found else c.definition.operands[0].symbol]
+            grid = codes.E_CODES[8 * t.element_size()]
+            found[o.symbol] = grid.load(t.reshape(-1), sides[0], x.reshape(-1)).value().view(t.shape)
+    return found
+
+
+def words(x: Tensor, second: Tensor, t: int) -> list[Tensor]:
+    """The dither of STORED: three words an element, by integers."""
+
+    def mixed(h: Tensor) -> Tensor:
+        h = (h ^ h >> 16) * 0x21F0AAAD & 0xFFFFFFFF
+        h = (h ^ h >> 15) * 0x735A2D97 & 0xFFFFFFFF
+        return h ^ h >> 15
+
+    golden = 0x9E3779B1
+    key = mixed(torch.tensor(t * golden & 0xFFFFFFFF))
+    found = [mixed((codes.settled(x) * (golden - 2**32) & 0xFFFFFFFF) ^ second ^ key)]
+    for _ in range(2):
+        found.append(mixed(found[-1] + golden & 0xFFFFFFFF))
+    return found
+
+
+# Which word each state of MADA's is dithered by, and from which of its bits on.
+STORED = {"m": (0, 0), "v": (0, 16), "n": (1, 0), "l": (1, 16), "w": (2, 0), "last_g": (2, 16), "older_g": (2, 16)}
+
+
+@pytest.mark.parametrize("state_bits", [16, 8])
+@pytest.mark.parametrize("case", ["all, inside", "all, maximum", "capturable", "hyperadam", "fixed, inside", "Lion"])
+def test_mada_stores_the_rounded_result_of_a_plain_step(case: str, state_bits: int) -> None:
+    """Where it learns too, where moments are one step behind: the last step is redone from what was stored, the next
+    one goes on from unrounded moments, and each is rounded once a step. The hypergradients are those of what was
+    stored."""
+    shape = ((40, 64),)
+    ours = Mada(case, "32", state_bits, None, shape)
+    for t in range(1, 6):
+        plain = Mada(case, "float32", 32, None, shape)
+        plain.taken = ours.taken
+        for symbol, value in floats(ours).items():
+            name = next(o.list for o in plain.definition.operands if o.symbol == symbol)
+            plain.lists[name] = [value]
+        plain.params = plain.lists["params"]
+        plain.lists["last_scalars"] = [row.clone() for row in ours.lists["last_scalars"]]
+        plain.steps = [step.clone() for step in ours.steps]
+        grads = [torch.randn(shape[0], generator=ours.gen).bfloat16()]
+        ours.take(NATIVE[Mada], grads)
+        plain.take(NATIVE[Mada], grads)
+        now, then = floats(ours), floats(plain)
+        assert torch.equal(now["x"], then["x"])
+        if "hypergradients" in ours.extras:
+            torch.testing.assert_close(
+                ours.extras["hypergradients"], plain.extras["hypergradients"], rtol=1e-12, atol=0.0
+            )
+        second = codes.bits_of(then["v"]) if "v" in then else codes.settled(then["l"])
+        h = words(then["x"], second, t)
+        for symbol, (word, shift) in STORED.items():
+            if symbol not in then:
+                continue
+            value, d = then[symbol], h[word]
+            if symbol == "w" and ours.options["second_max"]:
+                expected = value.bfloat16().float()
+            elif symbol in ("m", "n", "l") and state_bits == 8:
+                pair = codes.M_CODE.store(value.reshape(-1), d.reshape(-1) >> shift)
+                expected = codes.M_CODE.load(*pair).view(value.shape)
+            elif symbol == "v" and state_bits == 8:
+                pair = codes.V_CODE.store(value.reshape(-1), d.reshape(-1))
+                expected = codes.V_CODE.load(*pair).view(value.shape)
+            else:
+                expected = codes.rounded(value, 16, d >> shift)
+            assert torch.equal(now[symbol], expected), (t, symbol)
+            assert not torch.equal(value, expected) or symbol.endswith("g") or t < 3, (t, symbol)
+
+
+@pytest.mark.parametrize("z_bits", [24, 16, 8])
+def test_schedule_free_moves_z_by_its_own_increment(z_bits: int) -> None:
+    shape = ((40, 64),)
+    ours = ScheduleFree("32", 8, z_bits, shape)
+    for t in range(1, 7):
+        plain, still = (ScheduleFree("float32", 32, 32, shape) for _ in range(2))
+        was = floats(ours)
+        for call, z in ((plain, was["z"]), (still, torch.zeros(shape[0]))):
+            call.lists |= {"params": [was["y"].clone()], "exp_avg_sqs": [was["v"].clone()], "zs": [z.clone()]}
+            call.params, call.steps = call.lists["params"], [step.clone() for step in ours.steps]
+            call.options["count"] = ours.options["count"]
+        grads = [torch.randn(shape[0], generator=ours.gen).bfloat16()]
+        state, side = ours.lists["zs"][0].clone(), (ours.beside["z_scales"] or [])[0].clone()
+        for call in (ours, plain, still):
+            call.take(NATIVE[ScheduleFree], grads)
+        then, increment = floats(plain), still.lists["zs"][0]
+        h = words(then["y"], codes.bits_of(then["v"]), t)[1]
+        if z_bits == 24:
+            expected = codes.rounded(then["z"], 24, h >> 24)
+        else:
+            grid = codes.E_CODES[z_bits]
+            place = grid.load(state.reshape(-1), side, was["y"].reshape(-1))
+            place = place._replace(increment=increment.reshape(-1))
+            pair = grid.store(place, then["y"].reshape(-1), h.reshape(-1))
+            expected = grid.load(*pair, then["y"].reshape(-1)).value().view(shape[0])
+        assert torch.equal(floats(ours)["z"], expected), t
+
+
+@pytest.mark.parametrize("weights", PLAIN)
+def test_the_pullbacks_average_does_not_go_along_with_the_base(weights: str) -> None:
+    """Codes were written beside the weights of before the base's step: those of a base that jumps stay where they are,
+    and are known beside the new weights to half a step of the grid."""
+    ours, plain = (Pullback("average", weights, bits, ((40, 64),)) for bits in (16, 32))
+    for call in (ours, plain):
+        call.options |= {"ema_kappa": None, "beta_ema": 0.01}
+        for t in range(4):
+            call.gen.manual_seed(t)
+            call.take(NATIVE[Pullback], call.gradients(1), beta_ema=0.01 if t else 1.0)
+    befores = [p.clone() for p in ours.params]
+    for call in (ours, plain):
+        for b, p in zip(call.lists["befores"], call.params, strict=False):
+            b.copy_(p)
+        call.params[0].add_(3.0)
+        lists = [call.lists[entry.list] for entry in call.definition.lists]
+        NATIVE[Pullback](*lists, call.steps, **call.beside, **call.options | {"beta_ema": 0.0})
+    assert not torch.equal(befores[0], ours.params[0])
+    ours.lists["befores"] = []  # what floats() reads beside
+    now, then = floats(ours)["e"], plain.lists["emas"][0]
+    assert float((now - then).abs().max()) < 2.0**-12 < 1e-3 * float((now - ours.params[0].float()).abs().min())
+
+
+# ---- bad gradients ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
+@pytest.mark.parametrize("name", COMMON)
+def test_a_bad_gradient_stays_alone(name: str, value: float) -> None:
+    """Its coordinate's block is rounded to another scale for a while; nobody's finiteness changes, and other blocks
+    keep their bits."""
+    good, bad = (COMMON[name](shapes=((32, 64),)) for _ in range(2))
+    for step in range(12):
+        grads = [good.noise(p.shape) for p in good.params]
+        grads = [g.to(p.dtype) if step % 2 else g for g, p in zip(grads, good.params, strict=True)]
+        spoiled = [g.clone() for g in grads]
+        if step == 3:
+            spoiled[0].view(-1)[5] = value
+        good.take(NATIVE[type(good)], grads)
+        bad.take(NATIVE[type(bad)], spoiled)
+    if "befores" in good.lists:
+        for call in (good, bad):
+            call.lists["befores"] = []  # what floats() reads beside
+    ours, theirs = floats(good), floats(bad)
+    elsewhere = torch.ones(32 * 64, dtype=torch.bool)
+    elsewhere[:32] = False
+    neighbors = ~elsewhere
+    neighbors[5] = False
+    for symbol, a in ours.items():
+        a, b = a.reshape(-1), theirs[symbol].reshape(-1)
+        assert torch.equal(a[elsewhere], b[elsewhere]), symbol
+        assert b[neighbors].isfinite().all(), symbol
+    weight = good.definition.operands[0].symbol
+    x, y = ours[weight].reshape(-1)[neighbors], theirs[weight].reshape(-1)[neighbors]
+    assert float((x - y).abs().max()) < 12 * 3e-2, "a neighbor ran away"  # 12 steps of lr 1e-2, pulled or not
+
+
+# ---- nothing stalls --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("z_bits", [24, 16, 8])
+def test_schedule_free_does_not_stall(z_bits: int, lr: float) -> None:
+    """Weights of 0.05, half of them on their way, half of them stopped after half of it: the mean way of z, of y and of
+    the average within 3 % of float32's; with 8 bits each 0.02 to 0.04 of the way off (rms), with 16 at most 0.004."""
+    shape = (128, 64)
+    found = []
+    for bits in (32, z_bits):
+        call = ScheduleFree("float32", 32, bits, (shape,), lr=lr)
+        call.options |= {"beta2": 0.999, "weight_decay": 0.0}
+        gen = torch.Generator().manual_seed(7)
+        start = codes.rounded(torch.randn(shape, generator=gen) * 0.05, 24, codes.NEAREST_24)
+        call.params[0].copy_(start)
+        if bits >= 24:
+            parts = codes.split(start, 24) if bits == 24 else (start,)
+            for to, part in zip((call.lists["zs"][0], (call.beside["z_scales"] or [None])[0]), parts, strict=False):
+                to.copy_(part)
+        toward = torch.randn(shape, generator=gen).sign()
+        size = 10.0 ** (2.0 * torch.rand(shape, generator=gen) - 1.0)
+        for t in range(300):
+            g = toward * (1.0 + 0.3 * torch.randn(shape, generator=gen))
+            if t >= 150:
+                g[:64] = torch.randn((64, 64), generator=gen)
+            call.take(NATIVE[ScheduleFree], [g * size])
+        now = floats(call)
+        x = torch_rules.schedule_free.schedule_free_average(now["y"], now["z"], 0.9)
+        found.append([(a - start) * -toward for a in (now["y"], now["z"], x)])
+    noise = {8: 0.06, 16: 0.01, 24: 0.4 if lr < 1e-6 else 0.01}[z_bits]
+    for way, expected in zip(found[1], found[0], strict=True):
+        for half in (slice(0, 64), slice(64, 128)):
+            assert abs(way[half].mean() / expected[half].mean() - 1.0) < 0.03
+            assert (way[half] - expected[half]).square().mean().sqrt() < noise * expected[half].square().mean().sqrt()
