@@ -4,7 +4,7 @@ asked for, and gradients of every size for them."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import mada_cases
@@ -190,3 +190,23 @@ class Pullback(Lists):
     def take(self, function: Any, grads: list[Tensor], **changed: Any) -> None:
         pullback_cases.base_step(self.lists, grads, self.options)
         super().take(function, grads, **changed)
+
+
+OPS = torch.ops.pace_kernels
+KERNELS = {Mada: OPS.mada_step_.default, ScheduleFree: OPS.schedule_free_step_.default, Pullback: OPS.pullback_.default}
+
+# The common formats of each optimizer, and what they are called with.
+COMMON: dict[str, Callable[..., Lists]] = {
+    "MADA": lambda **o: Mada("pulled", "32", 8, 8, **o),
+    "MADA, 16 bits": lambda **o: Mada("all, maximum", "24", 16, 24, **o),
+    "MADA, roles stay": lambda **o: Mada("capturable", "dithered", 8, None, **o),
+    "MADA, float32 weights": lambda **o: Mada("averaged, every third step", "float32", 8, 16, **o),
+    "Adan": lambda **o: Mada("Adan", "dithered", 16, 16, **o),
+    "Lion": lambda **o: Mada("averaged Lion", "32", 8, 8, **o),
+    "schedule-free": lambda **o: ScheduleFree("32", 8, 16, **o),
+    "schedule-free, 8 bits": lambda **o: ScheduleFree("24", 16, 8, **o),
+    "schedule-free, 24 bits": lambda **o: ScheduleFree("float32", 8, 24, **o),
+    "pullback": lambda **o: Pullback("default", "bfloat16", 8, **o),
+    "pullback, 16 bits": lambda **o: Pullback("from the step", "float32", 16, **o),
+    "pullback, 24 bits": lambda **o: Pullback("constant", "float16", 24, **o),
+}

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from coded_cases import COMMON, KERNELS
 from products import FULL, day
 from test_native import BUILD, ROOT, processor_isas
 from torch import Tensor
@@ -142,6 +143,12 @@ def digest(threads: int) -> None:
         for step in range(5):
             call.take(NATIVE, call.gradients(step))
         for tensor in call.everything():
+            found.update(tensor.numpy().tobytes())
+    for make in COMMON.values():
+        its = make(shapes=((70, 512), (64, 32)))
+        for step in range(5):
+            its.take(KERNELS[type(its)], its.gradients(step))
+        for tensor in its.everything():
             found.update(tensor.numpy().tobytes())
     print(found.hexdigest())
 

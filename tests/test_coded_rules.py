@@ -11,15 +11,28 @@ import mada_cases
 import pullback_cases
 import pytest
 import torch
-from coded_cases import AVERAGES, ITERATES, PLAIN, SHAPES, STATES, WEIGHTS, Lists, Mada, Pullback, ScheduleFree
+from coded_cases import (
+    AVERAGES,
+    COMMON,
+    ITERATES,
+    KERNELS,
+    PLAIN,
+    SHAPES,
+    STATES,
+    WEIGHTS,
+    Lists,
+    Mada,
+    Pullback,
+    ScheduleFree,
+)
 from products import pairs_and_seed
 from torch import Tensor
 
 from pace_kernels import torch_rules
+from pace_kernels.ops import COEFFICIENTS
 from pace_kernels.torch_rules import codes
+from pace_kernels.torch_rules.mada import MadaMoments, MadaOptions, hypergradient_terms, last_step, mada_rule
 
-OPS = torch.ops.pace_kernels
-NATIVE = {Mada: OPS.mada_step_.default, ScheduleFree: OPS.schedule_free_step_.default, Pullback: OPS.pullback_.default}
 TORCH = {
     Mada: torch_rules.mada_step_,
     ScheduleFree: torch_rules.schedule_free_step_,
@@ -40,7 +53,7 @@ def same_bits(make: Make, steps: int = 6, **early: Any) -> None:
     for step in range(steps):
         grads = ours.gradients(step)
         changed = early if step < 3 else {}
-        ours.take(NATIVE[type(ours)], grads, **changed)
+        ours.take(KERNELS[type(ours)], grads, **changed)
         theirs.take(TORCH[type(theirs)], [g.clone() for g in grads], **changed)
         assert_equal(ours, theirs, step)
 
@@ -68,23 +81,6 @@ def test_the_pullback_in_torch_and_in_the_kernels(case: str, weights: str, ema_b
     same_bits(lambda: Pullback(case, weights, ema_bits, SMALL), ema_update_freq=2)
 
 
-# The common formats of each optimizer, and what they are called with.
-COMMON: dict[str, Callable[..., Lists]] = {
-    "MADA": lambda **o: Mada("pulled", "32", 8, 8, **o),
-    "MADA, 16 bits": lambda **o: Mada("all, maximum", "24", 16, 24, **o),
-    "MADA, roles stay": lambda **o: Mada("capturable", "dithered", 8, None, **o),
-    "MADA, float32 weights": lambda **o: Mada("averaged, every third step", "float32", 8, 16, **o),
-    "Adan": lambda **o: Mada("Adan", "dithered", 16, 16, **o),
-    "Lion": lambda **o: Mada("averaged Lion", "32", 8, 8, **o),
-    "schedule-free": lambda **o: ScheduleFree("32", 8, 16, **o),
-    "schedule-free, 8 bits": lambda **o: ScheduleFree("24", 16, 8, **o),
-    "schedule-free, 24 bits": lambda **o: ScheduleFree("float32", 8, 24, **o),
-    "pullback": lambda **o: Pullback("default", "bfloat16", 8, **o),
-    "pullback, 16 bits": lambda **o: Pullback("from the step", "float32", 16, **o),
-    "pullback, 24 bits": lambda **o: Pullback("constant", "float16", 24, **o),
-}
-
-
 @pytest.mark.parametrize("name", COMMON)
 def test_tensors_longer_than_a_block(name: str) -> None:
     same_bits(lambda: COMMON[name](shapes=SHAPES), steps=3)
@@ -98,8 +94,8 @@ def test_shards_have_the_bits_of_the_whole(name: str) -> None:
     _shard(parts, (17, 1, 46))
     for step in (1, 0, 3, 4):
         grads = whole.gradients(step)
-        whole.take(NATIVE[type(whole)], grads)
-        parts.take(NATIVE[type(parts)], list(grads[0].split((17, 1, 46))))
+        whole.take(KERNELS[type(whole)], grads)
+        parts.take(KERNELS[type(parts)], list(grads[0].split((17, 1, 46))))
     joined = {name: [torch.cat(list(ts))] for name, ts in parts.lists.items() if ts and name != "last_scalars"}
     for name, (tensor,) in joined.items():
         assert torch.equal(_settled(tensor), _settled(whole.lists[name][0])), name
@@ -187,8 +183,8 @@ def test_mada_stores_the_rounded_result_of_a_plain_step(case: str, state_bits: i
         plain.lists["last_scalars"] = [row.clone() for row in ours.lists["last_scalars"]]
         plain.steps = [step.clone() for step in ours.steps]
         grads = [torch.randn(shape[0], generator=ours.gen).bfloat16()]
-        ours.take(NATIVE[Mada], grads)
-        plain.take(NATIVE[Mada], grads)
+        ours.take(KERNELS[Mada], grads)
+        plain.take(KERNELS[Mada], grads)
         now, then = floats(ours), floats(plain)
         assert torch.equal(now["x"], then["x"])
         if "hypergradients" in ours.extras:
@@ -229,7 +225,7 @@ def test_schedule_free_moves_z_by_its_own_increment(z_bits: int) -> None:
         grads = [torch.randn(shape[0], generator=ours.gen).bfloat16()]
         state, side = ours.lists["zs"][0].clone(), (ours.beside["z_scales"] or [])[0].clone()
         for call in (ours, plain, still):
-            call.take(NATIVE[ScheduleFree], grads)
+            call.take(KERNELS[ScheduleFree], grads)
         then, increment = floats(plain), still.lists["zs"][0]
         h = words(then["y"], codes.bits_of(then["v"]), t)[1]
         if z_bits == 24:
@@ -252,18 +248,67 @@ def test_the_pullbacks_average_does_not_go_along_with_the_base(weights: str) -> 
         call.options |= {"ema_kappa": None, "beta_ema": 0.01}
         for t in range(4):
             call.gen.manual_seed(t)
-            call.take(NATIVE[Pullback], call.gradients(1), beta_ema=0.01 if t else 1.0)
+            call.take(KERNELS[Pullback], call.gradients(1), beta_ema=0.01 if t else 1.0)
     befores = [p.clone() for p in ours.params]
     for call in (ours, plain):
         for b, p in zip(call.lists["befores"], call.params, strict=False):
             b.copy_(p)
         call.params[0].add_(3.0)
         lists = [call.lists[entry.list] for entry in call.definition.lists]
-        NATIVE[Pullback](*lists, call.steps, **call.beside, **call.options | {"beta_ema": 0.0})
+        KERNELS[Pullback](*lists, call.steps, **call.beside, **call.options | {"beta_ema": 0.0})
     assert not torch.equal(befores[0], ours.params[0])
     ours.lists["befores"] = []  # what floats() reads beside
     now, then = floats(ours)["e"], plain.lists["emas"][0]
     assert float((now - then).abs().max()) < 2.0**-12 < 1e-3 * float((now - ours.params[0].float()).abs().min())
+
+
+# ---- hypergradients --------------------------------------------------------------------------------------------------
+
+# What codes may add to a hypergradient's sampling noise, the root of the sum of its terms' squares: each term is off by
+# this much of itself, each in its own way. v takes steps of (1 − β2)(g² − v), whose rounding to a code of Δ ≤ v / 16
+# (bfloat16: v / 192 as a rule) has the variance step · Δ, and forgets at the rate 1 − β2: σ(v) ≤ sqrt(Δ / 2) = 0.17 v
+# (0.05), half of it in D, of which terms have up to the third power: 0.26 (0.08). m: Δ / sqrt(6 (1 − β1²)) = 0.04 of
+# itself, twice: 0.28 in all. Terms with a sign, of ĝ² − v̄ and of u, change it in σ(v) / 5 of the coordinates, each by
+# twice itself: 2 sqrt(0.17 / 5) = 0.37 (0.2). Measured: 0.08 (0.02) and 0.25 (0.1).
+SMOOTH, SIGNED = {16: 0.08, 8: 0.28}, {16: 0.2, 8: 0.37}
+
+
+def terms(call: Mada, g: Tensor) -> list[Tensor | None]:
+    """Of the hypergradients that the next step of a plain call computes from the gradient g."""
+    states = floats(call)
+    kept = MadaMoments(*(states.get(symbol) for symbol in MadaMoments._fields))
+    redo, factors = last_step(MadaOptions(**call.options), call.steps[0].item(), call.lists["last_scalars"][0].tolist())
+    last_g = states["last_g"]
+    step = mada_rule(redo, last_g, states.get("older_g"), kept)
+    found = hypergradient_terms(redo, last_g, g, kept, step)
+    return [None if term is None else (shared * term).double() for shared, term in zip(factors, found, strict=True)]
+
+
+@pytest.mark.parametrize("signal", [0.0, 0.3])
+@pytest.mark.parametrize("state_bits", [16, 8])
+@pytest.mark.parametrize("case", ["all, inside", "all, maximum", "hyperadam"])
+def test_hypergradients_of_codes(case: str, state_bits: int, signal: float) -> None:
+    shape = (128, 128)
+    plain, coded = Mada(case, "float32", 32, None, (shape,)), Mada(case, "32", state_bits, None, (shape,))
+    gen = torch.Generator().manual_seed(0)
+    mean, size = torch.randn(shape, generator=gen), 10.0 ** (1.5 * torch.rand(shape, generator=gen) - 3.0)
+    off: dict[str, list[float]] = {name: [] for name in COEFFICIENTS}
+    for t in range(60):
+        g = ((signal * mean + torch.randn(shape, generator=gen)) * size).bfloat16()
+        its = terms(plain, g.float()) if t >= 5 else []
+        plain.take(KERNELS[Mada], [g.float()])
+        coded.take(KERNELS[Mada], [g])
+        difference = coded.extras["hypergradients"] - plain.extras["hypergradients"]
+        for name, term, d in zip(COEFFICIENTS, its, difference.tolist(), strict=False):
+            if term is not None and plain.options["learn"] >> COEFFICIENTS.index(name) & 1:
+                off[name].append(d / float(term.square().sum().sqrt()))
+    if case == "all, maximum":
+        del off["rho"]  # the maximum of a v that is dithered is ahead of float32's
+    for name, found in off.items():
+        bound = (SIGNED if name in ("c", "gamma") else SMOOTH)[state_bits]
+        assert not found or torch.tensor(found).square().mean().sqrt() < bound, name
+        assert not found or max(map(abs, found)) < 4 * bound, name
+    assert off["beta1"]
 
 
 # ---- bad gradients ---------------------------------------------------------------------------------------------------
@@ -281,8 +326,8 @@ def test_a_bad_gradient_stays_alone(name: str, value: float) -> None:
         spoiled = [g.clone() for g in grads]
         if step == 3:
             spoiled[0].view(-1)[5] = value
-        good.take(NATIVE[type(good)], grads)
-        bad.take(NATIVE[type(bad)], spoiled)
+        good.take(KERNELS[type(good)], grads)
+        bad.take(KERNELS[type(bad)], spoiled)
     if "befores" in good.lists:
         for call in (good, bad):
             call.lists["befores"] = []  # what floats() reads beside
@@ -326,7 +371,7 @@ def test_schedule_free_does_not_stall(z_bits: int, lr: float) -> None:
             g = toward * (1.0 + 0.3 * torch.randn(shape, generator=gen))
             if t >= 150:
                 g[:64] = torch.randn((64, 64), generator=gen)
-            call.take(NATIVE[ScheduleFree], [g * size])
+            call.take(KERNELS[ScheduleFree], [g * size])
         now = floats(call)
         x = torch_rules.schedule_free.schedule_free_average(now["y"], now["z"], 0.9)
         found.append([(a - start) * -toward for a in (now["y"], now["z"], x)])
