@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 
 from pace_kernels import _C, ops
-from pace_kernels.definitions import DEFINITIONS
+from pace_kernels.definitions import DEFINITIONS, MADA, PACE, PULLBACK, SCHEDULE_FREE
+from pace_kernels.definitions.kit import Definition
 
 Rng = random.Random
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -160,46 +161,67 @@ SCALING: dict[str, Callable[[Rng], Any]] = {
 }
 
 
-def without_what_nothing_needs(_: Rng, call: dict[str, Any]) -> None:
-    """pullback_ refuses lists that it would not read."""
+def with_codes(definition: Definition) -> Callable[[Rng, dict[str, Any]], None]:
+    """Now and then operands lie in other formats, of any contents: what has no blocks in another layout too."""
+    of_codec = {
+        codec: [o for o in definition.operands if o.codec == codec]
+        for codec in ("weight", "moment", "square", "second", "gradient", "average", "iterate")
+    }
+    averages = of_codec["average"] + of_codec["iterate"]
+
+    def fit(rng: Rng, call: dict[str, Any]) -> None:
+        params = call["params"]
+
+        def some(count: Callable[[Tensor], int], dtype: torch.dtype) -> list[Tensor]:
+            spread = [torch.arange(count(p)).mul_(9973).add_(rng.getrandbits(16)) for p in params]
+            return [a.to(dtype) for a in spread]
+
+        def shaped(dtype: torch.dtype) -> list[Tensor]:
+            if rng.random() < 0.5:
+                return [
+                    a.view(*p.shape, 2)[..., 0]
+                    for a, p in zip(some(lambda p: 2 * p.numel(), dtype), params, strict=True)
+                ]
+            return [a.view(p.shape) for a, p in zip(some(Tensor.numel, dtype), params, strict=True)]
+
+        def coded(dtype: torch.dtype) -> list[Tensor]:
+            return [a.view(p.shape) for a, p in zip(some(Tensor.numel, dtype), params, strict=True)]
+
+        scales = lambda: some(lambda p: p.numel() // 32, torch.uint8)  # noqa: E731
+        if of_codec["weight"] and rng.random() < 0.3 and all(param.dtype == torch.bfloat16 for param in params):
+            call["remainders"] = shaped(rng.choice((torch.int16, torch.int8)))
+        if rng.random() < 0.2:
+            for operand in (o for codec in ("moment", "square", "second", "gradient") for o in of_codec[codec]):
+                if call[operand.list]:
+                    state = shaped(torch.bfloat16)
+                    signed = operand.codec in ("moment", "gradient")
+                    call[operand.list] = state if signed else [a.abs() for a in state]
+        for operand in averages:
+            if rng.random() < 0.2 and call[operand.list]:
+                call[operand.list], call[str(operand.beside)] = shaped(torch.bfloat16), shaped(torch.int8)
+        if rng.random() < 0.5 and all(p.numel() % 32 == 0 and p.is_contiguous() for p in params):
+            for operand in (*of_codec["moment"], *of_codec["square"]):
+                if call[operand.list]:
+                    call[operand.list], call[str(operand.beside)] = coded(torch.uint8), scales()
+            for operand in averages:
+                if call[operand.list] and rng.random() < 0.7:
+                    kind = rng.choice((torch.int8, torch.int16))
+                    call[operand.list], call[str(operand.beside)] = coded(kind), scales()
+
+    return fit
+
+
+def pulled(rng: Rng, call: dict[str, Any]) -> None:
+    """pullback_ refuses lists that it would not read, and averages on a grid without the weights before."""
+    with_codes(PULLBACK)(rng, call)
     pulls = call["lambda_pullback"] != 0.0 if call["gain"] is None else call["gain"] != 0.0
-    if not pulls:
+    grid = any(e.dtype in (torch.int8, torch.int16) for e in call["emas"])
+    if not pulls and not grid:
         call["befores"] = []
+    if grid:
+        call["befores"] = [torch.empty_like(p).copy_(p) for p in call["params"]]  # as plans want them, without gaps
     if not pulls or call["gain"] is not None:
         call["second_moments"] = []
-
-
-def with_codes(rng: Rng, call: dict[str, Any]) -> None:
-    """Now and then operands lie in other formats, of any contents: what has no blocks in another layout too."""
-    params = call["params"]
-
-    def some(count: Callable[[Tensor], int], dtype: torch.dtype) -> list[Tensor]:
-        spread = [torch.arange(count(p)).mul_(9973).add_(rng.getrandbits(16)) for p in params]
-        return [a.to(dtype) for a in spread]
-
-    def shaped(dtype: torch.dtype) -> list[Tensor]:
-        if rng.random() < 0.5:
-            return [
-                a.view(*p.shape, 2)[..., 0] for a, p in zip(some(lambda p: 2 * p.numel(), dtype), params, strict=True)
-            ]
-        return [a.view(p.shape) for a, p in zip(some(Tensor.numel, dtype), params, strict=True)]
-
-    def coded(dtype: torch.dtype) -> list[Tensor]:
-        return [a.view(p.shape) for a, p in zip(some(Tensor.numel, dtype), params, strict=True)]
-
-    scales = lambda: some(lambda p: p.numel() // 32, torch.uint8)  # noqa: E731
-    if rng.random() < 0.3 and all(param.dtype == torch.bfloat16 for param in params):
-        call["remainders"] = shaped(rng.choice((torch.int16, torch.int8)))
-    if rng.random() < 0.2:
-        call["exp_avgs"], call["exp_avg_sqs"] = shaped(torch.bfloat16), [a.abs() for a in shaped(torch.bfloat16)]
-    if rng.random() < 0.2 and call["emas"]:
-        call["emas"], call["ema_scales"] = shaped(torch.bfloat16), shaped(torch.int8)
-    if rng.random() < 0.5 and all(p.numel() % 32 == 0 and p.is_contiguous() for p in params):
-        if call["exp_avgs"]:
-            call["exp_avgs"], call["exp_avg_scales"] = coded(torch.uint8), scales()
-        call["exp_avg_sqs"], call["exp_avg_sq_scales"] = coded(torch.uint8), scales()
-        if call["emas"] and rng.random() < 0.7:
-            call["emas"], call["ema_scales"] = coded(rng.choice((torch.int8, torch.int16))), scales()
 
 
 @dataclass
@@ -250,7 +272,7 @@ OPERATORS: dict[str, Operator] = {
         options={**AVERAGING, "stochastic_rounding": numbers(False, True)},
         may_be_empty=("exp_avgs", "emas"),
         sums=("stats",),
-        fit=with_codes,
+        fit=with_codes(PACE),
     ),
     "mada_step_": Operator(
         lists={
@@ -266,10 +288,12 @@ OPERATORS: dict[str, Operator] = {
             **AVERAGING, "learn": numbers(63, 63, 0, 1, 5, 32), "beta3": numbers(0.9, 0.0), "rho": numbers(0.5, 1.0),
             "c": numbers(0.5, 1.0), "gamma": numbers(0.5, 0.0, 1.0), "lion_beta1": numbers(0.9),
             "lion_beta2": numbers(0.98), "second_max": numbers(False, True),
+            "stochastic_rounding": numbers(False, True),
         },
         may_be_empty=tuple(name for name in ops.MADA_STATES if name != "steps"),
         likely=("coefficients", "hypergradients"),
         sums=("hypergradients",),
+        fit=with_codes(MADA),
     ),
     "mada_learn_": Operator(
         lists={"sums": lambda rng, _: doubles(len(ops.HYPERGRADIENTS))(rng)},
@@ -291,13 +315,13 @@ OPERATORS: dict[str, Operator] = {
         options={
             **{
                 k: v for k, v in AVERAGING.items()
-                if k not in ("beta1", "weight_decay", "pullback_from_step", "maximize")
+                if k not in ("beta1", "weight_decay", "maximize")
             },
-            "gain": numbers(None, None, 0.5, 0.0), "step_offset": numbers(0, 0, 40, 2**63 - 1),
+            "gain": numbers(None, None, 0.5, 0.0), "step_offset": numbers(0, 0, 40, 7, 2**63 - 1),
         },
         may_be_empty=("befores",),
         sums=("stats",),
-        fit=without_what_nothing_needs,
+        fit=pulled,
     ),
     "schedule_free_step_": Operator(
         lists={
@@ -307,7 +331,9 @@ OPERATORS: dict[str, Operator] = {
         options={
             **{k: AVERAGING[k] for k in ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize", "capturable")},
             "count": numbers(1.0, 5.0, 2.0**53), "share": numbers(0.1, 0.0, 1.0),
+            "stochastic_rounding": numbers(False, True),
         },
+        fit=with_codes(SCHEDULE_FREE),
     ),
 }  # fmt: skip
 
