@@ -4,6 +4,7 @@ csrc/codes.h says; bad gradients stay alone; and nothing stalls."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -380,3 +381,46 @@ def test_schedule_free_does_not_stall(z_bits: int, lr: float) -> None:
         for half in (slice(0, 64), slice(64, 128)):
             assert abs(way[half].mean() / expected[half].mean() - 1.0) < 0.03
             assert (way[half] - expected[half]).square().mean().sqrt() < noise * expected[half].square().mean().sqrt()
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def _with(name: str, *tensors: Tensor | None) -> Callable[[Lists], None]:
+    def change(call: Lists) -> None:
+        given = [t for t in tensors if t is not None]
+        (call.lists if name in call.lists else call.beside)[name] = given  # type: ignore[index]
+
+    return change
+
+
+BYTES, SCALES = torch.zeros(64, 32, dtype=torch.uint8), torch.zeros(64, dtype=torch.uint8)
+REFUSED: dict[str, tuple[str, Callable[[Lists], None]]] = {
+    "exp_avg_diffs[0] must be float32 or bfloat16 without exp_avg_diff_scales": ("MADA", _with("exp_avg_diff_scales")),
+    "exp_avg_lions[0] must be uint8, with exp_avg_lion_scales": ("MADA", _with("exp_avg_lions", torch.zeros(64, 32))),
+    "exp_avg_lion_scales[0] must be contiguous, uint8": ("MADA", _with("exp_avg_lion_scales", SCALES[1:])),
+    "exp_avg_lion_scales has 2 tensors, params has 1": ("MADA", _with("exp_avg_lion_scales", SCALES, SCALES)),
+    "second_exp_avg_sqs[0] must be float32 or bfloat16": ("MADA", _with("second_exp_avg_sqs", BYTES)),
+    "older_grads[0] must be float32 or bfloat16": ("MADA", _with("older_grads", BYTES.half())),
+    "zs[0] must be float32 without z_scales": ("schedule-free", _with("z_scales")),
+    "zs[0] must be int8, int16 or bfloat16, with z_scales": ("schedule-free", _with("zs", BYTES)),
+    "remainders[0] must be int16 or int8": ("schedule-free", _with("remainders", BYTES)),
+    "befores must not be empty where emas are int8 or int16": ("pullback", _with("befores")),
+    "emas[0] must be float32 without ema_scales": ("pullback", _with("ema_scales")),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused_before_anything_is_written(message: str) -> None:
+    name, change = REFUSED[message]
+    call = COMMON[name](shapes=((64, 32),))
+    grads = call.gradients(0)
+    change(call)
+
+    def refused(*lists: list[Tensor], **named: Any) -> None:
+        before = [t.clone() for tensors in lists for t in tensors]
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            KERNELS[type(call)](*lists, **named)
+        assert all(map(torch.equal, before, (t for tensors in lists for t in tensors)))
+
+    call.take(refused, grads)
