@@ -49,7 +49,8 @@ PACE_RULE float settled_square(float v) {
 
 // The 32 bits that one element's roundings in one step are dithered by, of the new weight and second moment before they
 // are rounded. m takes bits 0 to 7, v 8 to 18, x the lowest 8 or 16, an e of 24 bits 24 to 31: the leading bits, which
-// decide most roundings, are another's for each but m and x.
+// decide most roundings, are another's for each but m and x. A rule without a second moment has its other moment, or
+// the average, in its place, as settled bits.
 PACE_RULE uint32_t dither(uint32_t x_settled, float v_settled, uint32_t key) {
   return mixed(x_settled * kGolden ^ bits_of(v_settled) ^ key);
 }
@@ -149,6 +150,11 @@ PACE_RULE uint32_t evenly(uint32_t n, uint32_t place) { return (n >> 1) * kGolde
 // With δ the block's power of two, e = grid(x) + code · δ, where grid(x) is the multiple of δ next to x. So e lies on
 // the grid whatever x does: when x crosses to the next multiple the code changes by 1, exactly. e is rounded only where
 // it moves, and by no more than it moves: an average that is stored as its difference from x is rounded at every step.
+//
+// Schedule-free's z lies so beside y, and moves by its own −α u, dithered by bits of its hash. Mean ways of z and of
+// the average were right to 0.5 % at lr 1e-3 to 1e-7 with 8 and 16 bits. With 8 bits a coordinate that walks at random
+// in a block whose others went straight for 2,000 steps was as far off as it had walked (the average: 27 α), with 16
+// bits by 0.01 of that.
 template <int kBits>
 struct GridCode {
   static constexpr int32_t kMost = (1 << (kBits - 1)) - 1;
@@ -181,8 +187,9 @@ struct GridCode {
   }
   // e₊ − x₊, not rounded to the size of e.
   PACE_RULE float difference(Place p, float x) { return ((p.grid - x) + p.offset) + p.increment; }
-  // u: unit_of(evenly(...)), or 0.5 for the nearest. The place is on the new grid exactly, as a whole number of steps
-  // and a rest; the increment and u are added to the rest alone, which is so small that they keep their places.
+  // u: unit_of(evenly(...)), of an iterate unit_of its bits, or 0.5 for the nearest. The place is on the new grid
+  // exactly, as a whole number of steps and a rest; the increment and u are added to the rest alone, which is so small
+  // that they keep their places.
   PACE_RULE int32_t store(Place p, float x, int32_t b, float u) {
     const float inverse = power_of_two(254 - b);
     const float a = (p.offset + (p.grid - grid(x, b))) * inverse, whole = nearest_whole(a);

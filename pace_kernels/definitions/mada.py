@@ -35,7 +35,9 @@ MADA = Definition(
         Operand("m", "exp_avgs", reads="adam", writes="adam", empty="", codec="moment"),
         Operand("v", "exp_avg_sqs", reads="adam", writes="adam", empty="", codec="square", dither=1),
         Operand("n", "exp_avg_diffs", reads="diff", writes="diff", empty="", codec="moment", dither=2),
-        # In bfloat16 a mean is rounded stochastically; a maximum to nearest, since one of dithered values creeps up.
+        # In bfloat16 a mean is rounded stochastically; a maximum to nearest, since one of dithered values creeps up. Of
+        # v in 8 bits it is ahead all the same: at beta2 = 0.999 by 3 % after 1,000 steps and 10 % after 3,000, when
+        # weights had gone 1.7 % less far.
         Operand("w", "second_exp_avg_sqs", reads="second", writes="second", empty="", codec="second", dither=4),
         Operand("l", "exp_avg_lions", reads="lion", writes="lion", empty="", codec="moment", dither=3),
         # Where both gradients are kept, the new one goes over the older one, and the caller exchanges the two lists;
