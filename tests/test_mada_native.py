@@ -146,7 +146,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     r"older_grads\[1\] has shape \(3, 7\), its parameter has \(7, 3\)": {
         "older_grads": [torch.rand(7, 3), torch.rand(3, 7)]
     },
-    r"last_grads\[1\] must be float32": {"last_grads": [torch.rand(7, 3), torch.rand(7, 3).bfloat16()]},
+    r"last_grads\[1\] must be float32 or bfloat16": {"last_grads": [torch.rand(7, 3), torch.rand(7, 3).half()]},
     r"last_scalars\[0\] must be a CPU tensor, contiguous, float64, with 8 elements": {
         "last_scalars": [torch.zeros(8), torch.zeros(8)]
     },

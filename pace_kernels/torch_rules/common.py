@@ -201,13 +201,6 @@ class Begun:
         """Those of each tensor, from its count; none where the step is left undone."""
         return handed_over(make, self.counts, dtype or self.dtype, self.device)
 
-    def average(self, e: Tensor, new: Tensor, moves: Scalar) -> None:
-        """Writes an average in a step in which it moves."""
-        if isinstance(moves, Tensor):
-            self.keep.copy_(e, torch.where(moves != 0, new, e))
-        elif moves:
-            self.keep.copy_(e, new)
-
 
 def fixed_order_sum(a: Tensor) -> Tensor:
     """The sum in float64, the same bits for every number of threads: each row by one thread, then their sums."""
