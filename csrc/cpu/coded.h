@@ -44,11 +44,11 @@ void store_pair(const Stream& s, int64_t begin, int64_t n, const float* in) {
   store_tile<Rest>(*s.rest, begin, n, in);
 }
 
-// Rounds in place, by the bits of `h` from `shift` on.
-template <int kBits>
-void round_tile(float* a, const uint32_t* h, int shift, int64_t n) {
+// Rounds in place, by the bits of `h` from `kShift` on.
+template <int kBits, int kShift = 0>
+void round_tile(float* a, const uint32_t* h, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) a[i] = float_of(rounded_bits<kBits>(settled(a[i]), h[i] >> shift));
+  for (int64_t i = 0; i < n; ++i) a[i] = float_of(rounded_bits<kBits>(settled(a[i]), h[i] >> kShift));
 }
 
 template <class Code>
@@ -61,8 +61,8 @@ void load_codes(const Stream& s, int64_t begin, int64_t n, float* out) {
   }
 }
 
-template <class Code>
-void store_codes(const Stream& s, int64_t begin, int64_t n, const float* in, const uint32_t* h, int shift) {
+template <class Code, int kShift = 0>
+void store_codes(const Stream& s, int64_t begin, int64_t n, const float* in, const uint32_t* h) {
   uint8_t* const codes = static_cast<uint8_t*>(s.data) + begin;
   for (int64_t k = 0; k < n; k += kCodeBlock) {
     int32_t rank = kRankOfZero;
@@ -71,7 +71,7 @@ void store_codes(const Stream& s, int64_t begin, int64_t n, const float* in, con
     const int32_t b = Code::scale(rank);
     alignas(64) uint32_t code[kCodeBlock];
 #pragma omp simd
-    for (int i = 0; i < kCodeBlock; ++i) code[i] = Code::store(in[k + i], b, Code::dithered(h[k + i] >> shift));
+    for (int i = 0; i < kCodeBlock; ++i) code[i] = Code::store(in[k + i], b, Code::dithered(h[k + i] >> kShift));
 #pragma omp simd
     for (int i = 0; i < kCodeBlock; ++i) codes[k + i] = static_cast<uint8_t>(code[i]);
     s.scales[(begin + k) / kCodeBlock] = static_cast<uint8_t>(b);
@@ -104,10 +104,8 @@ struct GridTile {
       for (int64_t i = 0; i < n; ++i) grid[i] = x[i], offset[i] = 0.0f;
     }
     for (int64_t k = 0; k < n; k += kCodeBlock) {
-      alignas(64) float increment[kCodeBlock];
-#pragma omp simd
-      for (int i = 0; i < kCodeBlock; ++i) increment[i] = weight * (x[k + i] - (grid[k + i] + offset[k + i]));
-      store_block<kBits, Int>(s, begin, k, x, increment, u);
+      const float *const g = grid + k, *const o = offset + k, *const to = x + k;
+      store_block<kBits, Int>(s, begin, k, x, [=](int i) { return weight * (to[i] - (g[i] + o[i])); }, u);
     }
   }
 
@@ -118,22 +116,26 @@ struct GridTile {
       alignas(64) float u[kCodeBlock];
 #pragma omp simd
       for (int i = 0; i < kCodeBlock; ++i) u[i] = unit_of(h[k + i]);
-      store_block<kBits, Int>(s, begin, k, x, moves + k, u);
+      const float* const move = moves + k;
+      store_block<kBits, Int>(s, begin, k, x, [=](int i) { return move[i]; }, u);
     }
   }
 
  private:
   // Codes are narrowed in a loop of their own, or floats fill half a vector.
-  template <int kBits, class Int>
+  template <int kBits, class Int, class Move>
   inline __attribute__((always_inline)) void store_block(const Stream& s, int64_t begin, int64_t k, const float* x,
-                                                         const float* increment, const float* u) {
+                                                         Move move, const float* u) {
     using Code = GridCode<kBits>;
     Int* const codes = static_cast<Int*>(s.data) + begin;
+    alignas(64) float increment[kCodeBlock];
     alignas(64) int32_t code[kCodeBlock];
     int32_t rank = kRankOfZero;
 #pragma omp simd reduction(max : rank)
     for (int i = 0; i < kCodeBlock; ++i) {
-      rank = larger(rank, rank_of(((grid[k + i] - x[k + i]) + offset[k + i]) + increment[i]));
+      const float more = move(i);
+      rank = larger(rank, rank_of(((grid[k + i] - x[k + i]) + offset[k + i]) + more));
+      increment[i] = more;
     }
     const int32_t b = Code::scale(rank);
 #pragma omp simd
@@ -171,9 +173,6 @@ class Coded {
       if (D::kLists[k].role == Role::copy) return k;
     }
     return 0;
-  }
-  static constexpr bool is_average(int k) {
-    return D::kLists[k].codec == Codec::average || D::kLists[k].codec == Codec::iterate;
   }
   static constexpr int kX = 0, kV = operand(Codec::square);
   static constexpr int kBefore = before();  // the weights that an average is read beside
@@ -248,11 +247,7 @@ class Coded {
   void close(int64_t at, int64_t n, float* const* data) {
     alignas(64) uint32_t words[kWords][kLargestTile];
     hash(n, data, words);
-    for (int k = 1; k < D::kOperands; ++k) {
-      if (has(k) && !is_average(k) && (written_ >> k & 1) != 0) {
-        close_moment(k, at, n, data[k], words[D::kLists[k].dither / 2]);
-      }
-    }
+    close_states(at, n, data, words, std::make_integer_sequence<int, D::kOperands>{});
     if (has(kX)) close_weight(at, n, data[kX], words[0]);
     if (has(kE)) close_average(at, n, data[kX], data[kE], words[D::kLists[kE].dither / 2]);
   }
@@ -280,17 +275,32 @@ class Coded {
     }
   }
 
-  void close_moment(int k, int64_t at, int64_t n, float* a, const uint32_t* h) const {
-    const Stream& s = streams_[k];
-    const int shift = D::kLists[k].dither % 2 * 16;
-    if (s.format == Format::kMoment8) {
-      store_codes<MCode>(s, at, n, a, h, shift);
-    } else if (s.format == Format::kSquare8) {
+  template <int... k>
+  void close_states(int64_t at, int64_t n, float* const* data, uint32_t (*words)[kLargestTile],
+                    std::integer_sequence<int, k...>) const {
+    (close_state<k>(at, n, data[k], words), ...);
+  }
+
+  // Moments and gradients: what is neither a weight nor an average.
+  template <int k>
+  void close_state(int64_t at, int64_t n, float* a, uint32_t (*words)[kLargestTile]) const {
+    constexpr ListInfo list = D::kLists[k];
+    if constexpr (list.codec != Codec::none && list.codec != Codec::weight && k != kE) {
+      if (!has(k) || (written_ >> k & 1) == 0) return;
+      constexpr int kShift = list.dither % 2 * 16;
+      const Stream& s = streams_[k];
+      const uint32_t* const h = words[list.dither / 2];
+      if constexpr (list.codec == Codec::moment) {
+        if (s.format == Format::kMoment8) return store_codes<MCode, kShift>(s, at, n, a, h);
+      }
+      if constexpr (list.codec == Codec::square) {
+        if (s.format == Format::kSquare8) {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) a[i] = settled_square(a[i]);
-      store_codes<VCode>(s, at, n, a, h, 0);
-    } else {
-      round_tile<16>(a, h, shift, n);
+          for (int64_t i = 0; i < n; ++i) a[i] = settled_square(a[i]);
+          return store_codes<VCode>(s, at, n, a, h);
+        }
+      }
+      round_tile<16, kShift>(a, h, n);
       store_tile<HighPart>(s, at, n, a);
     }
   }
@@ -299,10 +309,10 @@ class Coded {
     const Stream& s = streams_[kX];
     if (s.format == Format::kPair32) return store_pair<RestOf32>(s, at, n, x);
     if (s.format == Format::kPair24) {
-      round_tile<24>(x, h, 0, n);
+      round_tile<24>(x, h, n);
       return store_pair<RestOf24>(s, at, n, x);
     }
-    round_tile<16>(x, h, 0, n);
+    round_tile<16>(x, h, n);
     store_tile<HighPart>(s, at, n, x);
   }
 
@@ -310,7 +320,7 @@ class Coded {
     const Stream& s = streams_[kE];
     if (s.format == Format::kPair24) {
       if ((written_ >> kE & 1) == 0) return;
-      round_tile<24>(e, h, 24, n);
+      round_tile<24, 24>(e, h, n);
       return store_pair<RestOf24>(s, at, n, e);
     }
     alignas(64) float scratch[kLargestTile];
