@@ -213,7 +213,8 @@ def with_codes(definition: Definition) -> Callable[[Rng, dict[str, Any]], None]:
 
 def pulled(rng: Rng, call: dict[str, Any]) -> None:
     """pullback_ refuses lists that it would not read, and averages on a grid without the weights before."""
-    with_codes(PULLBACK)(rng, call)
+    if rng.random() < 0.5:
+        with_codes(PULLBACK)(rng, call)
     pulls = call["lambda_pullback"] != 0.0 if call["gain"] is None else call["gain"] != 0.0
     grid = any(e.dtype in (torch.int8, torch.int16) for e in call["emas"])
     if not pulls and not grid:
