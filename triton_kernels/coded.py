@@ -2,8 +2,9 @@
 rounds share. ``csrc/cpu/coded.h`` does the same.
 
 A kernel's flags have the bits of each such operand, by its symbol: a weight 24 or 32 with a rest, 16 by dither, 0
-plain; a moment or a square 8 in codes, 16 by dither, 32 in float32, 0 not in play; an average 8 or 16 on a grid beside
-its weight, 24 with a rest, 32 in float32, 0 not in play.
+plain; a moment or a square 8 in codes, 16 by dither, 32 in float32, 0 not in play; a second moment or a gradient 16 by
+dither, 32 plain, 0 not in play; an average or an iterate 8 or 16 on a grid beside its weight, 24 with a rest, 32 in
+float32, 0 not in play.
 """
 
 from __future__ import annotations
@@ -17,48 +18,57 @@ import triton.language as tl
 
 from ..definitions.kit import Definition
 from . import codes
-from .checks import Call, Play
 from .codes import float_of, settled
 from .storage import load, store
 
 Dtypes = tuple[torch.dtype | None, ...]
 
 _STATES = {None: 0, torch.float32: 32, torch.bfloat16: 16, torch.uint8: 8}
-_BITS: dict[str, dict[torch.dtype | None, int]] = {
-    "moment": _STATES,
-    "square": _STATES,
-    "average": {None: 0, torch.float32: 32, torch.bfloat16: 24, torch.int16: 16, torch.int8: 8},
-}
+_AVERAGES = {None: 0, torch.float32: 32, torch.bfloat16: 24, torch.int16: 16, torch.int8: 8}
+_BITS: dict[str, dict[torch.dtype | None, int]] = dict.fromkeys(("moment", "square", "second", "gradient"), _STATES)
+_BITS |= dict.fromkeys(("average", "iterate"), _AVERAGES)
 _RESTS = {torch.int16: 32, torch.int8: 24}
 
 
 # ---- flags and scalars ----------------------------------------------------------------------------------------------
 
 
-def with_bits(plain: Any, definition: Definition) -> Any:
-    """The type of a coded kernel's flags: those of the plain one, whether weights in bfloat16 are rounded by dither,
-    and the bits of operands."""
+def with_bits(plain: Any, definition: Definition, *own: str) -> Any:
+    """The type of a coded kernel's flags: those of the plain one, others of its own, and the bits of operands, which
+    are not a call's but a tensor's (`of_formats`). Of its own are "stochastic", whether weights in bfloat16 are rounded
+    by dither, and "nearest", whether second moments in it are not."""
     symbols = [o.symbol for o in definition.operands if o.codec is not None]
-    return namedtuple(
-        f"Coded{plain.__name__}", (*plain._fields, "stochastic", *symbols), defaults=[0] * len(symbols)
-    )  # fmt: skip
-
-
-def in_play(kind: Any, call: Call, plain: Play) -> Play:
-    """What a call puts in play, from what it would without codes. The bits are a tensor's: `of_formats`."""
-    return Play(kind(*plain.flags, call.options.get("stochastic_rounding", False)), plain.may_be_empty)
+    return namedtuple(f"Coded{plain.__name__}", (*plain._fields, *own, *symbols), defaults=[0] * len(symbols))
 
 
 def of_formats(definition: Definition, flags: Any, operands: Dtypes, beside: Dtypes) -> Any:
     """The flags for tensors in these formats."""
-    bits = {}
+    found: dict[str, Any] = {}
     for operand, dtype, its in zip(definition.operands, operands, beside, strict=True):
-        if operand.codec == "weight":
-            dithered = flags.stochastic and dtype == torch.bfloat16
-            bits[operand.symbol] = 16 * dithered if its is None else _RESTS[its]
-        elif operand.codec is not None:
-            bits[operand.symbol] = _BITS[operand.codec][dtype]
-    return flags._replace(**bits)
+        if operand.codec is None:
+            continue
+        bits = _BITS[operand.codec][dtype] if operand.codec != "weight" else 0 if its is None else _RESTS[its]
+        if operand.codec == "weight" and its is None and dtype == torch.bfloat16 and flags.stochastic:
+            bits = 16
+        elif operand.codec == "second" and bits == 16 and flags.nearest:
+            bits = 32  # as it lies
+        elif operand.codec == "iterate":
+            found["increment"] = bits in (8, 16)
+        found[operand.symbol] = bits
+    return flags._replace(**found)
+
+
+def lies(codec: str | None, word: str) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """How an operand of so many bits lies, and what lies beside it; or of a dtype by its name, or "dithered"."""
+    if word == "-":
+        return None, None
+    if not word.isdigit():
+        return getattr(torch, "bfloat16" if word == "dithered" else word), None
+    if codec == "weight":
+        return torch.bfloat16, next(dtype for dtype, bits in _RESTS.items() if bits == int(word))
+    assert codec is not None
+    beside = {8: torch.uint8} | ({16: torch.uint8, 24: torch.int8} if codec in ("average", "iterate") else {})
+    return next(dtype for dtype, bits in _BITS[codec].items() if bits == int(word)), beside.get(int(word))
 
 
 # Scalars: the bits of two uint32, what codes are dithered by and what averages on a grid are; and how far such an
@@ -67,9 +77,14 @@ ROUNDING = ("key", "spread", "share")
 
 
 @triton.jit
+def dither_key(t):
+    return float_of(codes.mixed(codes.low_word(t) * codes.GOLDEN))
+
+
+@triton.jit
 def rounding(t, update_freq, moves, weight):
     taken = tl.floor(t / update_freq)
-    key = float_of(codes.mixed(codes.low_word(t) * codes.GOLDEN))
+    key = dither_key(t)
     spread = float_of((codes.low_word(taken) >> 1) * codes.GOLDEN)
     return key, spread, tl.where(moves != 0.0, weight, 0.0)
 
@@ -170,6 +185,15 @@ def store_square(ptr, scales, here, v, h, BITS: tl.constexpr, BLOCK: tl.constexp
         store(ptr, here.i, v, here.mask)
 
 
+@triton.jit
+def store_dithered(ptr, i, value, h, mask, BITS: tl.constexpr):
+    """What lies in bfloat16 or plain."""
+    if BITS == 16:
+        store_high(ptr, i, value, h, mask)
+    elif BITS == 32:
+        store(ptr, i, value, mask)
+
+
 # ---- weights --------------------------------------------------------------------------------------------------------
 
 
@@ -249,9 +273,16 @@ def store_grid(ptr, scales, here, grid, offset, increment, back, u, BITS: tl.con
 
 
 @triton.jit
-def store_average(
-    ptr, beside, here, moves, was, e, back, h, spread, share, BITS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def store_apart(ptr, rest, here, e, h, moves, BITS: tl.constexpr):
+    """What lies by itself, in the elements `moves`."""
+    if BITS == 24:
+        store_pair(ptr, rest, here.i, codes.rounded(settled(e), h >> 24, 24), moves, 24)
+    elif BITS == 32:
+        store(ptr, here.i, e, moves)
+
+
+@triton.jit
+def store_average(ptr, beside, here, moves, was, e, back, h, spread, share, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """`was`: where it lay before. On a grid it moves by its share of the way to the weight, and is written also where
     it rests; otherwise it is `e`, in the elements `moves`."""
     if BITS == 8 or BITS == 16:
@@ -261,7 +292,5 @@ def store_average(
         increment = share * (back - (grid + offset))
         u = codes.evenly(codes.bits_of(spread), BLOCK)
         store_grid(ptr, beside, here, grid, offset, increment, back, u, BITS, BLOCK)
-    elif BITS == 24:
-        store_pair(ptr, beside, here.i, codes.rounded(settled(e), h >> 24, 24), moves, 24)
-    elif BITS == 32:
-        store(ptr, here.i, e, moves)
+    else:
+        store_apart(ptr, beside, here, e, h, moves, BITS)

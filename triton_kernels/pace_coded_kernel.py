@@ -19,13 +19,14 @@ from .pace_kernel import PaceOptions, add_statistics, pace_fields, store_gain
 from .scalars import gain_weight, store_fields
 from .storage import load
 
-Flags = coded.with_bits(pace_kernel.Flags, PACE)
+Flags = coded.with_bits(pace_kernel.Flags, PACE, "stochastic")
 CodedScalars = namedtuple("CodedScalars", (*PaceScalars._fields, *coded.ROUNDING))
 FIELDS = CodedScalars._fields
 
 
 def play(call: Call) -> Play:
-    return coded.in_play(Flags, call, pace_kernel.play(call))
+    plain = pace_kernel.play(call)
+    return Play(Flags(*plain.flags, call.options["stochastic_rounding"]), plain.may_be_empty)
 
 
 @triton.jit
