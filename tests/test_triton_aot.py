@@ -22,7 +22,8 @@ from triton.backends.compiler import GPUTarget
 
 LARGEST = (
     *("pace float32", "pace bfloat16 stats", "mada float32", "mada bfloat16 pulled capturable", "pullback float32"),
-    *("pullback bfloat16 stats", "schedule_free float32", "pace_coded 32 8 8"),
+    *("pullback bfloat16 stats", "schedule_free float32", "pace_coded 32 8 8", "mada_coded 32 8"),
+    *("schedule_free_coded 32 8 8", "pullback_coded bfloat16 8"),
 )
 OTHERS = (
     *("schedule_free bfloat16", "schedule_free bfloat16/float32", "schedule_free scalars on device"),
@@ -31,7 +32,10 @@ OTHERS = (
     *("pullback bfloat16", "pullback float32 average", "pullback float32 constant", "pullback bfloat16/float32"),
     *("pullback float32 unaligned", "pullback scalars", "pullback scalars on device"),
     *("pace_coded 24 8 16", "pace_coded 32 8 8 unaligned", "pace_coded float32 8 8 stats", "pace_coded scalars"),
-    *("pace_coded dithered 16 24", "pace_coded scalars on device"),
+    *("pace_coded dithered 16 24", "pace_coded scalars on device", "mada_coded 24 8 8 pulled capturable"),
+    *("mada_coded dithered 16 24", "mada_coded 32 8 unaligned", "mada_coded 32 8 AMSGrad", "mada_coded scalars"),
+    *("schedule_free_coded 24 8 16", "schedule_free_coded scalars", "pullback_coded scalars on device"),
+    "pullback_coded float32 16 from the step stats",
     *("pace scalars", "mada scalars on device", "stats", "hypergradients rows", "learn"),
 )
 # Operands that a program of aligned float32 reads and writes.
@@ -59,6 +63,10 @@ NARROW = {
 }
 # In codes: reads of 16 bytes and of 8, writes of them. 16 of weights, remainders, gradients, 8 of codes in a byte.
 CODED = {"pace_coded 32 8 8": (3, 3, 2, 3), "pace_coded 24 8 16": (4, 3, 2, 3)}
+CODED |= {"schedule_free_coded 32 8 8": (3, 2, 2, 2), "schedule_free_coded 24 8 16": (4, 2, 2, 2)}
+CODED |= {"pullback_coded bfloat16 8": (3, 1, 1, 1)}
+# MADA's threads have four elements: 8 bytes of 16 bits each, 4 bytes of codes.
+CODED |= {"mada_coded 32 8": (0, 6, 0, 5), "mada_coded dithered 16 24": (0, 10, 0, 9)}
 # Registers a thread: with as many, 4 programs of PACE (of 16-bit weights 3, with statistics 2) and 3 of MADA fit on an
 # SM. They are those of the compiler and the assembler in Triton 3.9; with 3.7 a few kernels take more, and two spill,
 # 8 and 56 bytes.
@@ -67,6 +75,8 @@ REGISTERS = {"pace": 64, "pace bfloat16": 80, "pace float16": 80, "pace bfloat16
 REGISTERS |= {"pace bfloat16 stats": 128, "mada": 168}
 REGISTERS |= {"pullback": 64, "pullback bfloat16": 80, "pullback bfloat16/float32": 80, "pullback bfloat16 stats": 128}
 REGISTERS |= {"pace_coded": 128, "pace_coded float32 8 8 stats": 208}
+REGISTERS |= {"mada_coded": 196, "schedule_free_coded": 128, "pullback_coded": 96}
+REGISTERS |= {"pullback_coded float32 16 from the step stats": 112}
 REGISTERS |= {"schedule_free": 48, "schedule_free bfloat16": 80, "schedule_free bfloat16/float32": 80}
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 
@@ -111,7 +121,7 @@ def test_nvidia(target: str, tmp_path: Any) -> None:
         used = resources(kernel.asm["cubin"], tmp_path)
         assert used["STACK"] + used["LOCAL"] <= (0 if EXACT else 64), name
         rule = name.split()[0]
-        if rule in ("pace", "pace_coded", "mada", "pullback", "schedule_free") and "scalars" not in name and EXACT:
+        if rule in REGISTERS and "scalars" not in name and EXACT:
             assert used["REG"] <= REGISTERS.get(name, REGISTERS[rule]) + 16 * ("stats" in name), (name, used)
 
 
@@ -123,7 +133,8 @@ def test_amd() -> None:
         code = kernel.asm["amdgcn"]
         assert re.findall(r"\.vgpr_spill_count:\s*(\d+)", code) == ["0"]
         if "scalars" not in name:
-            assert "global_load_dwordx4" in code and "global_store_dwordx4" in code
+            lanes = 2 if name.startswith("mada_coded") else 4
+            assert f"global_load_dwordx{lanes}" in code and f"global_store_dwordx{lanes}" in code
             # An IEEE division is made of three fused operations and two that accumulate, a root has two; there are no
             # others.
             divisions, roots = code.count("v_div_fixup_f32"), code.count("v_sqrt_f32")

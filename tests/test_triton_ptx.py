@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("in Triton's interpreter there is nothing to compile", allow_module_level=True)
 
+from coded_cases import COMMON, KERNELS, Mada, Pullback, ScheduleFree
 from pace_kernels.triton_kernels import aot, ops, table
 from ptx import Memory, run
 from test_coded import Call as CodedCall
@@ -192,6 +193,36 @@ def test_pace_in_codes(gpu: Gpu, form: str) -> None:
         # 16.19 bytes an element. Each scale is read by the four threads of its block at once, which is counted as four.
         n, read, written = sum(p.numel() for p in ours.params), 9, 7
         assert gpu.bytes == steps * (n * (read + written) + (4 + 1) * 3 * n // codes.BLOCK)
+
+
+# Bytes an element that a step reads and writes, operands that have scales, and threads that share a code block's.
+MOVED = {"MADA": (17, 13, 5, 8), "schedule-free": (9, 7, 2, 4), "pullback": (9, 3, 1, 4)}
+STEP = {Mada: ops.mada_step_, ScheduleFree: ops.schedule_free_step_, Pullback: ops.pullback_}
+
+
+@pytest.mark.parametrize("name", [*MOVED, "MADA, roles stay", "schedule-free, 8 bits", "pullback, 16 bits"])
+def test_other_rules_in_codes(gpu: Gpu, name: str) -> None:
+    """MADA with everything learned and an average that pulls, schedule-free, the pullback: aligned as torch allocates;
+    and others of each, of no alignment."""
+    shapes = ((66, 64), (1, 32), (0, 32))  # two programs, one code block, none
+    ours, theirs = (COMMON[name](shapes=shapes) for _ in range(2))
+    for call in (ours, theirs) if name in MOVED else ():
+        for tensors in (*call.lists.values(), *filter(None, call.beside.values())):
+            tensors[:] = [t.clone() for t in tensors]
+    for step in range(2):
+        gpu.bytes = 0
+        grads = ours.gradients(2 * step + 1)
+        ours.take(lambda *lists, **o: gpu.call(STEP[type(ours)], *lists, **o), grads)
+        theirs.take(KERNELS[type(theirs)], [g.clone() for g in grads])
+        for k, (a, b) in enumerate(zip(ours.everything(), theirs.everything(), strict=True)):
+            assert torch.equal(a, b), (step, k)
+        if "hypergradients" in ours.extras:
+            a, b = (call.extras["hypergradients"] for call in (ours, theirs))
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * b.nan_to_num().abs().max().item(), equal_nan=True)
+    assert gpu.launches["_sweep_kernel"] == gpu.launches["_scalars_kernel"] == 2
+    if name in MOVED:
+        n, (read, written, scaled, sharing) = sum(p.numel() for p in ours.params), MOVED[name]
+        assert gpu.bytes == n * (read + written) + (sharing + 1) * scaled * n // codes.BLOCK
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

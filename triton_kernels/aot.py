@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import learn_kernel, sums
+from .coded import lies
 from .launch import Rule, Target, compile_options
 from .rules import CODED, RULES
 from .scalars import _scalars_kernel
@@ -65,16 +66,43 @@ _FORMATS = (  # of weights and gradients, and whether aligned to 16 bytes
     (torch.bfloat16, torch.float32, True),
     (torch.float16, torch.float16, True),
 )
-# Of PACE in codes: the formats of x, g, m, v and e, and of what lies beside them, and whether aligned.
-_F32, _BF16, _U8 = torch.float32, torch.bfloat16, torch.uint8
+# Of coded rules, by their names: how each operand lies, in their order (coded.py says what the numbers are; "-": not in
+# play), and flags.
 _CODED = {
-    "32 8 8": ((_BF16, _BF16, _U8, _U8, torch.int8), (torch.int16, None, _U8, _U8, _U8), True),
-    "32 8 8 unaligned": ((_BF16, _BF16, _U8, _U8, torch.int8), (torch.int16, None, _U8, _U8, _U8), False),
-    "24 8 16": ((_BF16, _F32, _U8, _U8, torch.int16), (torch.int8, None, _U8, _U8, _U8), True),
-    "float32 8 8": ((_F32, _F32, _U8, _U8, torch.int8), (None, None, _U8, _U8, _U8), True),
-    "dithered 16 24": ((_BF16, _BF16, _BF16, _BF16, _BF16), (None, None, None, None, torch.int8), True),
-    "32 32 32": ((_BF16, _BF16, _F32, _F32, _F32), (torch.int16, None, None, None, None), True),
-}
+    "pace_coded": {
+        "32 8 8": ("32 bfloat16 8 8 8", "moment pull average"),
+        "32 8 8 unaligned": ("32 bfloat16 8 8 8", "moment pull average"),
+        "24 8 16": ("24 float32 8 8 16", "moment pull average"),
+        "float32 8 8": ("float32 float32 8 8 8", "moment pull average"),
+        "dithered 16 24": ("dithered bfloat16 16 16 24", "moment pull average"),
+        "32 32 32": ("32 bfloat16 32 32 32", "moment pull average"),
+    },
+    "mada_coded": {
+        "32 8": ("32 bfloat16 8 8 8 16 8 16 16 -", "lag diff second lion adam"),
+        "32 8 unaligned": ("32 bfloat16 8 8 8 16 8 16 16 -", "lag diff second lion adam"),
+        "24 8 8 pulled capturable": (
+            "24 bfloat16 8 8 8 16 8 16 16 8", "lag diff second lion adam average pull stay"
+        ),
+        "dithered 16 24": ("dithered bfloat16 16 16 16 16 16 16 16 24", "lag diff second lion adam average pull"),
+        "float32 8 hyperadam": ("float32 float32 8 8 - - - 32 - -", "lag adam"),
+        "32 8 AMSGrad": ("32 bfloat16 8 8 - 16 - - - -", "second adam nearest"),
+        "32 8 AdamW": ("32 bfloat16 8 8 - - - - - -", "adam"),
+        "dithered 8 Lion": ("dithered bfloat16 - - - - 8 - - -", "lion"),
+    },
+    "pullback_coded": {
+        "bfloat16 8": ("bfloat16 bfloat16 bfloat16 8", "before from_before moment pull average"),
+        "float32 8 unaligned": ("float32 float32 float32 8", "before from_before moment pull average"),
+        "float32 16 from the step": ("float32 float32 float32 16", "before moment pull average"),
+        "float32 8 average": ("float32 float32 - 8", "before average"),
+        "bfloat16 24": ("bfloat16 - - 24", "average"),
+    },
+    "schedule_free_coded": {
+        "32 8 8": ("32 bfloat16 8 8", ""),
+        "32 8 8 unaligned": ("32 bfloat16 8 8", ""),
+        "24 8 16": ("24 float32 8 16", ""),
+        "dithered 16 24": ("dithered bfloat16 16 24", ""),
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,17 +129,31 @@ def _sweep(rule: Rule, flags: Any, weight: torch.dtype, gradient: torch.dtype, a
 
 
 def _coded(rule: Rule) -> dict[str, Variant]:
-    on = {"moment": True, "pull": True, "average": True, "stats": False, "stochastic": True}
     found = {}
-    for name, (operands, beside, aligned) in _CODED.items():
-        for label, flags in (("", on), (" stats", on | {"stats": True})):
-            constants = rule.constants((*operands, *beside), aligned, rule.module.Flags(**flags))
-            absent = {} if label else dict.fromkeys(("factors_ptr", "rows_ptr", "found_inf_ptr"))
+    for name, (words, on) in _CODED[rule.name].items():
+        pairs = [lies(o.codec, word) for o, word in zip(rule.definition.operands, words.split(), strict=True)]
+        chosen = {*on.split(), *(["stochastic"] if "dithered" in words else [])}
+        labels = ("", " stats") if "stats" in rule.definition.flags else ("",)
+        for label in labels:
+            kind = rule.module.Flags
+            flags = kind(
+                **{flag: flag in {*chosen, label.strip()} for flag in set(kind._fields) - set(kind._field_defaults)}
+            )
+            constants = rule.constants(sum(zip(*pairs, strict=True), ()), "unaligned" not in name, flags)
+            absent = {} if rule.sums(flags) else dict.fromkeys(("factors_ptr", "rows_ptr", "found_inf_ptr"))
             found[f"{rule.name} {name}{label}"] = Variant(_sweep_kernel, constants | absent, rule=rule)
+    return found
+
+
+def _scalars(rule: Rule) -> dict[str, Variant]:
+    found = {}
+    lags = rule.summed is not None and rule.summed.flag == "lag"
     for on_device in (False, True):
-        constants = rule.scalar_constants(False, on_device) | dict.fromkeys(("factors_ptr", "numbers_ptr"))
+        constants = rule.scalar_constants(bool(rule.definition.rows), on_device)
+        absent = ["factors_ptr"] * (not lags) + ["numbers_ptr"] * (rule.numbers is None)
+        absent += ["lr_ptr", "grad_scale_ptr", "found_inf_ptr"] * (not on_device)
         where = " on device" if on_device else ""
-        found[f"{rule.name} scalars{where}"] = Variant(_scalars_kernel, constants)
+        found[f"{rule.name} scalars{where}"] = Variant(_scalars_kernel, constants | dict.fromkeys(absent))
     return found
 
 
@@ -126,13 +168,7 @@ def variants() -> dict[str, Variant]:
                 flags = kind(*(flag in on.split() for flag in kind._fields))
                 full = f"{rule.name} {name}{'' if aligned else ' unaligned'}{label}"
                 found[full] = _sweep(rule, flags, weight, gradient, aligned)
-        lags = rule.summed is not None and rule.summed.flag == "lag"
-        for on_device in (False, True):
-            constants = rule.scalar_constants(bool(rule.definition.rows), on_device)
-            absent = ["factors_ptr"] * (not lags) + ["numbers_ptr"] * (rule.numbers is None)
-            absent += ["lr_ptr", "grad_scale_ptr", "found_inf_ptr"] * (not on_device)
-            where = " on device" if on_device else ""
-            found[f"{rule.name} scalars{where}"] = Variant(_scalars_kernel, constants | dict.fromkeys(absent))
+        found |= _scalars(rule)
         if rule.summed is not None:
             summed = rule.summed
             result = next(extra.numbers for extra in rule.definition.extras if extra.name == summed.extra)
@@ -142,7 +178,7 @@ def variants() -> dict[str, Variant]:
                 constants = constants | {"OUT_WIDTH": width}
                 found[summed.extra + label] = Variant(sums._add_up_kernel, constants, warps=4)
     for rule in CODED.values():
-        found |= _coded(rule)
+        found |= _coded(rule) | _scalars(rule)
     found["learn"] = Variant(learn_kernel._mada_learn_kernel, {})
     return found
 

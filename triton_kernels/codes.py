@@ -66,6 +66,20 @@ def dither(x, v, key):
     return mixed((settled(x) * GOLDEN) ^ bits_of(settled_square(v)) ^ key)
 
 
+@triton.jit
+def dither_by(x, bits, key):
+    """The same of other bits where there is no second moment."""
+    return mixed((settled(x) * GOLDEN) ^ bits ^ key)
+
+
+@triton.jit
+def own_bits(h, DITHER: tl.constexpr):
+    """From an operand's own 16 bits on (`dither` in its definition), of the words that follow h."""
+    for _ in tl.static_range(DITHER // 2):
+        h = mixed(h + GOLDEN)
+    return h >> 16 if DITHER % 2 == 1 else h
+
+
 # ---- scales of code blocks ------------------------------------------------------------------------------------------
 
 
@@ -167,10 +181,16 @@ def floor_of(a):
 
 
 @triton.jit
+def unit_of(h):
+    """In [0, 1)."""
+    return float_of((h >> 9) | 0x3F800000) - 1.0
+
+
+@triton.jit
 def evenly(spread, BLOCK: tl.constexpr):
     """What a block's elements are dithered by, in [0, 1); `spread` is half the average's moves times GOLDEN."""
     place = (tl.arange(0, BLOCK) & (CODE_BLOCK - 1)).to(tl.uint32)
-    return float_of(((spread + place * 0x6487ED51) >> 9) | 0x3F800000) - 1.0
+    return unit_of(spread + place * 0x6487ED51)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import torch
 import triton.language as tl
 
 from ..definitions.kit import Definition
+from .coded import of_formats
 from .table import OPERANDS
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, None: None}
@@ -91,7 +92,7 @@ class Rule:
         narrow = any(dtype not in (None, torch.float32) for dtype in formats)
         count = len(self.definition.operands)
         if self.coded:
-            flags = self.module.of_formats(flags, formats[:count], formats[count:])
+            flags = of_formats(self.definition, flags, formats[:count], formats[count:])
         vector = (self.narrow if narrow else 4) if aligned else 2
         summed = self.sums(flags)
         return {

@@ -124,7 +124,8 @@ def mada_scalars(options, given, to):
     t = given.t
     q = read_coefficients(given.numbers, o)
     store_fields(to.scalars, mada_fields(o, o.lr, q, t), to.mask)
-    store_fields(to.scalars + 2 * STEP, pace_fields(o, t, given.factor), to.mask)
+    pull = pace_fields(o, t, given.factor)
+    store_fields(to.scalars + 2 * STEP, pull, to.mask)
     if to.last is not None:
         last = [tl.load(to.last + k, mask=to.mask, other=0.0) for k in tl.tuple(range(REMEMBERED))]
         tl.store(to.scalars + (2 * STEP + PULL), (last[0] == NO_GRADIENT).to(tl.float32), mask=to.mask)
@@ -141,28 +142,27 @@ def mada_scalars(options, given, to):
         tl.store(to.last, REDO if to.factors is not None else DONE, mask=to.mask)
         tl.store(to.last + 1, o.lr, mask=to.mask)
         store_fields(to.last + 2, q, to.mask)
+    return pull
+
+
+# What a round has after the rule: the sums, the moments that are stored, and where the step leads to.
+Moved = namedtuple("Moved", "sums m n v w l update inv_D")
 
 
 @triton.jit
-def mada_round(sums, fields, row_ptr, operands, at, end, F: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """The elements of one block that lie before `end`."""
+def last_gradient(first, last_ptr, i, mask, g, F: tl.constexpr):
+    """Where no gradient was kept yet, this one, so that d = g − g."""
+    last_g = g
+    if F.lag or F.diff:
+        last_g = tl.where(first, g, load(last_ptr, i, mask))
+    return last_g
+
+
+@triton.jit
+def moved(sums, row_ptr, g, last_g, older_g, m, n, v, w, l, mask, F: tl.constexpr, VECTOR: tl.constexpr):  # noqa: E741
+    """The rule, once for the new step and, with F.lag, before that for the last one."""
     # Scalars are loaded where they are used, and anew for each block, from the L1 cache: all of them together, some 60,
     # would take as many registers as the operands.
-    x_ptr, g_ptr, m_ptr, v_ptr, n_ptr, w_ptr, l_ptr, last_ptr, older_ptr, e_ptr = operands
-    i = at + tl.arange(0, BLOCK)
-    mask = i < end
-    first = tl.load(row_ptr + (2 * STEP + PULL)) != 0.0
-    grad_factor = tl.load(row_ptr + 2 * STEP)
-    g = grad_factor * load(g_ptr, i, mask)
-    m = load(m_ptr, i, mask, g)
-    v = load(v_ptr, i, mask, g)
-    n = load(n_ptr, i, mask, g)
-    w = load(w_ptr, i, mask, g)
-    l = load(l_ptr, i, mask, g)  # noqa: E741
-    last_g = g
-    if F.lag or F.diff:  # where no gradient was kept yet, this one, so that d = g − g
-        last_g = tl.where(first, g, load(last_ptr, i, mask))
-    older_g = load(older_ptr, i, mask, g)
     if F.lag:  # the moments that are kept are those before the last step: it is redone, and they become those after it
         redo = MadaScalars(*load_fields(row_ptr + STEP, STEP))
         last = mada_rule(redo, last_g, older_g, g, m, n, v, w, l, F, True)
@@ -172,6 +172,25 @@ def mada_round(sums, fields, row_ptr, operands, at, end, F: tl.constexpr, BLOCK:
     r = mada_rule(now, g, last_g, g, m, n, v, w, l, F, False)
     if not F.lag:
         m, n, v, w, l = r.m, r.n, r.v, r.w, r.l  # noqa: E741
+    return Moved(sums, m, n, v, w, l, r.update, r.inv_D)
+
+
+@triton.jit
+def mada_round(sums, fields, row_ptr, operands, at, end, F: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """The elements of one block that lie before `end`."""
+    x_ptr, g_ptr, m_ptr, v_ptr, n_ptr, w_ptr, l_ptr, last_ptr, older_ptr, e_ptr = operands
+    i = at + tl.arange(0, BLOCK)
+    mask = i < end
+    first = tl.load(row_ptr + (2 * STEP + PULL)) != 0.0
+    g = tl.load(row_ptr + 2 * STEP) * load(g_ptr, i, mask)
+    m = load(m_ptr, i, mask, g)
+    v = load(v_ptr, i, mask, g)
+    n = load(n_ptr, i, mask, g)
+    w = load(w_ptr, i, mask, g)
+    l = load(l_ptr, i, mask, g)  # noqa: E741
+    last_g = last_gradient(first, last_ptr, i, mask, g, F)
+    older_g = load(older_ptr, i, mask, g)
+    r = moved(sums, row_ptr, g, last_g, older_g, m, n, v, w, l, mask, F, VECTOR)
     # Weights and the average come last, where fewer registers are taken.
     pull = PaceScalars(*load_fields(row_ptr + 2 * STEP, PULL))
     moves = i < tl.where(pull.moves != 0.0, end, at)
@@ -179,11 +198,11 @@ def mada_round(sums, fields, row_ptr, operands, at, end, F: tl.constexpr, BLOCK:
     e = load(e_ptr, i, mask if F.pull else moves, x)
     a = mada_weights(pull, x, e, r.update, r.inv_D, F.pull, F.average)
     store(x_ptr, i, a.x, mask)
-    store(m_ptr, i, m, mask)
-    store(v_ptr, i, v, mask)
-    store(n_ptr, i, n, mask)
-    store(w_ptr, i, w, mask)
-    store(l_ptr, i, l, mask)
+    store(m_ptr, i, r.m, mask)
+    store(v_ptr, i, r.v, mask)
+    store(n_ptr, i, r.n, mask)
+    store(w_ptr, i, r.w, mask)
+    store(l_ptr, i, r.l, mask)
     store(e_ptr, i, a.e, moves)
     if F.lag and F.diff:
         if F.stay:
@@ -194,7 +213,7 @@ def mada_round(sums, fields, row_ptr, operands, at, end, F: tl.constexpr, BLOCK:
             store(last_ptr, i, g, i < tl.where(first, end, at))
     else:
         store(last_ptr, i, g, mask)
-    return sums
+    return r.sums
 
 
 @triton.jit

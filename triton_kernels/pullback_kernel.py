@@ -53,6 +53,7 @@ def pullback_scalars(options, given, to):
     )
     store_fields(to.scalars, fields, to.mask)
     store_gain(o, gain, t, to)
+    return fields
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import namedtuple
 
 import triton
+import triton.language as tl
 
 from .arith import averaged, divided, square_root
 
@@ -34,8 +35,10 @@ ScheduleFreeStep = namedtuple("ScheduleFreeStep", "y v z")
 
 
 @triton.jit
-def schedule_free_rule(s, g, y, v, z):
+def schedule_free_rule(s, g, y, v, z, INCREMENT: tl.constexpr):
+    """INCREMENT: in the place of z₊ is how far z moves, −α_t u."""
     g = s.grad_factor * g
     v = s.beta2 * v + s.one_minus_beta2 * (g * g)
     u = divided(g, square_root(v * s.inv_bias2) + s.eps) + s.weight_decay * y
-    return ScheduleFreeStep(averaged(y, z, s.share) - s.y_size * u, v, z - s.z_size * u)
+    y = averaged(y, z, s.share) - s.y_size * u
+    return ScheduleFreeStep(y, v, -(s.z_size * u) if INCREMENT else z - s.z_size * u)

@@ -53,7 +53,7 @@ def schedule_free_round(
     y = load(y_ptr, i, mask)
     v = load(v_ptr, i, mask)
     z = load(z_ptr, i, mask)
-    r = schedule_free_rule(ScheduleFreeScalars(*fields), g, y, v, z)
+    r = schedule_free_rule(ScheduleFreeScalars(*fields), g, y, v, z, F.increment)
     store(y_ptr, i, r.y, mask)
     store(v_ptr, i, r.v, mask)
     store(z_ptr, i, r.z, mask)

@@ -159,7 +159,7 @@ class Plan:
         return self.table.nbytes
 
 
-# A plan is 72 to 128 bytes a tensor, its map of programs 4 bytes a program. Gradients that are allocated anew in each
+# A plan is 72 to 200 bytes a tensor, its map of programs 4 bytes a program. Gradients that are allocated anew in each
 # step come back to few sets of addresses; with an optimizer for each parameter there are as many plans as parameters.
 _plans = Uploads(64 << 20)
 _blocks = Uploads(64 << 20)
