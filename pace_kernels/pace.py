@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 from .backend import BackendName
 from .checks import Group, check_average_options, check_common_options, check_switch, check_torchs_options
 from .definitions import DEFINITIONS
-from .formats import CODED, OPTIONS, asked, beside, check_format_options
+from .formats import CODED, OPTIONS, asked, beside, check_format_options, warn_if_idle
 from .launching import Prepared, of_c
 from .memory import region
 from .ops import PACE_STATS
@@ -184,6 +184,7 @@ class PACE(KernelOptimizer):
         check_torchs_options({"foreach": foreach, "fused": fused, "differentiable": differentiable})
         self._step_supports_amp_scaling = bool(fused)
         super().__init__(params, defaults, backend)
+        warn_if_idle(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

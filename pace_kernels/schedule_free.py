@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .averaging import _Entry
 from .backend import BackendName
 from .checks import Group, check_common_options, check_number, check_torchs_options, checked_count, require
 from .definitions.schedule_free import SCHEDULE_FREE
+from .editing import Entry
 from .fitting import NO_STATE
 from .launching import Prepared, of_c
 from .optimizer import KernelOptimizer
@@ -291,17 +291,17 @@ class ScheduleFreeAdamW(KernelOptimizer):
     def _option(self, group: Group, name: str) -> Any:
         return True if name == "use_ema_eval" else super()._option(group, name)
 
-    def _average_of(self, entry: _Entry) -> Any:
+    def _average_of(self, entry: Entry) -> Any:
         y, z = local(entry.state["live"]), local(entry.state["z"])
         beta1 = entry.group["betas"][0]
         if y.dtype == z.dtype and y.device == z.device and not (is_wrapper(y) or by_graph(y.device)):
             return lambda out: schedule_free_average(y, z, beta1, out=out)  # without a third array of its size
         return schedule_free_average(y, z, beta1)
 
-    def _holds_average(self, entry: _Entry) -> bool:
+    def _holds_average(self, entry: Entry) -> bool:
         return bool(entry.group["swapped"])
 
-    def _to_put_back(self, entries: list[_Entry], loaded: set[int]) -> list[_Entry]:
+    def _to_put_back(self, entries: list[Entry], loaded: set[int]) -> list[Entry]:
         """As in the package, what was loaded since ``eval()`` is taken for the average, and y follows from it; so it
         does, but for rounding, where the package saved the state, which it does in eval mode and without y."""
         swapped = [entry for entry in self._entries(self.param_groups) if entry.group["swapped"]]
