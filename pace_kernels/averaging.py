@@ -19,7 +19,7 @@ from torch import Tensor
 from . import derived, zero
 from .backend import say_once
 from .checks import Group, require
-from .conversions import average_in, encode_again, state_in, weight_in
+from .conversions import average_in, state_in
 from .editing import RESTORED, Editing, Entry, Version, both_versions, equal_since
 from .formats import CODED, is_beside
 from .memory import check_whole, overlapping, region, share_memory
@@ -47,7 +47,7 @@ class Averaging(Editing):
         sharded one, the local part will do."""
         if self._AVERAGE in entry.state:
             return entry.state[self._AVERAGE]
-        return state_in(self._AVERAGE, entry.state, weight_in(entry.state["live"], entry.state))
+        return state_in(self._AVERAGE, entry.state, self._weight_in(entry.state["live"], entry.state))
 
     def _average_in(self, entry: Entry) -> Tensor:
         """The local average of a swapped parameter, with the bits that the optimizer has."""
@@ -134,14 +134,15 @@ class Averaging(Editing):
             )
         self._check_swap("train()", model, entries)
         loaded = _with_others([e.param for e in entries], [e.param for e in changed] if keep == "loaded" else [])
+        written = [entry for entry in entries if id(entry.param) in loaded]
+        kept = [(e, average_in(e.state, self._weight_in(e.state["live"], e.state))) for e in written]
         back = self._to_put_back(entries, loaded)
         before = {param: was for param, (was, _) in self._versions.items()}
-        kept = [(e, average_in(e.state, weight_in(e.state["live"], e.state))) for e in entries if id(e.param) in loaded]
         self._versions.clear()
         lying = [entry.param for entry in back if is_beside(entry.state)]
         self._swap_out(back, [*entries, *back], [group for group in self.param_groups if self._MARK in group], lying)
         for entry, average in kept:  # remainders, and codes of averages, were those of the weights of before
-            encode_again(entry.param, entry.state, None, average)
+            self._encode_again(entry, None, average)
             self._note_left([entry.param] if is_beside(entry.state) else ())
         for param in (entry.param for entry in back if entry.param in before):
             was, (left, same) = before[param], RESTORED.get(param, (None, ()))
@@ -210,7 +211,7 @@ class Averaging(Editing):
                     )
         names = (self._AVERAGE, *CODED, "live")
         values = (t for e in entries for t in (e.param, *(e.state.get(name) for name in names)))
-        check_whole(local(value) for value in values if value is not None)
+        check_whole(local(value) for value in values if isinstance(value, Tensor))
 
     def _swap_in(self, entries: list[Entry], groups: Sequence[Group], versions: Any = None) -> None:
         copies = _live_copies(entries)  # it may run out of memory, so before anything has changed

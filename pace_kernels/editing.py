@@ -7,7 +7,7 @@ and dtypes of such weights, and refuses to use their averages where they are oth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -55,6 +55,17 @@ class Editing(Whole, torch.optim.Optimizer):
     # The key of a group that says whether its average is swapped in. Groups are shared with wrappers that pass for this
     # optimizer, such as Lightning's; an attribute set through one of them would stay there.
     _MARK = "swapped"
+
+    # The state that counts the steps of an average.
+    _STEPS = "step"
+
+    def _weight_in(self, weight: Tensor, state: Mapping[str, Any]) -> Tensor:
+        """The local weight as a float, with the remainder that it has among the states of its parameter."""
+        return weight_in(weight, state)
+
+    def _parts_in(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's state, or what of it is ours."""
+        return state
 
     @property
     def _swapped(self) -> bool:
@@ -137,6 +148,20 @@ class Editing(Whole, torch.optim.Optimizer):
             f"`with optimizer.editing_weights():`, or take {apart}; {anew}"
         )
 
+    def _kept(self, entry: Entry, is_lost: bool) -> Tensor | None:
+        """The average that lies beside a parameter."""
+        return None if is_lost else average_in(entry.state, self._weight_in(entry.param, entry.state))
+
+    def _encode_again(self, entry: Entry, before: Tensor | None, average: Tensor | None) -> None:
+        """After others wrote a parameter, see :func:`encode_again`."""
+        ours = dict(self._parts_in(entry.state))
+        names = list(ours)
+        encode_again(entry.param, ours, before, average)
+        for name in names:
+            if name not in ours:
+                del entry.state[name]
+        entry.state.update(ours)
+
     @contextmanager
     def editing_weights(self, *, reset_average: bool = False) -> Iterator[None]:
         """Within this context weights may be written between steps, as by ``load_state_dict()`` of the model, a clamp
@@ -158,7 +183,11 @@ class Editing(Whole, torch.optim.Optimizer):
         check_switch("reset_average", reset_average)
         self._require_whole("editing_weights()")
         self._require_live("editing_weights()")
-        entries = self._entries(self.param_groups, (*SCALES_BESIDE, REMAINDER))
+        entries = [
+            entry
+            for entry in self._entries(self.param_groups, (*SCALES_BESIDE, REMAINDER))
+            if not self._parts_in(entry.state).keys().isdisjoint((*SCALES_BESIDE, REMAINDER))
+        ]
         with torch.no_grad():
             lost = {id(e.param) for e in entries if reset_average and self._why_apart(e.param) is not None}
             self._check_unedited("editing_weights()", [e.param for e in entries if id(e.param) not in lost])
@@ -166,7 +195,7 @@ class Editing(Whole, torch.optim.Optimizer):
                 [entry.param for entry in entries if is_beside(entry.state) and id(entry.param) not in lost]
             )
             kept = [
-                (e, float(e.state["step"]), local(e.param).clone(), None if id(e.param) in lost else _average(e))
+                (e, float(e.state[self._STEPS]), local(e.param).clone(), self._kept(e, id(e.param) in lost))
                 for e in entries
             ]
         try:
@@ -175,16 +204,12 @@ class Editing(Whole, torch.optim.Optimizer):
             with torch.no_grad():
                 for entry, count, before, average in kept:
                     state = self.state.get(entry.param)
-                    if state is not entry.state or "live" in state or float(state["step"]) != count:
+                    if state is not entry.state or "live" in state or float(state[self._STEPS]) != count:
                         continue  # it was loaded, is swapped, or took a step: that average is newer
-                    encode_again(entry.param, state, before, average)
+                    self._encode_again(entry, before, average)
                     if id(entry.param) in lost:
                         start_again(state)
                     self._note_left([entry.param] if is_beside(state) else ())
-
-
-def _average(entry: Entry) -> Tensor | None:
-    return average_in(entry.state, weight_in(entry.param, entry.state))
 
 
 def equal_since(param: Tensor) -> tuple[Version, ...]:

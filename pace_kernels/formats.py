@@ -188,6 +188,12 @@ def parts_of(name: str) -> tuple[str, ...]:
     return (name, *PARTS.get(name, ()))
 
 
+def every_name(*states: str) -> tuple[str, ...]:
+    """All names under which these states may be there, and a remainder beside the weight."""
+    parts = (part for name in states for part in PARTS.get(name, ()))
+    return (*states, *parts, REMAINDER)
+
+
 def has(state: Collection[str], name: str) -> bool:
     """Whether a state is there, in whatever format."""
     return name in state or f"{name}_codes" in state

@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo
 
 from .backend import BackendName, requested
 from .checks import Group
+from .formats import HASH, has_average, parts_of
 from .optimizer import KernelOptimizer
 from .options import shown
 from .planning import is_observed
@@ -61,6 +62,8 @@ class Pullback(PullbackCheckpoints):
             and ε of the group, or 1e-8.
         clamp_pullback, beta_ema, use_ema_eval, ema_kappa, ema_rho, ema_gamma, ema_update_freq, log_stats: as in
             :class:`PACE`.
+        ema_bits: of each element of the average, as in :class:`PACE`. With 16 and 8 the weights before the step are
+            copied for ``pullback_from="step"`` and without a pull, too.
         pullback_from: where the distance to the average is measured: ``"weights"`` before the step (e − x), which costs
             a copy of them, 8 bytes a parameter moved and 4 held in float32 (on the CPU always, elsewhere for the time
             of a step); or ``"step"``, after it (e − x'), which costs none. Without a pull nothing is copied.
@@ -110,6 +113,7 @@ class Pullback(PullbackCheckpoints):
         ema_update_freq: int = 1,
         log_stats: bool = False,
         pullback_from: Literal["weights", "step"] = "weights",
+        ema_bits: Literal[32, 24, 16, 8] | None = None,
         backend: BackendName | None = None,
     ) -> None:
         if isinstance(optimizer, Pullback):
@@ -129,6 +133,7 @@ class Pullback(PullbackCheckpoints):
             "ema_update_freq": ema_update_freq,
             "log_stats": log_stats,
             "pullback_from": pullback_from,
+            "ema_bits": ema_bits,
         }
         self._backend_name = requested(backend)
         self._set_up()
@@ -139,6 +144,7 @@ class Pullback(PullbackCheckpoints):
     def _set_up(self) -> None:
         """What torch.optim.Optimizer makes in __init__, but for groups and state, which are the base's; and ours."""
         self._scratch, self._unfinished, self._versions = Scratch(), [], {}
+        self._left, self._dtypes = {}, {}
         for kind in ("step", "state_dict", "load_state_dict"):
             for when in ("pre", "post"):
                 self.__dict__.setdefault(f"_optimizer_{kind}_{when}_hooks", OrderedDict())
@@ -332,20 +338,24 @@ class Pullback(PullbackCheckpoints):
     def _finish(self, pulls: list[Pull], rest: list[Tensor], found_inf: Tensor | None, dry: bool) -> None:
         self._scratch.rows = []
         if found_inf is not None and found_inf.is_cpu and bool(found_inf):
+            self._note_left(_lying(pulls))  # a base may have counted a write
             return  # left undone: averages that would start begin at the weights of a step that counts
         for pull in pulls:
             self._enter(pull)
             pull.group[FORMAT_VERSION] = FORMAT
             self._scratch.unsure |= bool(pull.new) and (dry or pull.found_inf is not None)
         if dry:
+            self._note_left(_lying(pulls))
             return
         parts = [part for pull in pulls for part in pull.parts()]
         for part in sorted(parts, key=lambda part: part.rounds[0]) if len(parts) > 1 else parts:
             self._pull_back(part)
+        self._note_left(_lying(pulls))
         for p in rest:
             state = self.base.state.get(p)
-            if state and AVERAGE in state:
-                del state[AVERAGE]
+            if state and has_average(state):
+                for name in (*parts_of(AVERAGE), HASH):
+                    state.pop(name, None)
                 state[AT_REST] = True
         self._plan(pulls, parts, rest)
 
@@ -372,7 +382,7 @@ class Pullback(PullbackCheckpoints):
             return
         for p, state in list(self.base.state.items()):
             if STEP in state and count_of(state[STEP]) == 0:
-                for name in (AVERAGE, STEP):
+                for name in (*parts_of(AVERAGE), HASH, STEP):
                     state.pop(name, None)
                 if not state:
                     del self.base.state[p]
@@ -418,6 +428,8 @@ class Pullback(PullbackCheckpoints):
         self.__dict__.update(state)
         self._set_up()
         self._scratch.unsure = unsure
+        # A copy, of the weights too.
+        self._note_left([p for p in self._lying_params() if HASH not in self.base.state[p]])
         self._hook_base()
 
     def __repr__(self) -> str:
@@ -426,3 +438,8 @@ class Pullback(PullbackCheckpoints):
         books = {SWAPPED, FORMAT_VERSION}
         base = shown(type(self.base).__name__, self.param_groups, books) if plain else repr(self.base)
         return f"Pullback({base}, {', '.join(f'{k}={v!r}' for k, v in own.items())})"
+
+
+def _lying(pulls: list[Pull]) -> list[Tensor]:
+    """The parameters beside which averages lie."""
+    return [owner for pull in pulls if pull.formats.on_grid for owner in pull.owners]

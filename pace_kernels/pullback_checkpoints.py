@@ -12,12 +12,14 @@ from torch import Tensor
 
 from .checkpoints import Checkpoints
 from .checks import Group, checked_count, require
+from .conversions import as_coded, scales_shape, with_hash
+from .formats import CODED, HASH, has_average, is_beside, parts_of
 from .memory import is_whole
 from .pulling import Pulling
-from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, LIVE, OPTIONS, OURS, STEP, SWAPPED
-from .saved import check_saved, with_short_count
+from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, LIVE, OPTIONS, OURS, SAVED_OPTIONS, STEP, SWAPPED
+from .saved import check_parts, check_saved, with_short_count
 from .sharding import local
-from .states import FORMAT, LAST_STEP, as_state, step_dtype
+from .states import CODED_FORMAT, FORMAT, LAST_STEP, as_state, step_dtype
 
 _PREFIX = "pullback_"  # of the options in the groups of a checkpoint
 
@@ -67,7 +69,16 @@ class PullbackCheckpoints(Pulling):
 
     def _before_saving(self) -> None:
         self._require_whole("state_dict()")
+        self._check_unedited("state_dict()", self._lying_params(), False)
         self._mark_groups()
+        for group in self.base.param_groups:
+            states = (self.base.state.get(param) or {} for param in group["params"])
+            if any(f"{AVERAGE}_codes" in state for state in states):
+                group[FORMAT_VERSION] = CODED_FORMAT
+
+    def _lying_params(self) -> list[Tensor]:
+        states = ((param, self.base.state.get(param)) for param in self._params())
+        return [param for param, state in states if isinstance(state, dict) and is_beside(state)]
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -76,12 +87,14 @@ class PullbackCheckpoints(Pulling):
         self._require_whole("state_dict()")
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        self._mark_groups()
+        self._before_saving()
         saved = self.base.state_dict()
         groups = []
         for packed, group in zip(saved["param_groups"], self.base.param_groups, strict=True):
             ours = {
-                _PREFIX + name: value for name, value in self._own(group).values.items() if self._shared(name, group)
+                _PREFIX + name: value
+                for name, value in self._own(group).values.items()
+                if name in SAVED_OPTIONS and self._shared(name, group)
             }
             groups.append({**packed, **ours})
         # Dicts of their own: train() would take `live` out of those of a state saved while swapped.
@@ -89,6 +102,10 @@ class PullbackCheckpoints(Pulling):
             key: with_short_count(dict(state) if isinstance(state, dict) else state, STEP)
             for key, state in saved["state"].items()
         }
+        numbers = chain.from_iterable(packed["params"] for packed in groups)
+        for key, param in zip(numbers, self._params(), strict=True):
+            if key in states and isinstance(states[key], dict) and is_beside(states[key]):
+                states[key] = with_hash(states[key], param)
         saved = {**saved, "state": states, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, saved)
@@ -176,7 +193,7 @@ class PullbackCheckpoints(Pulling):
         """Copies of the averages come in place of what was kept from the base; options of the checkpoint are ours."""
         shared: Group = {}
         for group in self.base.param_groups:
-            options = {name: group.pop(_PREFIX + name) for name in OPTIONS if _PREFIX + name in group}
+            options = {name: group.pop(_PREFIX + name) for name in SAVED_OPTIONS if _PREFIX + name in group}
             for name, value in options.items():
                 if shared.setdefault(name, value) != value:
                     group[name] = value
@@ -193,7 +210,8 @@ class PullbackCheckpoints(Pulling):
         self._scratch.step_plans.end()
         self._mark_groups()
         unwritten, self._scratch.unwritten = self._scratch.unwritten, []
-        self._versions.clear()
+        for noted in (self._versions, self._left, self._dtypes):
+            noted.clear()
         self._live_again(unwritten)
         self._unfinished.clear()
 
@@ -238,8 +256,12 @@ class PullbackCheckpoints(Pulling):
         Checkpoints._check_format(cast(Any, self), {"format_version": version}, number)
         own = {name: group[name] for name in OPTIONS if not self._shared(name, group)}
         merged = own | {SWAPPED: False, FORMAT_VERSION: 0} | saved
+        if self._shared("ema_bits", group):
+            merged.pop("ema_bits", None)
+        else:
+            merged["ema_bits"] = group["ema_bits"]
         options = dict(self._own(group).values)
-        options |= {name: saved[_PREFIX + name] for name in OPTIONS if _PREFIX + name in saved}
+        options |= {name: saved[_PREFIX + name] for name in SAVED_OPTIONS if _PREFIX + name in saved}
         options |= {name: merged[name] for name in OPTIONS if not self._shared(name, merged)}
         try:
             require(isinstance(swapped, bool), "swapped", "True or False", swapped)
@@ -248,7 +270,7 @@ class PullbackCheckpoints(Pulling):
             raise type(error)(f"param_groups[{number}] of the checkpoint: {error}") from error
         loaded = [entries[key] for key in saved["params"] if key in entries]
         # Only what keeps no options, as a flattened checkpoint, loses states.
-        flat = not any(_PREFIX + name in saved for name in OPTIONS)
+        flat = not any(_PREFIX + name in saved for name in SAVED_OPTIONS)
         there = [key for key in saved["params"] if key in states]
         if version and flat and there and (not loaded or not all(states[key] for key in there)):
             raise ValueError(
@@ -256,7 +278,7 @@ class PullbackCheckpoints(Pulling):
                 "checkpoints bring only what the optimizer that loads them has: load before the first gradients are "
                 "there, and wrap a base before it has stepped"
             )
-        if swapped and any(AVERAGE in state and LIVE not in state for state in loaded):
+        if swapped and any(has_average(state) and LIVE not in state for state in loaded):
             raise ValueError(
                 f"param_groups[{number}] was saved between eval() and train(), and its live weights did not come along "
                 "(distributed checkpoints drop them): call optimizer.train() before saving"
@@ -297,12 +319,14 @@ def _checked_ours(name: str, key: Any, ours: Group, param: Tensor) -> Group:
     """Our part of a parameter's saved state, checked."""
     if STEP not in ours:
         raise ValueError(f"state[{key!r}] has an average without pullback_step: is it of another optimizer?")
-    if AVERAGE not in ours and not ours.get(AT_REST):
+    if not has_average(ours) and not ours.get(AT_REST):
         raise ValueError(f"{name} lacks ema: is it incomplete?")
     checked_count(f"{name}: pullback_step", ours[STEP], LAST_STEP)
-    for k in (AVERAGE, LIVE):
+    check_parts(ours, name, param)
+    for k in (*parts_of(AVERAGE), HASH, LIVE):
         if k in ours:
-            check_saved(name, k, ours[k], tuple(param.shape), param)
+            shape = () if k == HASH else scales_shape(param) if k.endswith("_scales") else tuple(param.shape)
+            check_saved(name, k, ours[k], shape, param)
     return ours
 
 
@@ -314,4 +338,8 @@ def _as_ours(name: str, value: Any, param: Tensor, on_device: bool) -> Any:
         return count.reshape(()).to(param.device if on_device else "cpu", copy=True)
     if name == AT_REST:
         return bool(value)
+    if name == HASH:
+        return value.detach().cpu().clone()
+    if name in CODED:
+        return as_coded(name, param, value)
     return as_state(param, value, value.dtype if name == LIVE else None)
