@@ -19,8 +19,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .checks import Group, check_switch
 from .conversions import average_in, encode_again, hash_of, start_again, weight_in
-from .formats import HASH, REMAINDER, SCALES_BESIDE, is_beside, parts_of
+from .formats import HASH, REMAINDER, SCALES_BESIDE, asked, is_beside, parts_of
 from .sharding import local
+from .states import Formats
 from .whole import Whole
 
 # The versions of a parameter, wrapper and local part.
@@ -58,6 +59,10 @@ class Editing(Whole, torch.optim.Optimizer):
 
     # The state that counts the steps of an average.
     _STEPS = "step"
+
+    def _wanted(self, group: Group) -> Formats:
+        """The formats that a group asks for."""
+        return asked(group)
 
     def _weight_in(self, weight: Tensor, state: Mapping[str, Any]) -> Tensor:
         """The local weight as a float, with the remainder that it has among the states of its parameter."""

@@ -16,7 +16,7 @@ from .batchnorm import Batches, recomputed
 from .checks import require
 from .conversions import in_float
 from .editing import Entry
-from .formats import asked, formats_of
+from .formats import formats_of
 from .memory import check_whole, share_memory
 from .sharding import gathered, is_sharded, local, on_first_rank
 from .states import empty_state
@@ -155,7 +155,7 @@ def master_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer
 
     Arguments:
         model: the model whose parameters the optimizers step.
-        optimizers: :class:`PACE` with ``master_weight_bits``.
+        optimizers: :class:`PACE`, :class:`MADA` or :class:`ScheduleFreeAdamW` with ``master_weight_bits``.
 
     Raises:
         RuntimeError: in the middle of a step; while averages are swapped in.
@@ -171,7 +171,7 @@ def master_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer
         optimizer._require_whole("master_state_dict()")
         optimizer._require_live("master_state_dict()")
         for group in optimizer.param_groups:
-            wanted = asked(group)
+            wanted = optimizer._wanted(group)
             for param in group["params"]:
                 if formats_of(wanted, param).weight:
                     masters[id(param)] = in_float(param, optimizer.state.get(param, {}))

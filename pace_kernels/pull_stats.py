@@ -16,7 +16,7 @@ from .sharding import gathered_rows, on_host
 from .torch_rules.pace import merge_stats
 
 if TYPE_CHECKING:
-    from .pullback import Pullback
+    from .pullback_checkpoints import PullbackCheckpoints
 
 
 def _merged(rows: list[Row]) -> dict[str, float]:
@@ -55,7 +55,7 @@ def statistics(rows: list[Row]) -> dict[str, float]:
 class Averager(Mapping[Tensor, dict[str, Any]]):
     """What a Pullback keeps of each parameter that has an average: a view of the base's states."""
 
-    def __init__(self, optimizer: Pullback) -> None:
+    def __init__(self, optimizer: PullbackCheckpoints) -> None:
         self._optimizer = optimizer
 
     @property

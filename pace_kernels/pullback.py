@@ -17,14 +17,11 @@ from .optimizer import KernelOptimizer
 from .options import shown
 from .planning import is_observed
 from .pull_plan import PullPlan
-from .pull_stats import Averager, statistics
-from .pullback_checkpoints import PullbackCheckpoints
+from .pull_reports import PullReports
 from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, STEP, SWAPPED, Pull, Scratch, count_of, is_fake, versions
 from .second_moments import refuse
 from .sharding import agree, axes, local
 from .states import FORMAT
-from .torch_rules.pace import average_weight
-from .torch_rules.pullback import PullbackOptions
 
 _NO_CLIP_COEF = (
     "Pullback.step() takes no clip_coef: the base's step takes the gradients as they are. Clip them before it, as by "
@@ -32,7 +29,7 @@ _NO_CLIP_COEF = (
 )
 
 
-class Pullback(PullbackCheckpoints):
+class Pullback(PullReports):
     """Averages the weights of any optimizer, and pulls them toward their average, in one pass behind its step.
 
     ::
@@ -387,34 +384,6 @@ class Pullback(PullbackCheckpoints):
                 if not state:
                     del self.base.state[p]
         self._scratch.unsure = False
-
-    # ---- telemetry -------------------------------------------------------------------------------------------------
-
-    def get_step_stats(self) -> dict[str, float]:
-        """Statistics of the last step, over all groups with ``log_stats``: those of :meth:`PACE.get_step_stats`, of the
-        base's step ``base_step_norm``. Where no second moment takes part there is no ``raw_lambda_*``, and where
-        the weights before the step are not at hand (``pullback_from="step"``, or no pull) no ``base_step_norm`` and no
-        ``update_norm``."""
-        stats = statistics(self._scratch.rows)
-        if not stats and not any(self._option(group, "log_stats") for group in self.param_groups):
-            self._say("get_step_stats() is empty: no group has log_stats=True")
-        return stats
-
-    def get_ema_beta_t(self) -> float | None:
-        """The averaging weight w_t at the last step of the first group that keeps an average; None where none does."""
-        for group in self.base.param_groups:
-            own = self._own(group)
-            if own.keeps:
-                states = [self.base.state.get(p) or {} for p in group["params"]]
-                steps = [float(state[STEP]) for state in states if STEP in state]
-                options: Group = {"lr": 0.0, "beta2": 0.0, "eps": 1.0, "step_offset": 0, "capturable": False}
-                return float(average_weight(PullbackOptions(**options, **own.operator), max(steps, default=0.0)))
-        return None
-
-    @property
-    def averager(self) -> Averager:
-        """The average's part of the states, to look at."""
-        return Averager(self)
 
     # ---- copies ----------------------------------------------------------------------------------------------------
 

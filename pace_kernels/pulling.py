@@ -6,7 +6,7 @@ import operator
 from collections import Counter
 from collections.abc import Mapping
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from .pulls import (
     is_fake,
 )
 from .sharding import PLAIN, local
-from .states import counts_no_further, exact_on, moved
+from .states import Formats, counts_no_further, exact_on, moved
 from .taking import Taking
 
 _SMALLEST_EPS = 2.0**-126  # below, 1 / D could be infinite
@@ -51,6 +51,13 @@ class Pulling(Taking):
 
     _MARK = SWAPPED
     _STEPS = STEP
+    _STATE_ROWS: ClassVar[dict[str, int]] = {}
+
+    def _wanted(self, group: Group) -> Formats:
+        return self._own(group).formats
+
+    def _state_tensors(self, group: Group) -> tuple[str, ...]:
+        return (AVERAGE,) if self._own(group).keeps else ()
 
     def _weight_in(self, weight: Tensor, state: Mapping[str, Any]) -> Tensor:
         return weight_in(weight, {})  # a remainder would be the base's

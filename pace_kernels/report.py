@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .backend import choose
-from .formats import BLOCK, asked, dtype_of, formats_of, names_of, why_float32
+from .formats import BLOCK, dtype_of, formats_of, names_of, why_float32
 from .sharding import is_wrapper, local
 from .states import FLOATING
 
 if TYPE_CHECKING:
     from .optimizer import KernelOptimizer
+    from .pull_reports import PullReports
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,16 @@ def _bytes(tensor: Tensor | None) -> int:
     return here.numel() * here.element_size()
 
 
-def _backend_of(optimizer: KernelOptimizer, param: Tensor) -> str:
+def _backend_of(optimizer: KernelOptimizer | PullReports, param: Tensor) -> str:
     if is_lazy(param) or (not param.requires_grad and param.dtype not in FLOATING):
         return "none"
     return choose(optimizer._backend_name, param.device, param.dtype, is_wrapper(local(param))).name
 
 
-def memory_of(optimizer: KernelOptimizer) -> Memory:
+def memory_of(optimizer: KernelOptimizer | PullReports) -> Memory:
     found = []
     for group in optimizer.param_groups:
-        wanted = asked(group)
+        wanted = optimizer._wanted(group)
         for i, param in enumerate(group["params"]):
             formats, here = formats_of(wanted, param), local(param)
             shape = () if is_lazy(param) else tuple(param.shape)
@@ -111,9 +112,9 @@ def memory_of(optimizer: KernelOptimizer) -> Memory:
             if is_lazy(param):
                 states = {}
             elif state:
-                states = {name: _bytes(value) for name, value in state.items()}
+                states = {name: _bytes(value) for name, value in state.items() if isinstance(value, Tensor)}
             elif param.requires_grad:
-                states = {"step": 4}
+                states = {optimizer._STEPS: 4}
                 for name in names_of(formats, optimizer._state_tensors(group)):
                     if name in optimizer._STATE_ROWS:
                         states[name] = 8 * optimizer._STATE_ROWS[name]

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from pace_kernels import MADA, PACE, ema_state_dict, master_state_dict
+from pace_kernels import PACE, ScheduleFreeAdamW, ema_state_dict, master_state_dict
 from pace_kernels.conversions import converted, in_floats, weight_in
 from pace_kernels.formats import OPTIONS, formats_in
 from pace_kernels.states import CODED_FORMAT, Formats
@@ -355,8 +355,8 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match=sentence):
             other.load_state_dict(saved)
         assert not other.state
-    with pytest.raises(ValueError, match="which is no state of MADA"):
-        MADA(model.parameters()).load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="which is no state of ScheduleFreeAdamW"):
+        ScheduleFreeAdamW(model.parameters()).load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="can't have such: it is not contiguous"):
         PACE([p.detach().t().contiguous().t() if p.dim() == 2 else p for p in net().parameters()]).load_state_dict(
             optimizer.state_dict()
