@@ -17,7 +17,6 @@ from .conversions import state_in
 from .fitting import NO_STATE
 from .formats import beside, every_name, parts_of, taken
 from .launching import Prepared, of_c
-from .mada_checkpoints import MadaCheckpoints
 from .mada_options import (
     LEARNED,
     LEARNING,
@@ -32,18 +31,17 @@ from .mada_options import (
     fixed,
     state_tensors,
 )
+from .mada_plans import MadaPlans
 from .memory import check_whole
 from .ops import COEFFICIENTS, HYPERGRADIENTS, LAST_SCALARS, NO_GRADIENT
 from .options import make_plain
-from .plan import Plan
-from .planning import NO_ROLES
 from .sharding import local
 from .states import Work, as_state, empty_state, moved
 from .torch_rules.common import by_graph
 from .whole import Call, each
 
 
-class MADA(MadaCheckpoints):
+class MADA(MadaPlans):
     """A parameterized optimizer that spans AdamW, AVGrad, AMSGrad, Adan, Yogi and Lion, and learns its six coefficients
     while it trains, by hypergradient descent, in one pass over memory.
 
@@ -341,42 +339,6 @@ class MADA(MadaCheckpoints):
 
     def _scheduled(self, group: Group, names: Sequence[str]) -> dict[str, float] | None:
         return super()._scheduled(group, names) if set(names).isdisjoint(LEARNED) else None
-
-    def _can_plan(self, works: list[Work]) -> bool:
-        learns = any(work.group["learn"] for work in works)
-        if learns and (self._ranks() is not None or any(work.axes for work in works)):
-            return False  # ranks add up what they learn from
-        if any(w.group["learn"] and w.group["coefficient_values"].device != w.device for w in works):
-            return False  # each step makes a copy
-        return super()._can_plan(works)
-
-    def _planned(self, works: list[Work], mask: tuple[bool, ...], roles: Mapping[str, str] = NO_ROLES) -> Plan:
-        """Where gradients change places, two plans, each of them followed by the other."""
-        plan = self._learning_plan(works, mask, roles)
-        turned = [] if works[0].on_device else [r for part in plan.parts for r in part.dicts if "older_grad" in r]
-        if turned:
-            other = self._learning_plan(works, mask, {"last_grad": "older_grad", "older_grad": "last_grad"})
-            pairs = [(record["last_grad"], record["older_grad"]) for record in turned]
-            there = [{"last_grad": older, "older_grad": last} for last, older in pairs]
-            back = [{"last_grad": last, "older_grad": older} for last, older in pairs]
-            plan.turned, other.turned = (turned, there), (turned, back)
-            plan.after = other
-        return plan
-
-    def _learning_plan(self, works: list[Work], mask: tuple[bool, ...], roles: Mapping[str, str]) -> Plan:
-        self._sums = []
-        try:
-            plan = super()._planned(works, mask, roles)
-        finally:
-            self._sums = []
-        sets: dict[int, list[int]] = {}
-        for k, work in enumerate(works):
-            if work.group["learn"]:
-                sets.setdefault(id(work.group["coefficient_values"]), []).append(k)
-        for parts in sets.values():
-            group = works[parts[0]].group
-            plan.learn([group[name] for name in LEARNED], parts, self._arguments(group).learn)
-        return plan
 
     def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> Call:
         group, device = work.group, work.device

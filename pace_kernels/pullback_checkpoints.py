@@ -55,6 +55,7 @@ class PullbackCheckpoints(Pulling):
     def _hook_base(self) -> None:
         base = self.base
         base.register_state_dict_pre_hook(_Hook(self, "_before_saving"))
+        base.register_state_dict_post_hook(_Hook(self, "_after_saving"), prepend=True)
         base.register_load_state_dict_pre_hook(_Hook(self, "_before_loading"))
         base.register_load_state_dict_post_hook(_Hook(self, "_after_loading"), prepend=True)
 
@@ -75,6 +76,14 @@ class PullbackCheckpoints(Pulling):
             states = (self.base.state.get(param) or {} for param in group["params"])
             if any(f"{AVERAGE}_codes" in state for state in states):
                 group[FORMAT_VERSION] = CODED_FORMAT
+
+    def _after_saving(self, saved: dict[str, Any]) -> None:
+        """Averages that lie beside weights say beside which."""
+        keys = chain.from_iterable(packed["params"] for packed in saved["param_groups"])
+        for key, param in zip(keys, self._params(), strict=True):
+            state = saved["state"].get(key)
+            if isinstance(state, dict) and is_beside(state):
+                saved["state"][key] = with_hash(state, param)
 
     def _lying_params(self) -> list[Tensor]:
         states = ((param, self.base.state.get(param)) for param in self._params())
@@ -102,11 +111,8 @@ class PullbackCheckpoints(Pulling):
             key: with_short_count(dict(state) if isinstance(state, dict) else state, STEP)
             for key, state in saved["state"].items()
         }
-        numbers = chain.from_iterable(packed["params"] for packed in groups)
-        for key, param in zip(numbers, self._params(), strict=True):
-            if key in states and isinstance(states[key], dict) and is_beside(states[key]):
-                states[key] = with_hash(states[key], param)
         saved = {**saved, "state": states, "param_groups": groups}
+        self._after_saving(saved)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, saved)
             saved = saved if result is None else result
@@ -119,12 +125,14 @@ class PullbackCheckpoints(Pulling):
     # ---- loading ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, reset_average: bool = False) -> None:
         """Loads a state of this class, or of the base alone: the average then starts at the weights.
 
-        Averages stay float32 (float64 for float64 parameters), also where the base's own ``load_state_dict`` is called.
-        An option that the checkpoint does not have keeps its present value. A state that does not fit raises ValueError
-        or TypeError and changes nothing, in the base neither.
+        Averages are of the constructor's ``ema_bits``, or float32 (float64 for float64 parameters), also where the
+        base's own ``load_state_dict`` is called: those of every format go into these when they are used first. An
+        option that the checkpoint does not have keeps its present value. A state that does not fit raises ValueError or
+        TypeError and changes nothing, in the base neither. ``reset_average`` drops all averages, and they begin at the
+        weights that the next step finds.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
@@ -133,6 +141,9 @@ class PullbackCheckpoints(Pulling):
             result = pre_hook(self, loaded)
             loaded = loaded if result is None else result
         loaded, entries = self._translated(loaded)
+        if reset_average:  # as of parameters at rest
+            kept = {key: {k: v for k, v in ours.items() if k in (STEP, LIVE)} for key, ours in entries.items()}
+            entries = {key: {**ours, AT_REST: True} for key, ours in kept.items()}
         hooked = self._loads_as_torch
         self._scratch.unwritten = self._unwritten()
         if hooked:

@@ -36,6 +36,7 @@ from .pulls import (
     is_fake,
 )
 from .sharding import PLAIN, local
+from .states import PLAIN as PLAIN_FORMATS
 from .states import Formats, counts_no_further, exact_on, moved
 from .taking import Taking
 
@@ -91,7 +92,8 @@ class Pulling(Taking):
                 check_lr(group["lr"])
             if not own.keeps:
                 continue
-            self._check_unedited("step()", [p for p in group["params"] if p.grad is not None])
+            if own.formats is not PLAIN_FORMATS:
+                self._check_unedited("step()", [p for p in group["params"] if p.grad is not None])
             plan, again = self._scratch.plans.get(id(group)), None
             if plan is not None:
                 moment = self._moment(group, own, plan.template.dtype)

@@ -14,7 +14,7 @@ from .backend import backends, choose
 from .checks import Group, check_average_options, check_defined, check_lr, require
 from .conversions import as_coded, converted, new_state, scales_shape
 from .definitions.pullback import PULLBACK
-from .formats import CODED, check_format_options, dtype_of, formats_of, names_of, parts_of
+from .formats import CODED, check_format_options, dtype_of, formats_of, is_beside, names_of, parts_of
 from .memory import aligned, check_whole
 from .options import check_spelling
 from .pulls import AVERAGE, OPTIONS, OURS, STEP, Own, Pull, Scratch, count_of
@@ -154,6 +154,8 @@ class Taking(Averaging):
             on_device = bool(group.get("capturable", False))
             step = torch.zeros((), dtype=torch.float32, device=owner.device if on_device else "cpu")
         check_whole(map(local, there.values()))
+        if is_beside(there):
+            self._check_unedited("step()", (owner,))
         names = names_of(formats, (AVERAGE,))
         if not there:
             check_whole((local(owner),))

@@ -11,7 +11,7 @@ import torch
 from test_averaging import Stop, at_each_line
 from torch import Tensor, nn
 
-from pace_kernels import PACE, ema_state_dict
+from pace_kernels import MADA, PACE, Pullback, ScheduleFreeAdamW, ema_state_dict
 from pace_kernels.conversions import in_floats
 
 
@@ -118,22 +118,58 @@ def test_reset_average_is_a_switch() -> None:
         optimizer.editing_weights(reset_average=1).__enter__()  # type: ignore[arg-type]
 
 
-def test_who_saves_at_any_line_of_an_export_is_not_refused() -> None:
-    model, optimizer = trained()
-    wanted = copy.deepcopy(optimizer.state_dict())
+KINDS: dict[str, Any] = {
+    "PACE": lambda p: PACE(p, lr=1e-2, ema_kappa=0.5, state_bits=8),
+    "adan": lambda p: MADA.preset("adan", p, use_ema_eval=True, state_bits=8),
+    "schedule-free": lambda p: ScheduleFreeAdamW(p, lr=1e-2, state_bits=8),
+    "pullback": lambda p: Pullback(torch.optim.AdamW(p, lr=1e-2), ema_bits=8),
+}
+CALLS: dict[str, Any] = {
+    "eval": lambda model, optimizer: optimizer.eval(),
+    "train": lambda model, optimizer: optimizer.train(),
+    "averaged": lambda model, optimizer: optimizer.averaged().__enter__() or optimizer.train(),
+    "ema_state_dict": lambda model, optimizer: ema_state_dict(model, optimizer),
+}
+
+
+def of(kind: str) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)).bfloat16()
+    optimizer = KINDS[kind](model.parameters())
+    for t in range(3):
+        step(optimizer, t)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
+def test_what_a_handler_saves_is_right_at_each_line(kind: str, call: str) -> None:
+    """Model and optimizer are saved at every line, loaded elsewhere, and train() is called there."""
+    model, optimizer = of(kind)
+    live, exported = copy.deepcopy(model.state_dict()), ema_state_dict(model, optimizer)
+    if call == "train":
+        optimizer.eval()
     saved: list[Any] = []
-    with at_each_line(lambda _: saved.append(copy.deepcopy(optimizer.state_dict()))):
-        ema_state_dict(model, optimizer)
+    both = lambda: (copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()))  # noqa: E731
+    with at_each_line(lambda _: saved.append(both())):
+        CALLS[call](model, optimizer)
     assert len(saved) > 20
-    for state in saved:
-        here = {k: v for k, v in state["state"][0].items() if k not in ("live", "weights_hash")}
-        assert here.keys() == wanted["state"][0].keys() - {"weights_hash"}
-        assert all(torch.equal(v, wanted["state"][0][k]) for k, v in here.items())
+    other = of(kind)[0]
+    for weights, state in saved:
+        other.load_state_dict(weights)
+        loaded = KINDS[kind](other.parameters())
+        loaded.load_state_dict(state)
+        loaded.train()
+        assert all(torch.equal(value, live[name]) for name, value in other.state_dict().items())
+        shown = ema_state_dict(other, loaded)
+        assert all(torch.equal(value, exported[name]) for name, value in shown.items())
 
 
-def test_an_exception_at_any_line_of_an_export_leaves_no_refusal() -> None:
-    model, optimizer = trained()
-    weights, before = copy.deepcopy(model.state_dict()), average(model, optimizer)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exception_at_any_line_of_an_export_leaves_no_refusal(kind: str) -> None:
+    model, optimizer = of(kind)
+    weights, before = copy.deepcopy(model.state_dict()), ema_state_dict(model, optimizer)
     last = 0
     for k in range(1, 2000):
 
@@ -150,7 +186,8 @@ def test_an_exception_at_any_line_of_an_export_leaves_no_refusal() -> None:
             break
         optimizer.train()
         optimizer.state_dict()
-        assert torch.equal(average(model, optimizer), before)
+        after = ema_state_dict(model, optimizer)
+        assert all(torch.equal(after[name], before[name]) for name in before)
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert last > 20
     step(optimizer, 9)
