@@ -30,6 +30,12 @@ Version = tuple[int, int]
 # the same contents. By it an optimizer knows its weights and averages again after another one swapped them.
 RESTORED: Any = WeakTensorKeyDictionary()
 
+_BESIDE = "an average of ema_bits 8 or 16, which is known only beside its weights"
+_OR = (
+    "or take ema_bits=24, whose averages stand alone; `with optimizer.editing_weights(reset_average=True): pass` "
+    "starts those that are refused anew at their weights"
+)
+
 
 @dataclass
 class Entry:
@@ -46,8 +52,6 @@ class Editing(Whole, torch.optim.Optimizer):
 
     # The state that a parameter has an average by: it is that, or is computed from it.
     _AVERAGE = "ema"
-    # The option that says in how many bits it lies.
-    _AVERAGE_BITS = "ema_bits"
 
     # The versions of weights beside which averages lie, as the last step or swap left them, and their dtypes. A step
     # notes its own before it begins, so weights may be one behind where a signal's handler comes in between.
@@ -124,34 +128,25 @@ class Editing(Whole, torch.optim.Optimizer):
         state = self.state.get(param, {})
         if not is_beside(state):
             return None
-        average = f"an average of {self._AVERAGE_BITS} 8 or 16, which is known only beside its weights"
-        anew = "`with optimizer.editing_weights(reset_average=True): pass` starts such averages anew at the weights"
-        apart = f"{self._AVERAGE_BITS}=24, whose averages stand alone"
         live = state.get("live")  # while swapped it lies beside these
         dtype = self._dtypes.get(param) if live is None else live.dtype
         if dtype is not None and dtype is not param.dtype:
             back = "" if live is None else "convert it back, call optimizer.train(), and "
-            return (
-                f"is {param.dtype}, and it has {average}: these were {dtype}. To keep it, {back}convert the model "
-                f"within `with optimizer.editing_weights():`, or take {apart}; {anew}"
-            )
+            way = f"To keep it, {back}convert the model within `with optimizer.editing_weights():`"
+            return f"is {param.dtype}, and it has {_BESIDE}: these were {dtype}. {way}, {_OR}"
         if live is not None:
             return None
         if loaded and HASH in state:
             if int(state[HASH]) != hash_of(param):
-                return (
-                    f"holds other weights than it did in the checkpoint, which has {average}. Load the model that was "
-                    f"saved with it; or load_state_dict(..., reset_average=True); or save with {apart}; {anew}"
-                )
+                way = "Load the model that was saved with it; or load_state_dict(..., reset_average=True)"
+                return f"holds other weights than it did in the checkpoint, which has {_BESIDE}. {way}, {_OR}"
             self._note_left([param])
             del state[HASH]
         left, now = self._left.get(param), version_of(local(param))
         if left is None or now in (left, left - 1) or any(same == left for _, same in equal_since(param)):
             return None
-        return (
-            f"was written since the last step, and it has {average}. Edit weights within "
-            f"`with optimizer.editing_weights():`, or take {apart}; {anew}"
-        )
+        way = "Edit weights within `with optimizer.editing_weights():`"
+        return f"was written since the last step, and it has {_BESIDE}. {way}, {_OR}"
 
     def _kept(self, entry: Entry, is_lost: bool) -> Tensor | None:
         """The average that lies beside a parameter."""
