@@ -15,6 +15,7 @@ from .checks import Group, check_average_options, check_defined, check_lr, requi
 from .conversions import as_coded, converted, new_state, scales_shape
 from .definitions.pullback import PULLBACK
 from .formats import CODED, check_format_options, dtype_of, formats_of, is_beside, names_of, parts_of
+from .formats import OPTIONS as FORMAT_OPTIONS
 from .memory import aligned, check_whole
 from .options import check_spelling
 from .pulls import AVERAGE, OPTIONS, OURS, STEP, Own, Pull, Scratch, count_of
@@ -52,6 +53,11 @@ class Taking(Averaging):
         """Checks a group that the base has had before."""
         number = next(k for k, other in enumerate(self.base.param_groups) if other is group)
         named = {name: value for name, value in group.items() if name not in self.base.defaults}
+        if others := [name for name in FORMAT_OPTIONS if name in named and name != "ema_bits"]:
+            raise ValueError(
+                f"param_groups[{number}] has {', '.join(others)}, and neither Pullback nor {type(self.base).__name__} "
+                "has such an option: states and weights are the base's, and Pullback's is ema_bits"
+            )
         check_spelling(named, OPTIONS, f"param_groups[{number}]", f"Pullback({type(self.base).__name__})")
         self._own(group)
 
