@@ -127,7 +127,6 @@ KINDS: dict[str, Any] = {
 CALLS: dict[str, Any] = {
     "eval": lambda model, optimizer: optimizer.eval(),
     "train": lambda model, optimizer: optimizer.train(),
-    "averaged": lambda model, optimizer: optimizer.averaged().__enter__() or optimizer.train(),
     "ema_state_dict": lambda model, optimizer: ema_state_dict(model, optimizer),
 }
 
