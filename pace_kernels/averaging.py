@@ -10,57 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import repeat
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import derived, zero
 from .backend import say_once
 from .checks import Group, require
-from .conversions import average_in, encode_again, hash_of, state_in, weight_in
-from .formats import AVERAGES_BESIDE, CODED, HASH, REMAINDER, is_beside
+from .conversions import average_in, state_in
+from .editing import RESTORED, Editing, Entry, Version, both_versions, equal_since
+from .formats import CODED, is_beside
 from .memory import check_whole, overlapping, region, share_memory
 from .sharding import is_sharded, local
-from .whole import Whole, at_once, each
+from .whole import at_once, each
 
-# The versions of a parameter, wrapper and local part.
-Version = tuple[int, int]
-# Of each parameter that train() put back: its version since, and those before eval(), of the last 8 swaps, which had
-# the same contents. By it an optimizer knows its weights and averages again after another one swapped them.
-_restored: Any = WeakTensorKeyDictionary()
-_SWAPS = 8
+_SWAPS = 8  # in and out again, that RESTORED has of a parameter
 
 
-@dataclass
-class _Entry:
-    """A parameter with an average, and its state."""
-
-    group: Group
-    place: int  # in the group
-    param: Tensor
-    state: dict[str, Any]
-
-
-class Averaging(Whole, torch.optim.Optimizer):
+class Averaging(Editing):
     """An optimizer whose weights have an average. Not for direct use."""
-
-    # The state that a parameter has an average by: it is that, or is computed from it.
-    _AVERAGE = "ema"
 
     # The versions of swapped weights before the swap, and as it left them: a later one was written by others.
     # One object for wrappers that copy attributes, such as Lightning's, and never part of a checkpoint.
     _versions: dict[Tensor, tuple[Version, Version]]
-    # The versions of weights beside which averages lie, as the last step or swap left them. A step notes its own before
-    # it begins, so weights may be one behind where a signal's handler comes in between.
-    _left: Any = MappingProxyType({})
-    # The key of a group that says whether its average is swapped in. Groups are shared with wrappers that pass for this
-    # optimizer, such as Lightning's; an attribute set through one of them would stay there.
-    _MARK = "swapped"
 
     # ---- what a subclass brings ------------------------------------------------------------------------------------
 
@@ -68,18 +42,23 @@ class Averaging(Whole, torch.optim.Optimizer):
         """Whether parameters of this group have an average."""
         raise NotImplementedError
 
-    def _average_of(self, entry: _Entry) -> Any:
+    def _average_of(self, entry: Entry) -> Any:
         """The average of a parameter whose live weights are in its state `live`, or what writes it into a tensor; of a
         sharded one, the local part will do."""
         if self._AVERAGE in entry.state:
             return entry.state[self._AVERAGE]
-        return state_in("ema", entry.state, weight_in(entry.state["live"], entry.state))
+        return state_in(self._AVERAGE, entry.state, self._weight_in(entry.state["live"], entry.state))
 
-    def _holds_average(self, entry: _Entry) -> bool:
+    def _average_in(self, entry: Entry) -> Tensor:
+        """The local average of a swapped parameter, with the bits that the optimizer has."""
+        average = self._average_of(entry)
+        return local(average if isinstance(average, Tensor) else entry.param)  # else it has these bits
+
+    def _holds_average(self, entry: Entry) -> bool:
         """Whether the parameter holds its average."""
         return "live" in entry.state
 
-    def _to_put_back(self, entries: list[_Entry], loaded: set[int]) -> list[_Entry]:
+    def _to_put_back(self, entries: list[Entry], loaded: set[int]) -> list[Entry]:
         """Which of the swapped parameters get their states `live` back. ``loaded`` are the ids of those that were
         written in the meantime and are to stay so."""
         return [entry for entry in entries if id(entry.param) not in loaded]
@@ -88,25 +67,10 @@ class Averaging(Whole, torch.optim.Optimizer):
         """An option of a group."""
         return group[name]
 
-    def _name(self, group: Group, i: int) -> str:
-        """What errors call a parameter."""
-        if "param_names" in group:
-            return f"parameter {group['param_names'][i]!r}"
-        g = next(k for k, other in enumerate(self.param_groups) if other is group)
-        return f"param_groups[{g}]['params'][{i}]"
-
     def _forget_dry_run(self) -> None:
         """Drops the states of a dry run, so that averages start at the weights as they are now."""
 
     # ---- the swap --------------------------------------------------------------------------------------------------
-
-    @property
-    def _swapped(self) -> bool:
-        return any(group.get(self._MARK, False) for group in self.param_groups)
-
-    def _require_live(self, what: str) -> None:
-        if self._swapped:
-            raise RuntimeError(f"{what} while the averaged weights are swapped in: call optimizer.train() first")
 
     def eval(self, model: torch.nn.Module | None = None) -> None:
         """Puts the average in place of the weights, in groups with ``use_ema_eval``; a second call does nothing.
@@ -140,10 +104,10 @@ class Averaging(Whole, torch.optim.Optimizer):
         derived.check_no_flat_parameters(self._params(), what)
         self._check_swap(what, model, entries)
         self._versions.clear()
-        before = [_version(entry.param) for entry in entries]
+        before = [both_versions(entry.param) for entry in entries]
         self._swap_in(entries, groups)
         self._forget_derived(model)
-        self._versions.update({e.param: (was, _version(e.param)) for e, was in zip(entries, before, strict=True)})
+        self._versions.update({e.param: (was, both_versions(e.param)) for e, was in zip(entries, before, strict=True)})
 
     @torch.no_grad()
     def train(self, model: torch.nn.Module | None = None, *, keep: Literal["loaded", "live"] | None = None) -> None:
@@ -160,7 +124,7 @@ class Averaging(Whole, torch.optim.Optimizer):
         require(keep in (None, "loaded", "live"), "keep", '"loaded", "live" or None', keep)
         if not self._swapped:
             return
-        entries = self._entries(self.param_groups, "live")
+        entries = self._entries(self.param_groups, ("live",))
         changed = [e for e in entries if self._is_changed(e.param)]
         if changed and keep is None:
             raise RuntimeError(
@@ -170,23 +134,24 @@ class Averaging(Whole, torch.optim.Optimizer):
             )
         self._check_swap("train()", model, entries)
         loaded = _with_others([e.param for e in entries], [e.param for e in changed] if keep == "loaded" else [])
+        written = [entry for entry in entries if id(entry.param) in loaded]
+        kept = [(e, average_in(e.state, self._weight_in(e.state["live"], e.state))) for e in written]
         back = self._to_put_back(entries, loaded)
         before = {param: was for param, (was, _) in self._versions.items()}
-        kept = [(e, average_in(e.state, weight_in(e.state["live"], e.state))) for e in entries if id(e.param) in loaded]
         self._versions.clear()
         lying = [entry.param for entry in back if is_beside(entry.state)]
         self._swap_out(back, [*entries, *back], [group for group in self.param_groups if self._MARK in group], lying)
         for entry, average in kept:  # remainders, and codes of averages, were those of the weights of before
-            encode_again(entry.param, entry.state, None, average)
+            self._encode_again(entry, None, average)
             self._note_left([entry.param] if is_beside(entry.state) else ())
         for param in (entry.param for entry in back if entry.param in before):
-            was, (left, same) = before[param], _restored.get(param, (None, ()))
-            _restored[param] = (_version(param), (was, *(same if left == was else ()))[:_SWAPS])
+            was, (left, same) = before[param], RESTORED.get(param, (None, ()))
+            RESTORED[param] = (both_versions(param), (was, *(same if left == was else ()))[:_SWAPS])
         self._forget_derived(model)
 
     def _unwritten(self) -> list[tuple[Tensor, Tensor]]:
         """Weights that hold their averages, as the swap wrote them, and the live ones."""
-        entries = self._entries(self.param_groups, "live") if self._swapped else []
+        entries = self._entries(self.param_groups, ("live",)) if self._swapped else []
         return [
             (e.param, e.state["live"]) for e in entries if e.param in self._versions and not self._is_changed(e.param)
         ]
@@ -218,25 +183,15 @@ class Averaging(Whole, torch.optim.Optimizer):
             if not was_swapped:
                 self.train(model)
 
-    def _entries(self, groups: Sequence[Group], name: str | None = None) -> list[_Entry]:
-        """Of the groups' parameters those that have this state; without a name, an average."""
-        names = (name,) if name is not None else (self._AVERAGE, *(("ema_codes",) if self._AVERAGE == "ema" else ()))
-        return [
-            _Entry(group, i, param, self.state[param])
-            for group in groups
-            for i, param in enumerate(group["params"])
-            if not self.state.get(param, {}).keys().isdisjoint(names)
-        ]
-
     def _is_changed(self, param: Tensor) -> bool:
         """Whether a swapped parameter was written since ``eval()``, but for swaps of others in and out again."""
         if param not in self._versions:
             return False
         _, left = self._versions[param]
-        now = _version(param)
-        return now != left and left not in _equal_since(param)
+        now = both_versions(param)
+        return now != left and left not in equal_since(param)
 
-    def _check_swap(self, what: str, model: torch.nn.Module | None, entries: list[_Entry]) -> None:
+    def _check_swap(self, what: str, model: torch.nn.Module | None, entries: list[Entry]) -> None:
         """Refuses what can't be swapped, before anything has changed."""
         if what != "train()":
             zero.check_alone(self, what)
@@ -245,9 +200,9 @@ class Averaging(Whole, torch.optim.Optimizer):
                 raise TypeError(f"{what}: model must be a torch.nn.Module, got {type(model).__name__}")
             derived.forget(model, ())  # so that its parameters are the sharded ones again
             _check_trains(model, self._params(), what)
-        self._check_unedited(what, [entry.param for entry in entries if "live" not in entry.state])
+        self._check_unedited(what, [entry.param for entry in entries])
         for entry in entries:
-            for name in (self._AVERAGE, "ema_codes", "live"):
+            for name in (self._AVERAGE, f"{self._AVERAGE}_codes", "live"):
                 value = entry.state.get(name)
                 if value is not None and local(value).shape != local(entry.param).shape:
                     raise RuntimeError(
@@ -256,29 +211,37 @@ class Averaging(Whole, torch.optim.Optimizer):
                     )
         names = (self._AVERAGE, *CODED, "live")
         values = (t for e in entries for t in (e.param, *(e.state.get(name) for name in names)))
-        check_whole(local(value) for value in values if value is not None)
+        check_whole(local(value) for value in values if isinstance(value, Tensor))
 
-    def _swap_in(self, entries: list[_Entry], groups: Sequence[Group]) -> None:
+    def _swap_in(self, entries: list[Entry], groups: Sequence[Group], versions: Any = None) -> None:
         copies = _live_copies(entries)  # it may run out of memory, so before anything has changed
         self._set_marks(entries, copies, groups)
         try:
             for entry in entries:  # in step order: of parameters over one memory the last has seen the steps of all
                 _write(entry.param, self._average_of(entry))
         except Exception:
-            self._swap_out(entries, entries, groups, [e.param for e in entries if is_beside(e.state)])
+            self._swap_out(entries, entries, groups, [e.param for e in entries if is_beside(e.state)], versions)
             raise
 
     def _swap_out(
-        self, back: list[_Entry], entries: list[_Entry], groups: Sequence[Group], lying: Iterable[Tensor] = ()
+        self,
+        back: list[Entry],
+        entries: list[Entry],
+        groups: Sequence[Group],
+        lying: Iterable[Tensor] = (),
+        versions: Any = None,
     ) -> None:
-        """``lying``: parameters beside which averages lie again then."""
+        """``lying``: parameters beside which averages lie again then. ``versions``: torch's context that has those of
+        before, which come back as long as the swap is marked: without its marks they have to be right."""
         for entry in back:
             if "live" in entry.state:
                 _write(entry.param, entry.state["live"])
+        if versions is not None:
+            versions.__exit__(None, None, None)
         self._note_left(lying)
         self._set_marks(entries, None, groups)
 
-    def _set_marks(self, entries: list[_Entry], copies: list[Tensor] | None, groups: Sequence[Group]) -> None:
+    def _set_marks(self, entries: list[Entry], copies: list[Tensor] | None, groups: Sequence[Group]) -> None:
         """Sets the states `live` and the groups' marks, or removes them, in one call of C code: Python runs handlers of
         signals between its own instructions, so none sees a part of it."""
         states = [entry.state for entry in entries]
@@ -288,73 +251,6 @@ class Averaging(Whole, torch.optim.Optimizer):
             lives = each(dict.__setitem__, states, repeat("live"), copies)
         at_once([lives, each(dict.__setitem__, groups, repeat(self._MARK), repeat(copies is not None))])
 
-    def _note_left(self, params: Iterable[Tensor], more: int = 0) -> None:
-        """Averages lie beside these weights as they are now, or will be after so many writes ``more``."""
-        for param in params:
-            self._left[param] = version_of(local(param)) + more
-
-    def _check_unedited(self, what: str, params: Iterable[Tensor], loaded: bool = True) -> None:
-        """Raises RuntimeError where weights were written since averages were left beside them, which would go along;
-        and, with ``loaded``, where averages of a checkpoint are beside other weights than they were."""
-        for param in params:
-            state = self.state.get(param, {})
-            if "live" in state or not is_beside(state):  # it lies beside the live ones
-                continue
-            if loaded and HASH in state:
-                if int(state[HASH]) != hash_of(param):
-                    raise RuntimeError(
-                        f"{what}: the checkpoint has an average of {AVERAGES_BESIDE}, and a parameter of shape "
-                        f"{tuple(param.shape)} holds other weights than it did there. Load the model that was saved "
-                        "with it; or load_state_dict(..., reset_average=True); or save with ema_bits=24, whose "
-                        "averages stand alone"
-                    )
-                self._note_left([param])
-                del state[HASH]
-            left, now = self._left.get(param), version_of(local(param))
-            if left is not None and not (
-                now in (left, left - 1) or any(same == left for _, same in _equal_since(param))
-            ):
-                raise RuntimeError(
-                    f"{what}: a parameter of shape {tuple(param.shape)} was written since the last step, and it has an "
-                    f"average of {AVERAGES_BESIDE}. Edit weights within `with optimizer.editing_weights():`, or "
-                    "take ema_bits=24, whose averages stand alone"
-                )
-
-    @contextmanager
-    def editing_weights(self) -> Iterator[None]:
-        """Within this context weights may be written between steps, as by ``load_state_dict()`` of the model, a clamp
-        or a mask: averages stay what they are, within half a step of their codes. With ``ema_bits`` of 8 or 16 such
-        writes are refused elsewhere. Until its end it holds averages and weights once more, in float32.
-
-        >>> with optimizer.editing_weights():  # doctest: +SKIP
-        ...     model.weight.clamp_(-1, 1)
-        """
-        self._require_whole("editing_weights()")
-        self._require_live("editing_weights()")
-        entries = [
-            _Entry(group, i, param, self.state[param])
-            for group in self.param_groups
-            for i, param in enumerate(group["params"])
-            if not self.state.get(param, {}).keys().isdisjoint(("ema_scales", REMAINDER))
-        ]
-        with torch.no_grad():
-            self._check_unedited("editing_weights()", [entry.param for entry in entries])
-            self._note_left([entry.param for entry in entries if is_beside(entry.state)])
-            kept = [
-                (e, float(e.state["step"]), local(e.param).clone(), average_in(e.state, weight_in(e.param, e.state)))
-                for e in entries
-            ]
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for entry, count, before, average in kept:
-                    state = self.state.get(entry.param)
-                    if state is not entry.state or "live" in state or float(state["step"]) != count:
-                        continue  # it was loaded, is swapped, or took a step: that average is newer
-                    encode_again(entry.param, state, before, average)
-                    self._note_left([entry.param] if is_beside(state) else ())
-
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
@@ -363,11 +259,13 @@ class Averaging(Whole, torch.optim.Optimizer):
 
     # ---- export ----------------------------------------------------------------------------------------------------
 
-    def ema_state_dict(self, model: torch.nn.Module, *, full: bool = False) -> dict[str, Any]:
+    def ema_state_dict(
+        self, model: torch.nn.Module, *, full: bool = False, dtype: torch.dtype | None = None
+    ) -> dict[str, Any]:
         """A copy of ``model.state_dict()`` with averaged weights, to save or to export. See :func:`ema_state_dict`."""
         from .exports import ema_state_dict
 
-        return ema_state_dict(model, self, full=full)
+        return ema_state_dict(model, self, full=full, dtype=dtype)
 
     def master_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """A copy of ``model.state_dict()`` with master weights in float32. See :func:`master_state_dict`."""
@@ -386,7 +284,7 @@ def _check_trains(model: torch.nn.Module, params: list[Tensor], what: str) -> No
         )
 
 
-def _live_copies(entries: list[_Entry]) -> list[Tensor]:
+def _live_copies(entries: list[Entry]) -> list[Tensor]:
     """Copies of the weights; one where parameters are the same elements."""
     copies: dict[Any, Tensor] = {}
     keys = [(region(e.param) or id(e.param), e.param.shape, e.param.stride()) for e in entries]
@@ -411,18 +309,3 @@ def _with_others(params: list[Tensor], some: list[Tensor]) -> set[int]:
     known = set(map(id, some))
     groups = overlapping(params) if some else []
     return {id(param) for group in groups if not known.isdisjoint(map(id, group)) for param in group}
-
-
-def _equal_since(param: Tensor) -> tuple[Version, ...]:
-    """The versions that had the contents which the parameter has, as swaps in and out tell."""
-    now, same = _restored.get(param, (None, ()))
-    return same if now == _version(param) else ()
-
-
-def _version(param: Tensor) -> Version:
-    return param._version, local(param)._version
-
-
-def version_of(tensor: Tensor) -> int:
-    """How often it was written, as far as torch counts that."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -10,24 +10,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .averaging import Averaging
 from .checks import Group, checked_count, require, shortened
-from .conversions import in_floats, scales_shape, with_hash
+from .conversions import scales_shape
 from .formats import (
-    AVERAGE,
-    CODED,
     HASH,
-    MOMENTS,
-    OPTIONS,
     PARTS,
     REMAINDER,
     asked,
     has_average,
     is_beside,
-    whole_name,
+    parts_of,
 )
 from .options import Record, check_given, make_plain
-from .saved import check_parts, check_saved, copied, with_short_count
+from .saved import check_parts, check_saved, copied
+from .saving import AT_REST, Saving
 from .states import CODED_FORMAT, FORMAT, GROUP_STATE, LAST_STEP, holds, step_dtype
 
 # Options that torch.optim.Adam and AdamW keep in their groups and that mean nothing here.
@@ -41,11 +37,9 @@ _FOREIGN_STATE = {"theta", "last_ema_step", "max_exp_avg_sq"}
 
 # By an optimizer's own option, the options that the groups of no other have.
 _ONLY: dict[str, tuple[str, ...]] = {}
-# Among the names of states: some parameters of the group are at rest, without an average.
-_AT_REST = "at_rest"
 
 
-class Checkpoints(Averaging):
+class Checkpoints(Saving):
     """An optimizer whose checkpoints are checked before they change anything. Not for direct use."""
 
     # Names of the state tensors that this class of optimizer may keep, beside `step` and, while swapped, `live`.
@@ -86,73 +80,24 @@ class Checkpoints(Averaging):
     def _initial(self, name: str, param: Tensor, group: Group) -> Tensor:
         raise NotImplementedError
 
-    def state_dict(self) -> dict[str, Any]:
-        """States and options, to save. As in ``torch.optim``, the tensors are the optimizer's own, which its next step
-        changes: save them, or ``copy.deepcopy`` them, before it."""
-
-        self._require_whole("state_dict()")
-        self._check_unedited("state_dict()", [param for param, state in self.state.items() if is_beside(state)], False)
-
-        # First of the hooks, so that those of the user see all of it.
-        def complete(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-            for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
-                packed.update(self._to_save(group))
-            states = {key: with_short_count(state, "step") for key, state in saved["state"].items()}
-            numbers = enumerate(param for group in self.param_groups for param in group["params"])
-            saved["state"] = states | {k: with_hash(states[k], p) for k, p in numbers if is_beside(states.get(k, ()))}
-
-        handle = self.register_state_dict_post_hook(complete, prepend=True)
-        try:
-            return super().state_dict()  # type: ignore[no-any-return]
-        finally:
-            handle.remove()
-
-    def _to_save(self, group: Group) -> Group:
-        """What a checkpoint has of the group beside its options."""
-        states = [self.state[param] for param in group["params"] if self.state.get(param)]
-        averaged = [state for state in states if has_average(state)]
-        named = [{whole_name(name) for name in state if name not in (REMAINDER, HASH)} for state in averaged or states]
-        names = set.intersection(*named) if named else set()
-        if 0 < len(averaged) < len(states):
-            names.add(_AT_REST)
-        saved: Group = {"state_names": tuple(sorted(names)) if states else None}
-        if any(name in CODED for state in states for name in state):
-            saved["format_version"] = CODED_FORMAT
-        if group["skipped_steps"] is None:  # distributed checkpoints load no tensor into what is None
-            saved["skipped_steps"] = torch.zeros((), dtype=torch.int64)
-        return saved
-
-    def float_state_dict(self) -> dict[str, Any]:
-        """``state_dict()`` with all states in float32 under the names of AdamW, and without remainders: for
-        ``torch.optim``, and for versions that know no codes. Of bfloat16 parameters with master weights it leaves out
-        what is beyond bfloat16: :meth:`master_state_dict` has that."""
-        saved = self.state_dict()
-        params = [param for group in self.param_groups for param in group["params"]]
-        for key, state in saved["state"].items():
-            narrow = any(name in MOMENTS and value.dtype == torch.bfloat16 for name, value in state.items())
-            if isinstance(key, int) and (narrow or any(name in CODED for name in state)):
-                self._check_unedited("float_state_dict()", params[key : key + 1])
-                saved["state"][key] = in_floats(state, params[key])
-        for group in saved["param_groups"]:
-            for name in OPTIONS:
-                group.pop(name, None)
-            group["format_version"] = FORMAT
-        return saved
-
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any], *, reset_average: bool = False) -> None:
         """Loads a state of this class, of ``torch.optim.Adam`` / ``AdamW``, or of the published ``pace-optimizer``;
         MADA one of PACE, and PACE one of a MADA that is AdamW.
 
-        States are copied and stay float32 (float64 for float64 parameters), whatever the parameter's dtype. Options
-        come from the checkpoint, ``capturable`` too; one that it does not have keeps its present value. What does not
-        fit raises ValueError or TypeError and changes nothing. States go to the parameters by their position, as in
+        States are copied, whatever the parameter's dtype, and are float32 (float64 for float64 parameters) or of the
+        formats that the groups here ask for. The options of formats are the constructor's. All others come from the
+        checkpoint, ``capturable`` too; one that it does not have keeps its present value. What does not fit raises
+        ValueError or TypeError and changes nothing. States go to the parameters by their position, as in
         ``torch.optim``. A state saved between ``eval()`` and ``train()`` comes back swapped. The weights themselves are
         the model's, and are not touched (but for live ones that ``eval()`` took out, which come back): load the model
-        too, and, for a checkpoint of ``pace-optimizer`` saved in eval mode, load it first. States in codes go into
-        every other format, when they are used first: averages of ``ema_bits`` 8 or 16 mean something beside their
-        weights alone, which may be loaded before or after; with others than those of the checkpoint the next use raises
-        RuntimeError. ``reset_average`` drops all averages, and they begin at the weights that the next step finds.
+        too, and, for a checkpoint of ``pace-optimizer`` saved in eval mode, load it first.
+
+        States of any format go into any other when they are used first, rounded to the nearest; equal formats keep
+        their bits. Codes need parameters that can have such: of the same shape, contiguous, not channels_last. Averages
+        of ``ema_bits`` 8 or 16 mean something beside their weights alone, which may be loaded before or after; with
+        others than those of the checkpoint the next use raises RuntimeError. ``reset_average`` drops all averages, and
+        they begin at the weights that the next step finds.
         """
         self._drops_averages = reset_average
         if not isinstance(state_dict, Mapping):
@@ -210,8 +155,10 @@ class Checkpoints(Averaging):
             groups.append(options | {"state_names": None})
             if names is None or self._OWN_OPTION not in saved:
                 names = (*(names or ()), *self._required_states(options))
-            rests = _AT_REST in names and any(has_average(loaded["state"].get(key, ())) for key in saved["params"])
-            names = [name for name in names if name != _AT_REST]
+            rests = AT_REST in names and any(has_average(loaded["state"].get(key, ())) for key in saved["params"])
+            later = {name.removeprefix(f"{AT_REST} without ") for name in names if name.startswith(f"{AT_REST} ")}
+            names = [name for name in names if not name.startswith(AT_REST)]
+            at_rest = [name for name in names if name != "ema" and name not in later]
             ordered, present = saved.get("param_names"), group.get("param_names")
             if ordered and present and ordered != present and sorted(ordered) == sorted(present):
                 notes.append(
@@ -222,7 +169,7 @@ class Checkpoints(Averaging):
                 if key not in loaded["state"] or not loaded["state"][key]:
                     continue
                 name = f"the state of {self._name(group, i)}"
-                needed = [other for other in names if other != "ema"] if rests else names
+                needed = at_rest if rests and not has_average(loaded["state"][key]) else names
                 incoming[param] = self._translated_state(loaded["state"][key], param, options, needed, name, notes)
             loaded_here = [incoming[param] for param in group["params"] if param in incoming]
             if names_of_states and not loaded_here:
@@ -235,7 +182,7 @@ class Checkpoints(Averaging):
                     "torch makes none where parameters have gradients: load before the first backward(), or after "
                     "optimizer.zero_grad()"
                 )
-            if "ema" in self._state_tensors(options) and _AT_REST not in (names_of_states or ()):
+            if "ema" in self._state_tensors(options) and AT_REST not in (names_of_states or ()):
                 without |= not all(map(has_average, loaded_here))
             lost = any(has_average(state) and "live" not in state for state in loaded_here)
             if saved.get("swapped") and lost:
@@ -244,7 +191,7 @@ class Checkpoints(Averaging):
                     "along (distributed checkpoints drop them): call optimizer.train() before saving"
                 )
             groups[-1]["swapped"] = bool(saved.get("swapped")) or any("live" in state for state in loaded_here)
-        if without:
+        if without and not self._drops_averages:
             notes.append("the checkpoint has no averages: they begin at the weights that the next step finds")
         self._incoming = incoming
         return {**loaded, "state": {}, "param_groups": groups}
@@ -364,9 +311,10 @@ class Checkpoints(Averaging):
         step = checked_count(f"{name}: step", state.pop("step"), LAST_STEP)
         step = step.to(step_dtype(step.item()))
         if self._drops_averages:
-            state = {key: value for key, value in state.items() if key not in AVERAGE}
+            dropped = (*parts_of(self._AVERAGE), HASH)
+            state = {key: value for key, value in state.items() if key not in dropped}
         check_parts(state, name, param)
-        if not asked(group).weight and "ema_scales" not in state:  # codes beside a weight are beside its remainder too
+        if not asked(group).weight and not is_beside(state):  # codes beside a weight are beside its remainder too
             state.pop(REMAINDER, None)
         for key, value in state.items():
             shape = (self._STATE_ROWS[key],) if key in self._STATE_ROWS else tuple(param.shape)
@@ -391,7 +339,7 @@ class Checkpoints(Averaging):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._records, self._changed = {}, []
         self._unchecked = {id(p) for group in self.param_groups for p in group["params"] if not self.state.get(p)}
-        for name in ("_versions", "_left"):
+        for name in ("_versions", "_left", "_dtypes"):
             self.__dict__.setdefault(name, {}).clear()
         self.__dict__.setdefault("_unfinished", [])
         self.__dict__.setdefault("_incoming", None)

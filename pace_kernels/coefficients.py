@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .backend import choose
 from .checks import Group
+from .compressing import Compressing
+from .conversions import encoded, state_in
+from .formats import formats_in, has, names_of, parts_of
 from .launching import of_c
 from .mada_options import (
     LEARNED,
@@ -27,7 +30,6 @@ from .mada_options import (
 )
 from .memory import check_whole
 from .ops import COEFFICIENTS, DONE, HYPERGRADIENTS, NO_GRADIENT, REDO
-from .optimizer import KernelOptimizer
 from .sharding import all_reduce_, is_sharded, local, reduce_
 from .states import Work, moved
 from .torch_rules.common import has_values
@@ -38,7 +40,11 @@ from .whole import Call, at_once
 Sets: TypeAlias = dict[int, tuple[Group, dict[str, Tensor], list[Tensor]]]
 
 
-class Coefficients(KernelOptimizer):
+def _in_float32(a: Tensor) -> Tensor:
+    return a.float() if a.dtype == torch.bfloat16 else a
+
+
+class Coefficients(Compressing):
     """An optimizer whose groups learn coefficients while they train. Not for direct use."""
 
     # Of a step: the group, its sums, and the work they are of.
@@ -155,23 +161,33 @@ class Coefficients(KernelOptimizer):
         if "last_scalars" not in state:
             return
         # As it is where it was saved and loaded before.
-        state.update(self._fitted(param, state, "last_grad", not is_sharded(param)))
+        formats = self._asked_of(group, param)
+        state.update(self._fitted(param, state, "last_grad", not is_sharded(param), formats))
         options = self._arguments(group).step  # those of the step to redo, whatever has been changed since
         second = "max_exp_avg_sq" if options["second_max"] else "mean_exp_avg_sq"
         names = ("exp_avg", "exp_avg_diff", "exp_avg_sq", second, "exp_avg_lion")
-        kept = MadaMoments(*(local(state[name]) if name in state else None for name in names))
+        check_whole(local(state[part]) for name in names for part in parts_of(name) if part in state)
+        kept = MadaMoments(*(state_in(name, state, local(param)) if has(state, name) else None for name in names))
         o = MadaOptions(**options)
         if not has_values(state["last_scalars"]):
             return
         last = state["last_scalars"].tolist()
         if last[0] != REDO:
             return
-        older = local(state["older_grad"]) if "older_grad" in state else None
-        check_whole(t for t in (local(state["last_grad"]), older, *kept) if t is not None)
-        after = caught_up(o, state["step"].item(), last, local(state["last_grad"]), older, kept)
-        for tensor, value in zip(kept, after, strict=True):
-            if tensor is not None and value is not None:
-                tensor.copy_(value)
+        here = [local(state[name]) for name in ("last_grad", "older_grad") if name in state]
+        check_whole(here)
+        last_g, older = [*map(_in_float32, here), None][:2]
+        assert last_g is not None
+        after = caught_up(o, state["step"].item(), last, last_g, older, kept)
+        lies = formats_in(state)._replace(weight=0)
+        for name, value in zip(names, after, strict=True):
+            if value is None or not has(state, name):
+                continue
+            if name in state:  # plain, or in bfloat16
+                local(state[name]).copy_(value)
+                continue
+            for part, coded in zip(names_of(lies, [name]), encoded(name, value, local(param), lies), strict=True):
+                local(state[part]).copy_(coded.view(local(state[part]).shape))
         state["last_scalars"][0] = DONE
 
     def _by_name(self, group: Group) -> None:
@@ -201,7 +217,7 @@ class Coefficients(KernelOptimizer):
                 if same or not state:
                     continue
                 self._catch_up(group, param)
-                if "exp_avg_diff" in new.states and "exp_avg_diff" not in state and "last_scalars" in state:
+                if "exp_avg_diff" in new.states and not has(state, "exp_avg_diff") and "last_scalars" in state:
                     state["last_scalars"][0] = NO_GRADIENT  # no difference of gradients at the first step with β3
         self._share()  # copies of groups may hold copies of what they share
         for group, new in zip(groups, prepared, strict=True):

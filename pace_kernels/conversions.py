@@ -8,19 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formats import BLOCK, CODED, HASH, MOMENTS, PARTS, REMAINDER, dtype_of, formats_in, names_of, suffix, whole_name
+from .formats import (
+    AVERAGES,
+    BLOCK,
+    CODED,
+    GRADIENTS,
+    HASH,
+    MOMENTS,
+    PARTS,
+    REMAINDER,
+    SCALES_BESIDE,
+    SECONDS,
+    dtype_of,
+    formats_in,
+    has,
+    names_of,
+    suffix,
+    whole_name,
+)
 from .memory import aligned
 from .sharding import is_sharded, local, local_as
 from .states import Formats, empty_state, state_dtype
 from .torch_rules import codes
+
+# Those that may lie in other formats than float32.
+STATES = (*PARTS, *SECONDS, *GRADIENTS)
 
 
 def new_state(name: str, formats: Formats, param: Tensor, others: Mapping[str, Tensor]) -> Tensor:
     """A coded state at a parameter's first step, where moments are 0 and the average is the weight; ``others`` are
     those that it has."""
     state = _part_of(name, param, dtype_of(name, formats, param))
-    if name in ("ema_codes", "ema_remainder") and formats.ema == 24:
-        local(state).copy_(_ema_24(weight_in(param, others))[name == "ema_remainder"])
+    if whole_name(name) in AVERAGES and formats.ema == 24:
+        local(state).copy_(_ema_24(weight_in(param, others))[name.endswith("_remainder")])
     else:
         local(state).zero_()
     return state
@@ -82,11 +102,20 @@ def with_hash(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
 
 def in_floats(state: Mapping[str, Tensor], param: Tensor) -> dict[str, Tensor]:
     """A state in float32, under the names of AdamW."""
-    plain = {key: value for key, value in state.items() if key not in CODED and key not in (*PARTS, HASH)}
+    plain = {key: value for key, value in state.items() if key not in CODED and key not in (*STATES, HASH)}
     weight = weight_in(state.get("live", param), state)
-    there = [name for name in PARTS if any(whole_name(key) == name for key in state)]
+    there = [name for name in STATES if has(state, name)]
     floats = {name: _filled(name, param, state_in(name, state, weight)) for name in there}
     return plain | floats
+
+
+def start_again(state: dict[str, Any]) -> None:
+    """Makes an average that lies beside its weights equal to these: without a code each element is its weight."""
+    for name in AVERAGES:
+        for part in (f"{name}_codes", f"{name}_scales"):
+            if part in state:
+                local(state[part]).zero_()
+    state.pop(HASH, None)
 
 
 # ---- floats and back -------------------------------------------------------------------------------------------------
@@ -118,25 +147,28 @@ def state_in(name: str, state: Mapping[str, Tensor], weight: Tensor) -> Tensor:
     if name in MOMENTS:
         return MOMENTS[name].load(flat, local(state[f"{name}_scales"]).reshape(-1)).view(stored.shape)
     if stored.dtype == torch.bfloat16:
-        return codes.joined(stored, local(state["ema_remainder"]))
-    scales = local(state["ema_scales"]).reshape(-1)
+        return codes.joined(stored, local(state[f"{name}_remainder"]))
+    scales = local(state[f"{name}_scales"]).reshape(-1)
     place = codes.E_CODES[8 * stored.element_size()].load(flat, scales, weight.reshape(-1))
     return place.value().view(stored.shape)
 
 
 def average_in(state: Mapping[str, Tensor], weight: Tensor) -> Tensor | None:
     """The average as floats, where it lies beside its weight; None where it does not."""
-    return state_in("ema", state, weight) if "ema_scales" in state else None
+    beside = next((scales for scales in SCALES_BESIDE if scales in state), None)
+    return None if beside is None else state_in(beside.removesuffix("_scales"), state, weight)
 
 
 def _bits(a: Tensor) -> Tensor:
     return a.view(torch.int32 if a.element_size() == 4 else torch.int16)
 
 
-def encode_again(param: Tensor, state: Mapping[str, Tensor], before: Tensor | None, average: Tensor | None) -> None:
+def encode_again(param: Tensor, state: dict[str, Any], before: Tensor | None, average: Tensor | None) -> None:
     """After others wrote a parameter: elements that differ from ``before``, or without that all, have no remainder, and
     ``average``, if that lay beside it, lies beside what it holds now."""
-    written = None if before is None else _bits(before) != _bits(local(param).detach())  # a NaN is not equal to itself
+    here, written = local(param).detach(), None
+    if before is not None and before.dtype is here.dtype:
+        written = _bits(before) != _bits(here)  # a NaN is not equal to itself
     if written is not None and not bool(written.any()):
         return
     if REMAINDER in state:
@@ -145,9 +177,13 @@ def encode_again(param: Tensor, state: Mapping[str, Tensor], before: Tensor | No
     if average is None:
         return
     formats = formats_in(state)
-    for name, value in zip(
-        ("ema_codes", "ema_scales"), encoded("ema", average, weight_in(param, state), formats), strict=True
-    ):
+    whole = next(name for name in AVERAGES if f"{name}_scales" in state)
+    if here.dtype == torch.float64:  # of which there are no codes
+        for part in PARTS[whole]:
+            state.pop(part, None)
+        state[whole] = _filled(whole, param, average.to(here.dtype))
+        return
+    for name, value in zip(PARTS[whole], encoded(whole, average, weight_in(param, state), formats), strict=False):
         here = local(state[name])
         here.copy_(value.view(here.shape))
 
@@ -160,13 +196,16 @@ def converted(state: Mapping[str, Tensor], param: Tensor, formats: Formats) -> d
     if formats.weight:
         new[REMAINDER] = _remainder(state.get(REMAINDER), param, formats)
     weight, plain = weight_in(param, new), formats._replace(weight=0)
-    for name in [name for name in PARTS if any(whole_name(key) == name for key in state)]:
+    for name in [name for name in STATES if has(state, name)]:
         parts = names_of(plain, [name])
         fits = all(part in state and state[part].dtype is dtype_of(part, formats, param) for part in parts)
-        if fits and ("ema_scales" not in parts or new.get(REMAINDER) is state.get(REMAINDER)):
+        if fits and (parts[-1] not in SCALES_BESIDE or new.get(REMAINDER) is state.get(REMAINDER)):
             new |= {part: state[part] for part in parts}
             continue
-        for part, tensor in zip(parts, encoded(name, state_in(name, state, was), weight, formats), strict=True):
+        value = state_in(name, state, was)
+        if name in (*SECONDS, *GRADIENTS):
+            value = value.to(dtype_of(name, formats, param))
+        for part, tensor in zip(parts, encoded(name, value, weight, formats), strict=True):
             new[part] = _filled(part, param, tensor)
     return new
 
@@ -192,8 +231,8 @@ def _remainder(rest: Tensor | None, param: Tensor, formats: Formats) -> Tensor:
 
 def encoded(name: str, value: Tensor, weight: Tensor, formats: Formats) -> tuple[Tensor, ...]:
     """A state of floats in its format, rounded to the nearest: the tensors of names_of()."""
-    if name in MOMENTS:
-        if formats.state == 32:
+    if name not in AVERAGES:
+        if formats.state == 32 or name not in MOMENTS:
             return (value,)
         if formats.state == 16:
             return (codes.split(codes.rounded(value, 16, codes.NEAREST_16), 32)[0],)

@@ -13,10 +13,13 @@ from torch import Tensor
 from . import derived
 from .averaging import Averaging
 from .batchnorm import Batches, recomputed
+from .checks import require
 from .conversions import in_float
-from .formats import asked, formats_of
+from .editing import Entry
+from .formats import formats_of
 from .memory import check_whole, share_memory
 from .sharding import gathered, is_sharded, local, on_first_rank
+from .states import empty_state
 from .zero import averaged_on_all_ranks, is_zero
 
 
@@ -51,12 +54,17 @@ def averaged(
 
 
 @torch.no_grad()
-def ema_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer, full: bool = False) -> dict[str, Any]:
+def ema_state_dict(
+    model: torch.nn.Module,
+    *optimizers: torch.optim.Optimizer,
+    full: bool = False,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
     """A copy of ``model.state_dict()`` with averaged weights, to save or to export.
 
     It is what the model's own ``state_dict()`` gives, hooks included, while the averages are in its parameters; these
-    hold their live weights again afterwards. Every parameter that has an average comes averaged, in its own dtype, also
-    where ``use_ema_eval`` is False. One that took no step yet, did not require a gradient at the last step, or is not
+    hold their live weights again afterwards. Every parameter that has an average comes averaged, also where
+    ``use_ema_eval`` is False. One that took no step yet, did not require a gradient at the last step, or is not
     ours, comes as it is. Dense tensors are copies, contiguous, and share no memory, as safetensors wants them: tied
     weights come under each of their names. Sparse and quantized tensors are copied as they are, lazy ones passed on.
 
@@ -65,10 +73,13 @@ def ema_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer, f
         optimizers: :class:`PACE`, :class:`MADA`, :class:`Pullback`, :class:`ScheduleFreeAdamW`.
         full: sharded weights (DTensors) are gathered, on the CPU of rank 0, one at a time; the other ranks get an empty
             dict. All ranks have to call it then. By default they come sharded.
+        dtype: of the averages, rounded once from what the optimizer has: ``torch.float32`` for those of a bfloat16
+            model, say. None: each in its parameter's dtype. All else comes in its own.
 
     Raises:
-        RuntimeError: no group of the optimizers keeps an average; in the middle of a step; for parameters of FSDP1.
-        ValueError: an optimizer steps no parameter of the model.
+        RuntimeError: no group of the optimizers keeps an average; in the middle of a step; for parameters of FSDP1;
+            ``dtype`` is given, and a hook of the model's ``state_dict()`` hands out something else than a parameter.
+        ValueError: an optimizer steps no parameter of the model; ``dtype`` is no floating-point dtype.
 
     >>> import pace_kernels
     >>> model = torch.nn.Linear(4, 1)
@@ -77,6 +88,8 @@ def ema_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer, f
     ['bias', 'weight']
     """
     chosen = _checked(optimizers, "ema_state_dict()")
+    floating = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    require(floating, "dtype", "None or a floating-point torch.dtype", dtype)
     if not any(optimizer._keeps_average(group) for optimizer in chosen for group in optimizer.param_groups):
         raise RuntimeError(
             "ema_state_dict(): no group of this optimizer keeps an average, as one with use_ema_eval=True does"
@@ -91,20 +104,48 @@ def ema_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer, f
         if not share_memory(model.parameters(), optimizer._params()):
             raise ValueError("ema_state_dict(): model has no parameter that this optimizer steps")
         swaps.append((optimizer, entries))
-    params = [entry.param for _, entries in swaps for entry in entries]
-    written = [*params, *(local(param) for param in params if is_sharded(param))]
-    # The contents come back bit for bit, so a graph recorded before stays right.
-    with torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(written)):
-        with ExitStack() as stack:
-            for optimizer, entries in swaps:
-                # Marked as swapped, so that train() ends what an exception out of a signal's handler leaves half done.
-                groups = [] if optimizer._swapped else optimizer.param_groups
-                stack.callback(optimizer._swap_out, entries, entries, groups)
-                optimizer._swap_in(entries, groups)
-            derived.forget(model, ())
-            exported: dict[str, Any] = _exported(model.state_dict(), full)
+    with ExitStack() as stack:
+        stack.callback(derived.forget, model, ())
+        for optimizer, entries in swaps:
+            # Marked as swapped, so that train() ends what an exception out of a signal's handler leaves half done.
+            groups = [] if optimizer._swapped else optimizer.param_groups
+            versions = _versions(entries)
+            stack.callback(optimizer._swap_out, entries, entries, groups, versions=versions)
+            optimizer._swap_in(entries, groups, versions)
         derived.forget(model, ())
+        exported: dict[str, Any] = _exported(model.state_dict(), full)
+        if dtype is not None:
+            every = [(optimizer, entry) for optimizer in chosen for entry in optimizer._entries(optimizer.param_groups)]
+            _enter_averages(exported, model, every, full, dtype)
     return exported if not full or on_first_rank() else {}
+
+
+def _enter_averages(
+    exported: dict[str, Any], model: torch.nn.Module, every: list[tuple[Averaging, Entry]], full: bool, dtype: Any
+) -> None:
+    """Puts averages in this dtype in place of what swapped parameters hold."""
+    found = {id(entry.param): (optimizer, entry) for optimizer, entry in every}
+    missing = {id(param): name for name, param in model.named_parameters() if id(param) in found}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) in found:
+            optimizer, entry = found[id(value)]
+            missing.pop(id(value), None)
+            average = empty_state(entry.param, dtype)
+            local(average).copy_(optimizer._average_in(entry))
+            exported[name] = _exported(average, full)
+    if missing:
+        raise RuntimeError(
+            f"ema_state_dict(dtype={dtype}): the model's state_dict() has {next(iter(missing.values()))} not as the "
+            "parameter that it is, so it comes in the parameter's dtype alone: leave dtype out"
+        )
+
+
+def _versions(entries: list[Entry]) -> Any:
+    """torch's context that brings their versions back: contents come back bit for bit, so that a graph which was
+    recorded before stays right."""
+    params = [entry.param for entry in entries]
+    written = [*params, *(local(param) for param in params if is_sharded(param))]
+    return torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(written))
 
 
 @torch.no_grad()
@@ -114,7 +155,7 @@ def master_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer
 
     Arguments:
         model: the model whose parameters the optimizers step.
-        optimizers: :class:`PACE` with ``master_weight_bits``.
+        optimizers: :class:`PACE`, :class:`MADA` or :class:`ScheduleFreeAdamW` with ``master_weight_bits``.
 
     Raises:
         RuntimeError: in the middle of a step; while averages are swapped in.
@@ -130,7 +171,7 @@ def master_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer
         optimizer._require_whole("master_state_dict()")
         optimizer._require_live("master_state_dict()")
         for group in optimizer.param_groups:
-            wanted = asked(group)
+            wanted = optimizer._wanted(group)
             for param in group["params"]:
                 if formats_of(wanted, param).weight:
                     masters[id(param)] = in_float(param, optimizer.state.get(param, {}))

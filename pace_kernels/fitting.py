@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .checks import Group
-from .conversions import as_coded, converted, new_state, weight_in
-from .formats import CODED, MOMENTS, PARTS, REMAINDER, dtype_of, is_beside, names_of, whole_name
+from .conversions import STATES, as_coded, converted, new_state, weight_in
+from .formats import CODED, GRADIENTS, MOMENTS, REMAINDER, SECONDS, dtype_of, is_beside, names_of, whole_name
 from .memory import aligned, check_whole
 from .planning import Planning
 from .sharding import is_sharded, local, placed_alike
@@ -75,11 +75,11 @@ class Fitting(Planning):
         self._place_steps(work, columns["step"])
         return columns
 
-    @staticmethod
-    def _have_dtypes(work: Work, names: tuple[str, ...], columns: dict[str, list[Tensor]]) -> bool:
+    def _have_dtypes(self, work: Work, names: tuple[str, ...], columns: dict[str, list[Tensor]]) -> bool:
         """Whether the states are of the dtypes of their formats; plain ones all are of one."""
         looked_at = names[1:2] if work.formats is PLAIN else names[1:]
-        wanted = {name: dtype_of(name, work.formats, work.params[0]) for name in looked_at}
+        plain = (name for name in looked_at if name not in self._STATE_ROWS)
+        wanted = {name: dtype_of(name, work.formats, work.params[0]) for name in plain}
         same = ({value.dtype for value in columns[name]} == {dtype} for name, dtype in wanted.items())
         return bool(wanted) and all(same)
 
@@ -88,8 +88,8 @@ class Fitting(Planning):
         these. It means the same afterwards."""
         if formats is PLAIN and not any(name in CODED for name in state):
             return
-        there = [name for name in state if name in CODED or name in PARTS]
-        wanted = names_of(formats, {whole_name(name) for name in there} & PARTS.keys())
+        there = [name for name in state if name in CODED or name in STATES]
+        wanted = names_of(formats, {whole_name(name) for name in there if name != REMAINDER})
         if all(name in wanted and state[name].dtype is dtype_of(name, formats, param) for name in there):
             return  # one that is missing is new, as every other state
         self._check_unedited("step()", (param,))
@@ -101,7 +101,9 @@ class Fitting(Planning):
         """A state at a parameter's first step; ``state`` has those before it."""
         coded = name in CODED or (name in MOMENTS and work.formats.state == 16)
         if not coded:
-            return self._initial(name, param, work.group, state)
+            first = self._initial(name, param, work.group, state)
+            narrow = name in (*SECONDS, *GRADIENTS) and dtype_of(name, work.formats, param) is not first.dtype
+            return as_state(param, first, dtype_of(name, work.formats, param)) if narrow else first
         check_whole((local(param),))
         return new_state(name, work.formats, param, state)
 

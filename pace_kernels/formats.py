@@ -3,11 +3,13 @@ then. The formats themselves: csrc/codes.h, torch_rules/codes.py; the way from e
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .checks import Group, check_switch, require
 from .sharding import is_sharded, is_wrapper, local
@@ -24,16 +26,23 @@ OPTIONS: dict[str, Any] = {
 
 REMAINDER = "remainder"
 HASH = "weights_hash"  # in checkpoints, of the weights beside which an average lies; it stays until that is used first
-AVERAGES_BESIDE = "ema_bits 8 or 16, which is known only beside its weights"
-MOMENTS: dict[str, codes.MCode | codes.VCode] = {"exp_avg": codes.M_CODE, "exp_avg_sq": codes.V_CODE}
+MOMENTS: dict[str, codes.MCode | codes.VCode] = {
+    "exp_avg": codes.M_CODE, "exp_avg_sq": codes.V_CODE, "exp_avg_diff": codes.M_CODE, "exp_avg_lion": codes.M_CODE,
+}  # fmt: skip
+# The average of the weights, or what it is computed from together with them (schedule-free's z).
+AVERAGES = ("ema", "z")
+# States that lie in bfloat16 with state_bits of 16 and 8: a mean or maximum of second moments, and gradients that are
+# kept, these of bfloat16 parameters alone. A maximum is rounded to nearest, since one of dithered values creeps up.
+SECONDS = ("mean_exp_avg_sq", "max_exp_avg_sq")
+GRADIENTS = ("last_grad", "older_grad")
 # Each state that may be coded, with the names that it may have then.
 PARTS = {
     **{name: (f"{name}_codes", f"{name}_scales") for name in MOMENTS},
-    "ema": ("ema_codes", "ema_scales", "ema_remainder"),
+    **{name: (f"{name}_codes", f"{name}_scales", f"{name}_remainder") for name in AVERAGES},
 }
 CODED = (*(part for parts in PARTS.values() for part in parts), REMAINDER)
 _WHOLE = {part: name for name, parts in PARTS.items() for part in parts}
-AVERAGE = ("ema", *PARTS["ema"], HASH)
+SCALES_BESIDE = tuple(f"{name}_scales" for name in AVERAGES)  # of averages that are known only beside their weights
 EMA_DTYPES = {24: torch.bfloat16, 16: torch.int16, 8: torch.int8}
 
 
@@ -53,6 +62,19 @@ def check_format_options(group: Group) -> None:
             "stochastic_rounding is for bfloat16 parameters without master weights, and master_weight_bits is "
             f"{given['master_weight_bits']}"
         )
+
+
+def warn_if_idle(groups: Iterable[Group]) -> None:
+    """Warns where options for bfloat16 parameters are given, and there are none."""
+    groups = list(groups)
+    for name in ("master_weight_bits", "stochastic_rounding"):
+        asking = [group for group in groups if group.get(name, OPTIONS[name]) != OPTIONS[name]]
+        if asking and not any(param.dtype == torch.bfloat16 for group in asking for param in group["params"]):
+            warnings.warn(
+                f"{name} is for bfloat16 parameters, and there are none: convert the model first, as by "
+                "model.bfloat16()",
+                stacklevel=3,
+            )
 
 
 def asked(group: Group) -> Formats:
@@ -77,12 +99,14 @@ def formats_of(wanted: Formats, param: Tensor) -> Formats:
 
 def why_float32(param: Tensor) -> str | None:
     """Why the states of a parameter are not compressed; None where they can be."""
+    if is_lazy(param):
+        return "it has no shape yet"
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it is {str(param.dtype).removeprefix('torch.')}"
     if is_wrapper(local(param)):
         return "it is a tensor subclass that wraps others"
     if param.dim() < 2:
-        return f"it has {param.dim()} dimensions, fewer than 2"
+        return f"it has {param.dim()} dimension{'' if param.dim() == 1 else 's'}, fewer than 2"
     if param.numel() < LEAST:
         return f"it has {param.numel()} elements, fewer than {LEAST}"
     if param.shape[1:].numel() % BLOCK:
@@ -133,8 +157,9 @@ def names_of(formats: Formats, states: Iterable[str]) -> tuple[str, ...]:
     for name in states:
         if name in MOMENTS and formats.state == 8:
             found += PARTS[name]
-        elif name == "ema" and formats.ema < 32:
-            found += ("ema_codes", "ema_remainder" if formats.ema == 24 else "ema_scales")
+        elif name in AVERAGES and formats.ema < 32:
+            codes_of, scales, rest = PARTS[name]
+            found += (codes_of, rest if formats.ema == 24 else scales)
         else:
             found.append(name)
     return (*found, REMAINDER) if formats.weight else tuple(found)
@@ -144,26 +169,46 @@ def dtype_of(name: str, formats: Formats, param: Tensor) -> torch.dtype:
     """The dtype of a parameter's state of this name."""
     if name == REMAINDER:
         return torch.int16 if formats.weight == 32 else torch.int8
-    if name == "ema_remainder":
-        return torch.int8
-    if name == "ema_codes":
-        return EMA_DTYPES[formats.ema]
     if name in CODED:
-        return torch.uint8
-    return torch.bfloat16 if name in MOMENTS and formats.state == 16 else state_dtype(param)
+        if name.endswith("_remainder"):
+            return torch.int8
+        return EMA_DTYPES[formats.ema] if whole_name(name) in AVERAGES and name.endswith("_codes") else torch.uint8
+    narrow = (name in MOMENTS and formats.state == 16) or (name in SECONDS and formats.state < 32)
+    narrow = narrow or (name in GRADIENTS and formats.state < 32 and param.dtype == torch.bfloat16)
+    return torch.bfloat16 if narrow else state_dtype(param)
+
+
+def may_be_narrow(name: str) -> bool:
+    """Whether a state of this name may lie in bfloat16."""
+    return name in MOMENTS or name in SECONDS or name in GRADIENTS
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """The names under which a state may be there."""
+    return (name, *PARTS.get(name, ()))
+
+
+def every_name(*states: str) -> tuple[str, ...]:
+    """All names under which these states may be there, and a remainder beside the weight."""
+    parts = (part for name in states for part in PARTS.get(name, ()))
+    return (*states, *parts, REMAINDER)
+
+
+def has(state: Collection[str], name: str) -> bool:
+    """Whether a state is there, in whatever format."""
+    return name in state or f"{name}_codes" in state
 
 
 def has_average(state: Collection[str]) -> bool:
-    return "ema" in state or "ema_codes" in state
+    return has(state, "ema")
 
 
 def formats_in(state: Mapping[str, Tensor]) -> Formats:
     """The formats of the states that are there."""
-    second = state.get("exp_avg_sq", state.get("exp_avg"))
     bits = 8 if any(f"{name}_codes" in state for name in MOMENTS) else 32
-    if second is not None and second.dtype == torch.bfloat16:
+    if any(name in state and state[name].dtype == torch.bfloat16 for name in MOMENTS):
         bits = 16
-    ema = state.get("ema_codes")
+    ema = next((state[f"{name}_codes"] for name in AVERAGES if f"{name}_codes" in state), None)
     ema_bits = 32 if ema is None else next(bits for bits, dtype in EMA_DTYPES.items() if dtype == ema.dtype)
     rest = state.get(REMAINDER)
     return Formats(bits, ema_bits, 0 if rest is None else 8 * rest.element_size() + 16)
@@ -171,11 +216,17 @@ def formats_in(state: Mapping[str, Tensor]) -> Formats:
 
 def beside(states: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
     """What lies beside the states of a call, by the names of the operator's lists."""
-    lists = {"exp_avg_scales": "exp_avg_scales", "exp_avg_sq_scales": "exp_avg_sq_scales", "ema_scales": "ema_scales"}
-    lists |= {"ema_remainder": "ema_scales", REMAINDER: "remainders"}
+    lists = {parts[1]: parts[1] for parts in PARTS.values()} | {REMAINDER: "remainders"}
+    lists |= {f"{name}_remainder": f"{name}_scales" for name in AVERAGES}
     return {lists[name]: tensors for name, tensors in states.items() if name in lists}
+
+
+def taken(states: Mapping[str, list[Tensor]], *names: str) -> list[Tensor]:
+    """The list of a state for a call, plain or in codes: of the first of these names that is there; else none."""
+    found = (states[part] for name in names for part in (name, f"{name}_codes") if part in states)
+    return next(found, [])
 
 
 def is_beside(state: Collection[str]) -> bool:
     """Whether there is an average that is known only beside its weights."""
-    return "ema_scales" in state
+    return any(name in state for name in SCALES_BESIDE)

@@ -33,7 +33,9 @@ def step_in_backward(
     that was used in part, and ends the iteration. Schedulers, ``averaged()``, ``memory()`` and ``state_dict()``, which
     has the keys of ``factory(model.parameters())``, work as with that optimizer. The learning rate is the one that is
     set when ``backward()`` begins. Several backward passes before ``step()``, that is accumulation of gradients, are
-    refused: the first would have stepped already.
+    refused: the first would have stepped already. So is ``torch.amp.GradScaler``, but by ``step()`` alone: a
+    ``scaler.scale(loss).backward()`` before it has stepped, by scaled gradients, before anything could tell. Load the
+    last checkpoint then, and train in bfloat16, which needs no scaler.
 
     Arguments:
         model: its parameters are stepped. On several ranks they have to be sharded by ``fully_shard`` first:
@@ -42,7 +44,9 @@ def step_in_backward(
             without ``skip_nonfinite``, which would have to know all gradients before the first is used.
         bucket_bytes: bytes of gradients that are stepped together, ≥ 1: one launch on a GPU.
         max_norm: clips gradients by ``min(1, max_norm / norm)``, where norm is that of the *previous* iteration, since
-            that of this one is known too late; the first iteration is not clipped. None: no clipping.
+            that of this one is known too late. The first iteration is not clipped, nor the first after a checkpoint was
+            loaded, nor one that follows a norm which is not finite: a NaN or an infinity in one gradient would
+            otherwise reach all weights, or stop them. None: no clipping.
 
     Raises:
         TypeError: ``factory`` returns something else than a PACE.
@@ -185,7 +189,8 @@ class _InBackward(PACE):
     def _coefficient(self) -> Tensor | None:
         if self._max_norm is None or self._norm is None:
             return None
-        return (self._max_norm / (self._norm + 1e-6)).clamp(max=1.0)
+        coefficient = (self._max_norm / (self._norm + 1e-6)).clamp(max=1.0)
+        return torch.where(self._norm.isfinite(), coefficient, 1.0)
 
     @torch.optim.Optimizer.profile_hook_step  # the class was exchanged after torch had looked at its step
     def step(self, closure: Callable[[], Any] | None = None, *, clip_coef: Tensor | float | None = None) -> Any:

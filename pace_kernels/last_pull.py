@@ -65,6 +65,7 @@ class LastPull:
             or pull.device.type not in ("cpu", "cuda")
             or is_fake(pull.params[0])
             or any(pull.rounds)
+            or pull.scales  # averages in codes: plans of whole steps take them up
         ):
             return None
         entries = list(map(states.get, pull.owners))

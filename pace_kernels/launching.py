@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from .backend import say_once
 from .checkpoints import Checkpoints
-from .formats import AVERAGE, has_average
+from .formats import HASH, has_average, parts_of
 from .memory import aligned, as_bytes, is_askew, overlap_in_part, region
 from .operands import check_operands
 from .sharding import PLAIN, local
@@ -154,7 +154,7 @@ class Launching(Checkpoints):
                     mended = True
                 average = state.get("ema", state.get("ema_codes"))
                 if average is not None and average.shape != owner.shape:
-                    for name in AVERAGE:  # as that of a parameter at rest; the step makes a new one
+                    for name in (*parts_of("ema"), HASH):  # as that of a parameter at rest; the step makes a new one
                         state.pop(name, None)
                     mended = True
                     say_once(_RESIZED)
@@ -203,9 +203,9 @@ class Launching(Checkpoints):
         frozen = [p for group in self.param_groups for p in group["params"] if not p.requires_grad]
         at_rest = [s for p in frozen if (s := self.state.get(p, fresh.get(p))) is not None]
         stepped = any(p.grad is not None for p in frozen)
-        if stepped or any(map(has_average, at_rest)):
+        if self._AVERAGE == "ema" and (stepped or any(map(has_average, at_rest))):
             # A parameter at rest is live in the average: where it steps again, its average starts anew.
-            calls += [each(dict.pop, at_rest, repeat(name), repeat(None)) for name in AVERAGE]
+            calls += [each(dict.pop, at_rest, repeat(name), repeat(None)) for name in (*parts_of("ema"), HASH)]
         return [*calls, *self._counting]
 
     def _entering(self, works: list[Work]) -> tuple[list[Call], dict[Tensor, dict[str, Tensor]]]:

@@ -13,9 +13,10 @@ from torch.optim.optimizer import ParamsT
 
 from .backend import BackendName
 from .checks import Group, check_torchs_options, require
+from .conversions import state_in
 from .fitting import NO_STATE
+from .formats import beside, every_name, parts_of, taken
 from .launching import Prepared, of_c
-from .mada_checkpoints import MadaCheckpoints
 from .mada_options import (
     LEARNED,
     LEARNING,
@@ -30,18 +31,17 @@ from .mada_options import (
     fixed,
     state_tensors,
 )
+from .mada_plans import MadaPlans
 from .memory import check_whole
 from .ops import COEFFICIENTS, HYPERGRADIENTS, LAST_SCALARS, NO_GRADIENT
 from .options import make_plain
-from .plan import Plan
-from .planning import NO_ROLES
 from .sharding import local
-from .states import Work, as_state, moved
+from .states import Work, as_state, empty_state, moved
 from .torch_rules.common import by_graph
 from .whole import Call, each
 
 
-class MADA(MadaCheckpoints):
+class MADA(MadaPlans):
     """A parameterized optimizer that spans AdamW, AVGrad, AMSGrad, Adan, Yogi and Lion, and learns its six coefficients
     while it trains, by hypergradient descent, in one pass over memory.
 
@@ -72,7 +72,7 @@ class MADA(MadaCheckpoints):
 
     Arguments:
         params: parameters, named parameters, or groups of them: dense, of dtype float32, bfloat16, float16 or float64.
-            States are float32 (float64 for float64 parameters).
+            States are float32 (float64 for float64 parameters), but for ``state_bits`` and ``ema_bits``.
         lr: α ≥ 0, a number or a tensor with one element. A step with lr = 0 leaves the coefficients alone.
         betas: (β1, β2), each in [0, 1).
         eps: ε ≥ 2**-126, float32's smallest normal number, and ≥ 2**-51 where something is learned.
@@ -94,6 +94,9 @@ class MADA(MadaCheckpoints):
         lambda_pullback: c ≥ 0 of :class:`PACE`: pulls toward an average of the weights, by the D = sqrt(V) + ε of MADA.
             The gain is a constant for the hypergradients.
         clamp_pullback, beta_ema, ema_kappa, ema_rho, ema_gamma, ema_update_freq, pullback_from: as in :class:`PACE`.
+        state_bits: as in :class:`PACE`, of all moments. Below 32, ṽ lies in bfloat16, and so do the gradients that are
+            kept of bfloat16 parameters.
+        ema_bits, master_weight_bits, stochastic_rounding: as in :class:`PACE`.
         use_ema_eval: whether ``eval()`` and ``averaged()`` swap this group's average in; keeps an average.
         maximize: whether to maximize the objective.
         capturable: whether the step counts live on the parameters' device, for CUDA graphs. What changes between
@@ -132,7 +135,7 @@ class MADA(MadaCheckpoints):
     """
 
     _OPERATOR = "mada_step_"
-    _STATE_TENSORS = (
+    _STATE_TENSORS = every_name(
         *("exp_avg", "exp_avg_sq", "exp_avg_diff", "mean_exp_avg_sq", "max_exp_avg_sq", "exp_avg_lion"),
         *("last_grad", "older_grad", "ema"),
     )
@@ -173,6 +176,10 @@ class MADA(MadaCheckpoints):
         ema_gamma: float = 1.0,
         ema_update_freq: int = 1,
         pullback_from: Literal["weights", "step"] = "weights",
+        state_bits: Literal[32, 16, 8] = 32,
+        ema_bits: Literal[32, 24, 16, 8] | None = None,
+        master_weight_bits: Literal[24, 32] | None = None,
+        stochastic_rounding: bool = False,
         maximize: bool = False,
         capturable: bool = False,
         skip_nonfinite: bool = False,
@@ -209,6 +216,10 @@ class MADA(MadaCheckpoints):
             "ema_gamma": ema_gamma,
             "ema_update_freq": ema_update_freq,
             "pullback_from": pullback_from,
+            "state_bits": state_bits,
+            "ema_bits": ema_bits,
+            "master_weight_bits": master_weight_bits,
+            "stochastic_rounding": stochastic_rounding,
             "maximize": maximize,
             "capturable": capturable,
             "skip_nonfinite": skip_nonfinite,
@@ -260,6 +271,7 @@ class MADA(MadaCheckpoints):
 
     def _check_options(self, group: Group) -> None:
         check_mada_options(group)
+        self._check_formats(group)
 
     def _completed(self, param_group: Group) -> Group:
         first = self.param_groups[0] if self.param_groups else self.defaults
@@ -304,8 +316,13 @@ class MADA(MadaCheckpoints):
             return row
         if name in ("mean_exp_avg_sq", "max_exp_avg_sq"):
             # v̄ itself, which is 0 but in a checkpoint of Adam: as if it had been that all along.
-            check_whole((local(state["exp_avg_sq"]),))
-            return as_state(param, state["exp_avg_sq"])
+            parts = [state[part] for part in parts_of("exp_avg_sq") if part in state]
+            check_whole(map(local, parts))
+            if "exp_avg_sq" in state:
+                return as_state(param, state["exp_avg_sq"])
+            new = empty_state(param)
+            local(new).copy_(state_in("exp_avg_sq", state, param))
+            return new
         return super()._initial(name, param, group, state)
 
     # ---- the step --------------------------------------------------------------------------------------------------
@@ -323,42 +340,6 @@ class MADA(MadaCheckpoints):
     def _scheduled(self, group: Group, names: Sequence[str]) -> dict[str, float] | None:
         return super()._scheduled(group, names) if set(names).isdisjoint(LEARNED) else None
 
-    def _can_plan(self, works: list[Work]) -> bool:
-        learns = any(work.group["learn"] for work in works)
-        if learns and (self._ranks() is not None or any(work.axes for work in works)):
-            return False  # ranks add up what they learn from
-        if any(w.group["learn"] and w.group["coefficient_values"].device != w.device for w in works):
-            return False  # each step makes a copy
-        return super()._can_plan(works)
-
-    def _planned(self, works: list[Work], mask: tuple[bool, ...], roles: Mapping[str, str] = NO_ROLES) -> Plan:
-        """Where gradients change places, two plans, each of them followed by the other."""
-        plan = self._learning_plan(works, mask, roles)
-        turned = [] if works[0].on_device else [r for part in plan.parts for r in part.dicts if "older_grad" in r]
-        if turned:
-            other = self._learning_plan(works, mask, {"last_grad": "older_grad", "older_grad": "last_grad"})
-            pairs = [(record["last_grad"], record["older_grad"]) for record in turned]
-            there = [{"last_grad": older, "older_grad": last} for last, older in pairs]
-            back = [{"last_grad": last, "older_grad": older} for last, older in pairs]
-            plan.turned, other.turned = (turned, there), (turned, back)
-            plan.after = other
-        return plan
-
-    def _learning_plan(self, works: list[Work], mask: tuple[bool, ...], roles: Mapping[str, str]) -> Plan:
-        self._sums = []
-        try:
-            plan = super()._planned(works, mask, roles)
-        finally:
-            self._sums = []
-        sets: dict[int, list[int]] = {}
-        for k, work in enumerate(works):
-            if work.group["learn"]:
-                sets.setdefault(id(work.group["coefficient_values"]), []).append(k)
-        for parts in sets.values():
-            group = works[parts[0]].group
-            plan.learn([group[name] for name in LEARNED], parts, self._arguments(group).learn)
-        return plan
-
     def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> Call:
         group, device = work.group, work.device
         options = {**self._arguments(group).step, "capturable": work.on_device, **work.lr(), **work.scaling}
@@ -367,23 +348,17 @@ class MADA(MadaCheckpoints):
             values = moved(group["coefficient_values"], device)
             sums = torch.empty(len(HYPERGRADIENTS), dtype=values.dtype, device=device)
             self._sums.append((group, sums, work))
-        get = states.get
         return partial(
             of_c(work.backend.op(self._OPERATOR)),
             work.params,
             work.grads,
-            get("exp_avg", []),
-            get("exp_avg_sq", []),
-            get("exp_avg_diff", []),
-            get("mean_exp_avg_sq") or get("max_exp_avg_sq", []),
-            get("exp_avg_lion", []),
-            get("last_grad", []),
-            get("older_grad", []),
-            get("last_scalars", []),
-            get("ema", []),
+            *(taken(states, name) for name in ("exp_avg", "exp_avg_sq", "exp_avg_diff")),
+            taken(states, "mean_exp_avg_sq", "max_exp_avg_sq"),
+            *(taken(states, name) for name in ("exp_avg_lion", "last_grad", "older_grad", "last_scalars", "ema")),
             states["step"],
             values,
             sums,
+            **beside(states),
             **options,
         )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .checks import Group, check_number, checked_count, plain_number, require
 from .coefficients import Coefficients
+from .formats import has
 from .mada_options import LEARNING, REDONE_BY, check_sharing, check_start, expanded
 from .ops import COEFFICIENTS, DONE, LAST_SCALARS, NO_GRADIENT, REDO
 
@@ -110,7 +111,7 @@ class MadaCheckpoints(Coefficients):
             self._check_last_scalars(state["last_scalars"], group, name)
             last = group["last_options"]
             for needed in last[1] if last else self._state_tensors(group):
-                if needed not in state and needed != "ema" and state["last_scalars"][0] == REDO:
+                if not has(state, needed) and needed != "ema" and state["last_scalars"][0] == REDO:
                     raise ValueError(f"{name} lacks {needed}, without which its last step can't be redone")
         if "last_grad" in state and "last_scalars" not in state and "last_scalars" in self._state_tensors(group):
             # An earlier version kept scalars only where something was learned. The gradient is one of a step all the

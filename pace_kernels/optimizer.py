@@ -68,7 +68,7 @@ class KernelOptimizer(Fitting):
         self._dry = False
         self._incoming = None
         self._records, self._changed, self._unchecked = {}, [], set()
-        self._versions, self._left = {}, {}
+        self._versions, self._left, self._dtypes = {}, {}, {}
         self._unfinished = []
         self._apart, self._twins, self._askew, self._counting = set(), set(), False, []
         self._plans = Plans()

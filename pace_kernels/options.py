@@ -80,8 +80,6 @@ def check_given(group: Mapping[str, Any], own: Collection[str], name: str, kind:
     """Refuses a group that has options of ours beside some that nobody here knows: a wrapper's, as a rule, which hands
     over its groups with its own options in them, such as SAM's rho."""
     ours = [option for option in own if option in group and option not in _COMMON]
-    if group.get("master_weight_bits") is not None and "master_weight_bits" not in own and "swapped" not in group:
-        raise ValueError(f"{name} has master_weight_bits={group['master_weight_bits']!r}: {kind} has no such option")
     strangers = sorted(str(option) for option in group if option not in (*_FOREIGN, *_COMMON, *own))
     if ours and strangers and "swapped" not in group:  # that one is in the groups of an optimizer of ours
         raise ValueError(

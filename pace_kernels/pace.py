@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
@@ -15,29 +14,21 @@ from torch.optim.optimizer import ParamsT
 
 from .backend import BackendName
 from .checks import Group, check_average_options, check_common_options, check_switch, check_torchs_options
+from .compressing import Compressing
 from .definitions import DEFINITIONS
-from .formats import CODED, OPTIONS, asked, beside, check_format_options
+from .formats import beside, every_name, taken
 from .launching import Prepared, of_c
-from .memory import region
 from .ops import PACE_STATS
-from .optimizer import KernelOptimizer
 from .options import make_plain
 from .plan import Plan
 from .planning import NO_ROLES
 from .sharding import Axes, gathered_rows, on_host
-from .states import PLAIN, Work
+from .states import Work
 from .torch_rules.pace import PaceOptions, average_weight, merge_stats
 from .whole import Call
 
 
-def _are_twins(works: list[Work]) -> bool:
-    """Whether a parameter with a remainder, or with an average beside it, is one memory with another parameter."""
-    found = [(region(p), w.formats.weight or w.formats.on_grid) for w in works for p in w.params]
-    count = Counter(where for where, _ in found if where is not None)
-    return any(coded and count[where] > 1 for where, coded in found if where is not None)
-
-
-class PACE(KernelOptimizer):
+class PACE(Compressing):
     """AdamW whose weights are pulled toward their own moving average, in one pass over memory.
 
     ::
@@ -117,9 +108,9 @@ class PACE(KernelOptimizer):
     """
 
     _OPERATOR = "pace_step_"
-    _STATE_TENSORS = ("exp_avg", "exp_avg_sq", "ema", *CODED)
+    _STATE_TENSORS = every_name("exp_avg", "exp_avg_sq", "ema")
     _OWN_OPTION = "log_stats"
-    _ONLY_OPTIONS = ("log_stats", *OPTIONS)
+    _ONLY_OPTIONS = ("log_stats",)
 
     _step_stats: list[tuple[Tensor, Axes]]  # of the last step
     _new_stats: list[tuple[Tensor, Axes]]  # of the step that is being taken
@@ -185,52 +176,17 @@ class PACE(KernelOptimizer):
         self._step_supports_amp_scaling = bool(fused)
         super().__init__(params, defaults, backend)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for name, default in OPTIONS.items():  # formats.py says why
-            if group[name] == default:
-                del group[name]
-
     def _check_options(self, group: Group) -> None:
         check_common_options(group, DEFINITIONS[self._OPERATOR].options)
         check_average_options(group)
         check_switch("log_stats", group["log_stats"])
-        check_format_options(group)
-        if asked(group) is not PLAIN:
-            for i, param in enumerate(group.get("params", ())):  # of a checkpoint's group they are numbers
-                if isinstance(param, Tensor) and param.requires_grad and (why := self._no_codes(param, group)):
-                    raise ValueError(f"{self._name(group, i)} {why}")
-
-    def _no_codes(self, param: Tensor, group: Group) -> str | None:
-        """Why a parameter can't be stepped in the formats that the group asks for; None where it can."""
-        if asked(group).weight and param.dtype not in (torch.bfloat16, torch.float32):
-            return f"is {param.dtype}: master_weight_bits is for torch.bfloat16, in groups of their own"
-        return None
-
-    def _states(self, work: Work) -> dict[str, list[Tensor]]:
-        if asked(work.group) is not PLAIN:  # a parameter may have been changed since it was checked
-            for owner in work.owners:
-                if (why := self._no_codes(owner, work.group)) is not None:
-                    raise RuntimeError(f"a parameter of shape {tuple(owner.shape)} {why}")
-        return super()._states(work)
-
-    def _separated(self, works: list[Work]) -> list[Work]:
-        parts = super()._separated(works)
-        if parts is not works and _are_twins(works):
-            raise RuntimeError(
-                "two parameters are one memory, and each would have a remainder or codes of its own beside it: with "
-                "master_weight_bits, or ema_bits of 8 or 16, tie them as one parameter"
-            )
-        return parts
+        self._check_formats(group)
 
     def _merged(self, saved: Group, group: Group) -> Group:
         # Of MADA: other rules than AdamW's have states of other names, but for Yogi's, which c mixes in.
         if saved.get("c", 1.0) != 1.0:
             raise ValueError(f"c is {saved['c']!r} in a checkpoint of MADA: PACE is AdamW, where it is 1.0")
-        options = super()._merged(saved, group)
-        options = {k: v for k, v in options.items() if k not in OPTIONS}  # how states lie is the constructor's
-        return options | {k: v for k, v in group.items() if k in OPTIONS}
+        return super()._merged(saved, group)
 
     def _state_tensors(self, group: Group) -> tuple[str, ...]:
         moment = ("exp_avg",) if group["betas"][0] != 0.0 else ()
@@ -280,7 +236,7 @@ class PACE(KernelOptimizer):
             of_c(work.backend.op(self._OPERATOR)),
             work.params,
             work.grads,
-            *(states.get(name, states.get(f"{name}_codes", [])) for name in ("exp_avg", "exp_avg_sq", "ema")),
+            *(taken(states, name) for name in ("exp_avg", "exp_avg_sq", "ema")),
             states["step"],
             stats,
             **beside(states),

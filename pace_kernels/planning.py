@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
-from .averaging import version_of
 from .checks import Group
+from .editing import version_of
 from .formats import names_of
 from .launching import Launching, Prepared
 from .options import Record

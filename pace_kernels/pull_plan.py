@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .checks import Group, check_lr
 from .definitions import DEFINITIONS
+from .editing import version_of
 from .launching import of_c
 from .plan import CAPTURED, numbers_of, stream_of
-from .pulls import AVERAGE, STEP, SWAPPED, Moves, Pull, Row, ahead, versions
+from .pulls import STEP, SWAPPED, Moves, Pull, Row, ahead, versions
 from .sharding import PLAIN, is_sharded, local
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class PullPlan:
             dicts = self.dicts[start : start + len(pull.owners)]
             start += len(pull.owners)
             corrected = pull.moment is not None and pull.moment.beta2 != 0.0
-            names = [AVERAGE, STEP, *([pull.moment.name] if pull.moment else []), *(["step"] if corrected else [])]
+            names = [*pull.names, STEP, *([pull.moment.name] if pull.moment else []), *(["step"] if corrected else [])]
             self.values_of.append((operator.itemgetter(*names), dicts))
             if corrected:
                 theirs = [state["step"] for state in dicts]
@@ -107,11 +108,14 @@ class PullPlan:
         self.copy = partial(of_c(backend.op("plan_before_")), handle, self.params[0])
         self.pull = partial(of_c(backend.op("plan_step_")), handle, self.params[0], ())
         for pull, row, numbers in zip(pulls, self._rows_by_pull(), self.numbers, strict=True):
-            emas = list(map(local, pull.emas))
-            lists = [pull.params, pull.befores, pull.seconds, emas, pull.steps]
+            emas, scales = (list(map(local, some)) for some in (pull.emas, pull.scales))
+            lists = [pull.params, pull.befores, pull.seconds, emas, pull.steps, *([scales] if scales else [])]
             extras = [None if row is None else row.stats, None]
             add(handle, _DEFINITION.op, list(chain.from_iterable(lists)), list(map(len, lists)), extras, numbers)
         self.moves = Moves(versions(self.counts))
+        lying = [pull for pull in pulls if pull.formats.on_grid]
+        self.beside = [owner for pull in lying for owner in pull.owners]
+        self.lie = [param for pull in lying for param in pull.params]
 
     @classmethod
     def of(cls, optimizer: Pulling, pulls: list[Pull], rest: list[Tensor], rows: list[Row]) -> PullPlan | None:
@@ -229,6 +233,7 @@ class PullPlan:
                 or not self._has_its_states(optimizer.base.state)
                 or versions(self.counts) != self.moves.seen
                 or stream_of(self.device) != self.stream
+                or not all(map(operator.eq, map(optimizer._left.get, self.beside), map(version_of, self.lie)))
             ):
                 return False
             self.copy(options)
@@ -260,6 +265,7 @@ class PullPlan:
             self.pull(options)
         except RuntimeError:  # so it does here; a ValueError says that some parts have stepped
             return False
+        optimizer._left.update(zip(self.beside, map(version_of, self.lie), strict=True))
         optimizer._scratch.rows = self.rows
         self.moves.note(versions(self.counts), self._offsets_stay)
         return True

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .formats import parts_of
 from .ops import PACE_STATS
 from .pulls import AVERAGE, STEP, Row
 from .sharding import gathered_rows, on_host
 from .torch_rules.pace import merge_stats
 
 if TYPE_CHECKING:
-    from .pullback import Pullback
+    from .pullback_checkpoints import PullbackCheckpoints
 
 
 def _merged(rows: list[Row]) -> dict[str, float]:
@@ -54,7 +55,7 @@ def statistics(rows: list[Row]) -> dict[str, float]:
 class Averager(Mapping[Tensor, dict[str, Any]]):
     """What a Pullback keeps of each parameter that has an average: a view of the base's states."""
 
-    def __init__(self, optimizer: Pullback) -> None:
+    def __init__(self, optimizer: PullbackCheckpoints) -> None:
         self._optimizer = optimizer
 
     @property
@@ -69,7 +70,7 @@ class Averager(Mapping[Tensor, dict[str, Any]]):
     def __getitem__(self, param: Tensor) -> dict[str, Any]:
         state = self._optimizer.state.get(param) or {}
         found = {"step": state.get(STEP, torch.zeros(()))}
-        return found | {name: state[name] for name in (AVERAGE, "live") if name in state}
+        return found | {name: state[name] for name in (*parts_of(AVERAGE), "live") if name in state}
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter([p for p, state in self._optimizer.state.items() if STEP in state])

@@ -12,18 +12,16 @@ from torch._compile import _disable_dynamo
 
 from .backend import BackendName, requested
 from .checks import Group
+from .formats import HASH, has_average, parts_of
 from .optimizer import KernelOptimizer
 from .options import shown
 from .planning import is_observed
 from .pull_plan import PullPlan
-from .pull_stats import Averager, statistics
-from .pullback_checkpoints import PullbackCheckpoints
+from .pull_reports import PullReports
 from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, STEP, SWAPPED, Pull, Scratch, count_of, is_fake, versions
 from .second_moments import refuse
 from .sharding import agree, axes, local
 from .states import FORMAT
-from .torch_rules.pace import average_weight
-from .torch_rules.pullback import PullbackOptions
 
 _NO_CLIP_COEF = (
     "Pullback.step() takes no clip_coef: the base's step takes the gradients as they are. Clip them before it, as by "
@@ -31,7 +29,7 @@ _NO_CLIP_COEF = (
 )
 
 
-class Pullback(PullbackCheckpoints):
+class Pullback(PullReports):
     """Averages the weights of any optimizer, and pulls them toward their average, in one pass behind its step.
 
     ::
@@ -61,6 +59,8 @@ class Pullback(PullbackCheckpoints):
             and ε of the group, or 1e-8.
         clamp_pullback, beta_ema, use_ema_eval, ema_kappa, ema_rho, ema_gamma, ema_update_freq, log_stats: as in
             :class:`PACE`.
+        ema_bits: of each element of the average, as in :class:`PACE`. With 16 and 8 the weights before the step are
+            copied for ``pullback_from="step"`` and without a pull, too.
         pullback_from: where the distance to the average is measured: ``"weights"`` before the step (e − x), which costs
             a copy of them, 8 bytes a parameter moved and 4 held in float32 (on the CPU always, elsewhere for the time
             of a step); or ``"step"``, after it (e − x'), which costs none. Without a pull nothing is copied.
@@ -110,6 +110,7 @@ class Pullback(PullbackCheckpoints):
         ema_update_freq: int = 1,
         log_stats: bool = False,
         pullback_from: Literal["weights", "step"] = "weights",
+        ema_bits: Literal[32, 24, 16, 8] | None = None,
         backend: BackendName | None = None,
     ) -> None:
         if isinstance(optimizer, Pullback):
@@ -129,6 +130,7 @@ class Pullback(PullbackCheckpoints):
             "ema_update_freq": ema_update_freq,
             "log_stats": log_stats,
             "pullback_from": pullback_from,
+            "ema_bits": ema_bits,
         }
         self._backend_name = requested(backend)
         self._set_up()
@@ -139,6 +141,7 @@ class Pullback(PullbackCheckpoints):
     def _set_up(self) -> None:
         """What torch.optim.Optimizer makes in __init__, but for groups and state, which are the base's; and ours."""
         self._scratch, self._unfinished, self._versions = Scratch(), [], {}
+        self._left, self._dtypes = {}, {}
         for kind in ("step", "state_dict", "load_state_dict"):
             for when in ("pre", "post"):
                 self.__dict__.setdefault(f"_optimizer_{kind}_{when}_hooks", OrderedDict())
@@ -332,20 +335,24 @@ class Pullback(PullbackCheckpoints):
     def _finish(self, pulls: list[Pull], rest: list[Tensor], found_inf: Tensor | None, dry: bool) -> None:
         self._scratch.rows = []
         if found_inf is not None and found_inf.is_cpu and bool(found_inf):
+            self._note_left(_lying(pulls))  # a base may have counted a write
             return  # left undone: averages that would start begin at the weights of a step that counts
         for pull in pulls:
             self._enter(pull)
             pull.group[FORMAT_VERSION] = FORMAT
             self._scratch.unsure |= bool(pull.new) and (dry or pull.found_inf is not None)
         if dry:
+            self._note_left(_lying(pulls))
             return
         parts = [part for pull in pulls for part in pull.parts()]
         for part in sorted(parts, key=lambda part: part.rounds[0]) if len(parts) > 1 else parts:
             self._pull_back(part)
+        self._note_left(_lying(pulls))
         for p in rest:
             state = self.base.state.get(p)
-            if state and AVERAGE in state:
-                del state[AVERAGE]
+            if state and has_average(state):
+                for name in (*parts_of(AVERAGE), HASH):
+                    state.pop(name, None)
                 state[AT_REST] = True
         self._plan(pulls, parts, rest)
 
@@ -372,39 +379,11 @@ class Pullback(PullbackCheckpoints):
             return
         for p, state in list(self.base.state.items()):
             if STEP in state and count_of(state[STEP]) == 0:
-                for name in (AVERAGE, STEP):
+                for name in (*parts_of(AVERAGE), HASH, STEP):
                     state.pop(name, None)
                 if not state:
                     del self.base.state[p]
         self._scratch.unsure = False
-
-    # ---- telemetry -------------------------------------------------------------------------------------------------
-
-    def get_step_stats(self) -> dict[str, float]:
-        """Statistics of the last step, over all groups with ``log_stats``: those of :meth:`PACE.get_step_stats`, of the
-        base's step ``base_step_norm``. Where no second moment takes part there is no ``raw_lambda_*``, and where
-        the weights before the step are not at hand (``pullback_from="step"``, or no pull) no ``base_step_norm`` and no
-        ``update_norm``."""
-        stats = statistics(self._scratch.rows)
-        if not stats and not any(self._option(group, "log_stats") for group in self.param_groups):
-            self._say("get_step_stats() is empty: no group has log_stats=True")
-        return stats
-
-    def get_ema_beta_t(self) -> float | None:
-        """The averaging weight w_t at the last step of the first group that keeps an average; None where none does."""
-        for group in self.base.param_groups:
-            own = self._own(group)
-            if own.keeps:
-                states = [self.base.state.get(p) or {} for p in group["params"]]
-                steps = [float(state[STEP]) for state in states if STEP in state]
-                options: Group = {"lr": 0.0, "beta2": 0.0, "eps": 1.0, "step_offset": 0, "capturable": False}
-                return float(average_weight(PullbackOptions(**options, **own.operator), max(steps, default=0.0)))
-        return None
-
-    @property
-    def averager(self) -> Averager:
-        """The average's part of the states, to look at."""
-        return Averager(self)
 
     # ---- copies ----------------------------------------------------------------------------------------------------
 
@@ -418,6 +397,8 @@ class Pullback(PullbackCheckpoints):
         self.__dict__.update(state)
         self._set_up()
         self._scratch.unsure = unsure
+        # A copy, of the weights too.
+        self._note_left([p for p in self._lying_params() if HASH not in self.base.state[p]])
         self._hook_base()
 
     def __repr__(self) -> str:
@@ -426,3 +407,8 @@ class Pullback(PullbackCheckpoints):
         books = {SWAPPED, FORMAT_VERSION}
         base = shown(type(self.base).__name__, self.param_groups, books) if plain else repr(self.base)
         return f"Pullback({base}, {', '.join(f'{k}={v!r}' for k, v in own.items())})"
+
+
+def _lying(pulls: list[Pull]) -> list[Tensor]:
+    """The parameters beside which averages lie."""
+    return [owner for pull in pulls if pull.formats.on_grid for owner in pull.owners]

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from .checkpoints import Checkpoints
 from .checks import Group, checked_count, require
+from .conversions import as_coded, scales_shape, with_hash
+from .formats import CODED, HASH, has_average, is_beside, parts_of
 from .memory import is_whole
 from .pulling import Pulling
-from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, LIVE, OPTIONS, OURS, STEP, SWAPPED
-from .saved import check_saved, with_short_count
+from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, LIVE, OPTIONS, OURS, SAVED_OPTIONS, STEP, SWAPPED
+from .saved import check_parts, check_saved, with_short_count
 from .sharding import local
-from .states import FORMAT, LAST_STEP, as_state, step_dtype
+from .states import CODED_FORMAT, FORMAT, LAST_STEP, as_state, step_dtype
 
 _PREFIX = "pullback_"  # of the options in the groups of a checkpoint
 
@@ -53,6 +55,7 @@ class PullbackCheckpoints(Pulling):
     def _hook_base(self) -> None:
         base = self.base
         base.register_state_dict_pre_hook(_Hook(self, "_before_saving"))
+        base.register_state_dict_post_hook(_Hook(self, "_after_saving"), prepend=True)
         base.register_load_state_dict_pre_hook(_Hook(self, "_before_loading"))
         base.register_load_state_dict_post_hook(_Hook(self, "_after_loading"), prepend=True)
 
@@ -67,7 +70,24 @@ class PullbackCheckpoints(Pulling):
 
     def _before_saving(self) -> None:
         self._require_whole("state_dict()")
+        self._check_unedited("state_dict()", self._lying_params(), False)
         self._mark_groups()
+        for group in self.base.param_groups:
+            states = (self.base.state.get(param) or {} for param in group["params"])
+            if any(f"{AVERAGE}_codes" in state for state in states):
+                group[FORMAT_VERSION] = CODED_FORMAT
+
+    def _after_saving(self, saved: dict[str, Any]) -> None:
+        """Averages that lie beside weights say beside which."""
+        keys = chain.from_iterable(packed["params"] for packed in saved["param_groups"])
+        for key, param in zip(keys, self._params(), strict=True):
+            state = saved["state"].get(key)
+            if isinstance(state, dict) and is_beside(state):
+                saved["state"][key] = with_hash(state, param)
+
+    def _lying_params(self) -> list[Tensor]:
+        states = ((param, self.base.state.get(param)) for param in self._params())
+        return [param for param, state in states if isinstance(state, dict) and is_beside(state)]
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -76,12 +96,14 @@ class PullbackCheckpoints(Pulling):
         self._require_whole("state_dict()")
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        self._mark_groups()
+        self._before_saving()
         saved = self.base.state_dict()
         groups = []
         for packed, group in zip(saved["param_groups"], self.base.param_groups, strict=True):
             ours = {
-                _PREFIX + name: value for name, value in self._own(group).values.items() if self._shared(name, group)
+                _PREFIX + name: value
+                for name, value in self._own(group).values.items()
+                if name in SAVED_OPTIONS and self._shared(name, group)
             }
             groups.append({**packed, **ours})
         # Dicts of their own: train() would take `live` out of those of a state saved while swapped.
@@ -90,6 +112,7 @@ class PullbackCheckpoints(Pulling):
             for key, state in saved["state"].items()
         }
         saved = {**saved, "state": states, "param_groups": groups}
+        self._after_saving(saved)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, saved)
             saved = saved if result is None else result
@@ -102,12 +125,14 @@ class PullbackCheckpoints(Pulling):
     # ---- loading ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, reset_average: bool = False) -> None:
         """Loads a state of this class, or of the base alone: the average then starts at the weights.
 
-        Averages stay float32 (float64 for float64 parameters), also where the base's own ``load_state_dict`` is called.
-        An option that the checkpoint does not have keeps its present value. A state that does not fit raises ValueError
-        or TypeError and changes nothing, in the base neither.
+        Averages are of the constructor's ``ema_bits``, or float32 (float64 for float64 parameters), also where the
+        base's own ``load_state_dict`` is called: those of every format go into these when they are used first. An
+        option that the checkpoint does not have keeps its present value. A state that does not fit raises ValueError or
+        TypeError and changes nothing, in the base neither. ``reset_average`` drops all averages, and they begin at the
+        weights that the next step finds.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
@@ -116,6 +141,9 @@ class PullbackCheckpoints(Pulling):
             result = pre_hook(self, loaded)
             loaded = loaded if result is None else result
         loaded, entries = self._translated(loaded)
+        if reset_average:  # as of parameters at rest
+            kept = {key: {k: v for k, v in ours.items() if k in (STEP, LIVE)} for key, ours in entries.items()}
+            entries = {key: {**ours, AT_REST: True} for key, ours in kept.items()}
         hooked = self._loads_as_torch
         self._scratch.unwritten = self._unwritten()
         if hooked:
@@ -176,7 +204,7 @@ class PullbackCheckpoints(Pulling):
         """Copies of the averages come in place of what was kept from the base; options of the checkpoint are ours."""
         shared: Group = {}
         for group in self.base.param_groups:
-            options = {name: group.pop(_PREFIX + name) for name in OPTIONS if _PREFIX + name in group}
+            options = {name: group.pop(_PREFIX + name) for name in SAVED_OPTIONS if _PREFIX + name in group}
             for name, value in options.items():
                 if shared.setdefault(name, value) != value:
                     group[name] = value
@@ -193,7 +221,8 @@ class PullbackCheckpoints(Pulling):
         self._scratch.step_plans.end()
         self._mark_groups()
         unwritten, self._scratch.unwritten = self._scratch.unwritten, []
-        self._versions.clear()
+        for noted in (self._versions, self._left, self._dtypes):
+            noted.clear()
         self._live_again(unwritten)
         self._unfinished.clear()
 
@@ -238,8 +267,12 @@ class PullbackCheckpoints(Pulling):
         Checkpoints._check_format(cast(Any, self), {"format_version": version}, number)
         own = {name: group[name] for name in OPTIONS if not self._shared(name, group)}
         merged = own | {SWAPPED: False, FORMAT_VERSION: 0} | saved
+        if self._shared("ema_bits", group):
+            merged.pop("ema_bits", None)
+        else:
+            merged["ema_bits"] = group["ema_bits"]
         options = dict(self._own(group).values)
-        options |= {name: saved[_PREFIX + name] for name in OPTIONS if _PREFIX + name in saved}
+        options |= {name: saved[_PREFIX + name] for name in SAVED_OPTIONS if _PREFIX + name in saved}
         options |= {name: merged[name] for name in OPTIONS if not self._shared(name, merged)}
         try:
             require(isinstance(swapped, bool), "swapped", "True or False", swapped)
@@ -248,7 +281,7 @@ class PullbackCheckpoints(Pulling):
             raise type(error)(f"param_groups[{number}] of the checkpoint: {error}") from error
         loaded = [entries[key] for key in saved["params"] if key in entries]
         # Only what keeps no options, as a flattened checkpoint, loses states.
-        flat = not any(_PREFIX + name in saved for name in OPTIONS)
+        flat = not any(_PREFIX + name in saved for name in SAVED_OPTIONS)
         there = [key for key in saved["params"] if key in states]
         if version and flat and there and (not loaded or not all(states[key] for key in there)):
             raise ValueError(
@@ -256,7 +289,7 @@ class PullbackCheckpoints(Pulling):
                 "checkpoints bring only what the optimizer that loads them has: load before the first gradients are "
                 "there, and wrap a base before it has stepped"
             )
-        if swapped and any(AVERAGE in state and LIVE not in state for state in loaded):
+        if swapped and any(has_average(state) and LIVE not in state for state in loaded):
             raise ValueError(
                 f"param_groups[{number}] was saved between eval() and train(), and its live weights did not come along "
                 "(distributed checkpoints drop them): call optimizer.train() before saving"
@@ -297,12 +330,14 @@ def _checked_ours(name: str, key: Any, ours: Group, param: Tensor) -> Group:
     """Our part of a parameter's saved state, checked."""
     if STEP not in ours:
         raise ValueError(f"state[{key!r}] has an average without pullback_step: is it of another optimizer?")
-    if AVERAGE not in ours and not ours.get(AT_REST):
+    if not has_average(ours) and not ours.get(AT_REST):
         raise ValueError(f"{name} lacks ema: is it incomplete?")
     checked_count(f"{name}: pullback_step", ours[STEP], LAST_STEP)
-    for k in (AVERAGE, LIVE):
+    check_parts(ours, name, param)
+    for k in (*parts_of(AVERAGE), HASH, LIVE):
         if k in ours:
-            check_saved(name, k, ours[k], tuple(param.shape), param)
+            shape = () if k == HASH else scales_shape(param) if k.endswith("_scales") else tuple(param.shape)
+            check_saved(name, k, ours[k], shape, param)
     return ours
 
 
@@ -314,4 +349,8 @@ def _as_ours(name: str, value: Any, param: Tensor, on_device: bool) -> Any:
         return count.reshape(()).to(param.device if on_device else "cpu", copy=True)
     if name == AT_REST:
         return bool(value)
+    if name == HASH:
+        return value.detach().cpu().clone()
+    if name in CODED:
+        return as_coded(name, param, value)
     return as_state(param, value, value.dtype if name == LIVE else None)

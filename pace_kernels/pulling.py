@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
+from collections.abc import Mapping
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .backend import say_once
 from .checks import Group, check_lr, plain_number
+from .conversions import weight_in
+from .formats import HASH, parts_of
 from .last_pull import LastPull
 from .launching import ASKEW
-from .memory import aligned, as_bytes, check_whole, is_askew, overlapping
+from .memory import aligned, as_bytes, check_whole, is_askew, overlapping, region
 from .operands import check_placed, check_step
 from .ops import PACE_STATS
 from .plan import CAPTURED, stream_of
@@ -23,6 +27,7 @@ from .pulls import (
     AT_REST,
     AVERAGE,
     FORMAT_VERSION,
+    OURS,
     STEP,
     SWAPPED,
     Pull,
@@ -31,7 +36,8 @@ from .pulls import (
     is_fake,
 )
 from .sharding import PLAIN, local
-from .states import counts_no_further, exact_on, moved
+from .states import PLAIN as PLAIN_FORMATS
+from .states import Formats, counts_no_further, exact_on, moved
 from .taking import Taking
 
 _SMALLEST_EPS = 2.0**-126  # below, 1 / D could be infinite
@@ -45,6 +51,20 @@ class Pulling(Taking):
     """The step of a Pullback. Not for direct use."""
 
     _MARK = SWAPPED
+    _STEPS = STEP
+    _STATE_ROWS: ClassVar[dict[str, int]] = {}
+
+    def _wanted(self, group: Group) -> Formats:
+        return self._own(group).formats
+
+    def _state_tensors(self, group: Group) -> tuple[str, ...]:
+        return (AVERAGE,) if self._own(group).keeps else ()
+
+    def _weight_in(self, weight: Tensor, state: Mapping[str, Any]) -> Tensor:
+        return weight_in(weight, {})  # a remainder would be the base's
+
+    def _parts_in(self, state: Group) -> Group:
+        return {name: state[name] for name in OURS if name in state}
 
     def _plans_held(self) -> Plans:
         return self._scratch.step_plans
@@ -72,6 +92,8 @@ class Pulling(Taking):
                 check_lr(group["lr"])
             if not own.keeps:
                 continue
+            if own.formats is not PLAIN_FORMATS:
+                self._check_unedited("step()", [p for p in group["params"] if p.grad is not None])
             plan, again = self._scratch.plans.get(id(group)), None
             if plan is not None:
                 moment = self._moment(group, own, plan.template.dtype)
@@ -87,6 +109,7 @@ class Pulling(Taking):
             rest += [p for p in group["params"] if not p.requires_grad]
         if not all(pull.planned for pull in pulls):
             self._take_turns(pulls)
+            self._check_twins(pulls)
         for pull in pulls:
             if not pull.planned:
                 self._check_memory(pull)
@@ -122,6 +145,18 @@ class Pulling(Taking):
         for pull in pulls:
             pull.rounds = [turns.get(id(p), 0) for p in pull.params]
 
+    @staticmethod
+    def _check_twins(pulls: list[Pull]) -> None:
+        if not any(any(pull.rounds) for pull in pulls):
+            return
+        found = [(region(p), pull.formats.on_grid) for pull in pulls for p in pull.params]
+        count = Counter(where for where, _ in found if where is not None)
+        if any(on_grid and count[where] > 1 for where, on_grid in found if where is not None):
+            raise RuntimeError(
+                "two parameters are one memory, and each would have an average of its own beside it: with ema_bits of "
+                "8 or 16, tie them as one parameter"
+            )
+
     def _check_memory(self, pull: Pull) -> None:
         """Raises where an operator would, or worse: before the base has stepped. Nothing is written."""
         if pull.backend.name != "cpu":
@@ -130,21 +165,24 @@ class Pulling(Taking):
         if pull.backend.name == "cpu" and not is_fake(pull.params[0]):
             stand_in = list(map(_real, pull.params)) if pull.moment is not None else []
             try:  # the operator checks all and then finds that the step is to be left undone
-                self._call(pull, stand_in, None, torch.ones((), device="cpu"), max(0, pull.offsets[0]))
+                undone = torch.ones((), device="cpu")
+                befores = pull.befores or (pull.params if pull.formats.on_grid else [])
+                self._call(pull, stand_in, None, undone, max(0, pull.offsets[0]), befores)
                 return
             except RuntimeError as error:
                 if self._lengthen(pull):
                     self._check_memory(pull)
                     return
                 refused = error
-        check_whole(chain(pull.params, map(local, pull.emas)))
+        check_whole(chain(pull.params, map(local, chain(pull.emas, pull.scales))))
         if pull.backend.name != "cpu" and not is_fake(pull.params[0]):
             for i, (param, ema, step) in enumerate(zip(pull.params, map(local, pull.emas), pull.steps, strict=True)):
                 check_placed(f"emas[{i}]", ema, param)
                 check_step(f"steps[{i}]", step, pull.device)
-        if any(map(is_askew, chain(pull.params, map(local, pull.emas)))):
+        if any(map(is_askew, chain(pull.params, map(local, chain(pull.emas, pull.scales))))):
             say_once(ASKEW)
             pull.askew, pull.emas = True, list(map(aligned, pull.emas))
+            pull.scales = list(map(aligned, pull.scales))
         elif refused is not None:
             raise RuntimeError(self._named(pull, str(refused))) from refused
 
@@ -163,7 +201,7 @@ class Pulling(Taking):
         return f"{self._name(pull.group, pull.places[int(entry)])}: {message}" if known else message
 
     def _copy_weights(self, pull: Pull) -> None:
-        if not (pull.own.pulls and pull.own.values["pullback_from"] == "weights"):
+        if not pull.reads_before:
             return
         for owner, param in zip(pull.owners, pull.params, strict=True) if not pull.befores else ():
             if param.device.type != "cpu":
@@ -204,17 +242,19 @@ class Pulling(Taking):
         """Puts average and step count into the base's states, which may be others since its step."""
         states = self.base.state
         entries: list[Any] = list(map(states.get, pull.owners))
+        names, columns = (*pull.names, STEP), (*pull.columns(), pull.steps)
         if all(entries) and not pull.new:
-            emas, steps = (map(dict.get, entries, repeat(name)) for name in (AVERAGE, STEP))
-            if all(map(operator.is_, emas, pull.emas)) and all(map(operator.is_, steps, pull.steps)):
+            found = (map(dict.get, entries, repeat(name)) for name in names)
+            if all(all(map(operator.is_, there, ours)) for there, ours in zip(found, columns, strict=True)):
                 return
-        for owner, ema, step in zip(pull.owners, pull.emas, pull.steps, strict=True):
+        others = [name for name in (*parts_of(AVERAGE), HASH, AT_REST) if name not in names]
+        for owner, *values in zip(pull.owners, *columns, strict=True):
             state = states.get(owner)
             if state is None:
                 state = states[owner] = {}
-            state[AVERAGE] = ema
-            state[STEP] = step
-            state.pop(AT_REST, None)
+            state.update(zip(names, values, strict=True))
+            for name in others:
+                state.pop(name, None)
 
     def _plan(self, pulls: list[Pull], parts: list[Pull], rest: list[Tensor]) -> None:
         """What the next step may take up again."""
@@ -253,17 +293,25 @@ class Pulling(Taking):
             if copy is not original:
                 as_bytes(original).copy_(as_bytes(copy))
         if stats is not None:
-            self._scratch.rows.append(Row(stats, pull.axes, pull.moment is not None, bool(pull.befores)))
+            self._scratch.rows.append(Row(stats, pull.axes, pull.moment is not None, pull.measures_before))
         torch.autograd.graph.increment_version(originals)
         if pull.axes:
             torch.autograd.graph.increment_version(pull.owners)
 
     def _call(
-        self, pull: Pull, seconds: list[Tensor], stats: Tensor | None, found_inf: Tensor | None, offset: int
+        self,
+        pull: Pull,
+        seconds: list[Tensor],
+        stats: Tensor | None,
+        found_inf: Tensor | None,
+        offset: int,
+        befores: list[Tensor] | None = None,
     ) -> None:
         options = self._options(pull, offset)
-        emas = [local(e) for e in pull.emas] if pull.axes or type(pull.owners[0]) not in PLAIN else pull.emas
-        params, befores = pull.params, pull.befores
+        emas, params = list(map(local, pull.emas)), pull.params
+        befores = pull.befores if befores is None else befores
+        if pull.scales:
+            options["ema_scales"] = list(map(local, pull.scales))
         if pull.dtype.is_complex:
             params, befores, emas = (list(map(_real, some)) for some in (params, befores, emas))
         if found_inf is not None:
@@ -273,6 +321,7 @@ class Pulling(Taking):
     def _options(self, pull: Pull, offset: int) -> Group:
         """The operator's options, and the learning rate where it is a tensor on a device."""
         moment, lr = pull.moment, 0.0
+        from_step: Group = {"pullback_from_step": not pull.measures_before} if pull.formats.on_grid else {}
         options = pull.own.operator | {"beta2": 0.0, "eps": 1.0, "step_offset": 0, "capturable": pull.on_device}
         if moment is not None:
             options |= {"beta2": moment.beta2, "eps": max(moment.eps, _SMALLEST_EPS), "step_offset": offset}
@@ -284,4 +333,4 @@ class Pulling(Taking):
                 lr = lr.item()
             elif isinstance(lr, Tensor):
                 options["lr_tensor"], lr = moved(lr, pull.device), 0.0
-        return {**options, "lr": plain_number(lr)}
+        return {**options, **from_step, "lr": plain_number(lr)}

@@ -15,20 +15,24 @@ from torch import Tensor
 
 from .backend import Backend
 from .checks import Group, plain_number
+from .formats import HASH, asked, names_of, parts_of
 from .planning import Plans
 from .second_moments import SecondMoment
 from .sharding import Axes
+from .states import PLAIN, Formats
 from .torch_rules.pullback import PullbackOptions
 
 # The names of the pullback's options, by which a group of the base may set its own.
 OPTIONS = (
     *("lambda_pullback", "gain", "second_moment", "clamp_pullback", "beta_ema", "use_ema_eval", "ema_kappa", "ema_rho"),
-    *("ema_gamma", "ema_update_freq", "log_stats", "pullback_from"),
+    *("ema_gamma", "ema_update_freq", "log_stats", "pullback_from", "ema_bits"),
 )
+# How averages lie is the constructor's: a checkpoint does not say it.
+SAVED_OPTIONS = tuple(name for name in OPTIONS if name != "ema_bits")
 # Ours among the base's states of a parameter: the average, the steps that it took, and, while swapped, the live
 # weights. A parameter at rest has steps and no average.
 AVERAGE, STEP, LIVE, AT_REST = "ema", "pullback_step", "live", "at_rest"
-OURS = (AVERAGE, STEP, LIVE, AT_REST)
+OURS = (*parts_of(AVERAGE), HASH, STEP, LIVE, AT_REST)
 # The keys of a base's group that say whether its averages are swapped in, and in which format they are: 0 before the
 # first. Under these names all kinds of checkpoints carry them.
 SWAPPED, FORMAT_VERSION = "pullback_swapped", "pullback_format_version"
@@ -45,12 +49,15 @@ class Own:
     keeps: bool
     by_moment: bool
     operator: Group
+    formats: Formats
 
     @classmethod
     def of(cls, values: Group) -> Own:
         pulls = bool((values["lambda_pullback"] if values["gain"] is None else values["gain"]) != 0.0)
         shared = {name: plain_number(values[name]) for name in _SHARED}
-        return cls(values, pulls, pulls or values["use_ema_eval"], pulls and values["gain"] is None, shared)
+        keeps = pulls or values["use_ema_eval"]
+        formats = asked({"ema_bits": values["ema_bits"]})
+        return cls(values, pulls, keeps, pulls and values["gain"] is None, shared, formats)
 
 
 @dataclass
@@ -88,10 +95,30 @@ class Pull:
     hidden: list[Tensor] = field(default_factory=list)  # whose states hold nothing of the base
     on_device: bool = False
     found_inf: Tensor | None = None
+    formats: Formats = PLAIN  # of the averages
+    scales: list[Tensor] = field(default_factory=list)  # what lies beside averages in codes
     alone: bool = False  # wrappers of other tensors: no operator takes them in a list
     sharded: bool = False  # DTensors
     askew: bool = False  # some lie at addresses that are no multiple of their element size
     planned: bool = False  # by a LastPull, which has checked it
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Under which an average is there: of `emas`, and of `scales`."""
+        return names_of(self.formats, (AVERAGE,))
+
+    def columns(self) -> tuple[list[Tensor], ...]:
+        return (self.emas, self.scales)[: len(self.names)]
+
+    @property
+    def measures_before(self) -> bool:
+        """Whether the distance to the average is measured before the base's step."""
+        return self.own.pulls and bool(self.own.values["pullback_from"] == "weights")
+
+    @property
+    def reads_before(self) -> bool:
+        """Whether the weights of before the base's step are needed: also where averages lie beside them."""
+        return self.measures_before or self.formats.on_grid
 
     def parts(self) -> Iterator[Pull]:
         """As a rule itself; offsets and rounds get calls of their own."""
@@ -101,7 +128,7 @@ class Pull:
             return
         if min(self.offsets) < 0:  # then the count matters too, see _call
             keys = [(*key, count_of(step)) for key, step in zip(keys, self.steps, strict=True)]  # type: ignore[misc]
-        columns = ("places", "owners", "params", "emas", "steps", "seconds", "befores", "offsets", "rounds")
+        columns = ("places", "owners", "params", "emas", "scales", "steps", "seconds", "befores", "offsets", "rounds")
         for key in sorted(set(keys)):
             chosen = [i for i, its in enumerate(keys) if its == key]
             part = replace(self)

@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .backend import choose
-from .formats import BLOCK, asked, dtype_of, formats_of, names_of, why_float32
+from .formats import BLOCK, dtype_of, formats_of, names_of, why_float32
 from .sharding import is_wrapper, local
+from .states import FLOATING
 
 if TYPE_CHECKING:
     from .optimizer import KernelOptimizer
+    from .pull_reports import PullReports
 
 
 @dataclass(frozen=True)
 class TensorMemory:
-    """One parameter: its elements on this rank, and bytes. ``states`` has a number of bytes for each state that it has
-    or, before its first step, will have. ``why_float32``: why its states are not compressed, although its group asks
-    for it; None otherwise."""
+    """One parameter: its elements on this rank, and bytes; one that is lazy has none yet. ``backend`` is "none" where
+    nothing steps it: of lazy ones, and of frozen ones in a dtype that is not trained. ``states`` has a number of bytes
+    for each state that it has or, before its first step, will have. ``why_float32``: why its states are not compressed,
+    although its group asks for it; None otherwise."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,7 +63,7 @@ class Memory:
         return sum(sum(tensor.states.values()) for tensor in self.tensors)
 
     def __str__(self) -> str:
-        backends = ", ".join(sorted({tensor.backend for tensor in self.tensors}))
+        backends = ", ".join(sorted({tensor.backend for tensor in self.tensors} - {"none"})) or "none"
         by_state: Counter[str] = Counter()
         for tensor in self.tensors:
             by_state.update(tensor.states)
@@ -69,11 +73,13 @@ class Memory:
             f"{self.kind}: {self.elements:,} elements in {len(self.tensors)} tensors, backend {backends}",
             f"  weights {_size(self.weights)}, gradients {_size(self.gradients)}, states {_size(self.states)}: "
             f"{each:.2f} bytes an element",
-            f"  {of_states}",
+            *([f"  {of_states}"] if of_states else []),
         ]
         plain = [tensor for tensor in self.tensors if tensor.why_float32 is not None]
         for why, count in Counter(tensor.why_float32 for tensor in plain).most_common():
             lines.append(f"  {count} keep{'s' if count == 1 else ''} float32 states: {why}")
+        if idle := sum(tensor.backend == "none" for tensor in self.tensors):
+            lines.append(f"  {idle} {'is' if idle == 1 else 'are'} lazy, or frozen in a dtype that is not trained")
         return "\n".join(lines)
 
 
@@ -88,17 +94,27 @@ def _bytes(tensor: Tensor | None) -> int:
     return here.numel() * here.element_size()
 
 
-def memory_of(optimizer: KernelOptimizer) -> Memory:
+def _backend_of(optimizer: KernelOptimizer | PullReports, param: Tensor) -> str:
+    if is_lazy(param) or (not param.requires_grad and param.dtype not in FLOATING):
+        return "none"
+    return choose(optimizer._backend_name, param.device, param.dtype, is_wrapper(local(param))).name
+
+
+def memory_of(optimizer: KernelOptimizer | PullReports) -> Memory:
     found = []
     for group in optimizer.param_groups:
-        wanted = asked(group)
+        wanted = optimizer._wanted(group)
         for i, param in enumerate(group["params"]):
             formats, here = formats_of(wanted, param), local(param)
+            shape = () if is_lazy(param) else tuple(param.shape)
+            elements = 0 if is_lazy(param) else here.numel()
             state = optimizer.state.get(param)
-            if state:
-                states = {name: _bytes(value) for name, value in state.items()}
+            if is_lazy(param):
+                states = {}
+            elif state:
+                states = {name: _bytes(value) for name, value in state.items() if isinstance(value, Tensor)}
             elif param.requires_grad:
-                states = {"step": 4}
+                states = {optimizer._STEPS: 4}
                 for name in names_of(formats, optimizer._state_tensors(group)):
                     if name in optimizer._STATE_ROWS:
                         states[name] = 8 * optimizer._STATE_ROWS[name]
@@ -107,16 +123,17 @@ def memory_of(optimizer: KernelOptimizer) -> Memory:
                     states[name] = here.numel() * size // (BLOCK if name.endswith("_scales") else 1)
             else:
                 states = {}
-            asks = wanted.state < 32 or wanted.ema < 32
+            backend = _backend_of(optimizer, param)
+            asks = (wanted.state < 32 or wanted.ema < 32) and backend != "none"
             found.append(
                 TensorMemory(
                     optimizer._name(group, i),
-                    tuple(param.shape),
+                    shape,
                     param.dtype,
-                    choose(optimizer._backend_name, param.device, param.dtype, is_wrapper(here)).name,
-                    here.numel(),
-                    _bytes(param),
-                    _bytes(param.grad),
+                    backend,
+                    elements,
+                    _bytes(param) if elements else 0,
+                    _bytes(param.grad) if elements else 0,
                     states,
                     why_float32(param) if asks else None,
                 )

@@ -10,7 +10,20 @@ from torch import Tensor
 
 from .checks import Group
 from .conversions import as_coded
-from .formats import CODED, EMA_DTYPES, HASH, MOMENTS, PARTS, REMAINDER, asked, whole_name, why_float32
+from .formats import (
+    AVERAGES,
+    CODED,
+    EMA_DTYPES,
+    HASH,
+    PARTS,
+    REMAINDER,
+    asked,
+    dtype_of,
+    formats_of,
+    may_be_narrow,
+    whole_name,
+    why_float32,
+)
 from .memory import is_whole
 from .sharding import local
 from .states import FLOATING, as_state, step_dtype
@@ -47,13 +60,13 @@ def check_saved(state: str, name: str, value: Any, shape: tuple[int, ...], param
 
 def saved_dtypes(name: str) -> tuple[torch.dtype, ...]:
     """Those that a part of this name may have in a checkpoint."""
-    if name == "ema_codes":
+    if name.endswith("_codes") and whole_name(name) in AVERAGES:
         return tuple(EMA_DTYPES.values())
     if name == REMAINDER:
         return torch.int16, torch.int8
     if name == HASH:
         return (torch.int64,)
-    return (torch.int8,) if name == "ema_remainder" else (torch.uint8,)
+    return (torch.int8,) if name.endswith("_remainder") else (torch.uint8,)
 
 
 def check_parts(state: Mapping[str, Any], name: str, param: Tensor) -> None:
@@ -62,8 +75,8 @@ def check_parts(state: Mapping[str, Any], name: str, param: Tensor) -> None:
         there = {key for key in state if whole_name(key) == whole}
         if there <= {whole}:
             continue
-        apart = whole == "ema" and getattr(state.get(first), "dtype", None) == torch.bfloat16
-        needed = {first, "ema_remainder" if apart else f"{whole}_scales"}
+        apart = whole in AVERAGES and getattr(state.get(first), "dtype", None) == torch.bfloat16
+        needed = {first, f"{whole}_remainder" if apart else f"{whole}_scales"}
         if there != needed:
             raise ValueError(
                 f"{name} has {', '.join(sorted(there))}: {whole} is in codes with {', '.join(sorted(needed))}"
@@ -83,5 +96,6 @@ def copied(name: str, value: Tensor, param: Tensor, group: Group) -> Tensor:
         return value.detach().cpu().clone()
     if name in CODED:
         return as_coded(name, param, value)
-    narrow = name in MOMENTS and value.dtype == torch.bfloat16 and asked(group).state == 16
+    narrow = may_be_narrow(name) and value.dtype == torch.bfloat16
+    narrow = narrow and dtype_of(name, formats_of(asked(group), param), param) == torch.bfloat16
     return as_state(param, value, value.dtype if name == "live" or narrow else None)

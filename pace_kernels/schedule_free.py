@@ -6,19 +6,21 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import repeat
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .averaging import _Entry
 from .backend import BackendName
 from .checks import Group, check_common_options, check_number, check_torchs_options, checked_count, require
+from .compressing import Compressing
+from .conversions import state_in, weight_in
 from .definitions.schedule_free import SCHEDULE_FREE
+from .editing import Entry
 from .fitting import NO_STATE
+from .formats import beside, every_name, is_beside, taken
 from .launching import Prepared, of_c
-from .optimizer import KernelOptimizer
 from .options import make_plain
 from .plan import Change, Plan
 from .sharding import axes, is_wrapper, local, reduce_
@@ -31,7 +33,7 @@ from .whole import Call, at_once, each
 _COUNTED: Group = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0, "scheduled_lr": 0.0}
 
 
-class ScheduleFreeAdamW(KernelOptimizer):
+class ScheduleFreeAdamW(Compressing):
     """AdamW without a schedule of the learning rate: the weights are trained at a point between the steps and their
     average, in one pass over memory.
 
@@ -55,7 +57,7 @@ class ScheduleFreeAdamW(KernelOptimizer):
 
     Arguments:
         params: parameters, named parameters, or groups of them: dense, of dtype float32, bfloat16, float16 or float64.
-            States are float32 (float64 for float64 parameters).
+            States are float32 (float64 for float64 parameters), but for ``state_bits`` and ``ema_bits``.
         lr: α ≥ 0, a number or a tensor with one element.
         betas: (β1, β2): β1 in (0, 1), how near to the average gradients are taken, and β2 in [0, 1).
         eps: ε ≥ 2**-126, float32's smallest normal number.
@@ -63,6 +65,9 @@ class ScheduleFreeAdamW(KernelOptimizer):
         warmup_steps: steps ≥ 0 over which the learning rate rises from 0; 0: none.
         r: power of t in the weight of a step.
         weight_lr_power: p ≥ 0, power of the largest learning rate so far in the weight of a step.
+        state_bits: as in :class:`PACE`, of v.
+        ema_bits: of z, from which the average is computed: as in :class:`PACE`. With 16 or 8 it lies beside y.
+        master_weight_bits, stochastic_rounding: as in :class:`PACE`, of y.
         maximize, capturable, skip_nonfinite, fused, differentiable, backend: as in :class:`PACE`. With ``capturable``,
             or ``found_inf`` on a device, k, weight_sum, lr_max and scheduled_lr of the groups become tensors there.
         foreach: as in ``torch.optim``. It changes nothing here.
@@ -86,7 +91,7 @@ class ScheduleFreeAdamW(KernelOptimizer):
     """
 
     _OPERATOR = "schedule_free_step_"
-    _STATE_TENSORS = ("exp_avg_sq", "z")
+    _STATE_TENSORS = every_name("exp_avg_sq", "z")
     _OWN_OPTION = "weight_lr_power"
     _MOVING = frozenset({"lr", *_COUNTED})
     _BOOKS = frozenset({*_COUNTED, "train_mode", "live_at"})
@@ -106,6 +111,10 @@ class ScheduleFreeAdamW(KernelOptimizer):
         weight_lr_power: float = 2.0,
         foreach: bool | None = True,
         *,
+        state_bits: Literal[32, 16, 8] = 32,
+        ema_bits: Literal[32, 24, 16, 8] | None = None,
+        master_weight_bits: Literal[24, 32] | None = None,
+        stochastic_rounding: bool = False,
         maximize: bool = False,
         capturable: bool = False,
         skip_nonfinite: bool = False,
@@ -125,6 +134,10 @@ class ScheduleFreeAdamW(KernelOptimizer):
             "train_mode": True,
             **_COUNTED,
             "live_at": None,  # of a checkpoint: the k that its live weights belong to
+            "state_bits": state_bits,
+            "ema_bits": ema_bits,
+            "master_weight_bits": master_weight_bits,
+            "stochastic_rounding": stochastic_rounding,
             "maximize": maximize,
             "capturable": capturable,
             "skip_nonfinite": skip_nonfinite,
@@ -137,6 +150,7 @@ class ScheduleFreeAdamW(KernelOptimizer):
 
     def _check_options(self, group: Group) -> None:
         check_common_options(group, SCHEDULE_FREE.options)
+        self._check_formats(group)
         check_number("betas[0]", group["betas"][0], "in (0, 1): the average is computed with 1 / β1", lambda a: a > 0)
         check_number("warmup_steps", group["warmup_steps"], "finite and >= 0", lambda a: a >= 0)
         check_number("r", group["r"], "finite", math.isfinite)
@@ -148,10 +162,10 @@ class ScheduleFreeAdamW(KernelOptimizer):
                 check_number(name, group[name], "finite", math.isfinite)
 
     def _state_tensors(self, group: Group) -> tuple[str, ...]:
-        return self._STATE_TENSORS
+        return ("exp_avg_sq", "z")
 
     def _required_states(self, group: Group) -> tuple[str, ...]:
-        return self._STATE_TENSORS
+        return ("exp_avg_sq", "z")
 
     def _initial(self, name: str, param: Tensor, group: Group, state: Any = NO_STATE) -> Tensor:
         return super()._initial("ema" if name == "z" else name, param, group, state)
@@ -191,7 +205,7 @@ class ScheduleFreeAdamW(KernelOptimizer):
     def _option_numbers(self, group: Group) -> Group:
         record = self._record(group)
         if record.prepared is None:
-            names = ("eps", "weight_decay", "maximize")
+            names = [name for name in ("eps", "weight_decay", "maximize", "stochastic_rounding") if name in group]
             record.prepared = dict(zip(("beta1", "beta2"), group["betas"], strict=True)) | {n: group[n] for n in names}
         return record.prepared  # type: ignore[no-any-return]
 
@@ -209,10 +223,11 @@ class ScheduleFreeAdamW(KernelOptimizer):
             of_c(work.backend.op(self._OPERATOR)),
             work.params,
             work.grads,
-            states["exp_avg_sq"],
-            states["z"],
+            taken(states, "exp_avg_sq"),
+            taken(states, "z"),
             states["step"],
             schedule,
+            **beside(states),
             **{**self._option_numbers(group), "capturable": work.on_device, **now, **work.scaling},
         )
 
@@ -271,7 +286,8 @@ class ScheduleFreeAdamW(KernelOptimizer):
             return {}
         rows = []
         for e in entries:
-            y, z = local(e.state.get("live", e.param)), local(e.state["z"])
+            y = weight_in(e.state.get("live", e.param), e.state)
+            z = state_in("z", e.state, y)
             rows.append((((1.0 / e.group["betas"][0] - 1.0) * (z - y.to(z.dtype))).square().sum(), axes(e.param)))
         reduce_(rows)
         home = rows[0][0].device
@@ -291,17 +307,19 @@ class ScheduleFreeAdamW(KernelOptimizer):
     def _option(self, group: Group, name: str) -> Any:
         return True if name == "use_ema_eval" else super()._option(group, name)
 
-    def _average_of(self, entry: _Entry) -> Any:
-        y, z = local(entry.state["live"]), local(entry.state["z"])
+    def _average_of(self, entry: Entry) -> Any:
+        y = weight_in(entry.state["live"], entry.state)
+        z = state_in("z", entry.state, y)
         beta1 = entry.group["betas"][0]
-        if y.dtype == z.dtype and y.device == z.device and not (is_wrapper(y) or by_graph(y.device)):
+        to = local(entry.param)
+        if y.dtype == z.dtype == to.dtype and y.device == z.device and not (is_wrapper(y) or by_graph(y.device)):
             return lambda out: schedule_free_average(y, z, beta1, out=out)  # without a third array of its size
         return schedule_free_average(y, z, beta1)
 
-    def _holds_average(self, entry: _Entry) -> bool:
+    def _holds_average(self, entry: Entry) -> bool:
         return bool(entry.group["swapped"])
 
-    def _to_put_back(self, entries: list[_Entry], loaded: set[int]) -> list[_Entry]:
+    def _to_put_back(self, entries: list[Entry], loaded: set[int]) -> list[Entry]:
         """As in the package, what was loaded since ``eval()`` is taken for the average, and y follows from it; so it
         does, but for rounding, where the package saved the state, which it does in eval mode and without y."""
         swapped = [entry for entry in self._entries(self.param_groups) if entry.group["swapped"]]
@@ -309,7 +327,8 @@ class ScheduleFreeAdamW(KernelOptimizer):
         self._check_swap("train()", None, follow)
         lives = [empty_state(e.param, e.param.dtype) for e in follow]
         for e, live in zip(follow, lives, strict=True):
-            local(live).copy_(schedule_free_weights(local(e.param), local(e.state["z"]), e.group["betas"][0]))
+            z = state_in("z", e.state, weight_in(e.state.get("live", e.param), e.state))
+            local(live).copy_(schedule_free_weights(local(e.param), z, e.group["betas"][0]))
         at_once([each(dict.__setitem__, [e.state for e in follow], repeat("live"), lives)])
         return swapped
 
@@ -337,6 +356,12 @@ class ScheduleFreeAdamW(KernelOptimizer):
                 stale = {"live"} if not swapped or saved.get("live_at") != saved["k"] else set()
                 for key in here:
                     kept = {name: value for name, value in states[key].items() if name not in stale}
+                    if swapped and is_beside(kept) and "live" not in kept:
+                        raise ValueError(
+                            f"the state of parameter {key} was saved between eval() and train(), and the live weights, "
+                            "beside which z lies, did not come along (distributed checkpoints drop them): call "
+                            "optimizer.train() before saving"
+                        )
                     states[key] = {"step": saved["k"], **kept}
                 saved = {**saved, "swapped": swapped}
             groups.append(saved)

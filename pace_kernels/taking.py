@@ -12,13 +12,17 @@ from torch import Tensor
 from .averaging import Averaging
 from .backend import backends, choose
 from .checks import Group, check_average_options, check_defined, check_lr, require
+from .conversions import as_coded, converted, new_state, scales_shape
 from .definitions.pullback import PULLBACK
+from .formats import CODED, check_format_options, dtype_of, formats_of, is_beside, names_of, parts_of
+from .formats import OPTIONS as FORMAT_OPTIONS
 from .memory import aligned, check_whole
 from .options import check_spelling
 from .pulls import AVERAGE, OPTIONS, OURS, STEP, Own, Pull, Scratch, count_of
 from .second_moments import SecondMoment, lacks, require_second_moment, second_moment_of
-from .sharding import PLAIN, Axes, axes, is_sharded, is_wrapper, local, placed_alike
-from .states import as_state, state_dtype
+from .sharding import PLAIN as PLAIN_KINDS
+from .sharding import Axes, axes, is_sharded, is_wrapper, local, placed_alike
+from .states import PLAIN, Formats, as_state, state_dtype
 
 _NO_AXES: Axes = ()
 
@@ -49,6 +53,11 @@ class Taking(Averaging):
         """Checks a group that the base has had before."""
         number = next(k for k, other in enumerate(self.base.param_groups) if other is group)
         named = {name: value for name, value in group.items() if name not in self.base.defaults}
+        if others := [name for name in FORMAT_OPTIONS if name in named and name != "ema_bits"]:
+            raise ValueError(
+                f"param_groups[{number}] has {', '.join(others)}, and neither Pullback nor {type(self.base).__name__} "
+                "has such an option: states and weights are the base's, and Pullback's is ema_bits"
+            )
         check_spelling(named, OPTIONS, f"param_groups[{number}]", f"Pullback({type(self.base).__name__})")
         self._own(group)
 
@@ -58,6 +67,7 @@ class Taking(Averaging):
         name = values["second_moment"]
         require(name is None or isinstance(name, str), "second_moment", "None or the name of a state", name)
         require(isinstance(values["log_stats"], bool), "log_stats", "True or False", values["log_stats"])
+        check_format_options({"ema_bits": values["ema_bits"]})
         own = Own.of(values)
         if own.by_moment:
             if "lr" not in group:
@@ -75,17 +85,19 @@ class Taking(Averaging):
             if owner.grad is None:
                 continue
             param, over, alone = owner, _NO_AXES, False
-            sharded = type(owner) not in PLAIN and is_sharded(owner)
-            if type(owner) not in PLAIN:
+            sharded = type(owner) not in PLAIN_KINDS and is_sharded(owner)
+            if type(owner) not in PLAIN_KINDS:
                 param, over = local(owner), axes(owner)
                 alone = is_wrapper(param)
-            key = (param.device, param.dtype, over, sharded, alone)
+            formats = formats_of(own.formats, owner)
+            key = (param.device, param.dtype, over, sharded, alone, formats)
             pull = buckets.get(key)
             if pull is None:
                 device, real = param.device, param.dtype.to_real()
                 backend = backends()["torch"] if alone else choose(self._backend_name, device, real)
                 moment = self._moment(group, own, param.dtype)
                 pull = Pull(group, own, backend, device, param.dtype, over, moment, alone=alone, sharded=sharded)
+                pull.formats = formats
                 buckets[key] = pull
             self._take(pull, i, owner, param)
         return list(buckets.values())
@@ -98,19 +110,15 @@ class Taking(Averaging):
 
     def _take(self, pull: Pull, i: int, owner: Tensor, param: Tensor) -> None:
         state = self.base.state.get(owner) or {}
-        ema, step = state.get(AVERAGE), state.get(STEP)
+        step = state.get(STEP)
         if step is not None and (not isinstance(step, Tensor) or step.numel() != 1):
             name = self._name(pull.group, i)
             raise RuntimeError(f"the state {STEP!r} of {name} must be a tensor with one element, got {step!r}")
-        if (
-            ema is None
-            or step is None
-            or ema.dtype is not state_dtype(param)
-            or ema.shape != owner.shape
-            or (type(ema) is not Tensor and is_sharded(ema) and not (is_sharded(owner) and placed_alike(ema, owner)))
-            or (type(ema) is Tensor and type(owner) not in PLAIN and is_sharded(owner))
+        values: list[Any] = [state.get(name) for name in pull.names]
+        if step is None or not all(
+            _fits(name, value, pull.formats, owner, param) for name, value in zip(pull.names, values, strict=True)
         ):
-            ema, step = self._started(pull.group, i, owner, ema, step)
+            values, step = self._started(pull.group, i, owner, pull.formats, state)
             pull.new.append(len(pull.owners))
         offset, theirs = 0, any(name not in OURS for name in state)
         if state and not theirs:
@@ -122,21 +130,26 @@ class Taking(Averaging):
         pull.places.append(i)
         pull.owners.append(owner)
         pull.params.append(param)
-        pull.emas.append(ema)
+        for column, value in zip(pull.columns(), values, strict=True):
+            column.append(value)
         pull.steps.append(step)
         pull.offsets.append(offset)
         pull.rounds.append(0)
 
-    def _started(self, group: Group, i: int, owner: Tensor, ema: Any, step: Any) -> tuple[Tensor, Tensor]:
-        """The average of a parameter that has none that fits, and its step count."""
+    def _started(self, group: Group, i: int, owner: Tensor, formats: Formats, state: Group) -> tuple[list[Any], Tensor]:
+        """The average of a parameter that has none that fits, in its formats, and its step count."""
+        step: Any = state.get(STEP)
+        there = {name: value for name in parts_of(AVERAGE) if (value := state.get(name)) is not None}
+        ema = there.get(AVERAGE)
         if ema is not None and step is None:
             raise RuntimeError(f"{type(self.base).__name__} has a state {AVERAGE!r} of its own, as the average has")
-        if ema is not None and ema.shape != owner.shape:
+        first = there.get(AVERAGE, there.get(f"{AVERAGE}_codes"))
+        if first is not None and first.shape != owner.shape:
             self._say(
-                f"{self._name(group, i)} has shape {tuple(owner.shape)}, its average {tuple(ema.shape)}: averages of "
+                f"{self._name(group, i)} has shape {tuple(owner.shape)}, its average {tuple(first.shape)}: averages of "
                 "parameters that were replaced by others of another shape start anew"
             )
-            ema = step = None
+            there, step = {}, None
         elif ema is not None and ema.dtype is not state_dtype(owner) and ema.dtype is owner.dtype:
             self._say(
                 f"{self._name(group, i)} has an average in {ema.dtype}: the base's own load_state_dict rounded it; "
@@ -146,10 +159,21 @@ class Taking(Averaging):
         if step is None:
             on_device = bool(group.get("capturable", False))
             step = torch.zeros((), dtype=torch.float32, device=owner.device if on_device else "cpu")
-        if ema is None:
+        check_whole(map(local, there.values()))
+        if is_beside(there):
+            self._check_unedited("step()", (owner,))
+        names = names_of(formats, (AVERAGE,))
+        if not there:
             check_whole((local(owner),))
             ema = owner if is_sharded(owner) else aligned(owner)
-        return as_state(owner, ema), step
+            if formats is PLAIN:
+                return [as_state(owner, ema)], step
+            return [new_state(name, formats, owner, {}) for name in names], step
+        if formats is not PLAIN or AVERAGE not in there:
+            there = converted(there, owner, formats)
+        return [
+            as_coded(name, owner, there[name]) if name in CODED else as_state(owner, there[name]) for name in names
+        ], step
 
     def _say(self, message: str) -> None:
         kind = message.partition(": ")[2]
@@ -174,3 +198,15 @@ class Taking(Averaging):
             v = torch.view_as_real(v) if v.is_complex() else torch.stack([v, v], -1)
         real = param.dtype.to_real()
         return v if v.dtype is real or v.dtype is torch.float32 else v.to(state_dtype(param).to_real())
+
+
+def _fits(name: str, value: Any, formats: Formats, owner: Tensor, param: Tensor) -> bool:
+    """Whether a state is a part of the parameter's average as a step takes it."""
+    if value is None or value.dtype is not dtype_of(name, formats, param):
+        return False
+    shape = owner.shape if not name.endswith("_scales") else torch.Size(scales_shape(owner))
+    if value.shape != shape:
+        return False
+    if type(value) is not Tensor and is_sharded(value):
+        return is_sharded(owner) and placed_alike(value, owner)
+    return not (type(value) is Tensor and type(owner) not in PLAIN_KINDS and is_sharded(owner))

@@ -191,3 +191,27 @@ def test_a_step_that_is_left_undone_puts_nothing_at_rest(options: dict[str, bool
     other.grad = torch.ones(3)
     optimizer.step()
     assert "ema" not in optimizer.state[frozen]
+
+
+@pytest.mark.parametrize("options", [{}, {"state_bits": 8}])
+def test_a_state_that_comes_into_play_meanwhile_is_not_missing(options: dict[str, Any]) -> None:
+    """Its own checkpoint was refused: the parameter at rest has no first moment, and the others have."""
+    params = [torch.nn.Parameter(torch.randn(64, 64)) for _ in range(2)]
+    optimizer = PACE(params, betas=(0.0, 0.99), **options)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    params[1].requires_grad_(False)
+    params[1].grad = None
+    optimizer.param_groups[0]["betas"] = (0.9, 0.99)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = PACE([torch.nn.Parameter(param.detach().clone()) for param in params], **options)
+    other.load_state_dict(saved)
+    _, rest = other.state.values()
+    assert any(name.startswith("exp_avg_") for name in rest) and not {"exp_avg", "exp_avg_codes"} & rest.keys()
+    lost = saved["state"][0]
+    for name in [name for name in lost if name in ("exp_avg", "exp_avg_codes", "exp_avg_scales")]:
+        del lost[name]
+    with pytest.raises(ValueError, match="lacks exp_avg"):
+        PACE(params, **options).load_state_dict(saved)

@@ -9,6 +9,7 @@ import io
 import itertools
 import pickle
 import random
+import warnings
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from pace_kernels import MADA, PACE, ema_state_dict, master_state_dict
+from pace_kernels import PACE, ScheduleFreeAdamW, ema_state_dict, master_state_dict
 from pace_kernels.conversions import converted, in_floats, weight_in
 from pace_kernels.formats import OPTIONS, formats_in
 from pace_kernels.states import CODED_FORMAT, Formats
@@ -93,6 +94,28 @@ def test_the_defaults_change_nothing() -> None:
     assert OPTIONS.keys().isdisjoint(optimizer.param_groups[0])
     assert {key for state in optimizer.state.values() for key in state} == {"step", "exp_avg", "exp_avg_sq", "ema"}
     assert optimizer.state_dict()["param_groups"][0]["format_version"] == 1
+
+
+def test_what_is_asked_of_bfloat16_parameters_needs_some() -> None:
+    for options in ({"master_weight_bits": 32}, {"stochastic_rounding": True}):
+        with pytest.warns(UserWarning, match="is for bfloat16 parameters, and there are none"):
+            PACE(net(torch.float32).parameters(), **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            PACE(net().parameters(), **options)
+            PACE([{"params": net(torch.float32).parameters()}, {"params": net().parameters()}], **options)
+            PACE(net(torch.float32).parameters(), state_bits=8)
+
+
+def test_memory_of_what_is_not_trained_or_not_there_yet() -> None:
+    lazy, frozen = nn.LazyLinear(64), nn.Parameter(torch.zeros(64, 64, dtype=torch.int32), requires_grad=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = PACE([*lazy.parameters(), frozen, torch.ones(64, 64), torch.ones(4096)], state_bits=8).memory()
+    assert [tensor.backend == "none" for tensor in report.tensors] == [True, True, True, False, False]
+    assert [tensor.elements for tensor in report.tensors] == [0, 0, 4096, 4096, 4096]
+    assert [tensor.why_float32 for tensor in report.tensors[:4]] == [None] * 4
+    assert "it has 1 dimension, fewer than 2" in str(report) and "3 are lazy, or frozen" in str(report)
 
 
 @pytest.mark.parametrize("options", CASES, ids=named)
@@ -238,6 +261,13 @@ def test_keys_of_checkpoints() -> None:
     )
 
 
+def test_versions_that_would_take_rounded_moments_for_others_refuse_them() -> None:
+    _, optimizer = trained({"state_bits": 16, "ema_bits": 32})
+    saved = optimizer.state_dict()
+    assert saved["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq", "ema"}
+    assert saved["param_groups"][0]["format_version"] == CODED_FORMAT
+
+
 PLACES = {32: 0.0, 24: 2.0**-16, 16: 2.0**-8}  # of a float: half a place, relative
 
 
@@ -325,8 +355,8 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match=sentence):
             other.load_state_dict(saved)
         assert not other.state
-    with pytest.raises(ValueError, match="which is no state of MADA"):
-        MADA(model.parameters()).load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="which is no state of ScheduleFreeAdamW"):
+        ScheduleFreeAdamW(model.parameters()).load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="can't have such: it is not contiguous"):
         PACE([p.detach().t().contiguous().t() if p.dim() == 2 else p for p in net().parameters()]).load_state_dict(
             optimizer.state_dict()
@@ -413,7 +443,7 @@ def test_averages_of_other_weights_are_refused(use: str) -> None:
     if use == "state_dict()":  # it says of which weights they were
         assert second.state_dict()["state"][0]["weights_hash"] == saved["state"][0]["weights_hash"]
         return
-    with pytest.raises(RuntimeError, match=r"holds other weights than it did there.*reset_average=True.*ema_bits=24"):
+    with pytest.raises(RuntimeError, match=r"holds other weights than it did.*reset_average=True.*ema_bits=24"):
         uses(other, second)[use]()
     second.load_state_dict(saved, reset_average=True)
     step(second, 5)
@@ -506,7 +536,8 @@ def test_weights_without_an_average_beside_them_may_be_edited(drop: Any, is_load
 @pytest.mark.parametrize("ema_bits", (32, 24, 16, 8))
 def test_averages_are_reset_in_every_format(ema_bits: int) -> None:
     model, optimizer = trained({"ema_bits": ema_bits})
-    with pytest.warns(UserWarning, match="they begin at the weights"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is missing: that is what was asked for
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()), reset_average=True)
     assert "exp_avg" in optimizer.state[model[0].weight] and not optimizer._entries(optimizer.param_groups)
     step(optimizer, 9)

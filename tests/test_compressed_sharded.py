@@ -3,6 +3,7 @@ ranks and loaded on any other."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 
 import torch.distributed.checkpoint as dcp
 from ranks import run
+from test_compressed_others import KINDS
 from test_sharded import mesh_of, steps, whole
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -64,7 +66,7 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return torch.equal(ours.to_local(), part.to_local())
 
 
-def differences(model: nn.Module, optimizer: PACE, reference: nn.Module, wanted: PACE) -> list[str]:
+def differences(model: nn.Module, optimizer: Any, reference: nn.Module, wanted: Any) -> list[str]:
     found = []
     for (name, p), q in zip(model.named_parameters(), reference.named_parameters(), strict=True):
         q = q[1]
@@ -101,6 +103,35 @@ def check(which: int, layout: str) -> list[str]:
 @pytest.mark.parametrize("world", (2, 3, 4))
 def test_shards_have_the_bits_of_the_whole(world: int, which: int) -> None:
     assert run(world, check, which, "fsdp") == [[]] * world
+
+
+def check_other(kind: str, which: int) -> list[str]:
+    """MADA's presets, schedule-free and the pullback. What MADA learns by is summed in another order over shards."""
+    reference, model = net(), sharded("fsdp")
+    optimizer, wanted = (KINDS[kind](m.parameters(), **OPTIONS[which]) for m in (model, reference))
+    steps(model, optimizer, range(3))
+    steps(reference, wanted, range(3))
+    found = differences(model, optimizer, reference, wanted)
+    with optimizer.averaged(model), wanted.averaged(reference):
+        found += [
+            n
+            for (n, p), q in zip(model.named_parameters(), reference.parameters(), strict=True)
+            if not torch.equal(whole(p), q)
+        ]
+    for m, o in ((model, optimizer), (reference, wanted)):
+        with o.editing_weights(), torch.no_grad():
+            m[3].weight.mul_(0.5)
+    again = KINDS[kind](model.parameters(), **OPTIONS[which])
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(model, again, range(3, 5))
+    steps(reference, wanted, range(3, 5))
+    return found + differences(model, again, reference, wanted)
+
+
+@pytest.mark.parametrize("which", range(len(OPTIONS)))
+@pytest.mark.parametrize("kind", ["MADA", "adan", "lion", "schedule-free", "pullback"])
+def test_other_optimizers_have_the_bits_of_the_whole(kind: str, which: int) -> None:
+    assert run(2, check_other, kind, which) == [[]] * 2
 
 
 def check_tensor_parallel() -> list[str]:

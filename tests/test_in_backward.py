@@ -95,6 +95,30 @@ def test_clipping_by_the_norm_of_the_iteration_before() -> None:
             assert torch.allclose(p, q, rtol=0, atol=2**-9), t  # sums in another order
 
 
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_a_norm_that_is_not_finite_clips_nothing(bad: float) -> None:
+    """Clipped by it all weights would be NaN in the next iteration, or not move."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    optimizer = step_in_backward(model, lambda params: PACE(params, lr=1e-3), max_norm=1.0)
+
+    def spoil(grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        grad[0, 0] = bad
+        return grad
+
+    handle = model[2].weight.register_hook(spoil)
+    model(torch.ones(4, 64)).square().mean().backward()
+    optimizer.step()
+    handle.remove()
+    with torch.no_grad():
+        model[2].weight[0, 0] = 0.0
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.ones(4, 64)).square().mean().backward()
+    optimizer.step()
+    assert sum(int((~p.isfinite()).sum()) for p in model.parameters()) <= 1  # v of that one element stays infinite
+    assert not any(torch.equal(was, p) for was, p in zip(before, model.parameters(), strict=True))
+
+
 def test_accumulation_is_refused_and_zero_grad_ends_an_iteration() -> None:
     model = net()
     optimizer = step_in_backward(model, factory)

@@ -30,13 +30,22 @@ KINDS: dict[str, Callable[[Any], Pullback]] = {
 }
 
 
+IN_CODES: dict[str, Callable[[Any], Pullback]] = {
+    "AdamW in codes": lambda groups: Pullback(torch.optim.AdamW(groups, lr=0.1), ema_bits=8),
+    "SGD in codes, in torch": lambda groups: Pullback(
+        torch.optim.SGD(groups, lr=0.1), gain=0.25, ema_bits=16, backend="torch"
+    ),
+}
+
+
 def built(kind: str) -> tuple[torch.nn.Module, Pullback]:
     """Two groups, of which the second has two dtypes."""
     torch.manual_seed(0)
     dtypes = [[torch.float32], [torch.bfloat16, torch.float64]]
-    model = torch.nn.ParameterList(torch.randn(3, 2).to(dtype) for dtypes in dtypes for dtype in dtypes)
+    shape = (128, 32) if kind in IN_CODES else (3, 2)
+    model = torch.nn.ParameterList(torch.randn(shape).to(dtype) for dtypes in dtypes for dtype in dtypes)
     groups = [{"params": [model[0]]}, {"params": [model[1], model[2]]}]
-    return model, KINDS[kind](groups)
+    return model, (KINDS | IN_CODES)[kind](groups)
 
 
 # ---- refused before the base steps ----
@@ -116,7 +125,7 @@ def test_running_out_of_memory_in_the_first_step_leaves_nothing(kind: str, monke
 
 
 @pytest.mark.parametrize("t", [0, 3], ids=["first step", "fourth step"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *IN_CODES])
 def test_who_saves_at_any_line_of_a_step_has_a_whole_state(kind: str, t: int) -> None:
     model, optimizer = built(kind)
     for earlier in range(t):
@@ -136,7 +145,7 @@ def test_who_saves_at_any_line_of_a_step_has_a_whole_state(kind: str, t: int) ->
         assert same(state["state"], wanted[1]["state"])
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", *IN_CODES])
 def test_an_exception_at_any_line_of_a_step_leaves_a_whole_state_or_says_so(kind: str) -> None:
     model, optimizer = built(kind)
     set_grads(model, 0)

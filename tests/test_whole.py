@@ -96,6 +96,8 @@ KINDS: dict[str, Any] = {
     "lion": lambda groups, **k: MADA.preset("lion", groups, **k),
     "adan": lambda groups, **k: MADA.preset("adan", groups, **k),
     "schedule-free": lambda groups, **k: ScheduleFreeAdamW(groups, warmup_steps=2, **k),
+    "schedule-free in codes": lambda groups, **k: ScheduleFreeAdamW(groups, warmup_steps=2, state_bits=8, **k),
+    "adan in codes": lambda groups, **k: MADA.preset("adan", groups, state_bits=8, use_ema_eval=True, **k),
 }
 DTYPES = {"one group": [[torch.float32]], "two groups, mixed": [[torch.float32, torch.bfloat16], [torch.float64]]}
 
@@ -241,7 +243,7 @@ def test_who_saves_at_any_line_of_a_step_has_a_whole_state(kind: str, layout: st
 
 
 @pytest.mark.parametrize("backend", [None, "torch"])
-@pytest.mark.parametrize("kind", ["PACE", "PACE in codes", "MADA", "schedule-free"])
+@pytest.mark.parametrize("kind", ["PACE", "PACE in codes", "MADA", "schedule-free", "schedule-free in codes"])
 @pytest.mark.slow
 def test_an_exception_at_any_line_of_a_step_leaves_a_whole_state_or_says_so(kind: str, backend: str | None) -> None:
     layout = "two groups, mixed" if backend is None else "one group"

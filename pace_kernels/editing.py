@@ -1,0 +1,227 @@
+"""Averages that lie beside weights: whether these are what they were, and a context in which they may be changed.
+
+With ``ema_bits`` of 8 or 16 an average is known only together with its weights (csrc/codes.h). Weights that others
+wrote since the last step, of another model or in another dtype, would take it along. So an optimizer notes the versions
+and dtypes of such weights, and refuses to use their averages where they are others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .checks import Group, check_switch
+from .conversions import average_in, encode_again, hash_of, start_again, weight_in
+from .formats import HASH, REMAINDER, SCALES_BESIDE, asked, is_beside, parts_of
+from .sharding import local
+from .states import Formats
+from .whole import Whole
+
+# The versions of a parameter, wrapper and local part.
+Version = tuple[int, int]
+# Of each parameter that train() put back: its version since, and those before eval(), of the last 8 swaps, which had
+# the same contents. By it an optimizer knows its weights and averages again after another one swapped them.
+RESTORED: Any = WeakTensorKeyDictionary()
+
+_BESIDE = "an average of ema_bits 8 or 16, which is known only beside its weights"
+_OR = (
+    "or take ema_bits=24, whose averages stand alone; `with optimizer.editing_weights(reset_average=True): pass` "
+    "starts those that are refused anew at their weights"
+)
+
+
+@dataclass
+class Entry:
+    """A parameter with an average, and its state."""
+
+    group: Group
+    place: int  # in the group
+    param: Tensor
+    state: dict[str, Any]
+
+
+class Editing(Whole, torch.optim.Optimizer):
+    """An optimizer that knows whether averages lie beside the weights that they were made with. Not for direct use."""
+
+    # The state that a parameter has an average by: it is that, or is computed from it.
+    _AVERAGE = "ema"
+
+    # The versions of weights beside which averages lie, as the last step or swap left them, and their dtypes. A step
+    # notes its own before it begins, so weights may be one behind where a signal's handler comes in between.
+    _left: Any = MappingProxyType({})
+    _dtypes: Any = MappingProxyType({})
+    # The key of a group that says whether its average is swapped in. Groups are shared with wrappers that pass for this
+    # optimizer, such as Lightning's; an attribute set through one of them would stay there.
+    _MARK = "swapped"
+
+    # The state that counts the steps of an average.
+    _STEPS = "step"
+
+    def _wanted(self, group: Group) -> Formats:
+        """The formats that a group asks for."""
+        return asked(group)
+
+    def _weight_in(self, weight: Tensor, state: Mapping[str, Any]) -> Tensor:
+        """The local weight as a float, with the remainder that it has among the states of its parameter."""
+        return weight_in(weight, state)
+
+    def _parts_in(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's state, or what of it is ours."""
+        return state
+
+    @property
+    def _swapped(self) -> bool:
+        return any(group.get(self._MARK, False) for group in self.param_groups)
+
+    def _require_live(self, what: str) -> None:
+        if self._swapped:
+            raise RuntimeError(f"{what} while the averaged weights are swapped in: call optimizer.train() first")
+
+    def _name(self, group: Group, i: int) -> str:
+        """What errors call a parameter."""
+        if "param_names" in group:
+            return f"parameter {group['param_names'][i]!r}"
+        g = next(k for k, other in enumerate(self.param_groups) if other is group)
+        return f"param_groups[{g}]['params'][{i}]"
+
+    def _name_of(self, param: Tensor) -> str:
+        for group in self.param_groups:
+            for i, other in enumerate(group["params"]):
+                if other is param:
+                    return self._name(group, i)
+        return f"a parameter of shape {tuple(param.shape)}"
+
+    def _entries(self, groups: Sequence[Group], names: Iterable[str] | None = None) -> list[Entry]:
+        """Of the groups' parameters those that have one of these states; without names, an average."""
+        names = tuple(parts_of(self._AVERAGE) if names is None else names)
+        return [
+            Entry(group, i, param, self.state[param])
+            for group in groups
+            for i, param in enumerate(group["params"])
+            if not self.state.get(param, {}).keys().isdisjoint(names)
+        ]
+
+    # ---- what lies beside weights ----------------------------------------------------------------------------------
+
+    def _note_left(self, params: Iterable[Tensor], more: int = 0) -> None:
+        """Averages lie beside these weights as they are now, or will be after so many writes ``more``."""
+        for param in params:
+            self._left[param] = version_of(local(param)) + more
+            self._dtypes[param] = param.dtype
+
+    def _check_unedited(self, what: str, params: Iterable[Tensor], loaded: bool = True) -> None:
+        """Raises RuntimeError where weights were written or converted since averages were left beside them, which would
+        go along; and, with ``loaded``, where averages of a checkpoint are beside other weights than they were."""
+        for param in params:
+            if (why := self._why_apart(param, loaded)) is not None:
+                raise RuntimeError(f"{what}: {self._name_of(param)} {why}")
+
+    def _why_apart(self, param: Tensor, loaded: bool = True) -> str | None:
+        """What of a parameter's weights keeps its average from being used; None: nothing."""
+        state = self.state.get(param, {})
+        if not is_beside(state):
+            return None
+        live = state.get("live")  # while swapped it lies beside these
+        dtype = self._dtypes.get(param) if live is None else live.dtype
+        if dtype is not None and dtype is not param.dtype:
+            back = "" if live is None else "convert it back, call optimizer.train(), and "
+            way = f"To keep it, {back}convert the model within `with optimizer.editing_weights():`"
+            return f"is {param.dtype}, and it has {_BESIDE}: these were {dtype}. {way}, {_OR}"
+        if live is not None:
+            return None
+        if loaded and HASH in state:
+            if int(state[HASH]) != hash_of(param):
+                way = "Load the model that was saved with it; or load_state_dict(..., reset_average=True)"
+                return f"holds other weights than it did in the checkpoint, which has {_BESIDE}. {way}, {_OR}"
+            self._note_left([param])
+            del state[HASH]
+        left, now = self._left.get(param), version_of(local(param))
+        if left is None or now in (left, left - 1) or any(same == left for _, same in equal_since(param)):
+            return None
+        way = "Edit weights within `with optimizer.editing_weights():`"
+        return f"was written since the last step, and it has {_BESIDE}. {way}, {_OR}"
+
+    def _kept(self, entry: Entry, is_lost: bool) -> Tensor | None:
+        """The average that lies beside a parameter."""
+        return None if is_lost else average_in(entry.state, self._weight_in(entry.param, entry.state))
+
+    def _encode_again(self, entry: Entry, before: Tensor | None, average: Tensor | None) -> None:
+        """After others wrote a parameter, see :func:`encode_again`."""
+        ours = dict(self._parts_in(entry.state))
+        names = list(ours)
+        encode_again(entry.param, ours, before, average)
+        for name in names:
+            if name not in ours:
+                del entry.state[name]
+        entry.state.update(ours)
+
+    @contextmanager
+    def editing_weights(self, *, reset_average: bool = False) -> Iterator[None]:
+        """Within this context weights may be written between steps, as by ``load_state_dict()`` of the model, a clamp
+        or a mask, and converted, as by ``model.bfloat16()``: averages stay what they are, within half a step of their
+        codes. With ``ema_bits`` of 8 or 16 such writes are refused elsewhere. Until its end it holds averages and
+        weights once more, in float32.
+
+        Arguments:
+            reset_average: whether averages whose weights were written or converted outside of such a context, and which
+                are refused since, start anew at what the weights are at the end of this one. All others stay.
+
+        Raises:
+            RuntimeError: weights were written before, and ``reset_average`` is False; in the middle of a step; while
+                averages are swapped in.
+
+        >>> with optimizer.editing_weights():  # doctest: +SKIP
+        ...     model.weight.clamp_(-1, 1)
+        """
+        check_switch("reset_average", reset_average)
+        self._require_whole("editing_weights()")
+        self._require_live("editing_weights()")
+        entries = [
+            entry
+            for entry in self._entries(self.param_groups, (*SCALES_BESIDE, REMAINDER))
+            if not self._parts_in(entry.state).keys().isdisjoint((*SCALES_BESIDE, REMAINDER))
+        ]
+        with torch.no_grad():
+            lost = {id(e.param) for e in entries if reset_average and self._why_apart(e.param) is not None}
+            self._check_unedited("editing_weights()", [e.param for e in entries if id(e.param) not in lost])
+            self._note_left(
+                [entry.param for entry in entries if is_beside(entry.state) and id(entry.param) not in lost]
+            )
+            kept = [
+                (e, float(e.state[self._STEPS]), local(e.param).clone(), self._kept(e, id(e.param) in lost))
+                for e in entries
+            ]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for entry, count, before, average in kept:
+                    state = self.state.get(entry.param)
+                    if state is not entry.state or "live" in state or float(state[self._STEPS]) != count:
+                        continue  # it was loaded, is swapped, or took a step: that average is newer
+                    self._encode_again(entry, before, average)
+                    if id(entry.param) in lost:
+                        start_again(state)
+                    self._note_left([entry.param] if is_beside(state) else ())
+
+
+def equal_since(param: Tensor) -> tuple[Version, ...]:
+    """The versions that had the contents which the parameter has, as swaps in and out tell."""
+    now, same = RESTORED.get(param, (None, ()))
+    return same if now == both_versions(param) else ()
+
+
+def both_versions(param: Tensor) -> Version:
+    return param._version, local(param)._version
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often it was written, as far as torch counts that."""
+    return 0 if tensor.is_inference() else tensor._version
