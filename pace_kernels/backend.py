@@ -224,7 +224,7 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, wrapper: 
         return row
     wanted = os.environ.get("PACE_CPU_ISA")
     if device.type == "cpu" and wanted and (_table()["cpu"].reason or "").startswith("PACE_CPU_ISA="):
-        raise RuntimeError(f"the instruction set asked for is not available: {_table()['cpu'].reason}")
+        raise RuntimeError(f"the requested instruction set is not available: {_table()['cpu'].reason}")
     row = next(row for row in _table().values() if row.refusal(device, dtype) is None)
     expected = _KERNELS.get(device.type, ()) if dtype != torch.float64 else ()
     if torch.version.hip is not None:  # AMD GPUs have Triton's kernels alone

@@ -78,9 +78,7 @@ def ema_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer, f
     """
     chosen = _checked(optimizers, "ema_state_dict()")
     if not any(optimizer._keeps_average(group) for optimizer in chosen for group in optimizer.param_groups):
-        raise RuntimeError(
-            "ema_state_dict(): no group of this optimizer keeps an average, as one with use_ema_eval=True does"
-        )
+        raise RuntimeError("ema_state_dict(): no group of this optimizer keeps an average: set use_ema_eval=True")
     swaps = []
     for optimizer in chosen:
         optimizer._require_whole("ema_state_dict()")

@@ -29,10 +29,10 @@ States = dict[str, list[Tensor]]
 Prepared = list[tuple[Work, States]]
 
 ASKEW = (
-    "pace_kernels steps parameters at addresses that are no multiple of their element size through copies, more "
-    "slowly: clone them once"
+    "the addresses of some parameters are no multiple of their element size: pace_kernels steps them through copies, "
+    "which is slower. Clone them once"
 )
-_RESIZED = "a parameter has another shape than its average had: the average starts anew at its weights"
+_RESIZED = "a parameter has another shape than its average: the average starts anew at the weights"
 
 
 def of_c(function: Any) -> Any:
@@ -87,7 +87,7 @@ class Launching(Checkpoints):
         pair = overlap_in_part([param for *_, param in named])
         if pair is not None:
             one, other = (self._name(*named[k][:2]) for k in pair)
-            raise ValueError(f"{one} and {other} share a part of their memory: they may share all of it, or none")
+            raise ValueError(f"{one} and {other} share a part of their memory: they must share all or none")
         self._apart = {0, *(where[1] for *_, param in named if (where := region(param)) is not None)}
 
     def _separated(self, works: list[Work]) -> list[Work]:

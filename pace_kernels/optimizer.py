@@ -134,7 +134,7 @@ class KernelOptimizer(Fitting):
         """The local part of a DTensor's gradient, placed as the parameter is."""
         if not is_sharded(grad):
             name = self._name(group, i)
-            raise RuntimeError(f"the gradient of {name} is a plain tensor: it must be a DTensor as the parameter is")
+            raise RuntimeError(f"the gradient of {name} is a plain tensor: it must be a DTensor like the parameter")
         if grad.shape != param.shape:
             shapes = f"{tuple(grad.shape)}, not {tuple(param.shape)}"
             raise RuntimeError(f"the gradient of {self._name(group, i)} has shape {shapes}")

@@ -87,7 +87,7 @@ def check_given(group: Mapping[str, Any], own: Collection[str], name: str, kind:
         raise ValueError(
             f"{name} has {', '.join(ours)} beside {', '.join(strangers)}, which {kind} does not know: are these the "
             f"options of a wrapper? {kind} would take {', '.join(ours)} for its own. Give it groups without them, such "
-            f'as {{"params": group["params"]}}; set {", ".join(strangers)} in param_groups once it is made'
+            f'as {{"params": group["params"]}}; set {", ".join(strangers)} in param_groups afterwards'
         )
 
 
@@ -100,8 +100,8 @@ def check_spelling(group: Mapping[str, Any], own: Collection[str], name: str, ki
             continue
         if meant := difflib.get_close_matches(key, own, n=1, cutoff=0.85):
             raise ValueError(
-                f"{name} has {key!r}, which {kind} does not know: did you mean {meant[0]!r}? Give a tag of your own "
-                "another name, or set it in param_groups once the optimizer is made"
+                f"{name} has {key!r}, which {kind} does not know: did you mean {meant[0]!r}? If it is a tag of your "
+                "own, rename it, or set it in param_groups of the finished optimizer"
             )
 
 

@@ -252,13 +252,13 @@ class PullbackCheckpoints(Pulling):
         there = [key for key in saved["params"] if key in states]
         if version and flat and there and (not loaded or not all(states[key] for key in there)):
             raise ValueError(
-                f"param_groups[{number}] is of a Pullback, and its averages did not come along. Flattened distributed "
-                "checkpoints bring only what the optimizer that loads them has: load before the first gradients are "
-                "there, and wrap a base before it has stepped"
+                f"param_groups[{number}] was saved by a Pullback, and its averages are missing. Flattened distributed "
+                "checkpoints bring only states that the loading optimizer has: load before there are gradients, and "
+                "wrap a base before it has stepped"
             )
         if swapped and any(AVERAGE in state and LIVE not in state for state in loaded):
             raise ValueError(
-                f"param_groups[{number}] was saved between eval() and train(), and its live weights did not come along "
+                f"param_groups[{number}] was saved between eval() and train(), and its live weights are missing "
                 "(distributed checkpoints drop them): call optimizer.train() before saving"
             )
         merged[SWAPPED] = swapped or any(LIVE in state for state in loaded)
@@ -271,7 +271,7 @@ class PullbackCheckpoints(Pulling):
         if have and state and (missing := sorted(map(str, have.keys() - state.keys()))):
             kind = type(self.base).__name__
             raise ValueError(
-                f"state[{key!r}] lacks {', '.join(missing)}, which {kind} keeps: is it of another optimizer?"
+                f"state[{key!r}] lacks {', '.join(missing)}, which {kind} keeps: is it from another optimizer?"
             )
         for name, value in state.items():
             if isinstance(value, Tensor) and not is_whole(local(value)):
@@ -296,7 +296,7 @@ def _copied(state: Any) -> Any:
 def _checked_ours(name: str, key: Any, ours: Group, param: Tensor) -> Group:
     """Our part of a parameter's saved state, checked."""
     if STEP not in ours:
-        raise ValueError(f"state[{key!r}] has an average without pullback_step: is it of another optimizer?")
+        raise ValueError(f"state[{key!r}] has an average without pullback_step: is it from another optimizer?")
     if AVERAGE not in ours and not ours.get(AT_REST):
         raise ValueError(f"{name} lacks ema: is it incomplete?")
     checked_count(f"{name}: pullback_step", ours[STEP], LAST_STEP)

@@ -82,7 +82,7 @@ class Pulling(Taking):
                 self._place_steps(pull)
             lr = group.get("lr")
             if isinstance(lr, Tensor) and lr.is_meta and any(pull.device.type != "meta" for pull in some):
-                raise RuntimeError("lr is a tensor on meta, where there are no values; the parameters are not there")
+                raise RuntimeError("lr is a tensor on meta, which has no value, but the parameters are not on meta")
             pulls += some
             rest += [p for p in group["params"] if not p.requires_grad]
         if not all(pull.planned for pull in pulls):
@@ -102,7 +102,7 @@ class Pulling(Taking):
         pull.on_device = pull.on_device or pull.found_inf is not None or len(away) < len(pull.steps)
         if not pull.on_device and stream_of(pull.device) == CAPTURED:
             raise RuntimeError(
-                "a CUDA graph captures the step: without capturable=True in the group replays do not count"
+                "a CUDA graph captures the step: replays count steps only with capturable=True in the group"
             )
         if pull.on_device:
             for i in away:
@@ -186,7 +186,7 @@ class Pulling(Taking):
                 state = states.get(pull.owners[i], {})
                 if AVERAGE in state and STEP not in state:
                     kind = type(self.base).__name__
-                    return RuntimeError(f"{kind} has a state {AVERAGE!r} of its own, as the average has")
+                    return RuntimeError(f"{kind} has a state {AVERAGE!r}: the average needs that name")
             if pull.moment is None:
                 continue
             entries, name, seconds = [states.get(p) or {} for p in pull.owners], pull.moment.name, pull.seconds

@@ -92,7 +92,7 @@ class Work:
         if not isinstance(lr, Tensor):
             return {"lr": plain_number(lr)}
         if lr.is_meta and self.device.type != "meta":
-            raise ValueError(f"lr must be a number, or a tensor that has a value, got one on meta for {self.device}")
+            raise ValueError(f"lr must be a number, or a tensor with a value, got one on meta for {self.device}")
         if at_hand(lr):
             return {"lr": lr.item()}
         return {"lr": 0.0, "lr_tensor": moved(lr, self.device)}

@@ -61,7 +61,7 @@ class Taking(Averaging):
         own = Own.of(values)
         if own.by_moment:
             if "lr" not in group:
-                raise ValueError(f"{type(self.base).__name__} has no option lr, which the gain takes: give gain=")
+                raise ValueError(f"{type(self.base).__name__} has no option lr, which the gain needs: give gain=")
             check_lr(group["lr"])
             require_second_moment(self.base, group, name)
         return own
@@ -130,17 +130,17 @@ class Taking(Averaging):
     def _started(self, group: Group, i: int, owner: Tensor, ema: Any, step: Any) -> tuple[Tensor, Tensor]:
         """The average of a parameter that has none that fits, and its step count."""
         if ema is not None and step is None:
-            raise RuntimeError(f"{type(self.base).__name__} has a state {AVERAGE!r} of its own, as the average has")
+            raise RuntimeError(f"{type(self.base).__name__} has a state {AVERAGE!r}: the average needs that name")
         if ema is not None and ema.shape != owner.shape:
             self._say(
                 f"{self._name(group, i)} has shape {tuple(owner.shape)}, its average {tuple(ema.shape)}: averages of "
-                "parameters that were replaced by others of another shape start anew"
+                "parameters whose shape was changed start anew"
             )
             ema = step = None
         elif ema is not None and ema.dtype is not state_dtype(owner) and ema.dtype is owner.dtype:
             self._say(
                 f"{self._name(group, i)} has an average in {ema.dtype}: the base's own load_state_dict rounded it; "
-                "load by that of the Pullback"
+                "load through the Pullback"
             )
             step = step.to(torch.float32)
         if step is None:
@@ -167,8 +167,8 @@ class Taking(Averaging):
         if not fits or not (v.is_floating_point() or v.is_complex()) or v.device != param.device:
             came = f"a {v.dtype} tensor of shape {tuple(v.shape)} on {v.device}" if isinstance(v, Tensor) else repr(v)
             raise RuntimeError(
-                f"the state {moment.name!r} of {self._name(group, i)} is {came}: a second moment of each coordinate is "
-                f"needed, of shape {tuple(param.shape)}, or gain="
+                f"the state {moment.name!r} of {self._name(group, i)} is {came}: give one of shape "
+                f"{tuple(param.shape)}, a second moment per coordinate, or gain="
             )
         if param.is_complex():
             v = torch.view_as_real(v) if v.is_complex() else torch.stack([v, v], -1)

@@ -77,8 +77,8 @@ class Whole:
     def _require_whole(self, what: str) -> None:
         if self._unfinished:
             raise RuntimeError(
-                f"{what} in the middle of a step: it is under way, or an exception ended it half done. Then load the "
-                "last checkpoint, of the model and with load_state_dict() of the optimizer"
+                f"{what} in the middle of a step: a step is running, or an exception stopped one half done. "
+                "After an exception, load the last checkpoint of model and optimizer, with load_state_dict()"
             )
 
     def _at_once(self, first: list[Call], then: list[Call]) -> None:

@@ -33,7 +33,7 @@ def check_alone(optimizer: torch.optim.Optimizer, what: str) -> None:
             raise RuntimeError(
                 f"{what}: this is one rank's part of a ZeroRedundancyOptimizer, and the parameters of the other ranks "
                 "would stay live. On all ranks, pace_kernels.averaged(model, zero) evaluates the averages of all; to "
-                "export them: zero.consolidate_state_dict(), as docs/sharding.md has it"
+                "export them, call zero.consolidate_state_dict() as in docs/sharding.md"
             )
 
 
@@ -59,9 +59,7 @@ def averaged_on_all_ranks(zero: Any, model: torch.nn.Module) -> Iterator[None]:
         left = [param._version for param in params]
         yield
         if left != [param._version for param in params]:
-            raise RuntimeError(
-                "averaged(): weights were loaded or changed inside, and the live ones are back. Load after it"
-            )
+            raise RuntimeError("averaged(): weights were changed inside; the live ones are back. Load after the block")
     finally:
         _together.discard(id(inner))
         for param, value in zip(others, live, strict=True):

@@ -32,8 +32,8 @@ def averaging(optimizer: Any, model: Any) -> Averaging | None:
         if type(outer).__module__.startswith("deepspeed.") and not share_memory(model.parameters(), inner._params()):
             raise RuntimeError(
                 f"UseAverage does not work with DeepSpeed's {type(outer).__name__}: it steps float32 pieces of its own "
-                "and copies them into the model, so the average cannot be put in the model's place. Leave the callback "
-                "out, and export with pace_kernels.integrations.deepspeed.ema_state_dict(engine)"
+                "and copies them into the model, so the average cannot be put into the model. Leave the callback out, "
+                "and export with pace_kernels.integrations.deepspeed.ema_state_dict(engine)"
             )
         outer = outer.optimizer
     return cast(Averaging, inner)
@@ -58,9 +58,9 @@ class RunningStatistics:
         if count:
             self._said = True
             warnings.warn(
-                f"UseAverage: the average is evaluated and saved with the running statistics of the live weights, of "
-                f"{count} layers of batch normalization. UseAverage(update_bn=batches) recomputes them for the average "
-                "and puts the live ones back; update_bn=False leaves it at that",
+                f"UseAverage: {count} layers of batch normalization are evaluated and saved with statistics of the "
+                "live weights. UseAverage(update_bn=batches) recomputes them for the average and restores the live "
+                "ones afterwards; update_bn=False turns this warning off",
                 stacklevel=3,
             )
 

@@ -41,7 +41,7 @@ def ema_state_dict(engine: Any) -> dict[str, Any]:
     if not isinstance(optimizer, Averaging):
         raise TypeError(f"ema_state_dict(): the engine steps {type(optimizer).__name__}, not PACE, MADA or Pullback")
     if optimizer._AVERAGE != "ema":
-        raise TypeError(f"ema_state_dict(): the average of {type(optimizer).__name__} is no state to be gathered")
+        raise TypeError(f"ema_state_dict(): {type(optimizer).__name__} keeps no average as a state to gather")
     if not any("ema" in state for state in optimizer.state.values()):
         raise RuntimeError("ema_state_dict(): the optimizer has no average yet: call it after a step")
     module, first = engine.module, on_first_rank()
@@ -51,7 +51,7 @@ def ema_state_dict(engine: Any) -> dict[str, Any]:
     kept = [*params.values(), *module.buffers()]
     for name, value in exported.items():
         if isinstance(value, Tensor) and not any(value is tensor for tensor in kept):
-            raise ValueError(f"ema_state_dict(): state_dict() has a tensor {name!r} that is no parameter and no buffer")
+            raise ValueError(f"ema_state_dict(): state_dict() has a tensor {name!r} that is no parameter or buffer")
     done: dict[Tensor, Tensor] = {}
     for name, value in exported.items():
         if not isinstance(value, Tensor):

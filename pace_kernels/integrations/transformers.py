@@ -130,7 +130,7 @@ class UseAverage(TrainerCallback):  # type: ignore[misc]
             return
         if any(ours._option(group, "use_ema_eval") for group in ours.param_groups):
             warnings.warn(
-                f"checkpoint-{state.global_step} holds the live weights: a callback behind UseAverage asked for it. "
+                f"checkpoint-{state.global_step} holds the live weights: a callback after UseAverage asked for it. "
                 "Put UseAverage last in callbacks",
                 stacklevel=2,
             )
