@@ -73,13 +73,13 @@ class Coefficients(KernelOptimizer):
     def coefficients(self) -> dict[str, float] | list[dict[str, float]]:
         """The six coefficients, name → value, as the next step uses them; with coefficients="group" a list of dicts.
 
-        Those that are not learned are the first group's. Reading waits for the device.
+        Coefficients that are not learned are the first group's. Reading waits for the device.
         """
         return self._by_group(self._group_coefficients)
 
     @property
     def hypergradients(self) -> dict[str, float] | list[dict[str, float]]:
-        """The hypergradients of the last step, before the clip: name → value of each learned coefficient.
+        """The hypergradients of the last step, before the clip: name → value for each learned coefficient.
 
         With coefficients="group" a list of dicts. Reading waits for the device.
         """
@@ -103,9 +103,9 @@ class Coefficients(KernelOptimizer):
         return values
 
     def get_step_stats(self) -> dict[str, float]:
-        """What is learned, flat, for a logger: each coefficient by its name, and its hypergradient of the last step, as
-        ``hypergradient_beta1``. With coefficients="group" the names end in the group's number, as ``beta1_0``. Empty
-        where nothing is learned. Reading waits for the device."""
+        """The learned coefficients by name, and their hypergradients of the last step as ``hypergradient_beta1``, in
+        one dict for a logger. With coefficients="group" names end in the group's number: ``beta1_0``. Empty if nothing
+        is learned. Reading waits for the device."""
         stats = {}
         by_group = self.param_groups[0]["coefficients"] == "group"
         for number, group in enumerate(self.param_groups if by_group else self.param_groups[:1]):
@@ -120,9 +120,9 @@ class Coefficients(KernelOptimizer):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Stops learning: the learned values become fixed options (MADA-FS), and what only learning needs is dropped.
+        """Stops learning: the learned values become fixed options (MADA-FS), and states only for learning are dropped.
 
-        Training goes on as if the coefficients had stayed at their present values from here on.
+        From here on, training keeps the coefficients at their present values.
         """
         self._plans.end()
         for group in self.param_groups:

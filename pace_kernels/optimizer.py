@@ -78,7 +78,7 @@ class KernelOptimizer(Fitting):
     # ---- groups and state ------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, with options of its own; also in the middle of training. See ``torch.optim.Optimizer``."""
+        """Adds a group with its own options, also during training. See ``torch.optim.Optimizer``."""
         if isinstance(param_group, dict):
             name, kind = f"param_groups[{len(self.param_groups)}]", type(self).__name__
             check_given(param_group, self.defaults, name, kind)
@@ -264,8 +264,8 @@ class KernelOptimizer(Fitting):
         return "ema" in self._state_tensors(group)
 
     def memory(self) -> Memory:
-        """The bytes of weights, gradients and states by tensor, on this rank; which states are compressed, and why the
-        others are not. Before the first step, what they will be. Printed, it is a summary.
+        """The bytes of weights, gradients and states by tensor on this rank, which states are compressed, and why the
+        others are not. Before the first step it reports what they will be. Printed, it is a summary.
 
         >>> optimizer = pace_kernels.PACE(torch.nn.Linear(64, 64).parameters(), state_bits=8)  # doctest: +SKIP
         >>> print(optimizer.memory())  # doctest: +SKIP
@@ -280,11 +280,11 @@ class KernelOptimizer(Fitting):
     def step(  # type: ignore[override]
         self, closure: Callable[[], Any] | None = None, *, clip_coef: Tensor | float | None = None
     ) -> Any:
-        """One optimization step. ``closure`` recomputes the loss, as in ``torch.optim``; its value is returned.
+        """Takes one step. ``closure`` recomputes the loss, as in ``torch.optim``; the step returns its value.
 
         ``clip_coef`` (>= 0, a number or a tensor with one element, on any device) multiplies the gradients within the
-        pass, so that clipping them by :func:`pace_kernels.clip_coefficient` costs no pass of its own; the gradients
-        themselves stay as they are. It is not read back from its device.
+        pass, so that clipping by :func:`pace_kernels.clip_coefficient` costs no pass of its own; the gradients
+        themselves stay unchanged. The step does not read the coefficient back from its device.
         """
         # A subclass with a step of its own has torch's hooks around that one.
         if type(self).step is KernelOptimizer.step and is_observed(self):
@@ -380,7 +380,7 @@ class KernelOptimizer(Fitting):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps ``skip_nonfinite`` left undone. Reading waits for the device."""
+        """How many steps ``skip_nonfinite`` skipped. Reading waits for the device."""
         counts = [group["skipped_steps"] for group in self.param_groups if group["skipped_steps"] is not None]
         return int(counts[0]) if counts else 0
 

@@ -107,8 +107,8 @@ class Planning(Launching):
 
     @property
     def clip_coef(self) -> Tensor | float | None:
-        """What ``step()`` takes for its argument ``clip_coef`` where that is None, from now on; None: nothing. For
-        trainers that call ``step()`` themselves, also through the wrappers of Lightning and Fabric."""
+        """The ``clip_coef`` of every following ``step()`` that gets none; None: no clipping. For trainers that call
+        ``step()`` themselves, also through the wrappers of Lightning and Fabric."""
         return self._plans.clip_coef  # type: ignore[no-any-return]
 
     @clip_coef.setter

@@ -71,8 +71,8 @@ class PullbackCheckpoints(Pulling):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """The base's state dict, which the averages are part of, with the pullback's options among those of the base.
-        As in ``torch.optim``, the tensors are the optimizer's own."""
+        """The base's state dict, which contains the averages, with the pullback's options among those of the base. As
+        in ``torch.optim``, the tensors are the optimizer's own."""
         self._require_whole("state_dict()")
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -103,11 +103,11 @@ class PullbackCheckpoints(Pulling):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of this class, or of the base alone: the average then starts at the weights.
+        """Loads a state of this class, or of the base alone, after which the average starts at the weights.
 
-        Averages stay float32 (float64 for float64 parameters), also where the base's own ``load_state_dict`` is called.
-        An option that the checkpoint does not have keeps its present value. A state that does not fit raises ValueError
-        or TypeError and changes nothing, in the base neither.
+        Averages stay float32 (float64 for float64 parameters), even if the base's own ``load_state_dict`` is called.
+        An option that the checkpoint lacks keeps its present value. A state that does not fit raises ValueError or
+        TypeError and changes nothing, in the base either.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")

@@ -1,4 +1,4 @@
-"""``ZeroRedundancyOptimizer``: each rank's optimizer has averages of its own parameters; here they go to all ranks."""
+"""``ZeroRedundancyOptimizer``: each rank's optimizer averages its own parameters; this sends the averages to all."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def is_zero(optimizer: object) -> bool:
 
 
 def check_alone(optimizer: torch.optim.Optimizer, what: str) -> None:
-    """Refuses the optimizer of one rank of several, whose swap would leave the parameters of the others live. It is
-    known by the object that refers to it, and looked for only where such objects can be."""
+    """Refuses the optimizer of one rank of several, whose swap would leave the parameters of the others live. The
+    ZeroRedundancyOptimizer is found among the objects that refer to it."""
     dist = torch.distributed
     if id(optimizer) in _together or _MODULE not in sys.modules or not (dist.is_available() and dist.is_initialized()):
         return
