@@ -1,4 +1,4 @@
-"""Running statistics of batch normalization, which are those of the live weights: recomputed for the average."""
+"""Recomputes the running statistics of batch normalization, which are those of the live weights, for the average."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def layers(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def recomputed(model: nn.Module, batches: Batches) -> Iterator[None]:
-    """Within this context running statistics are those of the weights that the model holds on entry; see
+    """Within this context the running statistics are those of the weights that the model holds on entry; see
     :func:`recompute`."""
     kept = recompute(model, batches)
     try:

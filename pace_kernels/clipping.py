@@ -85,8 +85,8 @@ def _over_axes(norms: dict[Axes, Tensor], norm_type: float) -> Tensor:
 
 
 def _total_norm(grads: list[Tensor], norm_type: float) -> Tensor:
-    """As ``torch.nn.utils.get_total_norm`` has it, but of float16 and bfloat16 in float32: squares of gradients that a
-    scaler has scaled are beyond float16."""
+    """As ``torch.nn.utils.get_total_norm``, but in float32 for float16 and bfloat16: squares of gradients that a scaler
+    has scaled exceed float16."""
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for grad in grads:
         if grad.numel() > 0:  # of nothing there is no largest element

@@ -59,7 +59,7 @@ class Coefficients(KernelOptimizer):
         return group["params"][0].device if group.get("params") else torch.device("cpu")
 
     def _share(self) -> None:
-        """Puts the coefficients on their device, and where they are global, the same ones into all groups."""
+        """Puts the coefficients on their device; if they are global, all groups get the same tensors."""
         source = self.param_groups[0]
         for group in self.param_groups:
             source = group if group["coefficients"] == "group" else source
@@ -150,7 +150,7 @@ class Coefficients(KernelOptimizer):
             self.defaults.update({"betas": (values.pop("beta1"), values.pop("beta2")), **values, "learn": ()})
 
     def _catch_up(self, group: Group, param: Tensor) -> None:
-        """Brings moments that are one step behind up to date, by redoing that step."""
+        """Brings moments that are one step behind up to date by redoing the last step."""
         state = self.state[param]
         if "last_scalars" not in state:
             return
@@ -175,7 +175,7 @@ class Coefficients(KernelOptimizer):
         state["last_scalars"][0] = DONE
 
     def _by_name(self, group: Group) -> None:
-        """Hyper options that were replaced since the last step, as they are kept."""
+        """Brings hyper options that were replaced since the last step to the form in which they are kept."""
         kept = self._arguments(group).learning
         if any(group[name] is not kept[name] for name in LEARNING):
             if isinstance(group["learn"], str) or tuple(group["learn"]) != kept["learn"]:
@@ -187,8 +187,8 @@ class Coefficients(KernelOptimizer):
         super()._check_changed(group)
 
     def _settle(self, groups: list[Group]) -> None:
-        """Moments that are one step behind are brought up to date where the step to redo would come out otherwise by
-        the new options; the next step learns nothing then."""
+        """Brings moments that are one step behind up to date if redoing the step with the new options would differ; the
+        next step then learns nothing."""
         check_sharing(self.param_groups, start=False)
         for group in groups:
             check_learned(group)
@@ -220,7 +220,7 @@ class Coefficients(KernelOptimizer):
         return record.prepared  # type: ignore[no-any-return]
 
     def _learning(self) -> list[Call]:
-        """What moves the coefficients after a step, once for each set of them that took part in it."""
+        """The calls that move the coefficients after a step, one for each set that took part in it."""
         if self._ranks() is not None or any(work.axes for *_, work in self._sums):
             return [self._learn_together]
         return self._learn(self._by_set())
@@ -232,7 +232,7 @@ class Coefficients(KernelOptimizer):
         return by_set
 
     def _learn_together(self) -> None:
-        """The same over ranks: they add up their sums first."""
+        """The same over several ranks, which first add up their sums."""
         reduce_((sums, work.axes) for _, sums, work in self._sums)
         by_set = self._by_set()
         at_once(self._learn(by_set if self._ranks() is None else self._over_process_group(by_set)))
@@ -253,8 +253,8 @@ class Coefficients(KernelOptimizer):
         return torch.distributed.group.WORLD if self._hyper_process_group == "world" else self._hyper_process_group
 
     def _over_process_group(self, by_set: Sets) -> Sets:
-        """One row for each set of coefficients, summed over the process group. A rank whose parameters took no part has
-        to take part here: others wait for it."""
+        """One row for each set of coefficients, summed over the process group. A rank whose parameters took no part
+        still has to join: the others wait for it."""
         scaling = next((given for _, given, _ in by_set.values()), {})
         if not by_set and self._nonfinite is not None:
             scaling = {"found_inf": self._nonfinite}

@@ -1,8 +1,8 @@
-"""Copies of the weights that others derive and keep: whoever changes weights in place has to make them forget these.
+"""Copies of the weights that other software keeps: code that changes weights in place has to make it drop them.
 
 - FSDP2 (``fully_shard``) gathers sharded weights into whole ones, and keeps those of the root, or with
   ``reshard_after_forward=False`` all, after a forward pass that no backward pass follows, as in a validation.
-- Autocast keeps the weights' copies in its lower precision until the outermost context ends.
+- Autocast keeps copies of the weights in its lower precision until the outermost context ends.
 - Inductor's freezing folds weights into the graphs that it compiles for inference.
 - FSDP1 keeps whole weights as FSDP2 does, and its parameters are views of one or the other.
 """
@@ -21,7 +21,7 @@ from .sharding import is_sharded
 
 
 def check_no_frozen_graphs(what: str) -> None:
-    """Raises RuntimeError where compiled graphs hold the weights as constants."""
+    """Raises RuntimeError if compiled graphs hold the weights as constants."""
     config = sys.modules.get("torch._inductor.config")
     if config is not None and getattr(config, "freezing", False):
         raise RuntimeError(

@@ -1,10 +1,10 @@
 """The operators: their schemas and fakes, which exist without a compiler. Kernels attach to them by dispatch key.
 
-Every operator does a whole list of tensors, mutates its arguments in place and returns nothing. Steps are counted by
-the operator: ``steps`` holds the number of steps taken before the call, and is one higher after it.
+Every operator steps a whole list of tensors, changes its arguments in place and returns nothing. The operator counts
+steps: ``steps`` holds the number of steps taken before the call, and is one higher after it.
 
-A call computes, or raises before anything has changed; nothing but the arguments that its schema marks is ever written
-(tests/fuzz_ops.py). Where two tensors of a call share memory, what they hold afterwards is not defined.
+A call computes, or raises before anything has changed; it writes only the arguments that its schema marks
+(tests/fuzz_ops.py). If two tensors of a call share memory, their contents afterwards are undefined.
 """
 
 from __future__ import annotations
@@ -102,14 +102,14 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _check_devices(*values: Any) -> None:
-    """One tensor on meta sends the whole call there, where nothing happens: then all of them have to be."""
+    """One tensor on meta sends the whole call there, where nothing happens: so either all are on meta, or none."""
     types = {t.device.type for t in _tensors(values)}
     if "meta" in types and len(types) > 1:
         raise ValueError(f"all tensors must be on meta, or none, got some on {', '.join(sorted(types))}")
 
 
 def _fake(definition: Definition) -> Callable[..., None]:
-    """What a step does to tensors without values: nothing, where its lists fit."""
+    """A step of tensors without values does nothing, if its lists fit."""
     lists = [entry.list for entry in definition.lists] + [STEPS]
     may_be_missing = {o.list for o in definition.operands if o.empty is not None} | {r.list for r in definition.rows}
 
@@ -133,8 +133,8 @@ def _(coefficients, momenta, hypergradients, hyper_step, sums, found_inf=None, *
 
 
 def _resolve_negative(name: str) -> None:
-    """Negative views (``x.conj().imag``; their memory holds minus what they are) are copied where they are read, and
-    refused where they are written. torch's own fallback raises for some calls only after the kernel has run."""
+    """Copies negative views (``x.conj().imag``, whose memory holds the negated values) that are read, and refuses those
+    that are written. torch's own fallback raises for some calls only after the kernel has run."""
     op = getattr(torch.ops.pace_kernels, name).default
     arguments = {argument.name: argument for argument in op._schema.arguments}
 

@@ -1,4 +1,4 @@
-"""What follows a base's step: the pull of its weights toward their average, and the average, which lie in its state."""
+"""What follows a base's step: the weights are pulled toward their average, and the average in its states moves."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Pulling(Taking):
     # ---- before the base's step ------------------------------------------------------------------------------------
 
     def _collect(self, found_inf: Tensor | None) -> tuple[list[Pull], list[Tensor]]:
-        """What is to be pulled, and the parameters that come to rest: checked, and nothing has changed."""
+        """The pulls, and the parameters that stop averaging; all are checked, and nothing has changed."""
         pulls: list[Pull] = []
         rest: list[Tensor] = []
         for group in self.base.param_groups:
@@ -93,8 +93,8 @@ class Pulling(Taking):
         return pulls, rest
 
     def _place_steps(self, pull: Pull) -> None:
-        """Step counts follow the parameters to their device, and stay there, where only it knows whether a step counts:
-        with ``found_inf``; and with ``capturable``, where a captured graph advances them."""
+        """Moves step counts to the parameters' device if only it knows whether a step counts: with ``found_inf``; and
+        with ``capturable``, since a captured graph advances them there."""
         pull.on_device = bool(pull.group.get("capturable", False))
         if pull.device.type == "cpu":
             return
@@ -123,7 +123,7 @@ class Pulling(Taking):
             pull.rounds = [turns.get(id(p), 0) for p in pull.params]
 
     def _check_memory(self, pull: Pull) -> None:
-        """Raises where an operator would, or worse: before the base has stepped. Nothing is written."""
+        """Raises before the base has stepped if an operator would raise, or worse, later. Nothing is written."""
         if pull.backend.name != "cpu":
             self._lengthen(pull)
         refused: RuntimeError | None = None
@@ -150,14 +150,14 @@ class Pulling(Taking):
 
     @staticmethod
     def _lengthen(pull: Pull) -> bool:
-        """Step counts that go on in float64: whether there are any."""
+        """Makes step counts that have reached float32's limit float64; returns whether there were any."""
         full = [i for i, step in enumerate(pull.steps) if counts_no_further(step)]
         for i in full:
             pull.steps[i] = pull.steps[i].double()
         return bool(full)
 
     def _named(self, pull: Pull, message: str) -> str:
-        """An operator's message with the name of the parameter that it is about."""
+        """An operator's message, with the name of its parameter."""
         entry = message.partition("[")[2].partition("]")[0]
         known = entry.isdigit() and int(entry) < len(pull.places)
         return f"{self._name(pull.group, pull.places[int(entry)])}: {message}" if known else message
@@ -179,7 +179,8 @@ class Pulling(Taking):
     # ---- after the base's step -------------------------------------------------------------------------------------
 
     def _missing(self, pulls: list[Pull]) -> RuntimeError | None:
-        """What only a first step of the base tells: that it keeps no such second moment, or a state named as ours."""
+        """The errors that only a first step of the base reveals: it keeps no such second moment, or a state with our
+        name."""
         states = self.base.state
         for pull in pulls:
             for i in pull.new:
@@ -201,7 +202,7 @@ class Pulling(Taking):
         return None
 
     def _enter(self, pull: Pull) -> None:
-        """Puts average and step count into the base's states, which may be others since its step."""
+        """Puts average and step count into the base's states, which its step may have replaced."""
         states = self.base.state
         entries: list[Any] = list(map(states.get, pull.owners))
         if all(entries) and not pull.new:
@@ -217,7 +218,7 @@ class Pulling(Taking):
             state.pop(AT_REST, None)
 
     def _plan(self, pulls: list[Pull], parts: list[Pull], rest: list[Tensor]) -> None:
-        """What the next step may take up again."""
+        """What the next step may reuse."""
         scratch, step_plans = self._scratch, self._scratch.step_plans
         step_plans.vain += 1
         seldom = step_plans.vain > 8 and step_plans.vain % 64 != 0  # something changes at each step

@@ -60,7 +60,7 @@ def second_moment_of(
 
 
 def require_second_moment(base: torch.optim.Optimizer, group: Group, name: str | None) -> None:
-    """Raises ValueError where the clipped gain has no second moment, of each coordinate, to divide by."""
+    """Raises ValueError if the clipped gain has no second moment per coordinate to divide by."""
     found = second_moment_of(base, group, name, torch.float32)
     if found is None:
         raise ValueError(
@@ -78,7 +78,7 @@ def require_second_moment(base: torch.optim.Optimizer, group: Group, name: str |
 
 
 def lacks(base: torch.optim.Optimizer, name: str, state: dict[str, Tensor]) -> RuntimeError:
-    """What to raise where a parameter's state holds no second moment of that name."""
+    """The error if a parameter's state holds no second moment of that name."""
     return RuntimeError(
         f"{type(base).__name__} keeps no state {name!r} of a parameter, but {', '.join(map(str, state)) or 'none'}: "
         "give the name of its second moment as second_moment=, or give gain="
@@ -86,7 +86,7 @@ def lacks(base: torch.optim.Optimizer, name: str, state: dict[str, Tensor]) -> R
 
 
 def refuse(base: object) -> None:
-    """Raises where a pullback around this optimizer would mean nothing, or something else."""
+    """Raises if a pullback around this optimizer would mean nothing, or something else."""
     name = type(base).__name__
     if not isinstance(base, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {base!r}")

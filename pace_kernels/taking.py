@@ -1,4 +1,4 @@
-"""What a pull is made of: a group's options, and averages, step counts and second moments from the base's states."""
+"""Collects a pull: a group's options, and averages, step counts and second moments from the base's states."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Taking(Averaging):
     # ---- options ---------------------------------------------------------------------------------------------------
 
     def _own(self, group: Group) -> Own:
-        """The pullback's options of a group, checked where they changed. A name that the base has as an option of its
-        own means that one."""
+        """The pullback's options of a group, checked if they changed. A name that the base has as an option of its own
+        means the base's."""
         theirs = self.base.defaults
         values = [d if name in theirs else group.get(name, d) for name, d in self._defaults.items()]
         seen = self._scratch.own.get(id(group))
@@ -91,7 +91,7 @@ class Taking(Averaging):
         return list(buckets.values())
 
     def _moment(self, group: Group, own: Own, dtype: torch.dtype) -> SecondMoment | None:
-        """None where the gain is a constant, or nothing pulls."""
+        """None if the gain is a constant, or nothing pulls."""
         if not own.by_moment:
             return None
         return second_moment_of(self.base, group, own.values["second_moment"], dtype.to_real())
@@ -128,7 +128,7 @@ class Taking(Averaging):
         pull.rounds.append(0)
 
     def _started(self, group: Group, i: int, owner: Tensor, ema: Any, step: Any) -> tuple[Tensor, Tensor]:
-        """The average of a parameter that has none that fits, and its step count."""
+        """The average, and its step count, of a parameter that has no fitting one."""
         if ema is not None and step is None:
             raise RuntimeError(f"{type(self.base).__name__} has a state {AVERAGE!r}: the average needs that name")
         if ema is not None and ema.shape != owner.shape:

@@ -52,7 +52,7 @@ def pullback_scalars(options, given, to):
 def pullback_round(
     sums, fields, row_ptr, operands, at, end, F: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr
 ):
-    """The elements of one block that lie before `end`."""
+    """The elements of one block before `end`."""
     s = PullbackScalars(*fields)
     x_ptr, before_ptr, v_ptr, e_ptr = operands
     i = at + tl.arange(0, BLOCK)

@@ -1,8 +1,8 @@
-"""What a definition of an optimizer is made of, and the operator's schema, which follows from it.
+"""The parts of an optimizer's definition, and the operator's schema, which follows from it.
 
-A definition says what every backend has to know alike: which tensors a step takes and which of them it changes, what
-its options are called and may be, what is decided at compile time. What is computed is written by hand in each
-language: csrc/rules, triton_kernels, torch_rules. Nothing here needs torch: setup.py reads it to write the C++ header.
+A definition says what every backend has to know: which tensors a step takes and which of them it changes, the names and
+values of its options, and what is decided at compile time. The computation is written by hand in each language:
+csrc/rules, triton_kernels, torch_rules. Nothing here needs torch: setup.py reads it to write the C++ header.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Option:
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor of the parameter's shape. ``reads`` and ``writes`` say when a step does, in terms of the definition's
-    flags, as C++ has it. ``empty`` is the sentence that ends the refusal of a list of another length where the list may
-    be missing; None: it has to be there. ``role`` says how it lies: a "weight"; a "gradient" or a "moment", in the
-    weight's format or float32; a "copy", in the weight's format; a "state", in float32. ``codec`` says in what else it
-    may lie (csrc/codes.h), and ``beside`` names the list of what lies beside it then, which as a rule is None: of a
-    "weight" in bfloat16 what is left over of float32; of a "moment", a "square" or an "average" the scales of its
-    codes."""
+    """A tensor of the parameter's shape. ``reads`` and ``writes`` say when a step reads and writes it, as C++
+    expressions of the definition's flags. If the list may be empty, ``empty`` is the clause that ends the error for a
+    list of another length; None: it must not be empty. ``role`` says how it is stored: a "weight"; a "gradient" or a
+    "moment", in the weight's format or float32; a "copy", in the weight's format; a "state", in float32. ``codec`` says
+    which other formats it may have (csrc/codes.h), and ``beside`` names the list of tensors stored beside it then (None
+    by default): for a "weight" in bfloat16 the remainders of float32; for a "moment", a "square" or an "average" the
+    scales of its codes."""
 
     symbol: str  # in rules and kernels
     list: str  # of the operator
@@ -63,7 +63,7 @@ class Operand:
         return "remainders" if self.codec == "weight" else f"{self.list.removesuffix('s')}_scales"
 
     def uses(self, flags: dict[str, bool]) -> tuple[bool, bool]:
-        """Whether a step with these flags reads it, and writes it."""
+        """Whether a step with these flags reads the operand, and whether it writes it."""
         names = {"true": True, "false": False, **flags}
         texts = (text.replace("||", " or ").replace("&&", " and ") for text in (self.reads, self.writes))
         reads, writes = (bool(eval(text, {}, names)) for text in texts)
@@ -72,7 +72,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Row:
-    """A few float64 numbers that each parameter keeps from step to step."""
+    """A few float64 numbers that each parameter keeps between steps."""
 
     list: str
     numbers: int
@@ -80,7 +80,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Extra:
-    """A tensor of float64 numbers that a call may have."""
+    """An optional tensor of float64 numbers of a call."""
 
     name: str
     numbers: int
@@ -112,7 +112,8 @@ class Definition:
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """The lists of what lies beside operands, last of the tensors. Rules see none of it: they see whole numbers."""
+        """The lists of tensors stored beside operands, the last of the tensors. Rules do not see them: they see whole
+        numbers."""
         return tuple(operand.beside for operand in self.operands if operand.beside is not None)
 
     def lists_of(self, *roles: str) -> tuple[str, ...]:

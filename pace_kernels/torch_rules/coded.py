@@ -1,5 +1,5 @@
-"""Weights and states of a step as they lie in memory, plain or in the formats of codes.py: read into floats, and
-written once the rule has run. csrc/cpu/coded.h does the same."""
+"""Weights and states of a step as they are stored, plain or in the formats of codes.py: read into floats, and written
+once the rule has run. csrc/cpu/coded.h does the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Floats(NamedTuple):
 
 
 class Stepped(Protocol):
-    """What a rule makes of them."""
+    """The results of a rule."""
 
     @property
     def x(self) -> Tensor: ...
@@ -41,7 +41,7 @@ def _flat(a: Tensor) -> Tensor:
 
 @dataclass
 class Stored:
-    """The tensors of one parameter. What lies beside one is None where that is plain."""
+    """The tensors of one parameter. The tensor beside another is None if that is plain."""
 
     x: Tensor
     rest: Tensor | None
@@ -54,7 +54,7 @@ class Stored:
     stochastic: bool  # rounding of a weight in bfloat16
 
     def read(self) -> Floats:
-        """As floats: float32, or float64 where the state v is."""
+        """As floats: float32, or float64 if the state v is."""
         dtype = torch.float64 if self.v.dtype == torch.float64 else torch.float32
         x = self.x.to(dtype) if self.rest is None else codes.joined(self.x, self.rest)
         m = None if self.m is None else _moment(M_CODE, self.m, self.m_scales)
@@ -143,7 +143,7 @@ def _write_moment(
 
 
 def _in_bfloat16(a: Tensor) -> Tensor:
-    """Of floats that have no more bits. torch's own conversion has more than one NaN."""
+    """The bfloat16 of floats that have no more bits. torch's own conversion has more than one NaN."""
     return codes.split(a, 32)[0]
 
 
@@ -154,7 +154,7 @@ def _put(keep: Keep, to: tuple[Tensor, Tensor | None], parts: tuple[Tensor, Tens
 
 
 class Coded:
-    """The lists of a call beside its operands; each is None or empty where these are plain."""
+    """The lists of a call beside its operands; each is None or empty if these are plain."""
 
     def __init__(self, stochastic: bool, *beside: list[Tensor] | None) -> None:
         self.stochastic, self.beside = stochastic, beside
