@@ -26,47 +26,46 @@ __all__ = ["COEFFICIENTS", "DONE", "HYPERGRADIENTS", "LAST_SCALARS", "MADA_STATE
 MADA_STATES = (*(entry.list for entry in DEFINITIONS["mada_step_"].lists[2:]), STEPS)
 _LIBRARY = torch.library.Library("pace_kernels", "DEF")
 
-# Every step takes four tensors with one element on the device of the parameters, each of which may be missing, and none
-# of which is waited for: `lr_tensor` in place of lr; `grad_scale`, which divides the gradients, and `clip_coef`, which
-# multiplies them (float32; both within the pass: the gradients themselves stay as they are); and `found_inf` (float32):
-# where it is not 0, nothing changes. `capturable`: the step counts live on the device of the parameters, otherwise on
-# the CPU. Where `found_inf` is given off the CPU they have to, since only the device knows whether a step counts. They
-# are float32 or float64. float32 counts to 2^24: a count that is there is refused on the CPU; on a device, where nobody
-# reads it, it stays there.
+# Every step takes four optional tensors with one element on the device of the parameters, and waits for none:
+# `lr_tensor` in place of lr; `grad_scale`, which divides the gradients, and `clip_coef`, which multiplies them
+# (float32; both within the pass: the gradients themselves stay as they are); and `found_inf` (float32): if it is not 0,
+# nothing changes. `capturable`: the step counts are on the device of the parameters, otherwise on the CPU. With
+# `found_inf` off the CPU they have to be on the device, since only that knows whether a step counts. They are float32
+# or float64. float32 counts to 2^24: on the CPU a count that has reached it is refused; on a device, where the host
+# does not read it, it stays there.
 #
-# pace_step_ is one PACE step (csrc/rules/pace.h). `exp_avgs` may be empty where beta1 is 0, `emas` where
-# lambda_pullback is 0. Lists may lie in the formats of csrc/codes.h, a format a list and call: with `remainders` (int16
-# or int8) the parameters are bfloat16, each of 32 or 24 bits together with its remainder; exp_avgs and exp_avg_sqs may
-# be bfloat16, or uint8 with `exp_avg_scales` and `exp_avg_sq_scales`; emas bfloat16 with int8 `ema_scales`, or int8 or
-# int16 with uint8 ones. Codes with uint8 scales, one for 32 consecutive elements, are contiguous, and their parameters
-# too. With `stochastic_rounding` bfloat16 parameters without remainders are rounded by the same dither.
+# pace_step_ is one PACE step (csrc/rules/pace.h). `exp_avgs` may be empty if beta1 is 0, `emas` if lambda_pullback is
+# 0. Lists may have the formats of csrc/codes.h, one format per list and call: with `remainders` (int16 or int8) the
+# parameters are bfloat16, each of 32 or 24 bits together with its remainder; exp_avgs and exp_avg_sqs may be bfloat16,
+# or uint8 with `exp_avg_scales` and `exp_avg_sq_scales`; emas bfloat16 with int8 `ema_scales`, or int8 or int16 with
+# uint8 ones. Codes with uint8 scales, one per 32 consecutive elements, are contiguous, and so are their parameters.
+# With `stochastic_rounding` bfloat16 parameters without remainders are rounded by the same dither.
 #
-# mada_step_ is one MADA step (csrc/rules/mada.h). A list may be empty where nothing needs it; those that are there say
-# what is in play: `exp_avgs` and `exp_avg_sqs` Adam's moments, `exp_avg_diffs` the differences of gradients,
-# `second_exp_avg_sqs` the running mean or maximum, `exp_avg_lions` Lion's moment, `emas` the average. `last_grads` are
-# there where differences are in play or something is learned, and with them `last_scalars` (LAST_SCALARS each). Where
-# something is learned, moments are one step behind and `last_grads` holds the gradient of that step; where differences
-# are in play too, `older_grads` holds the one before, the new one is written over it, and the caller exchanges the two
-# lists; with `capturable` the lists keep their roles. Coefficient i is coefficients[i] where bit i of `learn` is set,
-# otherwise the option of its name. The sums over all coordinates of this call are written to `hypergradients`
-# (HYPERGRADIENTS); where `found_inf` says that nothing happens, zeros.
+# mada_step_ is one MADA step (csrc/rules/mada.h). A list may be empty if nothing needs it; the others say what is in
+# play: `exp_avgs` and `exp_avg_sqs` Adam's moments, `exp_avg_diffs` the differences of gradients, `second_exp_avg_sqs`
+# the running mean or maximum, `exp_avg_lions` Lion's moment, `emas` the average. If differences are in play or
+# something is learned, the call has `last_grads` and `last_scalars` (LAST_SCALARS each). If something is learned,
+# moments are one step behind and `last_grads` holds the gradient of that step; if differences are in play too,
+# `older_grads` holds the gradient before, the new gradient overwrites it, and the caller exchanges the two lists; with
+# `capturable` the lists keep their roles. Coefficient i is coefficients[i] if bit i of `learn` is set, otherwise the
+# option of its name. The call writes its sums over all coordinates to `hypergradients` (HYPERGRADIENTS), or zeros if
+# `found_inf` skips it.
 #
-# pullback_ is the average and the pullback behind another optimizer's step (csrc/rules/pullback.h), which left its
-# weights in `params`. The pull is `gain` where it is given, otherwise that of `second_moments` (the parameter's dtype
-# or float32; empty with `gain`), bias-corrected by beta2 at the step that is `step_offset` beyond that of `steps`. The
-# distance is measured from `befores`, the weights before the base's step, in the parameter's dtype; where the list is
-# empty, from `params`. Where nothing pulls (gain or, without it, lambda_pullback 0) both are empty and `params` is only
-# read.
+# pullback_ is the average and the pullback after another optimizer's step (csrc/rules/pullback.h), which left its
+# weights in `params`. The pull is `gain` if given, otherwise that of `second_moments` (the parameter's dtype or
+# float32; empty with `gain`), bias-corrected by beta2 at `step_offset` steps beyond `steps`. The distance is measured
+# from `befores`, the weights before the base's step, in the parameter's dtype, or from `params` if the list is empty.
+# If nothing pulls (gain or, without it, lambda_pullback 0) both are empty and `params` is only read.
 #
 # schedule_free_step_ is one step of schedule-free AdamW (csrc/rules/schedule_free.h). lr, `count` and `share` are those
-# of the whole group at this step, which the front end computes; `schedule` has the last two where only the device knows
-# them. `steps` are counted, and nothing else.
+# of the whole group at this step, which the front end computes; `schedule` has the last two if only the device knows
+# them. `steps` only count.
 for _definition in DEFINITIONS.values():
     _LIBRARY.define(_definition.schema())
 # Moves the learned coefficients after all mada_step_ calls of a step: adds up their sums, in order, into
-# `hypergradients` (6), clips them, adds them to `momenta` (6), descends and projects. Float64, all on one device. Where
-# the learning rates add up to 0 nothing but `hypergradients` changes, and in the first `warmup` steps `hyper_step` too.
-# Where `found_inf` is not 0, nothing does.
+# `hypergradients` (6), clips them, adds them to `momenta` (6), descends and projects. Float64, all on one device. If
+# the learning rates add up to 0, only `hypergradients` changes; in the first `warmup` steps only that and `hyper_step`.
+# If `found_inf` is not 0, nothing changes.
 _LIBRARY.define(
     "mada_learn_(Tensor(a!) coefficients, Tensor(b!) momenta, Tensor(c!) hypergradients, Tensor(d!) hyper_step, "
     "Tensor[] sums, Tensor? found_inf=None, *, int learn, float[] hyper_lr, float[] hyper_momentum, float[] lower, "
@@ -75,14 +74,12 @@ _LIBRARY.define(
 )
 # Plans: the calls of a step, kept for the next one (planning.py). `plan` is the handle of a Plan of the device's
 # module.
-# plan_add_ adds a part, which is a call of `rule`: its lists one after the other but for the gradients (those beside
-# them last, where there are any), the lengths of all of them, the optional tensors up to lr_tensor, the options as
-# numbers.
-# plan_before_ copies the weights into a pullback's weights before, after it looked at all that plan_step_ may refuse.
-# plan_learn_ adds the mada_learn_ of such parts. plan_step_ takes the gradients of all parts one after the other, looks
-# whether all that it keeps lies where it did, and takes the step, or raises with nothing changed; `options` are those
-# of all parts where some changed, or none. Their schemas mark nothing as written: they are not for tracing, the
-# operators above are.
+# plan_add_ adds a part, which is a call of `rule`: its lists one after the other without the gradients (lists beside
+# others last, if any), the lengths of all of them, the optional tensors up to lr_tensor, the options as numbers.
+# plan_before_ copies the weights before a pullback's base steps, after all the checks of plan_step_. plan_learn_ adds
+# the mada_learn_ of such parts. plan_step_ takes the gradients of all parts one after the other, checks that all its
+# memory is where it was, and takes the step, or raises with nothing changed; `options` are those of all parts if some
+# changed, or none. Their schemas mark nothing as written: they are not for tracing, the operators above are.
 for _schema in (
     "plan_add_(int plan, str rule, Tensor[] tensors, int[] lengths, Tensor?[] extras, float[] options) -> ()",
     "plan_learn_(int plan, Tensor[] learned, int[] parts, float[] options) -> ()",

@@ -69,7 +69,7 @@ class Taking(Averaging):
     # ---- states ----------------------------------------------------------------------------------------------------
 
     def _bucketed(self, group: Group, own: Own) -> list[Pull]:
-        """The parameters of a group that have a gradient, by where and how they lie."""
+        """The parameters of a group that have a gradient, by device, dtype and sharding."""
         buckets: dict[Any, Pull] = {}
         for i, owner in enumerate(group["params"]):
             if owner.grad is None:

@@ -27,7 +27,7 @@ from .storage import load, store
 Flags = namedtuple("CodedFlags", (*PACE.flags, "stochastic", "x", "m", "v", "e"), defaults=(0, 0, 0, 0))
 
 # The scalars of PACE; the bits of two uint32, what codes are dithered by and what averages on a grid are; and how far
-# such an average moves, 0 where it rests.
+# such an average moves, 0 if it does not.
 CodedScalars = namedtuple("CodedScalars", (*PaceScalars._fields, "key", "spread", "share"))
 FIELDS = CodedScalars._fields
 

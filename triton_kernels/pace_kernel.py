@@ -82,7 +82,7 @@ def pace_round(sums, fields, row_ptr, operands, at, end, F: tl.constexpr, BLOCK:
     store(x_ptr, i, r.x, mask)
     store(v_ptr, i, r.v, mask)
     store(m_ptr, i, r.m, mask)
-    store(e_ptr, i, r.e, moves)  # where it rests, this costs no memory access
+    store(e_ptr, i, r.e, moves)  # if it does not move, this costs no memory access
     if F.stats:
         sums = add_statistics(sums, r, mask, VECTOR)
     return sums

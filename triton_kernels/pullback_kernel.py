@@ -65,7 +65,7 @@ def pullback_round(
     r = pullback_rule(s, x, before, v, e, F.before, F.moment, F.pull)
     if F.pull:
         store(x_ptr, i, r.x, mask)
-    store(e_ptr, i, r.e, moves)  # where it rests, this costs no memory access
+    store(e_ptr, i, r.e, moves)  # if it does not move, this costs no memory access
     if F.stats:
         sums = add_statistics(sums, r, mask, VECTOR)
     return sums

@@ -65,8 +65,8 @@ def _sweep_kernel(
     FINISH: tl.constexpr, TERMS: tl.constexpr, ROW: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, BESIDE: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """One step of a stretch of one tensor, by ROUND; its sums, by FINISH, go to its place in `rows`. FORMATS has each
-    operand of the definition, and from BESIDE on, where there are more, those of what lies beside each; None where it
+    """One step of a stretch of one tensor, by ROUND; its sums, by FINISH, go to its place in `rows`. FORMATS has those
+    of the definition's operands and, from BESIDE on, if there are more, those of the tensors beside each; None if one
     is not in play. FIELDS are the names of the scalars. REST: tensors may end within a group, as those of whole code
     blocks do not."""
     if skipped(found_inf_ptr):
