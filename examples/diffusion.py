@@ -1,5 +1,5 @@
-"""A diffusion model of points on a spiral, evaluated with the average of its weights. PACE keeps it as the EMA of such
-trainings is kept: no pull, and a constant averaging weight."""
+"""A diffusion model of points on a spiral, evaluated with the average of its weights. PACE keeps it like the usual EMA
+of such trainings: no pull, and a constant averaging weight."""
 
 import argparse
 import math
@@ -19,7 +19,7 @@ optimizer = PACE(model.parameters(), lr=5e-3, lambda_pullback=0, ema_kappa=None,
 
 
 def loss_of(count):
-    """Of the noise that the model finds in noisy points, at random levels."""
+    """The mean squared error of the model's noise in noisy points, at random levels."""
     turn, level, noise = torch.rand(count, 1).sqrt() * 3 * math.pi, torch.rand(count, 1), torch.randn(count, 2)
     points = torch.cat([turn.cos(), turn.sin()], 1) * turn / 6
     angle = level * math.pi / 2

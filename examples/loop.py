@@ -1,5 +1,5 @@
-"""A training loop in the way of nanoGPT's, with AdamW. `git apply examples/loop.diff` makes it PACE's: four lines,
-which also evaluate and save the average."""
+"""A training loop like nanoGPT's, with AdamW. `git apply examples/loop.diff` switches it to PACE: four lines, which
+also evaluate and save the average."""
 
 import argparse
 from pathlib import Path

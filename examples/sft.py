@@ -1,5 +1,5 @@
 """Fine-tuning on answers with Transformers' Trainer: PACE from its arguments, statistics in its log, the average saved.
-The model is a small GPT-2 without training; put a pretrained one in its place."""
+The model is a small untrained GPT-2; put a pretrained one in its place."""
 
 import argparse
 

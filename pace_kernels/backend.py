@@ -1,4 +1,4 @@
-"""Backends are rows of a table: what computes, on which devices, for which dtypes, and why not, where it is missing.
+"""Backends are rows of a table: what computes, on which devices, for which dtypes, and why one is not available.
 
 A backend that is asked for by name (the ``backend`` argument of an optimizer, or the environment variable
 ``PACE_BACKEND``) works or raises its reason. Only the automatic choice may fall back: it takes the first row of the
@@ -39,7 +39,7 @@ class Backend:
     only_by_name: tuple[str, ...] = ()
 
     def refusal(self, device: torch.device, dtype: torch.dtype, by_name: bool = False) -> str | None:
-        """Why this backend can't step a parameter on ``device`` in ``dtype``; None where it can."""
+        """Why this backend can't step a parameter on ``device`` in ``dtype``; None if it can."""
         if not self.available:
             return self.reason
         devices = self.devices
@@ -188,7 +188,7 @@ def _table() -> dict[str, Backend]:
 def backends() -> dict[str, Backend]:
     """The table, fastest first: a dict from the name (cuda, triton, cpu, torch) to a row.
 
-    A row has ``available`` (bool) and ``reason`` (str: why it is not available; None where it is).
+    A row has ``available`` (bool) and ``reason`` (str: why it is not available; None if it is).
 
     >>> backends()["torch"].available
     True
@@ -211,8 +211,8 @@ def requested(name: str | None) -> str | None:
 
 @functools.cache
 def choose(name: str | None, device: torch.device, dtype: torch.dtype, wrapper: bool = False) -> Backend:
-    """The backend for a parameter on ``device`` in ``dtype``: the one of that name, or the fastest that covers it. Of
-    tensors that do operations in their own way (``wrapper``), torch's own are all there is."""
+    """The backend for a parameter on ``device`` in ``dtype``: the one of that name, or the fastest that covers it. For
+    tensors that do operations in their own way (``wrapper``), only the backend torch works."""
     if wrapper:
         if name not in (None, "torch"):
             raise RuntimeError(f"backend={name!r} can't step this parameter: it is a tensor subclass that wraps others")
@@ -224,7 +224,7 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, wrapper: 
         return row
     wanted = os.environ.get("PACE_CPU_ISA")
     if device.type == "cpu" and wanted and (_table()["cpu"].reason or "").startswith("PACE_CPU_ISA="):
-        raise RuntimeError(f"the instruction set asked for is not available: {_table()['cpu'].reason}")
+        raise RuntimeError(f"the requested instruction set is not available: {_table()['cpu'].reason}")
     row = next(row for row in _table().values() if row.refusal(device, dtype) is None)
     expected = _KERNELS.get(device.type, ()) if dtype != torch.float64 else ()
     if torch.version.hip is not None:  # AMD GPUs have Triton's kernels alone

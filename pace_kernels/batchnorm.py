@@ -1,4 +1,4 @@
-"""Running statistics of batch normalization, which are those of the live weights: recomputed for the average."""
+"""Recomputes the running statistics of batch normalization, which are those of the live weights, for the average."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def layers(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def recomputed(model: nn.Module, batches: Batches) -> Iterator[None]:
-    """Within this context running statistics are those of the weights that the model holds on entry; see
+    """Within this context the running statistics are those of the weights that the model holds on entry; see
     :func:`recompute`."""
     kept = recompute(model, batches)
     try:
@@ -40,12 +40,12 @@ def put_back(model: nn.Module, kept: dict[str, Tensor]) -> None:
 
 def recompute(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
     """Makes running statistics the mean over ``batches`` under the weights that the model holds. Modes of modules and
-    the state of the random numbers stay as they were. Returned are copies of what all buffers held before, by name.
-    Where the model has no such layer, nothing is done, and nothing returned.
+    the state of the random numbers stay as they were. Returns copies of what all buffers held before, by name. A model
+    without such a layer is left alone, and the result is empty.
 
     Arguments:
-        batches: what each forward pass gets: tensors; lists and tuples, of which the first entry is passed; or
-            mappings, passed by keyword. Or a function, called with the model, which does the passes.
+        batches: what each forward pass gets: tensors; lists and tuples, whose first entry is passed; or mappings,
+            passed by keyword. Or a function of the model that runs the forward passes.
     """
     found = layers(model)
     if not found:

@@ -41,7 +41,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def shortened(value: object) -> str:
-    """What came, for a sentence."""
+    """The value that came, as text for an error."""
     if isinstance(value, Tensor) and not is_whole(value):
         return f"a tensor of shape {tuple(value.shape)} with less memory than elements"
     try:
@@ -80,7 +80,7 @@ def check_word(argument: str, value: object, words: tuple[str, ...]) -> None:
 
 
 def check_pair(argument: str, value: object) -> None:
-    """Two numbers in [0, 1), in a plain sequence."""
+    """Requires two numbers in [0, 1), in a plain sequence."""
     two = isinstance(value, (tuple, list)) and len(value) == 2
     require(two, argument, "two numbers in [0, 1)", value)
     for i, number in enumerate(value):  # type: ignore[arg-type, var-annotated]
@@ -143,8 +143,8 @@ def check_common_options(group: Group, options: Iterable[Option]) -> None:
 
 
 def check_defined(group: Group, options: Iterable[Option]) -> None:
-    """The group's options that a definition has too, within the ranges that are written there. Of numbers without a
-    range, and of lr and eps, which the front end takes in a narrower one, the check is elsewhere."""
+    """Checks the group's options that a definition has too against the ranges written there. Numbers without a range,
+    and lr and eps, for which the front end has a narrower one, are checked elsewhere."""
     for option in options:
         name = option.name
         if name not in group or name in ("lr", "eps"):
@@ -162,7 +162,7 @@ def check_defined(group: Group, options: Iterable[Option]) -> None:
 
 
 def check_torchs_options(options: Mapping[str, Any]) -> None:
-    """Those that change nothing here, which configurations for ``torch.optim`` give all the same."""
+    """The options that change nothing here, but that configurations for ``torch.optim`` may contain."""
     for name in ("foreach", "fused"):
         value = options.get(name)
         require(value is None or isinstance(value, bool), name, "None, True or False", value)

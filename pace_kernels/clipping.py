@@ -22,26 +22,26 @@ def clip_coefficient(
     *,
     grad_scale: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What ``torch.nn.utils.clip_grad_norm_`` multiplies gradients with, without doing so.
+    """The factor by which ``torch.nn.utils.clip_grad_norm_`` would multiply gradients; they stay unchanged.
 
     ::
 
         coefficient = min(max_norm / (norm + 1e-6), 1)
 
     ``optimizer.step(clip_coef=coefficient)`` then clips within its pass, which saves reading and writing the gradients
-    once more: 8 bytes a float32 parameter beside the 36 of a PACE step. Nothing waits for the device.
+    once more: 8 bytes per float32 parameter, where a PACE step moves 36. Nothing waits for the device.
 
     Arguments:
         parameters: a parameter or several; those without a gradient do not count.
         max_norm: the largest norm, > 0.
         norm_type: the p of the norm, > 0; may be infinite.
-        grad_scale: by what the gradients are scaled still: ``scaler._get_scale_async()`` of a
+        grad_scale: the factor by which the gradients are still scaled: ``scaler._get_scale_async()`` of a
             ``torch.amp.GradScaler`` whose ``unscale_`` was not called. A tensor with one element, or a number > 0.
 
-    Returns: ``(coefficient, norm)``, tensors without dimensions, of the norm before clipping and without the scale. Of
-    sharded parameters (DTensors) it is the norm of all shards, in plain tensors; all ranks have to make the call.
+    Returns: ``(coefficient, norm)``, plain tensors without dimensions; the norm is that before clipping and without the
+    scale. For sharded parameters (DTensors) it is the norm of all shards; all ranks have to make the call.
 
-    Raises: ValueError where an argument is out of its range, RuntimeError where a gradient's storage was emptied.
+    Raises: ValueError if an argument is out of its range, RuntimeError if a gradient's storage was emptied.
 
     >>> weight = torch.nn.Parameter(torch.zeros(4))
     >>> weight.grad = torch.full((4,), 3.0)
@@ -71,7 +71,7 @@ def clip_coefficient(
 
 
 def _over_axes(norms: dict[Axes, Tensor], norm_type: float) -> Tensor:
-    """The norm of all that these are norms of, each of the local parts of what is sharded over its axes."""
+    """The norm over all ranks from these norms, each of the local parts of parameters sharded over its axes."""
     if set(norms) <= {()}:
         return norms.get((), torch.zeros(()))
     first = next(iter(norms.values())).device
@@ -85,8 +85,8 @@ def _over_axes(norms: dict[Axes, Tensor], norm_type: float) -> Tensor:
 
 
 def _total_norm(grads: list[Tensor], norm_type: float) -> Tensor:
-    """As ``torch.nn.utils.get_total_norm`` has it, but of float16 and bfloat16 in float32: squares of gradients that a
-    scaler has scaled are beyond float16."""
+    """As ``torch.nn.utils.get_total_norm``, but in float32 for float16 and bfloat16: squares of gradients that a scaler
+    has scaled exceed float16."""
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for grad in grads:
         if grad.numel() > 0:  # of nothing there is no largest element

@@ -65,7 +65,7 @@ class Coefficients(Compressing):
         return group["params"][0].device if group.get("params") else torch.device("cpu")
 
     def _share(self) -> None:
-        """Puts the coefficients on their device, and where they are global, the same ones into all groups."""
+        """Puts the coefficients on their device; if they are global, all groups get the same tensors."""
         source = self.param_groups[0]
         for group in self.param_groups:
             source = group if group["coefficients"] == "group" else source
@@ -79,13 +79,13 @@ class Coefficients(Compressing):
     def coefficients(self) -> dict[str, float] | list[dict[str, float]]:
         """The six coefficients, name → value, as the next step uses them; with coefficients="group" a list of dicts.
 
-        Those that are not learned are the first group's. Reading waits for the device.
+        Coefficients that are not learned are the first group's. Reading waits for the device.
         """
         return self._by_group(self._group_coefficients)
 
     @property
     def hypergradients(self) -> dict[str, float] | list[dict[str, float]]:
-        """The hypergradients of the last step, before the clip: name → value of each learned coefficient.
+        """The hypergradients of the last step, before the clip: name → value for each learned coefficient.
 
         With coefficients="group" a list of dicts. Reading waits for the device.
         """
@@ -109,9 +109,9 @@ class Coefficients(Compressing):
         return values
 
     def get_step_stats(self) -> dict[str, float]:
-        """What is learned, flat, for a logger: each coefficient by its name, and its hypergradient of the last step, as
-        ``hypergradient_beta1``. With coefficients="group" the names end in the group's number, as ``beta1_0``. Empty
-        where nothing is learned. Reading waits for the device."""
+        """The learned coefficients by name, and their hypergradients of the last step as ``hypergradient_beta1``, in
+        one dict for a logger. With coefficients="group" names end in the group's number: ``beta1_0``. Empty if nothing
+        is learned. Reading waits for the device."""
         stats = {}
         by_group = self.param_groups[0]["coefficients"] == "group"
         for number, group in enumerate(self.param_groups if by_group else self.param_groups[:1]):
@@ -126,9 +126,9 @@ class Coefficients(Compressing):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Stops learning: the learned values become fixed options (MADA-FS), and what only learning needs is dropped.
+        """Stops learning: the learned values become fixed options (MADA-FS), and states only for learning are dropped.
 
-        Training goes on as if the coefficients had stayed at their present values from here on.
+        From here on, training keeps the coefficients at their present values.
         """
         self._plans.end()
         for group in self.param_groups:
@@ -156,7 +156,7 @@ class Coefficients(Compressing):
             self.defaults.update({"betas": (values.pop("beta1"), values.pop("beta2")), **values, "learn": ()})
 
     def _catch_up(self, group: Group, param: Tensor) -> None:
-        """Brings moments that are one step behind up to date, by redoing that step."""
+        """Brings moments that are one step behind up to date by redoing the last step."""
         state = self.state[param]
         if "last_scalars" not in state:
             return
@@ -191,7 +191,7 @@ class Coefficients(Compressing):
         state["last_scalars"][0] = DONE
 
     def _by_name(self, group: Group) -> None:
-        """Hyper options that were replaced since the last step, as they are kept."""
+        """Brings hyper options that were replaced since the last step to the form in which they are kept."""
         kept = self._arguments(group).learning
         if any(group[name] is not kept[name] for name in LEARNING):
             if isinstance(group["learn"], str) or tuple(group["learn"]) != kept["learn"]:
@@ -203,8 +203,8 @@ class Coefficients(Compressing):
         super()._check_changed(group)
 
     def _settle(self, groups: list[Group]) -> None:
-        """Moments that are one step behind are brought up to date where the step to redo would come out otherwise by
-        the new options; the next step learns nothing then."""
+        """Brings moments that are one step behind up to date if redoing the step with the new options would differ; the
+        next step then learns nothing."""
         check_sharing(self.param_groups, start=False)
         for group in groups:
             check_learned(group)
@@ -236,7 +236,7 @@ class Coefficients(Compressing):
         return record.prepared  # type: ignore[no-any-return]
 
     def _learning(self) -> list[Call]:
-        """What moves the coefficients after a step, once for each set of them that took part in it."""
+        """The calls that move the coefficients after a step, one for each set that took part in it."""
         if self._ranks() is not None or any(work.axes for *_, work in self._sums):
             return [self._learn_together]
         return self._learn(self._by_set())
@@ -248,7 +248,7 @@ class Coefficients(Compressing):
         return by_set
 
     def _learn_together(self) -> None:
-        """The same over ranks: they add up their sums first."""
+        """The same over several ranks, which first add up their sums."""
         reduce_((sums, work.axes) for _, sums, work in self._sums)
         by_set = self._by_set()
         at_once(self._learn(by_set if self._ranks() is None else self._over_process_group(by_set)))
@@ -269,8 +269,8 @@ class Coefficients(Compressing):
         return torch.distributed.group.WORLD if self._hyper_process_group == "world" else self._hyper_process_group
 
     def _over_process_group(self, by_set: Sets) -> Sets:
-        """One row for each set of coefficients, summed over the process group. A rank whose parameters took no part has
-        to take part here: others wait for it."""
+        """One row for each set of coefficients, summed over the process group. A rank whose parameters took no part
+        still has to join: the others wait for it."""
         scaling = next((given for _, given, _ in by_set.values()), {})
         if not by_set and self._nonfinite is not None:
             scaling = {"found_inf": self._nonfinite}

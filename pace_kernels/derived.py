@@ -1,8 +1,8 @@
-"""Copies of the weights that others derive and keep: whoever changes weights in place has to make them forget these.
+"""Copies of the weights that other software keeps: code that changes weights in place has to make it drop them.
 
 - FSDP2 (``fully_shard``) gathers sharded weights into whole ones, and keeps those of the root, or with
   ``reshard_after_forward=False`` all, after a forward pass that no backward pass follows, as in a validation.
-- Autocast keeps the weights' copies in its lower precision until the outermost context ends.
+- Autocast keeps copies of the weights in its lower precision until the outermost context ends.
 - Inductor's freezing folds weights into the graphs that it compiles for inference.
 - FSDP1 keeps whole weights as FSDP2 does, and its parameters are views of one or the other.
 """
@@ -21,12 +21,12 @@ from .sharding import is_sharded
 
 
 def check_no_frozen_graphs(what: str) -> None:
-    """Raises RuntimeError where compiled graphs hold the weights as constants."""
+    """Raises RuntimeError if compiled graphs hold the weights as constants."""
     config = sys.modules.get("torch._inductor.config")
     if config is not None and getattr(config, "freezing", False):
         raise RuntimeError(
-            f"{what} while torch._inductor.config.freezing is on: compiled graphs hold the weights as constants, and "
-            "would go on with those. Turn it off before the model is compiled"
+            f"{what} while torch._inductor.config.freezing is on: compiled graphs hold the weights as constants and "
+            "would not see the change. Turn it off before you compile the model"
         )
 
 
@@ -35,7 +35,7 @@ def check_no_flat_parameters(params: Iterable[Tensor], what: str) -> None:
     if any(getattr(param, "_fsdp_flattened", False) for param in params):
         raise RuntimeError(
             f"{what} of parameters of FullyShardedDataParallel (FSDP1): it keeps gathered copies of the weights, which "
-            "would go on with the other ones. Shard the model with fully_shard (FSDP2)"
+            "would go stale. Shard the model with fully_shard (FSDP2)"
         )
 
 
@@ -86,8 +86,8 @@ def _fsdp_modules(params: list[Tensor]) -> list[Any]:
         return found
     except (ImportError, AttributeError):
         warnings.warn(
-            "weights and average changed places, and this version of torch does not tell which FSDP modules hold "
-            "gathered copies of the weights: pass the model, as in optimizer.eval(model), optimizer.train(model) and "
+            "weights and average were swapped, but this version of torch does not tell which FSDP modules hold "
+            "gathered weights: pass the model, as in optimizer.eval(model), optimizer.train(model) and "
             "optimizer.averaged(model)",
             stacklevel=5,
         )

@@ -1,4 +1,4 @@
-"""The averages of a model that one or several optimizers train: in its place for a while, or copied out of it."""
+"""The averages of a model that one or several optimizers train: swapped in for a while, or copied out of it."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def averaged(
         model: the model, as it is called; its parameters may be wrapped, sharded, compiled.
         optimizers: :class:`PACE`, :class:`MADA`, :class:`Pullback`, :class:`ScheduleFreeAdamW`, each of which steps
             some of its parameters; or a ``ZeroRedundancyOptimizer`` around one: then all ranks have to make the call.
-        update_bn: batches, or a function of the model that passes batches through it in its training mode. Running
-            statistics of batch normalization, which are the live model's, are recomputed with them for the averages;
-            all buffers come back bit for bit. Of a list or a tuple the first entry is passed, a mapping by keyword.
+        update_bn: batches, or a function of the model that passes batches through it in its training mode. They
+            recompute the running statistics of batch normalization for the averages; afterwards all buffers are
+            restored bit for bit. Of a list or a tuple the first entry is passed; a mapping is passed by keyword.
 
     >>> import pace_kernels
     >>> model = torch.nn.Linear(4, 1)
@@ -71,8 +71,8 @@ def ema_state_dict(
     Arguments:
         model: the model whose parameters the optimizers step (a copy of it has its own).
         optimizers: :class:`PACE`, :class:`MADA`, :class:`Pullback`, :class:`ScheduleFreeAdamW`.
-        full: sharded weights (DTensors) are gathered, on the CPU of rank 0, one at a time; the other ranks get an empty
-            dict. All ranks have to call it then. By default they come sharded.
+        full: gather sharded weights (DTensors) on the CPU of rank 0, one at a time; the other ranks get an empty dict,
+            and all ranks have to make the call. By default weights stay sharded.
         dtype: of the averages, rounded once from what the optimizer has: ``torch.float32`` for those of a bfloat16
             model, say. None: each in its parameter's dtype. All else comes in its own.
 
@@ -91,9 +91,7 @@ def ema_state_dict(
     floating = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
     require(floating, "dtype", "None or a floating-point torch.dtype", dtype)
     if not any(optimizer._keeps_average(group) for optimizer in chosen for group in optimizer.param_groups):
-        raise RuntimeError(
-            "ema_state_dict(): no group of this optimizer keeps an average, as one with use_ema_eval=True does"
-        )
+        raise RuntimeError("ema_state_dict(): no group of this optimizer keeps an average: set use_ema_eval=True")
     swaps = []
     for optimizer in chosen:
         optimizer._require_whole("ema_state_dict()")
@@ -150,15 +148,15 @@ def _versions(entries: list[Entry]) -> Any:
 
 @torch.no_grad()
 def master_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Any]:
-    """A copy of ``model.state_dict()`` in which bfloat16 parameters with master weights come as these, in float32; all
-    else comes as it is. Sharded weights come sharded.
+    """A copy of ``model.state_dict()`` with float32 master weights in place of the bfloat16 parameters that have them;
+    all else comes as it is. Sharded weights stay sharded.
 
     Arguments:
         model: the model whose parameters the optimizers step.
         optimizers: :class:`PACE`, :class:`MADA` or :class:`ScheduleFreeAdamW` with ``master_weight_bits``.
 
     Raises:
-        RuntimeError: in the middle of a step; while averages are swapped in.
+        RuntimeError: a step is half done; averages are swapped in.
 
     >>> import pace_kernels
     >>> model = torch.nn.Linear(4, 1).bfloat16()
@@ -182,8 +180,8 @@ def master_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer
 
 
 def _exported(value: Any, full: bool) -> Any:
-    """A copy of an entry, also where it lies in dicts and lists: it may be a view of the weights. A dense tensor comes
-    contiguous; one that is sparse or quantized as it is, like a lazy one, which holds nothing yet."""
+    """A copy of an entry, also within dicts and lists: it may be a view of the weights. Dense tensors become
+    contiguous; sparse and quantized ones stay as they are, as do lazy ones, which hold nothing yet."""
     if isinstance(value, dict):
         copied = copy.copy(value)  # of its class and with its attributes, as the _metadata of state dicts
         for key, inner in value.items():

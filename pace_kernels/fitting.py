@@ -1,4 +1,4 @@
-"""The states of a step: those that are there, those that follow a parameter changed by hand, and new ones."""
+"""The states of a step: existing ones, new ones, and those that follow a parameter that was changed by hand."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Fitting(Planning):
         return columns
 
     def _usual_states(self, work: Work, names: tuple[str, ...]) -> dict[str, list[Tensor]] | None:
-        """The states where all of them are there, plain, and fit: told for the whole list at once, in half the time."""
+        """The states if all of them exist, are plain and fit. One check of the whole list takes half the time."""
         records: list[Any] = list(map(self.state.get, work.owners))
         try:
             columns = {name: [record[name] for record in records] for name in names}
@@ -84,8 +84,8 @@ class Fitting(Planning):
         return bool(wanted) and all(same)
 
     def _convert(self, param: Tensor, state: dict[str, Tensor], formats: Formats) -> None:
-        """Brings a state that lies in other formats, as one of a checkpoint or of before the options were changed, into
-        these. It means the same afterwards."""
+        """Converts a state in other formats, as from a checkpoint or from before the options changed, to these. Its
+        meaning stays the same."""
         if formats is PLAIN and not any(name in CODED for name in state):
             return
         there = [name for name in state if name in CODED or name in STATES]
@@ -108,8 +108,8 @@ class Fitting(Planning):
         return new_state(name, work.formats, param, state)
 
     def _place_steps(self, work: Work, steps: list[Tensor]) -> None:
-        """Step counts follow the parameters to their device, and stay there, where only it knows whether a step counts:
-        with ``found_inf``; and with ``capturable``, where a captured graph advances them."""
+        """Moves step counts to the parameters' device if only it knows whether a step counts: with ``found_inf``; and
+        with ``capturable``, since a captured graph advances them there."""
         device = work.device
         work.on_device = work.group["capturable"]
         if device.type == "cpu":
@@ -129,7 +129,7 @@ class Fitting(Planning):
     def _fitted(
         self, param: Tensor, state: dict[str, Tensor], name: str, plain: bool, formats: Formats = PLAIN
     ) -> dict[str, Tensor]:
-        """New states where they have to follow a parameter whose dtype or shards were changed by hand; a change of its
+        """New states if they have to follow a parameter whose dtype or shards were changed by hand; a change of its
         shape is refused."""
         value = state.get(name)
         if value is None:  # options changed: it will be created

@@ -1,4 +1,4 @@
-"""What a Pullback's step leaves for the next, which, where all is as it was, looks at no parameter in Python."""
+"""What a Pullback's step keeps for the next. If nothing changed, that looks at no parameter in Python."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ _form = operator.attrgetter("shape", "dtype")
 
 
 class LastPull:
-    """A pull as a step left it. Where everything that it was made of is there and unchanged, which comparisons in C
-    tell (1.6 µs a parameter, instead of 5), the next step takes it up again. References are weak: what was replaced is
-    freed."""
+    """A pull as a step left it. The next step reuses it if all its parts are there and unchanged, which comparisons in
+    C tell (1.6 µs per parameter instead of 5). References are weak, so that replaced tensors are freed."""
 
     def __init__(self, pull: Pull, entries: list[dict[str, Any]]) -> None:
         corrected = pull.moment is not None and pull.moment.beta2 != 0.0
@@ -57,7 +56,7 @@ class LastPull:
 
     @classmethod
     def of(cls, pull: Pull, states: Any) -> LastPull | None:
-        """None where a step has to look closer."""
+        """None if a step has to look closer."""
         if (
             pull.alone
             or pull.askew
@@ -89,7 +88,7 @@ class LastPull:
         return versions(map(_call, chain(self.steps, self.base_steps)))
 
     def _offsets_stay(self) -> bool:
-        """As far as that can be told without waiting for a device."""
+        """False only if that is known without waiting for a device."""
         if not self.base_steps:
             return True
         ours, theirs = (list(map(_call, refs)) for refs in (self.steps, self.base_steps))
@@ -162,6 +161,6 @@ def _locals(tensors: list[Any], sharded: bool) -> list[Any]:
 
 
 def _memory(tensors: list[Any]) -> tuple[list[Any], ...]:
-    """Where tensors lie, and how much memory there is: what ``tensor.data =`` and resized storages change."""
+    """The addresses of tensors and the sizes of their storages, which ``tensor.data =`` and resizing change."""
     sizes = map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors))
     return list(map(Tensor.data_ptr, tensors)), list(sizes), list(map(_form, tensors))

@@ -1,7 +1,7 @@
-"""How a step is taken: everything that can refuse it first, then all that it changes, in one call of C where that goes.
+"""How a step is taken: first all checks that can refuse it, then all changes, in one call of C if possible.
 
-A step's operator calls, the states that its parameters get, and what else it changes are prepared as calls without
-arguments. On native backends all of them are made at once (whole.py). Otherwise the step says that it is under way.
+A step's operator calls, the new states of its parameters, and its other changes are prepared as calls without
+arguments. On native backends all of them are made at once (whole.py). Otherwise the step marks itself as under way.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ States = dict[str, list[Tensor]]
 Prepared = list[tuple[Work, States]]
 
 ASKEW = (
-    "pace_kernels steps parameters at addresses that are no multiple of their element size through copies, more "
-    "slowly: clone them once"
+    "the addresses of some parameters are no multiple of their element size: pace_kernels steps them through copies, "
+    "which is slower. Clone them once"
 )
-_RESIZED = "a parameter has another shape than its average had: the average starts anew at its weights"
+_RESIZED = "a parameter has another shape than its average: the average starts anew at the weights"
 
 
 def of_c(function: Any) -> Any:
-    """The function of C behind an operator, where it is one: calling the operator runs a line of Python first."""
+    """The C function behind an operator, if there is one: calling the operator itself runs a line of Python first."""
     return getattr(function, "_op", function)
 
 
@@ -58,7 +58,7 @@ class Launching(Checkpoints):
     _counting: list[Call]
 
     def _states(self, work: Work) -> States:
-        """The states of the work's parameters; those that are missing are made, and entered by the step."""
+        """The states of the work's parameters. Missing ones are made here and entered by the step."""
         raise NotImplementedError
 
     def _launch(self, work: Work, states: States) -> Call:
@@ -66,7 +66,7 @@ class Launching(Checkpoints):
         raise NotImplementedError
 
     def _afterwards(self, prepared: Prepared) -> list[Call]:
-        """What follows the operators' calls once new states are entered."""
+        """The calls that follow those of the operators once new states are entered."""
         return []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ class Launching(Checkpoints):
     # ---- memory ----------------------------------------------------------------------------------------------------
 
     def _check_overlaps(self) -> None:
-        """Raises ValueError where parameters to train share some of their elements, but not all."""
+        """Raises ValueError if parameters to train share some of their elements, but not all."""
         named = [
             (group, i, param)
             for group in self.param_groups
@@ -87,12 +87,12 @@ class Launching(Checkpoints):
         pair = overlap_in_part([param for *_, param in named])
         if pair is not None:
             one, other = (self._name(*named[k][:2]) for k in pair)
-            raise ValueError(f"{one} and {other} share a part of their memory: they may share all of it, or none")
+            raise ValueError(f"{one} and {other} share a part of their memory: they must share all or none")
         self._apart = {0, *(where[1] for *_, param in named if (where := region(param)) is not None)}
 
     def _separated(self, works: list[Work]) -> list[Work]:
-        """The works, split where two parameters of one are one memory: an operator steps its parameters in parallel,
-        and such ones have to be stepped one after the other, as ``torch.optim`` does."""
+        """The works, split so that no two parameters of one share memory: an operator steps its parameters in parallel,
+        but parameters over one memory have to be stepped one after the other, as in ``torch.optim``."""
         found: list[int] = []
         for work in works:
             if set(map(type, work.params)) <= PLAIN and work.device.type in ("cpu", "cuda"):
@@ -137,7 +137,7 @@ class Launching(Checkpoints):
         self._plan_next(prepared)
 
     def _plan_next(self, prepared: Prepared) -> None:
-        """What follows a step that was taken."""
+        """Runs after a step that was taken."""
 
     def _mend(self, works: list[Work]) -> bool:
         """Whether a step that was refused can be taken in another way."""
@@ -190,11 +190,11 @@ class Launching(Checkpoints):
             self._note_left(self._lying(works))
 
     def _lying(self, works: list[Work]) -> list[Tensor]:
-        """The parameters beside which averages lie."""
+        """The parameters beside which averages are stored."""
         return [p for work in works if work.formats.on_grid and self._keeps_average(work.group) for p in work.owners]
 
     def _changes(self, prepared: Prepared) -> list[Call]:
-        """What the step changes beside what the operators write."""
+        """The changes of the step other than the operators' writes."""
         works = [work for work, _ in prepared]
         calls, fresh = self._entering([work for work in works if not work.left_undone()])
         calls += self._afterwards(prepared)
@@ -209,8 +209,8 @@ class Launching(Checkpoints):
         return [*calls, *self._counting]
 
     def _entering(self, works: list[Work]) -> tuple[list[Call], dict[Tensor, dict[str, Tensor]]]:
-        """Enters the states that were made for the works. A step that is left undone enters none: averages start at the
-        weights before the first step that counts."""
+        """Enters the new states of the works. A skipped step enters none: averages start at the weights before the
+        first step that counts."""
         fresh = {w.owners[i]: new for w in works for i, new in w.changes.items() if new is w.records[i]}
         changed = [(w.records[i], new) for w in works for i, new in w.changes.items() if new is not w.records[i]]
         calls: list[Call] = []
@@ -221,8 +221,8 @@ class Launching(Checkpoints):
         return calls, fresh
 
     def _check_operands(self, prepared: Prepared, calls: list[Call]) -> None:
-        """Everything that an operator may refuse, before any of them writes. The first to be called sees to it itself:
-        native ones look at everything before they write."""
+        """Runs every check that can make an operator refuse, before any operator writes. The first native operator does
+        so itself: it checks everything before it writes."""
         for number, ((work, states), call) in enumerate(zip(prepared, calls, strict=True)):
             native = isinstance(call, partial) and isinstance(call.func, BuiltinFunctionType)
             if native and work.backend.name == "cpu" and number > 0:
@@ -239,7 +239,7 @@ def _new_version(work: Work) -> None:
 
 
 def _align(work: Work, states: States) -> None:
-    """Puts copies in place of what lies at addresses that are no multiple of its element size."""
+    """Replaces tensors whose address is no multiple of their element size by copies."""
     for i, param in enumerate(work.params):
         if is_askew(param):
             work.params[i] = copy = aligned(param)
@@ -253,7 +253,7 @@ def _align(work: Work, states: States) -> None:
 
 
 def _split(work: Work) -> list[Work]:
-    """The work in parts, none of which has two parameters over one memory."""
+    """The work in parts, none with two parameters over one memory."""
     parts: list[Work] = [work.part()]
     seen: set[Any] = set()
     for i, param in enumerate(work.params):

@@ -1,4 +1,4 @@
-"""Where tensors lie in memory: whether all of their elements do, and which tensors share it.
+"""The memory of tensors: whether it holds all of their elements, and which tensors share it.
 
 Two parameters can be two objects over one memory: weights that were tied through ``.data`` or by
 ``load_state_dict(assign=True)``, or slices of one tensor.
@@ -27,8 +27,8 @@ def _last_byte(tensor: Tensor) -> int:
 
 def is_whole(tensor: Tensor) -> bool:
     """Whether there is memory for all elements. A storage can be resized behind a tensor's back, as FSDP does with
-    parameters that it puts away; reading or writing there ends the process. What has no memory that could be looked at
-    (fake and meta tensors, subclasses that wrap others, XLA's) counts as whole: address 0 says nothing there."""
+    parameters that it puts away; reading or writing there ends the process. Tensors without readable memory (fake and
+    meta tensors, subclasses that wrap others, XLA's) count as whole: their address 0 says nothing."""
     if tensor.numel() == 0 or tensor.layout is not torch.strided or not has_values(tensor):
         return True
     if is_wrapper(tensor) or by_graph(tensor.device):
@@ -40,7 +40,7 @@ def is_whole(tensor: Tensor) -> bool:
 
 
 def check_whole(tensors: Iterable[Tensor]) -> None:
-    """Raises RuntimeError where a tensor has more elements than memory."""
+    """Raises RuntimeError if a tensor has more elements than memory."""
     for tensor in tensors:
         if not is_whole(tensor):
             shape = tuple(tensor.shape)
@@ -48,7 +48,7 @@ def check_whole(tensors: Iterable[Tensor]) -> None:
 
 
 def region(tensor: Tensor) -> Region | None:
-    """Where the local part of a tensor lies; None where it has no address."""
+    """The address and extent of a tensor's local part; None if it has no address."""
     here = local(tensor)
     if here.numel() == 0 or here.layout is not torch.strided or here.device.type == "meta":
         return None
@@ -63,7 +63,7 @@ def region(tensor: Tensor) -> Region | None:
 
 
 def overlapping(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """The tensors in groups that share memory, in the order given; one that shares none is a group of its own."""
+    """The tensors in groups that share memory, in the given order; a tensor that shares none is a group of its own."""
     groups: dict[int, list[Tensor]] = {}
     first: dict[int, int] = {}  # of each tensor, by its place: the group that it is in
     given = list(tensors)
@@ -98,7 +98,7 @@ def share_memory(some: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
 
 def overlap_in_part(tensors: list[Tensor]) -> tuple[int, int] | None:
     """Two of the tensors, by number, that share some of their elements but not all of them, or not as elements of one
-    dtype; None where there are none. Slices that lie in between each other share none."""
+    dtype; None if there are none. Interleaved slices share none."""
     numbers = {id(tensor): i for i, tensor in enumerate(tensors)}
     for group in overlapping(tensors):
         if len(group) > 1 and (pair := _overlap_in_part(list(map(local, group)))) is not None:
@@ -131,7 +131,7 @@ def _overlap_in_part(group: list[Tensor]) -> tuple[int, int] | None:
 
 
 def _same_elements(a: Tensor, b: Tensor) -> bool:
-    """Of two tensors in one region, whether they have the same elements, be it in another order."""
+    """Whether two tensors in one region have the same elements, in any order."""
     if a.dtype != b.dtype or a.numel() != b.numel():
         return False
     dense = _last_byte(a) - a.storage_offset() * a.element_size() == a.numel() * a.element_size()
@@ -139,19 +139,19 @@ def _same_elements(a: Tensor, b: Tensor) -> bool:
 
 
 def is_askew(tensor: Tensor) -> bool:
-    """Whether the elements lie at addresses that are no multiple of their size, as in files of safetensors without
-    padding. Loops are vectorized on the premise that none do, also those of torch."""
+    """Whether the elements have addresses that are no multiple of their size, as in files of safetensors without
+    padding. Vectorized loops, torch's too, assume that none has."""
     where = region(tensor) if tensor.device.type == "cpu" else None
     return where is not None and where[1] % tensor.element_size() != 0
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of each element, in one more dimension, where they lie."""
+    """A view of the bytes of each element, in one more dimension."""
     return tensor.detach().unsqueeze(-1).view(torch.uint8)
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or where it lies askew a contiguous copy."""
+    """The tensor, or a contiguous copy if its address is askew."""
     if not is_askew(tensor):
         return tensor
     return as_bytes(tensor).clone(memory_format=torch.contiguous_format).view(tensor.dtype).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Checks of what a step hands to a rule, for backends that do not look at all of it before they write."""
+"""Checks of a step's tensors, for backends that do not check all of them before they write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .states import Work, counts_no_further
 
 
 def check_operands(work: Work, states: dict[str, list[Tensor]], rows: Mapping[str, int]) -> None:
-    """Raises RuntimeError where a parameter, a gradient or a state can't be stepped; in the words of csrc/checks.h.
+    """Raises RuntimeError if a parameter, a gradient or a state can't be stepped, in the words of csrc/checks.h.
     ``rows`` are the names of small states, with their numbers of elements."""
     for i, param in enumerate(work.params):
         _check_dense(f"params[{i}]", param, param, written=True)
@@ -57,15 +57,15 @@ def _check_memory(entry: str, tensor: Tensor) -> None:
 
 
 def check_step(entry: str, step: Tensor, device: torch.device) -> None:
-    """Raises RuntimeError where a step count can't be counted on, or is neither on the host nor on this device."""
+    """Raises RuntimeError if a step count can't be advanced, or is neither on the host nor on this device."""
     good = step.numel() == 1 and step.dtype in (torch.float32, torch.float64)
     _require(good, entry, "must be float32 or float64, with one element")
     _require(step.device.type == "cpu" or step.device == device, entry, f"must be on {device}")
 
 
 def check_placed(entry: str, tensor: Tensor, param: Tensor, *, written: bool = True) -> None:
-    """Raises RuntimeError where a tensor is not dense, of the parameter's shape and on its device; or, where it is
-    written, has one element at several places."""
+    """Raises RuntimeError if a tensor is not dense, of the parameter's shape and on its device, or is written and has
+    one element at several places."""
     _require(tensor.device == param.device, entry, f"must be on {param.device}, is on {tensor.device}")
     _require(tensor.layout is torch.strided, entry, f"must be a dense (strided) tensor, is {tensor.layout}")
     shapes = tuple(tensor.shape), tuple(param.shape)

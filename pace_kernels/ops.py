@@ -1,10 +1,10 @@
 """The operators: their schemas and fakes, which exist without a compiler. Kernels attach to them by dispatch key.
 
-Every operator does a whole list of tensors, mutates its arguments in place and returns nothing. Steps are counted by
-the operator: ``steps`` holds the number of steps taken before the call, and is one higher after it.
+Every operator steps a whole list of tensors, changes its arguments in place and returns nothing. The operator counts
+steps: ``steps`` holds the number of steps taken before the call, and is one higher after it.
 
-A call computes, or raises before anything has changed; nothing but the arguments that its schema marks is ever written
-(tests/fuzz_ops.py). Where two tensors of a call share memory, what they hold afterwards is not defined.
+A call computes, or raises before anything has changed; it writes only the arguments that its schema marks
+(tests/fuzz_ops.py). If two tensors of a call share memory, their contents afterwards are undefined.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ __all__ = ["COEFFICIENTS", "DONE", "HYPERGRADIENTS", "LAST_SCALARS", "MADA_STATE
 MADA_STATES = (*(entry.list for entry in DEFINITIONS["mada_step_"].lists[2:]), STEPS)
 _LIBRARY = torch.library.Library("pace_kernels", "DEF")
 
-# Every step takes four tensors with one element on the device of the parameters, each of which may be missing, and none
-# of which is waited for: `lr_tensor` in place of lr; `grad_scale`, which divides the gradients, and `clip_coef`, which
-# multiplies them (float32; both within the pass: the gradients themselves stay as they are); and `found_inf` (float32):
-# where it is not 0, nothing changes. `capturable`: the step counts live on the device of the parameters, otherwise on
-# the CPU. Where `found_inf` is given off the CPU they have to, since only the device knows whether a step counts. They
-# are float32 or float64. float32 counts to 2^24: a count that is there is refused on the CPU; on a device, where nobody
-# reads it, it stays there.
+# Every step takes four optional tensors with one element on the device of the parameters, and waits for none:
+# `lr_tensor` in place of lr; `grad_scale`, which divides the gradients, and `clip_coef`, which multiplies them
+# (float32; both within the pass: the gradients themselves stay as they are); and `found_inf` (float32): if it is not 0,
+# nothing changes. `capturable`: the step counts are on the device of the parameters, otherwise on the CPU. With
+# `found_inf` off the CPU they have to be on the device, since only that knows whether a step counts. They are float32
+# or float64. float32 counts to 2^24: on the CPU a count that has reached it is refused; on a device, where the host
+# does not read it, it stays there.
 #
 # Lists may lie in the formats of csrc/codes.h, a format a list and call: with `remainders` (int16 or int8) the
 # parameters are bfloat16, each of 32 or 24 bits together with its remainder; moments (exp_avgs, exp_avg_sqs,
@@ -44,15 +44,15 @@ _LIBRARY = torch.library.Library("pace_kernels", "DEF")
 # pace_step_ is one PACE step (csrc/rules/pace.h). `exp_avgs` may be empty where beta1 is 0, `emas` where
 # lambda_pullback is 0.
 #
-# mada_step_ is one MADA step (csrc/rules/mada.h). A list may be empty where nothing needs it; those that are there say
-# what is in play: `exp_avgs` and `exp_avg_sqs` Adam's moments, `exp_avg_diffs` the differences of gradients,
-# `second_exp_avg_sqs` the running mean or maximum, `exp_avg_lions` Lion's moment, `emas` the average. `last_grads` are
-# there where differences are in play or something is learned, and with them `last_scalars` (LAST_SCALARS each). Where
-# something is learned, moments are one step behind and `last_grads` holds the gradient of that step; where differences
-# are in play too, `older_grads` holds the one before, the new one is written over it, and the caller exchanges the two
-# lists; with `capturable` the lists keep their roles. Coefficient i is coefficients[i] where bit i of `learn` is set,
-# otherwise the option of its name. The sums over all coordinates of this call are written to `hypergradients`
-# (HYPERGRADIENTS); where `found_inf` says that nothing happens, zeros.
+# mada_step_ is one MADA step (csrc/rules/mada.h). A list may be empty if nothing needs it; the others say what is in
+# play: `exp_avgs` and `exp_avg_sqs` Adam's moments, `exp_avg_diffs` the differences of gradients, `second_exp_avg_sqs`
+# the running mean or maximum, `exp_avg_lions` Lion's moment, `emas` the average. If differences are in play or
+# something is learned, the call has `last_grads` and `last_scalars` (LAST_SCALARS each). If something is learned,
+# moments are one step behind and `last_grads` holds the gradient of that step; if differences are in play too,
+# `older_grads` holds the gradient before, the new gradient overwrites it, and the caller exchanges the two lists; with
+# `capturable` the lists keep their roles. Coefficient i is coefficients[i] if bit i of `learn` is set, otherwise the
+# option of its name. The call writes its sums over all coordinates to `hypergradients` (HYPERGRADIENTS), or zeros if
+# `found_inf` skips it.
 #
 # pullback_ is the average and the pullback behind another optimizer's step (csrc/rules/pullback.h), which left its
 # weights in `params`. The pull is `gain` where it is given, otherwise that of `second_moments` (the parameter's dtype
@@ -63,14 +63,14 @@ _LIBRARY = torch.library.Library("pace_kernels", "DEF")
 # `params` with `pullback_from_step`.
 #
 # schedule_free_step_ is one step of schedule-free AdamW (csrc/rules/schedule_free.h). lr, `count` and `share` are those
-# of the whole group at this step, which the front end computes; `schedule` has the last two where only the device knows
-# them. `steps` are counted, and nothing else.
+# of the whole group at this step, which the front end computes; `schedule` has the last two if only the device knows
+# them. `steps` only count.
 for _definition in DEFINITIONS.values():
     _LIBRARY.define(_definition.schema())
 # Moves the learned coefficients after all mada_step_ calls of a step: adds up their sums, in order, into
-# `hypergradients` (6), clips them, adds them to `momenta` (6), descends and projects. Float64, all on one device. Where
-# the learning rates add up to 0 nothing but `hypergradients` changes, and in the first `warmup` steps `hyper_step` too.
-# Where `found_inf` is not 0, nothing does.
+# `hypergradients` (6), clips them, adds them to `momenta` (6), descends and projects. Float64, all on one device. If
+# the learning rates add up to 0, only `hypergradients` changes; in the first `warmup` steps only that and `hyper_step`.
+# If `found_inf` is not 0, nothing changes.
 _LIBRARY.define(
     "mada_learn_(Tensor(a!) coefficients, Tensor(b!) momenta, Tensor(c!) hypergradients, Tensor(d!) hyper_step, "
     "Tensor[] sums, Tensor? found_inf=None, *, int learn, float[] hyper_lr, float[] hyper_momentum, float[] lower, "
@@ -79,14 +79,12 @@ _LIBRARY.define(
 )
 # Plans: the calls of a step, kept for the next one (planning.py). `plan` is the handle of a Plan of the device's
 # module.
-# plan_add_ adds a part, which is a call of `rule`: its lists one after the other but for the gradients (those beside
-# them last, where there are any), the lengths of all of them, the optional tensors up to lr_tensor, the options as
-# numbers.
-# plan_before_ copies the weights into a pullback's weights before, after it looked at all that plan_step_ may refuse.
-# plan_learn_ adds the mada_learn_ of such parts. plan_step_ takes the gradients of all parts one after the other, looks
-# whether all that it keeps lies where it did, and takes the step, or raises with nothing changed; `options` are those
-# of all parts where some changed, or none. Their schemas mark nothing as written: they are not for tracing, the
-# operators above are.
+# plan_add_ adds a part, which is a call of `rule`: its lists one after the other without the gradients (lists beside
+# others last, if any), the lengths of all of them, the optional tensors up to lr_tensor, the options as numbers.
+# plan_before_ copies the weights before a pullback's base steps, after all the checks of plan_step_. plan_learn_ adds
+# the mada_learn_ of such parts. plan_step_ takes the gradients of all parts one after the other, checks that all its
+# memory is where it was, and takes the step, or raises with nothing changed; `options` are those of all parts if some
+# changed, or none. Their schemas mark nothing as written: they are not for tracing, the operators above are.
 for _schema in (
     "plan_add_(int plan, str rule, Tensor[] tensors, int[] lengths, Tensor?[] extras, float[] options) -> ()",
     "plan_learn_(int plan, Tensor[] learned, int[] parts, float[] options) -> ()",
@@ -106,14 +104,14 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _check_devices(*values: Any) -> None:
-    """One tensor on meta sends the whole call there, where nothing happens: then all of them have to be."""
+    """One tensor on meta sends the whole call there, where nothing happens: so either all are on meta, or none."""
     types = {t.device.type for t in _tensors(values)}
     if "meta" in types and len(types) > 1:
         raise ValueError(f"all tensors must be on meta, or none, got some on {', '.join(sorted(types))}")
 
 
 def _fake(definition: Definition) -> Callable[..., None]:
-    """What a step does to tensors without values: nothing, where its lists fit."""
+    """A step of tensors without values does nothing, if its lists fit."""
     lists = [entry.list for entry in definition.lists] + [STEPS]
     may_be_missing = {o.list for o in definition.operands if o.empty is not None} | {r.list for r in definition.rows}
 
@@ -137,8 +135,8 @@ def _(coefficients, momenta, hypergradients, hyper_step, sums, found_inf=None, *
 
 
 def _resolve_negative(name: str) -> None:
-    """Negative views (``x.conj().imag``; their memory holds minus what they are) are copied where they are read, and
-    refused where they are written. torch's own fallback raises for some calls only after the kernel has run."""
+    """Copies negative views (``x.conj().imag``, whose memory holds the negated values) that are read, and refuses those
+    that are written. torch's own fallback raises for some calls only after the kernel has run."""
     op = getattr(torch.ops.pace_kernels, name).default
     arguments = {argument.name: argument for argument in op._schema.arguments}
 

@@ -1,6 +1,6 @@
-"""The base of every optimizer here: parameter groups, what there is to step, the step.
+"""The base of every optimizer here: parameter groups, the parameters to step, the step.
 
-A subclass brings what its rule needs: option checks, the names of its state tensors, and the operator's arguments. The
+A subclass adds what its rule needs: option checks, the names of its state tensors, and the operator's arguments. The
 average is in averaging.py, states are in fitting.py, checkpoints in checkpoints.py.
 """
 
@@ -78,7 +78,7 @@ class KernelOptimizer(Fitting):
     # ---- groups and state ------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, with options of its own; also in the middle of training. See ``torch.optim.Optimizer``."""
+        """Adds a group with its own options, also during training. See ``torch.optim.Optimizer``."""
         if isinstance(param_group, dict):
             name, kind = f"param_groups[{len(self.param_groups)}]", type(self).__name__
             check_given(param_group, self.defaults, name, kind)
@@ -107,7 +107,7 @@ class KernelOptimizer(Fitting):
         return param_group
 
     def _record(self, group: Group) -> Record:
-        """What is known of the group from its last check; also where its dict was replaced by a copy."""
+        """The record of the group's last check, even if its dict was replaced by a copy."""
         record = self._records.get(id(group))
         if record is None or not record.is_of(group):
             if group["params"]:
@@ -134,7 +134,7 @@ class KernelOptimizer(Fitting):
         """The local part of a DTensor's gradient, placed as the parameter is."""
         if not is_sharded(grad):
             name = self._name(group, i)
-            raise RuntimeError(f"the gradient of {name} is a plain tensor: it must be a DTensor as the parameter is")
+            raise RuntimeError(f"the gradient of {name} is a plain tensor: it must be a DTensor like the parameter")
         if grad.shape != param.shape:
             shapes = f"{tuple(grad.shape)}, not {tuple(param.shape)}"
             raise RuntimeError(f"the gradient of {self._name(group, i)} has shape {shapes}")
@@ -153,7 +153,7 @@ class KernelOptimizer(Fitting):
             raise RuntimeError(f"the gradient of {name} is {grad.dtype}, not {param.dtype} or {state_dtype(param)}")
 
     def _check_changed(self, group: Group) -> None:
-        """Checks the options that were replaced, or edited in place, since the last step: as a rule none, or lr alone.
+        """Checks the options that were replaced or edited in place since the last step: usually none, or only lr.
         Checking them all takes longer than the rest of a small step."""
         record = self._record(group)
         if changed := record.changed(group):
@@ -165,13 +165,14 @@ class KernelOptimizer(Fitting):
         check_lr(group["lr"])
 
     def _settle(self, groups: list[Group]) -> None:
-        """Makes ready groups whose options changed, once all are checked; it may raise before it changes anything."""
+        """Prepares groups whose options changed, once all are checked; it may raise before it changes anything."""
         for group in groups:
             self._record(group).prepared = None
             self._drop_unused(group)
 
     def _drop_unused(self, group: Group) -> None:
-        """A state that its option was turned off for would be stale when the option comes back: it starts anew then."""
+        """Drops a state whose option was turned off: it would be stale when the option comes back, so it starts
+        anew."""
         used = {*self._state_tensors(group), REMAINDER}
         unused = {name for name in (*self._STATE_TENSORS, *self._STATE_ROWS) if whole_name(name) not in used}
         if "ema" in unused:
@@ -181,7 +182,7 @@ class KernelOptimizer(Fitting):
                 del self.state[param][name]
 
     def _scaling(self, clip_coef: Tensor | float | None) -> dict[str, Tensor]:
-        """What mixed precision and clipping hand over, checked: float32 tensors with one element."""
+        """The checked arguments of mixed precision and clipping: float32 tensors with one element."""
         given = {
             "grad_scale": getattr(self, "grad_scale", None),
             "clip_coef": self._plans.clip_coef if clip_coef is None else clip_coef,
@@ -200,7 +201,7 @@ class KernelOptimizer(Fitting):
         return scaling
 
     def _collect(self, scaling: dict[str, Tensor]) -> list[Work]:
-        """What there is to step, checked: nothing has changed where this raises."""
+        """The checked parameters to step. If this raises, nothing has changed."""
         works: list[Work] = []
         here: dict[torch.device, dict[str, Tensor]] = {}
         unchecked = self._unchecked
@@ -264,8 +265,8 @@ class KernelOptimizer(Fitting):
         return "ema" in self._state_tensors(group)
 
     def memory(self) -> Memory:
-        """The bytes of weights, gradients and states by tensor, on this rank; which states are compressed, and why the
-        others are not. Before the first step, what they will be. Printed, it is a summary.
+        """The bytes of weights, gradients and states by tensor on this rank, which states are compressed, and why the
+        others are not. Before the first step it reports what they will be. Printed, it is a summary.
 
         >>> optimizer = pace_kernels.PACE(torch.nn.Linear(64, 64).parameters(), state_bits=8)  # doctest: +SKIP
         >>> print(optimizer.memory())  # doctest: +SKIP
@@ -280,11 +281,11 @@ class KernelOptimizer(Fitting):
     def step(  # type: ignore[override]
         self, closure: Callable[[], Any] | None = None, *, clip_coef: Tensor | float | None = None
     ) -> Any:
-        """One optimization step. ``closure`` recomputes the loss, as in ``torch.optim``; its value is returned.
+        """Takes one step. ``closure`` recomputes the loss, as in ``torch.optim``; the step returns its value.
 
         ``clip_coef`` (>= 0, a number or a tensor with one element, on any device) multiplies the gradients within the
-        pass, so that clipping them by :func:`pace_kernels.clip_coefficient` costs no pass of its own; the gradients
-        themselves stay as they are. It is not read back from its device.
+        pass, so that clipping by :func:`pace_kernels.clip_coefficient` costs no pass of its own; the gradients
+        themselves stay unchanged. The step does not read the coefficient back from its device.
         """
         # A subclass with a step of its own has torch's hooks around that one.
         if type(self).step is KernelOptimizer.step and is_observed(self):
@@ -337,8 +338,8 @@ class KernelOptimizer(Fitting):
         self._run(works)
 
     def _find_nonfinite(self, works: list[Work]) -> None:
-        """With ``skip_nonfinite``, makes the whole step one that is left undone where a gradient of such a group is not
-        finite, on whichever rank: as if a gradient scaler had found it. Counts it. Nothing waits for a device."""
+        """With ``skip_nonfinite``, skips the whole step if a gradient of such a group is not finite on any rank, as if
+        a gradient scaler had found it, and counts it. Nothing waits for a device."""
         self._nonfinite, self._counting = None, []
         watched = [work for work in works if work.group["skip_nonfinite"]]
         ranks = self._ranks() if any(group["skip_nonfinite"] for group in self.param_groups) else None
@@ -365,12 +366,12 @@ class KernelOptimizer(Fitting):
             work.scaling["found_inf"] = moved(bad, work.device)
 
     def _ranks(self) -> Any:
-        """A process group whose ranks hold other parameters than this one, as plain tensors; None: there is none."""
+        """A process group whose ranks hold other parameters than this one, as plain tensors, or None."""
         return None
 
     @staticmethod
     def _largest(work: Work) -> Tensor:
-        """1 where a gradient of the work is not finite, otherwise 0; float32. It reads each gradient once."""
+        """1 if a gradient of the work is not finite, otherwise 0; float32. It reads each gradient once."""
         check_whole(work.grads)
         grads = [grad for grad in work.grads if grad.numel() > 0]
         if not grads:
@@ -380,14 +381,14 @@ class KernelOptimizer(Fitting):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps ``skip_nonfinite`` left undone. Reading waits for the device."""
+        """How many steps ``skip_nonfinite`` skipped. Reading waits for the device."""
         counts = [group["skipped_steps"] for group in self.param_groups if group["skipped_steps"] is not None]
         return int(counts[0]) if counts else 0
 
     def _is_dry_run(self, works: list[Work]) -> bool:
         """torch.distributed.checkpoint creates empty states by a first step with zero gradients and lr = 0. Such a step
-        leaves all as a real first step expects it: no step is counted. Where a warm-up starts at lr = 0, asking waits
-        for the device, once."""
+        leaves everything as a real first step expects it, and is not counted. If a warm-up starts at lr = 0, this check
+        waits for the device once."""
         if not works or not all(self._lr_is_zero(group["lr"]) for group in self.param_groups):
             return False
         if not all(has_values(grad) for work in works for grad in work.grads):
@@ -402,7 +403,7 @@ class KernelOptimizer(Fitting):
 
     @staticmethod
     def _lr_is_zero(lr: float | Tensor) -> bool:
-        """As far as that can be told without waiting for a device."""
+        """True only if that is known without waiting for a device."""
         return (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) == 0.0
 
     def _forget_dry_run(self) -> None:
@@ -416,6 +417,6 @@ class KernelOptimizer(Fitting):
 
 
 def _any_nonzero(work: Work) -> bool:
-    """Whether any gradient of the work is not zero. It waits for the device; one with graphs, once."""
+    """Whether any gradient of the work is not zero. It waits for the device; with graphs, once."""
     found = (grad.any() for grad in work.grads)
     return bool(torch.stack(list(found)).any()) if by_graph(work.device) else any(map(bool, found))

@@ -1,4 +1,4 @@
-"""The options of groups: the plain form that they are kept in, whose they are, and whether they changed."""
+"""The options of groups: the plain form in which they are kept, who owns them, and whether they changed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _FOREIGN = {
 
 
 def listed(value: Any) -> list[Any] | None:
-    """What a sequence of any library holds; None where it is none."""
+    """The values of a sequence of any library; None if it is no sequence."""
     if isinstance(value, (str, bytes, Mapping)) or not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
         return None
     try:
@@ -45,8 +45,8 @@ def listed(value: Any) -> list[Any] | None:
 
 
 def plain_sequence(value: Any) -> Any:
-    """A sequence of any library as a tuple of plain numbers; a list as a list, whose owner may edit it in place. What
-    is no sequence stays as it is."""
+    """A sequence of any library as a tuple of plain numbers; a list as a list, since its owner may edit it in place.
+    Other values stay as they are."""
     held = listed(value)
     if held is None:
         return value
@@ -57,7 +57,7 @@ def plain_sequence(value: Any) -> Any:
 
 
 def plain_float(value: Any) -> Any:
-    """A number of any library as Python's float; what is none stays as it is."""
+    """A number of any library as Python's float; other values stay as they are."""
     number = plain_number(value)
     if isinstance(number, bool) or not isinstance(number, int):
         return number
@@ -68,8 +68,8 @@ def plain_float(value: Any) -> Any:
 
 
 def make_plain(group: Group, names: Collection[str]) -> None:
-    """Brings those of the group's options that are named to their plain form: Python's numbers, and tuples or lists of
-    them. What has none stays, for the checks to refuse."""
+    """Brings the named options of the group to their plain form: Python's numbers, and tuples or lists of them. Values
+    without one stay, for the checks to refuse."""
     for options, convert in ((_NUMBERS, plain_float), (_COUNTS, plain_number), (_PAIRS, plain_sequence)):
         for name in options:
             if name in group and name in names and type(value := group[name]) is not float:
@@ -77,34 +77,34 @@ def make_plain(group: Group, names: Collection[str]) -> None:
 
 
 def check_given(group: Mapping[str, Any], own: Collection[str], name: str, kind: str) -> None:
-    """Refuses a group that has options of ours beside some that nobody here knows: a wrapper's, as a rule, which hands
-    over its groups with its own options in them, such as SAM's rho."""
+    """Refuses a group that has options of ours and unknown ones: usually it comes from a wrapper that passes its own
+    options along, such as SAM's rho."""
     ours = [option for option in own if option in group and option not in _COMMON]
     strangers = sorted(str(option) for option in group if option not in (*_FOREIGN, *_COMMON, *own))
     if ours and strangers and "swapped" not in group:  # that one is in the groups of an optimizer of ours
         raise ValueError(
             f"{name} has {', '.join(ours)} beside {', '.join(strangers)}, which {kind} does not know: are these the "
             f"options of a wrapper? {kind} would take {', '.join(ours)} for its own. Give it groups without them, such "
-            f'as {{"params": group["params"]}}; set {", ".join(strangers)} in param_groups once it is made'
+            f'as {{"params": group["params"]}}; set {", ".join(strangers)} in param_groups afterwards'
         )
 
 
 def check_spelling(group: Mapping[str, Any], own: Collection[str], name: str, kind: str) -> None:
-    """Refuses a group with a key that nobody here knows and that is nearly an option: torch.optim takes any key, and
-    so would train without the option that was meant. Tags that are near to none stay."""
+    """Refuses a group with an unknown key that resembles an option: torch.optim takes any key, and so would train
+    without the intended option. Tags that resemble no option stay."""
     known = {*_FOREIGN, *_COMMON, *own}
     for key in group:
         if not isinstance(key, str) or key in known or len(key) < 4 or "swapped" in group:
             continue
         if meant := difflib.get_close_matches(key, own, n=1, cutoff=0.85):
             raise ValueError(
-                f"{name} has {key!r}, which {kind} does not know: did you mean {meant[0]!r}? Give a tag of your own "
-                "another name, or set it in param_groups once the optimizer is made"
+                f"{name} has {key!r}, which {kind} does not know: did you mean {meant[0]!r}? If it is a tag of your "
+                "own, rename it, or set it in param_groups of the finished optimizer"
             )
 
 
 def shown(kind: str, groups: Iterable[Group], books: Collection[str]) -> str:
-    """What ``repr`` of an optimizer shows: options alone, in the form of torch.optim."""
+    """The ``repr`` of an optimizer: only options, in the form of torch.optim."""
     lines = [f"{kind} ("]
     for number, group in enumerate(groups):
         lines.append(f"Parameter Group {number}")
@@ -120,8 +120,8 @@ def _nothing() -> None:
 class Record:
     """A group's options as they were last checked, and what its optimizer made of them.
 
-    It holds no parameters, so that those of a removed group are free, and knows its group by the first of them, so that
-    a copy of the group's dict finds it."""
+    It holds no parameters, so that those of a removed group are freed, and identifies its group by the first parameter,
+    so that a copy of the group's dict finds it."""
 
     def __init__(self) -> None:
         self._first: Callable[[], Any] = _nothing
@@ -145,13 +145,14 @@ class Record:
         self._lists = {name: list(value) for name, value in group.items() if type(value) is list and name != "params"}
 
     def forget(self, names: Iterable[str]) -> None:
-        """Takes these options for changed, whatever they are at the next look."""
+        """Treats these options as changed at the next check, whatever their values."""
         for name in names:
             if name in self._names:
                 self._values[self._names.index(name)] = _nothing
 
     def changed(self, group: Group) -> list[str]:
-        """The names of options that were replaced since ``keep``, or edited in place. It takes 1 µs where none was."""
+        """The names of options that were replaced or edited in place since ``keep``. This takes 1 µs if there are
+        none."""
         values = list(group.values())
         if len(values) == len(self._values):
             values[self._params_at] = None

@@ -1,4 +1,5 @@
-"""A plan: what a step was made of, in C++ already, and by what it is told whether all is as it was (planning.py)."""
+"""A plan: the tensors and options of a step, in C++ already, and what tells whether they are unchanged
+(planning.py)."""
 
 from __future__ import annotations
 
@@ -39,23 +40,22 @@ def numbers_of(definition: Definition, given: Group) -> list[float]:
 
 
 def stream_of(device: torch.device) -> int:
-    """The stream of a GPU that work is sent to at present; −1 where a graph is captured, 0 elsewhere.
+    """The current stream of a GPU; −1 while a graph is captured, 0 on other devices.
 
-    A plan has memory of its own, of sums and statistics, which goes with it in the order of the stream that it was made
-    on. Kernels on another one, and those that a captured graph launches again, could write there later."""
+    A plan owns memory for sums and statistics, which is freed with it in the order of the stream on which it was made.
+    Kernels on another stream, or relaunched by a captured graph, could write to it later."""
     if device.type != "cuda":
         return 0
     return CAPTURED if torch.cuda.is_current_stream_capturing() else torch._C._cuda_getCurrentRawStream(device.index)
 
 
 class _Part:
-    """A call of a step's operator: its options as numbers, and where its states are."""
+    """A call of a step's operator: its options as numbers, and its states."""
 
     def __init__(
         self, definition: Definition, work: Work, names: tuple[str, ...], now: tuple[str, ...], call: partial[None]
     ) -> None:
-        """``now``: the names that the states have at present, where they have changed places when this plan's turn
-        comes."""
+        """``now``: the present names of the states, if they will have changed places when this plan's turn comes."""
         self.group = work.group
         self.numbers = numbers_of(definition, call.keywords)
         self.place = {option.name: k for k, option in enumerate(definition.options)}
@@ -65,7 +65,8 @@ class _Part:
 
 
 def _may_change(lr: Any) -> bool:
-    """Whether the same object may be another number at the next step. One on a device is read there, at each step."""
+    """Whether the same object may be another number at the next step. A tensor on a device is read there at each
+    step."""
     return isinstance(lr, Tensor) and at_hand(lr)
 
 
@@ -82,8 +83,8 @@ class _Options:
         self.size, self.steady = len(group), not self.lists and not self.lr
 
     def changed(self) -> Sequence[str] | None:
-        """The names of options that were replaced, or edited; None where the group has others than it had, or no more
-        the lr on a device that the plan holds."""
+        """The names of options that were replaced or edited; None if the group has other names than before, or its lr
+        on a device was replaced."""
         group = self.group
         if list(group) != self.names:
             return None
@@ -111,8 +112,8 @@ Change: TypeAlias = tuple[_Options, Sequence[str], dict[str, float]]
 
 
 class Plan:
-    """One step's calls. ``after``: the plan of the step that follows, where that is another one; it takes this one's
-    place then, and has this one after it. So they hold each other in no circle."""
+    """One step's calls. ``after``: the plan of the following step, if that is another one; it then takes this one's
+    place, with this one as its ``after``. So there is no reference cycle."""
 
     def __init__(
         self, optimizer: Planning, works: list[Work], mask: tuple[bool, ...], rows: list[tuple[Any, ...]]
@@ -168,7 +169,7 @@ class Plan:
             add(self.held.handle, definition.op, list(tensors), list(map(len, lists)), extras, part.numbers)
 
     def has_its_states(self, state: Mapping[Tensor, Any]) -> bool:
-        """Whether the optimizer's states are those of the plan: told without a hash, which of a tensor takes 90 ns."""
+        """Whether the optimizer's states are those of the plan. This hashes no tensor, which would take 90 ns each."""
         return (
             len(state) == len(self.keys)
             and all(map(operator.is_, state, self.keys))
@@ -180,7 +181,7 @@ class Plan:
         )
 
     def with_options(self, changes: list[Change]) -> list[float]:
-        """The options of all parts, changed. A plan that did not take them is of no use any more."""
+        """The options of all parts, with these changes. A plan that did not take them must be dropped."""
         for part in self.parts:
             for kept, _, numbers in changes:
                 if part.group is kept.group:
@@ -189,8 +190,8 @@ class Plan:
         return list(chain.from_iterable(part.numbers for part in self.parts))
 
     def can_skip(self, found_inf: Tensor) -> bool:
-        """Whether a step by this plan can be left undone: told by the host or, where nothing but the device's memory
-        depends on it, there."""
+        """Whether a step by this plan can be skipped: by the host, or by the device if only its memory depends on
+        that."""
         return at_hand(found_inf) or (self.on_device and self.turned is None)
 
     def learn(self, learned: list[Tensor], parts: list[int], options: Group) -> None:
@@ -200,7 +201,7 @@ class Plan:
         self.backend.op("plan_learn_")(self.held.handle, learned, parts, numbers)
 
     def fresh(self, grads: list[Any]) -> list[Tensor] | None:
-        """The gradients as the call takes them; None where one is not placed as its parameter."""
+        """The gradients as the call takes them; None if one is not placed as its parameter."""
         given = [grads[i] for i in self.order]
         if self.sharded:
             if list(map(_placed, given)) != self.placed:

@@ -1,12 +1,11 @@
-"""Plans: what a step was made of, kept for the next one, which then only looks whether all is as it was.
+"""Plans: a step keeps its tensors and options for the next one, which then only checks that they are unchanged.
 
-A usual step collects, checks and lists its tensors in Python, which takes longer than AdamW's whole step where tensors
-are small. A plan has these lists in C++ already. The next step compares by identity, at the speed of C, that
-parameters, states and options are those of the plan, and makes one call, ``plan_step_``: it looks at the memory of all
-tensors, and at the gradients, before it writes any. Where something is not as it was, the usual step is taken, which
-knows what to make of it and how to call it.
+A usual step collects, checks and lists its tensors in Python, which takes longer than AdamW's whole step if tensors are
+small. A plan has these lists in C++ already. The next step checks by identity, at the speed of C, that parameters,
+states and options are those of the plan, and makes one call, ``plan_step_``: it checks the memory of all tensors, and
+the gradients, before it writes any. If something has changed, the usual step is taken, which handles or refuses it.
 
-A plan holds tensors; options are its arguments: those that schedulers change at each step are handed over anew.
+A plan holds tensors; options are its arguments: options that schedulers change at each step are passed anew.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ def is_observed(optimizer: torch.optim.Optimizer) -> bool:
 
 
 class Planning(Launching):
-    """An optimizer whose next step may take up what the last one was made of. Not for direct use."""
+    """An optimizer whose next step may reuse the last one's plan. Not for direct use."""
 
     _OPERATOR: ClassVar[str] = ""  # of the step; one without a definition makes no plans
     # Options that change neither which states there are nor which kernels run, as the operator calls them.
@@ -107,8 +106,8 @@ class Planning(Launching):
 
     @property
     def clip_coef(self) -> Tensor | float | None:
-        """What ``step()`` takes for its argument ``clip_coef`` where that is None, from now on; None: nothing. For
-        trainers that call ``step()`` themselves, also through the wrappers of Lightning and Fabric."""
+        """The ``clip_coef`` of every following ``step()`` that gets none; None: no clipping. For trainers that call
+        ``step()`` themselves, also through the wrappers of Lightning and Fabric."""
         return self._plans.clip_coef  # type: ignore[no-any-return]
 
     @clip_coef.setter
@@ -131,13 +130,13 @@ class Planning(Launching):
         raise NotImplementedError
 
     def _record(self, group: Group) -> Record:
-        """What the last usual step knew of the group's options."""
+        """The last usual step's record of the group's options."""
         raise NotImplementedError
 
     # ---- the next step ----------------------------------------------------------------------------------------------
 
     def _again(self, scaling: dict[str, Tensor]) -> bool:
-        """Takes the step by a plan; False where there is none that fits, and nothing has changed."""
+        """Takes the step by a plan; False if none fits, and then nothing has changed."""
         plans = self._plans
         plan = plans.next
         if plan is None or self._unfinished or torch._C._len_torch_dispatch_stack():
@@ -205,10 +204,10 @@ class Planning(Launching):
         return True
 
     def _taken_by(self, plan: Plan) -> None:
-        """What a step by this plan leaves to be read."""
+        """The statistics that a step by this plan leaves."""
 
     def _changes_since(self, plan: Plan) -> list[Change] | None:
-        """What changed of options since the plan's last step; None where the plan does not fit."""
+        """The options that changed since the plan's last step; None if the plan does not fit."""
         groups = self.param_groups
         if len(groups) != len(plan.options):
             return None
@@ -230,7 +229,7 @@ class Planning(Launching):
         return changes
 
     def _scheduled(self, group: Group, names: Sequence[str]) -> dict[str, float] | None:
-        """The operator's names and values of options that were replaced; None where they need a closer look."""
+        """The operator's names and values of options that were replaced; None if they need a closer look."""
         numbers: dict[str, float] = {}
         for name in names:
             targets = self._SCHEDULED.get(name)

@@ -1,4 +1,4 @@
-"""The plan of a Pullback's step, as planning.py has them, in two calls: before the base's step, and behind it."""
+"""The plan of a Pullback's step, like those of planning.py, in two calls: before the base's step and after it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ _DEFINITION = DEFINITIONS["pullback_"]
 
 
 def _looked_at(group: Group) -> tuple[list[Any], bool]:
-    """A group's values, and whether these objects say all: lists and tensors may hold other numbers later."""
+    """A group's values, and whether comparing these objects is enough: lists and tensors may hold other numbers
+    later."""
     kinds = [type(value) for name, value in group.items() if name != "params"]
     return list(group.values()), not any(issubclass(kind, (list, Tensor)) for kind in kinds)
 
@@ -56,7 +57,7 @@ def _is_as_it_was(optimizer: Pulling, pulls: list[Pull], rest: list[Tensor]) -> 
 
 
 class PullPlan:
-    """What a step pulled, for the next one. ``pulls`` are single calls, and ``rows`` their statistics."""
+    """The pulls of a step, for the next one. ``pulls`` are single calls, and ``rows`` their statistics."""
 
     def __init__(self, optimizer: Pulling, pulls: list[Pull], rest: list[Tensor], rows: list[Row]) -> None:
         base = optimizer.base
@@ -119,7 +120,7 @@ class PullPlan:
 
     @classmethod
     def of(cls, optimizer: Pulling, pulls: list[Pull], rest: list[Tensor], rows: list[Row]) -> PullPlan | None:
-        """None where a step has to look closer."""
+        """None if a step has to look closer."""
         if not pulls or optimizer._scratch.unsure or not _is_as_it_was(optimizer, pulls, rest):
             return None
         if stream_of(pulls[0].device) == CAPTURED:
@@ -159,7 +160,7 @@ class PullPlan:
         return numbers_of(_DEFINITION, optimizer._options(pull, pull.offsets[0] if pull.offsets else 0))
 
     def _changed_numbers(self, optimizer: Pulling) -> Sequence[float]:
-        """The options of all pulls, where some are others than the plan has."""
+        """The options of all pulls, if some differ from those of the plan."""
         self.lrs = [pull.group.get("lr") for pull in self.pulls]
         numbers = [self._numbers_of(optimizer, pull) for pull in self.pulls]
         if numbers == self.numbers:
@@ -192,7 +193,7 @@ class PullPlan:
         )
 
     def _options_now(self, optimizer: Pulling) -> Sequence[float] | None:
-        """Options to hand over, where some changed; None where the plan does not fit."""
+        """The options to pass, if some changed; None if the plan does not fit."""
         groups = optimizer.base.param_groups
         if len(groups) != len(self.groups):
             return None
@@ -220,8 +221,8 @@ class PullPlan:
         return self._changed_numbers(optimizer)
 
     def fits(self, optimizer: Pulling) -> bool:
-        """Whether all is as it was; the weights are copied then, and nothing else has changed. A plan that does not fit
-        is of no use any more."""
+        """Whether the plan fits; if so, the weights are copied, and nothing else is written. A plan that does not fit
+        must be dropped."""
         try:
             options = self._options_now(optimizer)
             if options is None:
@@ -242,11 +243,11 @@ class PullPlan:
         return True
 
     def written(self) -> list[Any]:
-        """What tells whether the base wrote anything: the weights, and of each state the first."""
+        """The tensors that tell whether the base wrote anything: the weights, and the first of each state."""
         return [*self.all_params, *map(next, map(iter, map(dict.values, self.dicts)))]
 
     def taken(self, optimizer: Pulling) -> bool:
-        """Pulls, behind the base's step; False where that left other states than there were."""
+        """Pulls, after the base's step; False if that left other states than before."""
         if not self._has_its_states(optimizer.base.state):
             return False
         lrs = [pull.group.get("lr") for pull in self.pulls]

@@ -1,4 +1,4 @@
-"""What can be looked at of a Pullback: the statistics of its last step, and its part of the base's states."""
+"""The readable parts of a Pullback: the statistics of its last step, and its part of the base's states."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _merged(rows: list[Row]) -> dict[str, float]:
 
 
 def statistics(rows: list[Row]) -> dict[str, float]:
-    """Of a step, from its calls; empty where none left any."""
+    """The statistics of a step, from its calls; empty if none left any."""
     stats: dict[str, float] = {}
     s = _merged(rows)
     raw = s if all(r.moment for r in rows) else _merged([r for r in rows if r.moment])
@@ -64,7 +64,7 @@ class Averager(Mapping[Tensor, dict[str, Any]]):
 
     @property
     def _buffers(self) -> list[Tensor]:
-        """The copies of the weights of before a step."""
+        """The copies of the weights from before a step."""
         return [copy for _, copy in self._optimizer._scratch.befores.values()]
 
     def __getitem__(self, param: Tensor) -> dict[str, Any]:

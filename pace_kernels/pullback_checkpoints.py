@@ -1,4 +1,4 @@
-"""Checkpoints of a Pullback: its averages among the base's states, and how they get past what a base does to these."""
+"""Checkpoints of a Pullback: its averages are among the base's states, and must survive what a base does to these."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class PullbackCheckpoints(Pulling):
 
     @property
     def _loads_as_torch(self) -> bool:
-        """Whether the base loads by torch's code: hooks run then, and what is no tensor goes through. Others, as those
-        of bitsandbytes, may save their states in a form of their own, and see nothing of ours."""
+        """Whether the base loads by torch's code: then hooks run, and values that are no tensors pass through. Other
+        bases, such as bitsandbytes', may save their states in their own form and never see ours."""
         names = ("state_dict", "load_state_dict", "__setstate__")
         return all(getattr(type(self.base), name).__module__.startswith("torch.") for name in names)
 
@@ -91,8 +91,8 @@ class PullbackCheckpoints(Pulling):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """The base's state dict, which the averages are part of, with the pullback's options among those of the base.
-        As in ``torch.optim``, the tensors are the optimizer's own."""
+        """The base's state dict, which contains the averages, with the pullback's options among those of the base. As
+        in ``torch.optim``, the tensors are the optimizer's own."""
         self._require_whole("state_dict()")
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -179,7 +179,7 @@ class PullbackCheckpoints(Pulling):
             self._scratch.loading = False
 
     def _put_back(self, loaded: dict[str, Any], entries: dict[Any, Group]) -> None:
-        """Enters the averages, where the base's load_state_dict is of its own and saw nothing of them."""
+        """Enters the averages if the base has its own load_state_dict, which did not see them."""
         params = chain.from_iterable(group["params"] for group in self.base.param_groups)
         keys = chain.from_iterable(group["params"] for group in loaded["param_groups"])
         for key, param in zip(keys, params, strict=True):
@@ -190,7 +190,7 @@ class PullbackCheckpoints(Pulling):
                 state.update(_kept(entries[key]))
 
     def _before_loading(self, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-        """The base's load_state_dict is called, by whomever."""
+        """Runs when anyone calls the base's load_state_dict."""
         if self._scratch.loading:
             return None
         loaded, entries = self._translated(state_dict)
@@ -262,7 +262,7 @@ class PullbackCheckpoints(Pulling):
     def _loaded_group(
         self, saved: Group, group: Group, number: int, states: Mapping[Any, Any], entries: dict[Any, Group]
     ) -> Group:
-        """A group after loading: the saved options, and the present ones of ours where none was saved."""
+        """A group after loading: the saved options, and our present ones if none were saved."""
         version, swapped = saved.get(FORMAT_VERSION, 0), saved.get(SWAPPED, False)
         Checkpoints._check_format(cast(Any, self), {"format_version": version}, number)
         own = {name: group[name] for name in OPTIONS if not self._shared(name, group)}
@@ -285,13 +285,13 @@ class PullbackCheckpoints(Pulling):
         there = [key for key in saved["params"] if key in states]
         if version and flat and there and (not loaded or not all(states[key] for key in there)):
             raise ValueError(
-                f"param_groups[{number}] is of a Pullback, and its averages did not come along. Flattened distributed "
-                "checkpoints bring only what the optimizer that loads them has: load before the first gradients are "
-                "there, and wrap a base before it has stepped"
+                f"param_groups[{number}] was saved by a Pullback, and its averages are missing. Flattened distributed "
+                "checkpoints bring only states that the loading optimizer has: load before there are gradients, and "
+                "wrap a base before it has stepped"
             )
         if swapped and any(has_average(state) and LIVE not in state for state in loaded):
             raise ValueError(
-                f"param_groups[{number}] was saved between eval() and train(), and its live weights did not come along "
+                f"param_groups[{number}] was saved between eval() and train(), and its live weights are missing "
                 "(distributed checkpoints drop them): call optimizer.train() before saving"
             )
         merged[SWAPPED] = swapped or any(LIVE in state for state in loaded)
@@ -299,12 +299,12 @@ class PullbackCheckpoints(Pulling):
         return merged
 
     def _check_base_state(self, key: Any, state: Group, param: Tensor) -> None:
-        """torch checks no shapes: a state of another model or optimizer would be found out by a step, too late."""
+        """torch checks no shapes: only a step, too late, would find that a state is from another model or optimizer."""
         have = {k: v for k, v in self.base.state.get(param, {}).items() if k not in OURS}
         if have and state and (missing := sorted(map(str, have.keys() - state.keys()))):
             kind = type(self.base).__name__
             raise ValueError(
-                f"state[{key!r}] lacks {', '.join(missing)}, which {kind} keeps: is it of another optimizer?"
+                f"state[{key!r}] lacks {', '.join(missing)}, which {kind} keeps: is it from another optimizer?"
             )
         for name, value in state.items():
             if isinstance(value, Tensor) and not is_whole(local(value)):

@@ -1,4 +1,4 @@
-"""What follows a base's step: the pull of its weights toward their average, and the average, which lie in its state."""
+"""What follows a base's step: the weights are pulled toward their average, and the average in its states moves."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Pulling(Taking):
     # ---- before the base's step ------------------------------------------------------------------------------------
 
     def _collect(self, found_inf: Tensor | None) -> tuple[list[Pull], list[Tensor]]:
-        """What is to be pulled, and the parameters that come to rest: checked, and nothing has changed."""
+        """The pulls, and the parameters that stop averaging; all are checked, and nothing has changed."""
         pulls: list[Pull] = []
         rest: list[Tensor] = []
         for group in self.base.param_groups:
@@ -104,7 +104,7 @@ class Pulling(Taking):
                 self._place_steps(pull)
             lr = group.get("lr")
             if isinstance(lr, Tensor) and lr.is_meta and any(pull.device.type != "meta" for pull in some):
-                raise RuntimeError("lr is a tensor on meta, where there are no values; the parameters are not there")
+                raise RuntimeError("lr is a tensor on meta, which has no value, but the parameters are not on meta")
             pulls += some
             rest += [p for p in group["params"] if not p.requires_grad]
         if not all(pull.planned for pull in pulls):
@@ -116,8 +116,8 @@ class Pulling(Taking):
         return pulls, rest
 
     def _place_steps(self, pull: Pull) -> None:
-        """Step counts follow the parameters to their device, and stay there, where only it knows whether a step counts:
-        with ``found_inf``; and with ``capturable``, where a captured graph advances them."""
+        """Moves step counts to the parameters' device if only it knows whether a step counts: with ``found_inf``; and
+        with ``capturable``, since a captured graph advances them there."""
         pull.on_device = bool(pull.group.get("capturable", False))
         if pull.device.type == "cpu":
             return
@@ -125,7 +125,7 @@ class Pulling(Taking):
         pull.on_device = pull.on_device or pull.found_inf is not None or len(away) < len(pull.steps)
         if not pull.on_device and stream_of(pull.device) == CAPTURED:
             raise RuntimeError(
-                "a CUDA graph captures the step: without capturable=True in the group replays do not count"
+                "a CUDA graph captures the step: replays count steps only with capturable=True in the group"
             )
         if pull.on_device:
             for i in away:
@@ -158,7 +158,7 @@ class Pulling(Taking):
             )
 
     def _check_memory(self, pull: Pull) -> None:
-        """Raises where an operator would, or worse: before the base has stepped. Nothing is written."""
+        """Raises before the base has stepped if an operator would raise, or worse, later. Nothing is written."""
         if pull.backend.name != "cpu":
             self._lengthen(pull)
         refused: RuntimeError | None = None
@@ -188,14 +188,14 @@ class Pulling(Taking):
 
     @staticmethod
     def _lengthen(pull: Pull) -> bool:
-        """Step counts that go on in float64: whether there are any."""
+        """Makes step counts that have reached float32's limit float64; returns whether there were any."""
         full = [i for i, step in enumerate(pull.steps) if counts_no_further(step)]
         for i in full:
             pull.steps[i] = pull.steps[i].double()
         return bool(full)
 
     def _named(self, pull: Pull, message: str) -> str:
-        """An operator's message with the name of the parameter that it is about."""
+        """An operator's message, with the name of its parameter."""
         entry = message.partition("[")[2].partition("]")[0]
         known = entry.isdigit() and int(entry) < len(pull.places)
         return f"{self._name(pull.group, pull.places[int(entry)])}: {message}" if known else message
@@ -217,14 +217,15 @@ class Pulling(Taking):
     # ---- after the base's step -------------------------------------------------------------------------------------
 
     def _missing(self, pulls: list[Pull]) -> RuntimeError | None:
-        """What only a first step of the base tells: that it keeps no such second moment, or a state named as ours."""
+        """The errors that only a first step of the base reveals: it keeps no such second moment, or a state with our
+        name."""
         states = self.base.state
         for pull in pulls:
             for i in pull.new:
                 state = states.get(pull.owners[i], {})
                 if AVERAGE in state and STEP not in state:
                     kind = type(self.base).__name__
-                    return RuntimeError(f"{kind} has a state {AVERAGE!r} of its own, as the average has")
+                    return RuntimeError(f"{kind} has a state {AVERAGE!r}: the average needs that name")
             if pull.moment is None:
                 continue
             entries, name, seconds = [states.get(p) or {} for p in pull.owners], pull.moment.name, pull.seconds
@@ -239,7 +240,7 @@ class Pulling(Taking):
         return None
 
     def _enter(self, pull: Pull) -> None:
-        """Puts average and step count into the base's states, which may be others since its step."""
+        """Puts average and step count into the base's states, which its step may have replaced."""
         states = self.base.state
         entries: list[Any] = list(map(states.get, pull.owners))
         names, columns = (*pull.names, STEP), (*pull.columns(), pull.steps)
@@ -257,7 +258,7 @@ class Pulling(Taking):
                 state.pop(name, None)
 
     def _plan(self, pulls: list[Pull], parts: list[Pull], rest: list[Tensor]) -> None:
-        """What the next step may take up again."""
+        """What the next step may reuse."""
         scratch, step_plans = self._scratch, self._scratch.step_plans
         step_plans.vain += 1
         seldom = step_plans.vain > 8 and step_plans.vain % 64 != 0  # something changes at each step

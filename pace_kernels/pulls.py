@@ -1,4 +1,4 @@
-"""What a Pullback works on: parameters of a group that are pulled together; and what it keeps beside their states."""
+"""What a Pullback works on: parameters of a group that are pulled together, and what it keeps besides their states."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Own:
 
 @dataclass
 class Row:
-    """The statistics of one call, and what of them means something."""
+    """The statistics of one call, and which of them are meaningful."""
 
     stats: Tensor
     axes: Axes
@@ -72,7 +72,7 @@ class Row:
 
 @dataclass
 class Pull:
-    """The parameters of one group that one operator call pulls: on one device, in one dtype, sharded alike."""
+    """The parameters of one group that one operator call pulls: on one device, in one dtype, with the same sharding."""
 
     group: Group
     own: Own
@@ -139,8 +139,8 @@ class Pull:
 
 
 class Scratch:
-    """What a Pullback keeps beside the base's state: nothing that a checkpoint needs. One object, because wrappers that
-    pass for an optimizer copy its attributes."""
+    """What a Pullback keeps besides the base's state: nothing that a checkpoint needs. It is one object, because
+    wrappers that pose as an optimizer copy its attributes."""
 
     def __init__(self) -> None:
         # Copies of weights, on the CPU, where new memory costs page faults; by id of the parameter, and gone with it.
@@ -177,13 +177,13 @@ def _forget(scratch: weakref.ref[Scratch], key: int, ref: weakref.ref[Tensor]) -
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether it has no values: on meta, or of FakeTensorMode."""
+    """Whether the tensor has no values: on meta, or under FakeTensorMode."""
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return tensor.is_meta or (module is not None and isinstance(tensor, module.FakeTensor))
 
 
 def count_of(step: Any) -> int:
-    """A step count as a number; of a fake one 0."""
+    """A step count as a number; 0 for a fake one."""
     if isinstance(step, Tensor):
         return 0 if is_fake(step) else int(step.item())
     return int(step)
@@ -195,15 +195,15 @@ def ahead(ours: Iterable[Tensor], theirs: Iterable[Any]) -> list[int]:
 
 
 class Moves:
-    """The versions of step counts, by which it is told whether a base counts in each step as in the one before. In the
-    first, where nothing can be told by them, ``offsets_stay`` is asked."""
+    """The versions of step counts, which tell whether a base counts in each step as in the one before. In the first
+    step they tell nothing, so ``offsets_stay`` is asked."""
 
     def __init__(self, seen: list[int]) -> None:
         self.seen: list[int] | None = seen
         self._by: int | None = None
 
     def note(self, now: list[int], offsets_stay: Callable[[], bool]) -> None:
-        """None is seen where the base counted in another way: offsets are to be looked at again."""
+        """Forgets them if the base counted in another way: offsets have to be checked again."""
         by = sum(now) - sum(self.seen or ())
         if self._by is None and offsets_stay():
             self._by = by
@@ -211,7 +211,7 @@ class Moves:
 
 
 def versions(tensors: Iterable[Any]) -> list[int]:
-    """The versions of tensors, by which it is told whether any was written."""
+    """The versions of tensors, which tell whether any was written."""
     tensors = list(tensors)
     try:
         return list(map(_version, tensors))

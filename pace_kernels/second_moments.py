@@ -60,47 +60,46 @@ def second_moment_of(
 
 
 def require_second_moment(base: torch.optim.Optimizer, group: Group, name: str | None) -> None:
-    """Raises ValueError where the clipped gain has no second moment, of each coordinate, to divide by."""
+    """Raises ValueError if the clipped gain has no second moment per coordinate to divide by."""
     found = second_moment_of(base, group, name, torch.float32)
     if found is None:
         raise ValueError(
-            f"{type(base).__name__} has no second moment that is known here, which the clipped gain divides by: give "
-            'gain= (a constant in [0, 1]), or second_moment="name" of the state that holds one'
+            f"{type(base).__name__} has no second moment known here, and the clipped gain needs one: give gain= (a "
+            'constant in [0, 1]), or second_moment="name" of the state that holds one'
         )
     if isinstance(base, torch.optim.Adafactor) and found.name == "variance":
         for i, param in enumerate(group["params"]):
             if param.dim() > 1:
                 raise ValueError(
-                    f"parameter {i} of the group has shape {tuple(param.shape)}: of matrices Adafactor keeps a "
-                    "factored second moment, not one of each coordinate; give gain= (a constant in [0, 1]), or put "
+                    f"parameter {i} of the group has shape {tuple(param.shape)}: for matrices Adafactor keeps a "
+                    "factored second moment, not one per coordinate; give gain= (a constant in [0, 1]), or put "
                     'matrices into a group of their own with a "gain"'
                 )
 
 
 def lacks(base: torch.optim.Optimizer, name: str, state: dict[str, Tensor]) -> RuntimeError:
-    """What to raise where a parameter's state holds no second moment of that name."""
+    """The error if a parameter's state holds no second moment of that name."""
     return RuntimeError(
         f"{type(base).__name__} keeps no state {name!r} of a parameter, but {', '.join(map(str, state)) or 'none'}: "
-        "give second_moment= the name of its second moment, or gain="
+        "give the name of its second moment as second_moment=, or give gain="
     )
 
 
 def refuse(base: object) -> None:
-    """Raises where a pullback around this optimizer would mean nothing, or something else."""
+    """Raises if a pullback around this optimizer would mean nothing, or something else."""
     name = type(base).__name__
     if not isinstance(base, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {base!r}")
     theirs = any(kind.__module__.split(".")[0] == "schedulefree" for kind in type(base).__mro__)
     if theirs or isinstance(base, ScheduleFreeAdamW):
         raise ValueError(
-            f"{name}{' of schedulefree' if theirs else ''}: the weights it evaluates are an average already, its "
-            "gradients are taken between that and the iterates, and its own train() and eval() exchange the two; a "
-            "pullback would act on the wrong ones"
+            f"{name}{' of schedulefree' if theirs else ''}: it evaluates an average already, and its own train() and "
+            "eval() exchange that with the weights at which it takes gradients; a pullback would act on the wrong ones"
         )
     if isinstance(base, KernelOptimizer):
         raise ValueError(f"{name} carries the pullback in its own pass: give it lambda_pullback instead of wrapping it")
     if isinstance(base, torch.optim.LBFGS):
-        raise ValueError("LBFGS moves the weights several times within a step, so there is no one step to pull back")
+        raise ValueError("LBFGS moves the weights several times within a step, so no single step can be pulled back")
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(f"{name}.step needs a closure, which here runs before it: there is no one step to pull back")
+        raise ValueError(f"{name}.step needs a closure, which here runs before it: no single step can be pulled back")

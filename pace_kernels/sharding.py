@@ -1,6 +1,6 @@
 """Sharded tensors: the kernels work on the local part of a DTensor, and states are DTensors as their parameters are.
 
-Nothing here goes through DTensor's dispatch, which costs tens of microseconds an operation: local parts are attributes.
+Nothing here uses DTensor's dispatch, which costs tens of microseconds per operation: local parts are attributes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SHARDED: set[type] = set()  # DTensor, once one was seen
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor. There is none before torch.distributed.tensor was imported, which takes a second."""
+    """Whether it is a DTensor. None exists before torch.distributed.tensor is imported, which takes a second."""
     kind = type(tensor)
     if kind in PLAIN or kind in _SHARDED:
         return kind in _SHARDED
@@ -34,8 +34,8 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def is_wrapper(tensor: Tensor) -> bool:
-    """Whether the tensor does its operations in its own way, as subclasses do that wrap others (quantized weights). A
-    kernel would be handed what is inside once for each tensor in there, with step counts that are one for all."""
+    """Whether the tensor does its operations in its own way, as subclasses that wrap others do (quantized weights). A
+    kernel would be called once for each tensor inside, but with one step count for all."""
     kind = type(tensor)
     if kind in PLAIN or isinstance(tensor, FakeTensor):
         return False
@@ -43,7 +43,7 @@ def is_wrapper(tensor: Tensor) -> bool:
 
 
 def unwrapped(tensor: Tensor) -> list[Tensor]:
-    """The tensors that a wrapper wraps; of others, the tensor itself."""
+    """The tensors that a wrapper wraps; any other tensor itself."""
     if not is_wrapper(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
@@ -51,18 +51,18 @@ def unwrapped(tensor: Tensor) -> list[Tensor]:
 
 
 def placed_alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two DTensors lie in the same parts on the same mesh."""
+    """Whether two DTensors are split in the same way over the same mesh."""
     one, other = a._spec, b._spec  # type: ignore[attr-defined]
     return one is other or ((one.mesh is other.mesh or one.mesh == other.mesh) and one.placements == other.placements)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that lies on this rank; a plain tensor itself."""
+    """The part of a DTensor on this rank; a plain tensor itself."""
     return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
 
 
 def axes(tensor: Tensor) -> Axes:
-    """The axes that a DTensor is sharded over; of a plain tensor, none."""
+    """The axes over which a DTensor is sharded; none for a plain tensor."""
     if not is_sharded(tensor):
         return ()
     spec = tensor._spec  # type: ignore[attr-defined]
@@ -81,9 +81,9 @@ def is_partial(tensor: Tensor) -> bool:
 
 
 def local_as(param: Tensor, value: Tensor) -> Tensor:
-    """What of ``value``, of the shape of ``param``, belongs to the local part of ``param``.
+    """The part of ``value``, which has the shape of ``param``, that belongs to the local part of ``param``.
 
-    A DTensor that is placed otherwise is redistributed, which all ranks of its mesh have to take part in.
+    A DTensor with another placement is redistributed; all ranks of its mesh have to take part.
     """
     if not is_sharded(param):
         # A whole DTensor for a plain parameter, as a checkpoint of a sharded run may have it.
@@ -102,7 +102,7 @@ def local_as(param: Tensor, value: Tensor) -> Tensor:
 
 
 def _arrived(tensor: Tensor) -> Tensor:
-    """Collectives of DTensor are asynchronous: what one brings has to be waited for before a kernel reads it."""
+    """Collectives of DTensor are asynchronous: a kernel may read the result only after a wait."""
     if type(tensor) not in PLAIN and hasattr(tensor, "wait"):
         return tensor.wait()  # type: ignore[no-any-return]
     return tensor
@@ -132,7 +132,7 @@ def all_reduce_(rows: list[Tensor], process_group: Any, op: str = "SUM") -> None
 
 
 def gathered_rows(row: Tensor, its_axes: Axes) -> list[Tensor]:
-    """The rows of all ranks along the axes, in their order."""
+    """The rows of all ranks along the axes, in the ranks' order."""
     rows = [row]
     for mesh, k in its_axes:
         packed = torch.stack(rows)
@@ -143,7 +143,7 @@ def gathered_rows(row: Tensor, its_axes: Axes) -> list[Tensor]:
 
 
 def on_host(rows: list[Tensor]) -> list[Tensor]:
-    """The rows in float64 on the CPU, in their order: one copy, and one wait, per device."""
+    """The rows in float64 on the CPU, in order: one copy, and one wait, per device."""
     by_device = {device: [row for row in rows if row.device == device] for device in {row.device for row in rows}}
     sent = {device: iter(torch.stack(here).to("cpu", torch.float64)) for device, here in by_device.items()}
     return [next(sent[row.device]) for row in rows]
@@ -159,7 +159,7 @@ def agree(value: bool, device: torch.device, its_axes: Axes) -> bool:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """All of a tensor, on the CPU; where it is sharded, only on rank 0 (elsewhere an empty one)."""
+    """A whole tensor on the CPU; if it is sharded, only on rank 0 (empty elsewhere)."""
     if is_sharded(tensor):
         tensor = tensor.full_tensor()  # type: ignore[attr-defined]
         if not on_first_rank():

@@ -1,4 +1,4 @@
-"""What a step works on: the parameters of a group that step together, and their states."""
+"""The work of a step: the parameters of a group that step together, and their states."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on that device. A copy to the CPU has to be waited for, others do not."""
+    """The tensor on that device. Only a copy to the CPU waits."""
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
@@ -41,7 +41,7 @@ class Formats(NamedTuple):
 
     @property
     def on_grid(self) -> bool:
-        """Whether the average is known only together with the weights."""
+        """Whether the average can be read only together with the weights."""
         return self.ema in (8, 16)
 
 
@@ -53,10 +53,10 @@ class Work:
     """The parameters of one group that step together: on one device, in one dtype, each with a gradient, and sharded
     over the same ``axes`` of a mesh, if they are, with weights and states in the same ``formats``.
 
-    ``owners`` are the parameters as the group has them, which states belong to; ``params`` and ``grads`` what the
-    kernels get: the same tensors, or of DTensors the local parts. ``scaling`` are the arguments grad_scale, clip_coef
-    and found_inf of the operators, those that were given. ``on_device``: the step counts live on the parameters'
-    device, and nothing may be read from it.
+    ``owners`` are the group's parameters, to which states belong; ``params`` and ``grads`` are the kernels' tensors:
+    the same ones, or the local parts of DTensors. ``scaling`` has the given ones of the operators' arguments
+    grad_scale, clip_coef and found_inf. ``on_device``: the step counts are on the parameters' device, and nothing may
+    be read from it.
     """
 
     group: Group
@@ -75,7 +75,7 @@ class Work:
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
 
     def put(self, i: int, name: str, value: Tensor) -> None:
-        """Enters a state of the parameter of this number when the step is taken."""
+        """Enters a state of the parameter with this number when the step is taken."""
         self.changes.setdefault(i, {})[name] = value
 
     def part(self) -> Work:
@@ -92,36 +92,36 @@ class Work:
         if not isinstance(lr, Tensor):
             return {"lr": plain_number(lr)}
         if lr.is_meta and self.device.type != "meta":
-            raise ValueError(f"lr must be a number, or a tensor that has a value, got one on meta for {self.device}")
+            raise ValueError(f"lr must be a number, or a tensor with a value, got one on meta for {self.device}")
         if at_hand(lr):
             return {"lr": lr.item()}
         return {"lr": 0.0, "lr_tensor": moved(lr, self.device)}
 
     def left_undone(self) -> bool:
-        """Whether ``found_inf`` says so, as far as that can be told without waiting for a device."""
+        """Whether ``found_inf`` skips the step, as far as that is known without waiting for a device."""
         found_inf = self.scaling.get("found_inf")
         return found_inf is not None and at_hand(found_inf) and bool(found_inf)
 
 
 def counts_no_further(step: Tensor) -> bool:
-    """Whether a count on the CPU is float32 and at 2^24. Operators refuse it before they write, so that nobody has to
-    look for it in each step; it is float64 then."""
+    """Whether a count on the CPU is float32 and at 2^24. Operators refuse it before they write, so no step has to look
+    for it; it then becomes float64."""
     return step.dtype == torch.float32 and at_hand(step) and step.item() >= FLOAT32_LAST
 
 
 def step_dtype(count: float) -> torch.dtype:
-    """Of a step count in a checkpoint, and on the CPU: torch's float32, as far as that counts."""
+    """The dtype of a step count in a checkpoint, and on the CPU: torch's float32, up to its limit."""
     return torch.float32 if count <= FLOAT32_LAST else torch.float64
 
 
 def exact_on(device: torch.device, update_freq: int) -> bool:
-    """Whether counts on this device, which nobody reads there, are float64 from the start: where they decide in which
+    """Whether counts on this device, which the host does not read, are float64 from the start: if they decide in which
     steps an average moves. MPS has no float64."""
     return update_freq > 1 and device.type not in ("cpu", "mps")
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
-    """The dtype of a parameter's states: float32, or float64 where the parameter is float64; complex where it is."""
+    """The dtype of a parameter's states: float32, or float64 if the parameter is float64; complex if it is."""
     if param.dtype.is_complex:
         return torch.complex128 if param.dtype == torch.complex128 else torch.complex64
     return torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -135,8 +135,8 @@ def as_state(param: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> 
 
 
 def empty_state(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A new state of ``param``, of any contents. Of subclasses that only dress a tensor up, the state is a plain one;
-    those that wrap others know zeros_like, which AdamW calls, but not always empty_like."""
+    """A new state of ``param``, of any contents. For subclasses that wrap no other tensor, the state is plain; those
+    that wrap others support zeros_like, which AdamW calls, but not always empty_like."""
     new = torch.zeros_like if is_wrapper(local(param)) else torch.empty_like
     with torch._C.DisableTorchFunctionSubclass():
         return new(param, dtype=dtype or state_dtype(param), requires_grad=False)

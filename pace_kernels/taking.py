@@ -1,4 +1,4 @@
-"""What a pull is made of: a group's options, and averages, step counts and second moments from the base's states."""
+"""Collects a pull: a group's options, and averages, step counts and second moments from the base's states."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Taking(Averaging):
     # ---- options ---------------------------------------------------------------------------------------------------
 
     def _own(self, group: Group) -> Own:
-        """The pullback's options of a group, checked where they changed. A name that the base has as an option of its
-        own means that one."""
+        """The pullback's options of a group, checked if they changed. A name that the base has as an option of its own
+        means the base's."""
         theirs = self.base.defaults
         values = [d if name in theirs else group.get(name, d) for name, d in self._defaults.items()]
         seen = self._scratch.own.get(id(group))
@@ -71,7 +71,7 @@ class Taking(Averaging):
         own = Own.of(values)
         if own.by_moment:
             if "lr" not in group:
-                raise ValueError(f"{type(self.base).__name__} has no option lr, which the gain takes: give gain=")
+                raise ValueError(f"{type(self.base).__name__} has no option lr, which the gain needs: give gain=")
             check_lr(group["lr"])
             require_second_moment(self.base, group, name)
         return own
@@ -79,7 +79,7 @@ class Taking(Averaging):
     # ---- states ----------------------------------------------------------------------------------------------------
 
     def _bucketed(self, group: Group, own: Own) -> list[Pull]:
-        """The parameters of a group that have a gradient, by where and how they lie."""
+        """The parameters of a group that have a gradient, by device, dtype and sharding."""
         buckets: dict[Any, Pull] = {}
         for i, owner in enumerate(group["params"]):
             if owner.grad is None:
@@ -103,7 +103,7 @@ class Taking(Averaging):
         return list(buckets.values())
 
     def _moment(self, group: Group, own: Own, dtype: torch.dtype) -> SecondMoment | None:
-        """None where the gain is a constant, or nothing pulls."""
+        """None if the gain is a constant, or nothing pulls."""
         if not own.by_moment:
             return None
         return second_moment_of(self.base, group, own.values["second_moment"], dtype.to_real())
@@ -153,7 +153,7 @@ class Taking(Averaging):
         elif ema is not None and ema.dtype is not state_dtype(owner) and ema.dtype is owner.dtype:
             self._say(
                 f"{self._name(group, i)} has an average in {ema.dtype}: the base's own load_state_dict rounded it; "
-                "load by that of the Pullback"
+                "load through the Pullback"
             )
             step = step.to(torch.float32)
         if step is None:
@@ -191,8 +191,8 @@ class Taking(Averaging):
         if not fits or not (v.is_floating_point() or v.is_complex()) or v.device != param.device:
             came = f"a {v.dtype} tensor of shape {tuple(v.shape)} on {v.device}" if isinstance(v, Tensor) else repr(v)
             raise RuntimeError(
-                f"the state {moment.name!r} of {self._name(group, i)} is {came}: a second moment of each coordinate is "
-                f"needed, of shape {tuple(param.shape)}, or gain="
+                f"the state {moment.name!r} of {self._name(group, i)} is {came}: give one of shape "
+                f"{tuple(param.shape)}, a second moment per coordinate, or gain="
             )
         if param.is_complex():
             v = torch.view_as_real(v) if v.is_complex() else torch.stack([v, v], -1)

@@ -1,7 +1,7 @@
-"""Steps that are whole or not at all, whatever Python runs between two of its instructions: a signal handler, a tracer.
+"""Steps are whole or not taken at all, whatever Python runs between two instructions: a signal handler, a tracer.
 
-Python runs handlers between its own instructions alone. What one call of C does is therefore seen before it or after
-it, and a step of native operators is one such call (:func:`at_once`). A step that cannot be one says so while it lasts.
+Python runs handlers only between its own instructions. They see one call of C as either not begun or done, and a step
+of native operators is one such call (:func:`at_once`). Any other step marks itself as under way while it runs.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _call = operator.methodcaller("__call__")
 
 
 def at_once(calls: Iterable[Call]) -> None:
-    """Makes the calls in one call of C. An exception ends them where it is raised."""
+    """Makes the calls in one call of C. An exception in one skips the rest."""
     deque(map(_call, calls), maxlen=0)
 
 
 def each(function: Callable[..., object], *columns: Iterable[object]) -> Call:
-    """The call of ``function`` for each row of the columns, in one call of C if it is one."""
+    """A call of ``function`` for each row of the columns; one call of C if ``function`` is C."""
     return partial(deque, map(function, *columns), 0)
 
 
 class UnderWay:
-    """A context in which ``marks`` has an entry. It goes at the end, or where an exception comes before any of
+    """A context in which ``marks`` has an entry. The entry is removed at the end, or at an exception before any of
     ``written`` was written, as the versions of these tensors tell; otherwise it stays."""
 
     def __init__(self, marks: list[str], written: Iterable[Tensor] | None) -> None:
@@ -54,19 +54,19 @@ class UnderWay:
 
 
 class Whole:
-    """An optimizer that says when its weights and states are of different steps. Not for direct use.
+    """An optimizer that knows when its weights and states are from different steps. Not for direct use.
 
-    A step that Python code takes, as the one of a wrapper's base, is marked so::
+    A step that Python code takes, such as that of a wrapper's base, is marked like this::
 
         with self._under_way(written):  # the tensors that it may write
             base.step()
 
-    Without ``written`` any exception leaves the step half done. So it has to be where writes do not count in the
-    versions of these tensors: through ``param.data``, as optimizers outside of ``torch.optim`` do it, or by addresses.
-    Whatever reads weights and states together begins with ``self._require_whole("state_dict()")``, which raises
-    RuntimeError meanwhile, and after a step that an exception ended half done until ``self._unfinished.clear()``, as
-    load_state_dict() does in the end. A class makes ``_unfinished`` in ``__init__`` and, where it is missing, in
-    ``__setstate__``: wrappers that pass for an optimizer copy its ``__dict__``, and share the list.
+    Without ``written`` any exception leaves the step half done. This is needed if writes do not change the versions of
+    these tensors: through ``param.data``, as in optimizers outside of ``torch.optim``, or by addresses. A method that
+    reads weights and states together begins with ``self._require_whole("state_dict()")``. That raises RuntimeError
+    during a step, and after a step that an exception stopped half done until ``self._unfinished.clear()``, which
+    load_state_dict() calls at its end. A class makes ``_unfinished`` in ``__init__`` and, if missing, in
+    ``__setstate__``: wrappers that pose as an optimizer copy its ``__dict__`` and share the list.
     """
 
     _unfinished: list[str]
@@ -77,15 +77,15 @@ class Whole:
     def _require_whole(self, what: str) -> None:
         if self._unfinished:
             raise RuntimeError(
-                f"{what} in the middle of a step: it is under way, or an exception ended it half done. Then load the "
-                "last checkpoint, of the model and with load_state_dict() of the optimizer"
+                f"{what} in the middle of a step: a step is running, or an exception stopped one half done. "
+                "After an exception, load the last checkpoint of model and optimizer, with load_state_dict()"
             )
 
     def _at_once(self, first: list[Call], then: list[Call]) -> None:
         """Makes the calls in one call of C. Each of ``first`` does all of its work or raises.
 
-        A mark stands meanwhile: under a dispatch mode even functions of C run Python. Where the very first call raises
-        nothing was written, and the mark goes; where a later one does, it stays.
+        A mark is set meanwhile: under a dispatch mode even functions of C run Python. If the very first call raises,
+        nothing was written, and the mark is removed; if a later one does, it stays.
         """
         if len(first) == 1 and not then:
             first[0]()

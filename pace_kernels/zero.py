@@ -1,4 +1,4 @@
-"""``ZeroRedundancyOptimizer``: each rank's optimizer has averages of its own parameters; here they go to all ranks."""
+"""``ZeroRedundancyOptimizer``: each rank's optimizer averages its own parameters; this sends the averages to all."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def is_zero(optimizer: object) -> bool:
 
 
 def check_alone(optimizer: torch.optim.Optimizer, what: str) -> None:
-    """Refuses the optimizer of one rank of several, whose swap would leave the parameters of the others live. It is
-    known by the object that refers to it, and looked for only where such objects can be."""
+    """Refuses the optimizer of one rank of several, whose swap would leave the parameters of the others live. The
+    ZeroRedundancyOptimizer is found among the objects that refer to it."""
     dist = torch.distributed
     if id(optimizer) in _together or _MODULE not in sys.modules or not (dist.is_available() and dist.is_initialized()):
         return
@@ -33,7 +33,7 @@ def check_alone(optimizer: torch.optim.Optimizer, what: str) -> None:
             raise RuntimeError(
                 f"{what}: this is one rank's part of a ZeroRedundancyOptimizer, and the parameters of the other ranks "
                 "would stay live. On all ranks, pace_kernels.averaged(model, zero) evaluates the averages of all; to "
-                "export them: zero.consolidate_state_dict(), as docs/sharding.md has it"
+                "export them, call zero.consolidate_state_dict() as in docs/sharding.md"
             )
 
 
@@ -59,9 +59,7 @@ def averaged_on_all_ranks(zero: Any, model: torch.nn.Module) -> Iterator[None]:
         left = [param._version for param in params]
         yield
         if left != [param._version for param in params]:
-            raise RuntimeError(
-                "averaged(): weights were loaded or changed inside, and the live ones are back. Load after it"
-            )
+            raise RuntimeError("averaged(): weights were changed inside; the live ones are back. Load after the block")
     finally:
         _together.discard(id(inner))
         for param, value in zip(others, live, strict=True):

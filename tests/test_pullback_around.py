@@ -132,7 +132,7 @@ def test_a_state_of_the_same_name_is_not_lost_in_silence() -> None:
     model = torch.nn.Linear(4, 3)
     optimizer = Pullback(Keeps(model.parameters(), lr=0.1), gain=0.1)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="Keeps has a state 'ema' of its own"):
+        with pytest.raises(RuntimeError, match="Keeps has a state 'ema': the average"):
             go_on(model, optimizer, 1)
     assert all(set(state) == {"ema"} for state in optimizer.state.values())
 

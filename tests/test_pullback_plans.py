@@ -162,5 +162,5 @@ def test_a_captured_step_that_does_not_count_is_refused(monkeypatch: pytest.Monk
     optimizer = BASES["SGD"](weights())
     steps = [torch.zeros(())]
     pull = SimpleNamespace(group={}, device=torch.device("cuda", 0), steps=steps, found_inf=None)
-    with pytest.raises(RuntimeError, match="without capturable=True"):
+    with pytest.raises(RuntimeError, match="only with capturable=True"):
         optimizer._place_steps(pull)

@@ -56,13 +56,13 @@ REFUSED: dict[str, tuple[Callable[[Pullback, Any], None], str]] = {
     "an average without memory": (lambda o, p: emptied(o.state[p]["ema"]), "more elements than memory"),
     "an average with less memory": (lambda o, p: shrunk(o.state[p]["ema"]), "more elements than memory"),
     "a count of two elements": (lambda o, p: o.state[p].update(pullback_step=torch.ones(2)), "one element"),
-    "an average of the base's": (lambda o, p: o.state[p].pop("pullback_step"), "state 'ema' of its own"),
+    "an average of the base's": (lambda o, p: o.state[p].pop("pullback_step"), "the average needs that name"),
     "an option": (lambda o, p: o.param_groups[1].update(ema_kappa=-1.0), "ema_kappa must be"),
     "a lr that is none": (lambda o, p: o.param_groups[1].update(lr=float("nan")), "lr must be"),
     "no second moment": (lambda o, p: o.state[p].pop("exp_avg_sq"), "keeps no state 'exp_avg_sq'"),
-    "a second moment of a row": (lambda o, p: o.state[p].update(exp_avg_sq=torch.ones(3, 1)), "of each coordinate"),
-    "a second moment in bytes": (lambda o, p: o.state[p].update(exp_avg_sq=p.byte()), "of each coordinate"),
-    "a second moment elsewhere": (lambda o, p: o.state[p].update(exp_avg_sq=p.to("meta")), "of each coordinate"),
+    "a second moment of a row": (lambda o, p: o.state[p].update(exp_avg_sq=torch.ones(3, 1)), "per coordinate"),
+    "a second moment in bytes": (lambda o, p: o.state[p].update(exp_avg_sq=p.byte()), "per coordinate"),
+    "a second moment elsewhere": (lambda o, p: o.state[p].update(exp_avg_sq=p.to("meta")), "per coordinate"),
 }
 
 

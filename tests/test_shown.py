@@ -148,7 +148,7 @@ def test_an_instruction_set_that_is_not_there_ends_the_step() -> None:
     code = "import torch, pace_kernels; p = torch.ones(1); p.grad = p.clone(); pace_kernels.PACE([p]).step()"
     environment = {**os.environ, "PACE_CPU_ISA": "avx"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert "RuntimeError: the instruction set asked for is not available: PACE_CPU_ISA=avx: this build" in done.stderr
+    assert "RuntimeError: the requested instruction set is not available: PACE_CPU_ISA=avx: this build" in done.stderr
 
 
 def test_moments_of_radam_are_taken_over_with_a_warning() -> None:

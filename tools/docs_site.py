@@ -1,4 +1,4 @@
-"""What mkdocs.yml needs beside mkdocs: pages from outside of docs/, and docstrings as Markdown.
+"""What mkdocs.yml needs besides mkdocs: pages from outside of docs/, and docstrings as Markdown.
 
 Pages link to each other as on GitHub, by paths in the repository. On the site a link to a page goes to that page, and a
 link to any other file of the repository becomes its text.
@@ -74,7 +74,7 @@ def block(found: re.Match[str]) -> str:
 
 
 def example(found: re.Match[str]) -> str:
-    """A doctest as code to copy, what it prints as comments."""
+    """A doctest as code to copy, with its output as comments."""
     lines = [re.sub(r" +# doctest: .*", "", line) for line in found[0].splitlines()]
     code = [line[4:] if line.startswith((">>> ", "... ")) else f"# {line}" for line in lines]
     return "\n".join(["```python", *code, "```", ""])

@@ -1,16 +1,16 @@
-"""Everything that a machine with a GPU can tell, in one command: what `make gpu` runs.
+"""Everything that only a machine with a GPU can show, in one command, which `make gpu` runs.
 
     python tools/gpu.py [--budget 540]
 
-With the Python that runs it, and nothing downloaded: builds the extension in place, runs the tests that need a GPU
-(tests/gpu), then times PACE and MADA beside AdamW and others (`bench/harness.py` says how). All within a time budget in
-seconds: the build may take up to 40 % of it, tests up to 70 %, and the benchmark has the rest, the most telling rows
-first. A failure of the build or of tests does not keep the rest from running, nor does a row that fails: it becomes a
-row with the reason. What was found is in `gpu-<device>.json`, a file that is complete JSON at any moment, in
-`gpu-<device>.md`, and where matplotlib is there, in `gpu-<device>.webp`.
+With the Python that runs it, and without downloads, it builds the extension in place, runs the tests that need a GPU
+(tests/gpu), then times PACE and MADA beside AdamW and others (`bench/harness.py` says how). It has a time budget in
+seconds: the build may take up to 40 % of it, tests up to 70 %, and the benchmark the rest, the most important rows
+first. The rest runs even if the build or tests fail; a benchmark row that fails becomes a row with the reason. The
+results are in `gpu-<device>.json`, a file that is complete JSON at any moment, in `gpu-<device>.md`, and, with
+matplotlib, in `gpu-<device>.webp`.
 
-The benchmark runs in a process of its own, which says which row it is at before every sample. If it dies, or hangs in
-one row for more than two minutes, another one goes on without that row.
+The benchmark runs in its own process, which names its row before every sample. If it dies, or hangs in one row for more
+than two minutes, another process goes on without that row.
 
 `--device cpu --dry-run` does the same on the CPU with tiny sizes: it shows that the command works, and no speed.
 """
@@ -127,7 +127,7 @@ def adamw_and_foreach_ema(parameters: list[nn.Parameter]) -> Contender:
 
 
 def elsewhere(module: str, name: str, **options: Any) -> Callable[[list[nn.Parameter]], Contender]:
-    """An optimizer of another package, where that is installed."""
+    """An optimizer of another package, if that is installed."""
 
     def make(parameters: list[nn.Parameter]) -> Contender:
         made = getattr(import_module(module), name)(parameters, lr=1e-3, weight_decay=0.01, **options)
@@ -313,7 +313,7 @@ def draw(report: Mapping[str, Any], rows: Rows, path: Path) -> str:
 
 
 def benchmark(path: Path, until: float) -> None:
-    """Goes through the plan, as far as the report does not have it yet. `until`: of time.time()."""
+    """Runs the part of the plan that the report does not have yet. `until`: a value of time.time()."""
     report = load(path)
     device, dry = torch.device(report["device"]), report["dry_run"]
     rows = rows_for(device)
@@ -375,7 +375,7 @@ def benchmark(path: Path, until: float) -> None:
 
 
 def follow(process: subprocess.Popen[bytes], marker: Path, until: float) -> str:
-    """Waits for the benchmark; why it ended early, or "" where it did not."""
+    """Waits for the benchmark; returns why it ended early, or "" if it did not."""
     at = time.time()  # of the last sign of life
     while process.poll() is None:
         time.sleep(0.1)
@@ -433,7 +433,7 @@ def tail(text: str, lines: int = 15) -> str:
 
 
 def run_limited(command: Sequence[str], cwd: Path, environment: Mapping[str, str], limit_s: float) -> tuple[str, str]:
-    """Status, "" where it went well, and the output. What the command started is ended with it."""
+    """The status, "" on success, and the output. Processes that the command started end with it."""
     with tempfile.TemporaryFile() as out:
         process = subprocess.Popen(
             command, cwd=cwd, env=dict(environment), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
@@ -450,8 +450,8 @@ def run_limited(command: Sequence[str], cwd: Path, environment: Mapping[str, str
 
 
 def build(environment: Mapping[str, str], device: torch.device, limit_s: float) -> dict[str, Any]:
-    """First for this GPU alone, which takes the least time; then, where that fails, as setup.py would by itself; then
-    without CUDA, since a build that fails leaves nothing, and the CPU kernels are what tests compare with."""
+    """Builds for this GPU alone, which takes the least time; if that fails, as setup.py would by default; then without
+    CUDA, since a failed build leaves nothing, and tests compare with the CPU kernels."""
     start = time.monotonic()
     attempts: list[dict[str, str]] = [{}, {"PACE_CUDA": "0"}]
     if device.type == "cuda" and torch.version.hip is None and not environment.get("PACE_CUDA_ARCHS"):
@@ -480,8 +480,8 @@ def build(environment: Mapping[str, str], device: torch.device, limit_s: float) 
 
 
 def lay_out(folder: Path) -> Path:
-    """A folder to import the package from as an installation would lay it out, in links: beside a checkout's package
-    its Triton kernels are missing, which are a folder of the repository."""
+    """A folder of links from which the package imports as if installed: in a checkout, the Triton kernels are not in
+    the package but in a folder of the repository."""
     package = folder / "pace_kernels"
     package.mkdir(parents=True)
     for entry in (ROOT / "pace_kernels").iterdir():

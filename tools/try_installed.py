@@ -1,4 +1,4 @@
-"""Tries the package that is installed: the native kernels load, and compute the bits of the reference in torch.
+"""Tries the installed package: the native kernels load, and compute the bits of the reference in torch.
 
 python tools/try_installed.py        from any folder, with the Python that has it
 """

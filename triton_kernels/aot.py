@@ -1,5 +1,5 @@
-"""Ahead-of-time compilation of the kernels, for a target that need not be present: to look at their code in tests, and
-to fill Triton's cache before a training starts.
+"""Ahead-of-time compilation of the kernels, for a target that need not be present: to inspect their code in tests, and
+to fill Triton's cache before training starts.
 
 >>> from triton.backends.compiler import GPUTarget
 >>> compiled = compile_kernels(GPUTarget("cuda", 90, 32), ["pace float32"])
@@ -107,7 +107,7 @@ _CODED = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel, what is compiled in, and its options on a backend."""
+    """A kernel, its compile-time constants, and its options on a backend."""
 
     kernel: Any
     constants: dict[str, Any]
@@ -158,7 +158,7 @@ def _scalars(rule: Rule) -> dict[str, Variant]:
 
 
 def variants() -> dict[str, Variant]:
-    """Kernels that represent those that a user can hit, the largest among them."""
+    """Kernels that represent those that a user can reach, including the largest."""
     found: dict[str, Variant] = {}
     for rule in RULES.values():
         kind = rule.module.Flags

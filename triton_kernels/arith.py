@@ -1,4 +1,4 @@
-"""The few operations that rules are written with.
+"""The few operations in which rules are written.
 
 Arithmetic contract, that of ``csrc/rules/arith.h``: every operation is rounded once, in the order written, and nothing
 is contracted into a fused multiply-add. Kernels are therefore launched with ``enable_fp_fusion=False``
@@ -43,5 +43,5 @@ def sign(a):
 
 @triton.jit
 def averaged(e, x, w):
-    """e + w (x − e), and x itself where w is 1; csrc/rules/arith.h says why."""
+    """e + w (x − e), and x itself if w is 1; csrc/rules/arith.h says why."""
     return tl.where(w == 1.0, x, e + w * (x - e))

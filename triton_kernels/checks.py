@@ -64,8 +64,8 @@ class Call:
 
     @property
     def counts_on_device(self) -> bool:
-        """With found_inf only the device knows whether a step counts. (On the CPU, in the interpreter, the device is
-        where step counts always are.)"""
+        """With found_inf only the device knows whether a step counts. (On the CPU, in the interpreter, step counts are
+        always on the device.)"""
         return self.capturable or self.tensors["found_inf"] is not None
 
 
@@ -87,7 +87,7 @@ def place(device: torch.device) -> str:
 
 
 def check_length(name: str, tensors: list[Tensor], params: list[Tensor], if_empty: str | None = None) -> None:
-    """The list has one tensor for each parameter; or none at all, where the option that needs it is off."""
+    """The list has one tensor for each parameter, or none at all if the option that needs it is off."""
     if len(tensors) == len(params) or (if_empty is not None and not tensors):
         return
     raise RuntimeError(f"{name} has {len(tensors)} tensors, params has {len(params)}{if_empty or ''}")
@@ -96,10 +96,10 @@ def check_length(name: str, tensors: list[Tensor], params: list[Tensor], if_empt
 def check_operands(
     name: str, tensors: list[Tensor], params: list[Tensor], device: torch.device, role: str, written: bool
 ) -> Formats:
-    """Dense tensors of their parameters' shapes, all in one place, in formats of their role; a written one may not
-    repeat elements. Returns the formats.
+    """Requires dense tensors of their parameters' shapes, all on one device, in formats of their role; a written one
+    may not repeat elements. Returns the formats.
 
-    What is usual is settled for the whole list at once: thousands of tensors are checked at each step.
+    The usual case is checked for the whole list at once: each step checks thousands of tensors.
     """
     dtypes = {t.dtype for t in tensors}
     usual = (
@@ -126,7 +126,7 @@ def _formats(tensors: list[Tensor]) -> Formats:
 
 
 def _check_place(entry: str, t: Tensor, param: Tensor, device: torch.device, written: bool = True) -> None:
-    """That a tensor lies where it should, in its parameter's shape."""
+    """Requires a tensor on the right device, in its parameter's shape."""
     require(t.device == device, f"{entry} must be {place(device)}")
     require(t.layout is torch.strided, f"{entry} must be a dense (strided) tensor")
     shapes = tuple(t.shape), tuple(param.shape)
@@ -216,7 +216,7 @@ def check_steps(steps: list[Tensor], device: torch.device) -> None:
 
 
 def counts_taken(steps: list[Tensor]) -> list[float]:
-    """The steps taken so far, where the counts are on the CPU, and can go on."""
+    """The steps taken so far, if the counts are on the CPU and can go on."""
     taken = [step.item() for step in steps]
     for i, (count, step) in enumerate(zip(taken, steps, strict=True)):
         good = count < FLOAT32_COUNTS or step.dtype == torch.float64

@@ -1,8 +1,8 @@
 """Codes of compressed states, and weights with a rest beside their bfloat16 part: the bits of ``csrc/codes.h``, which
 says what they are and why.
 
-Elements come in flat blocks, of whole code blocks of 32; what is one for each code block (ranks, scales) has a 32nd of
-the elements. A scale is an int32, dithers are uint32.
+Elements come in flat blocks, of whole code blocks of 32; values per code block (ranks, scales) are a 32nd as many. A
+scale is an int32, dithers are uint32.
 """
 
 from __future__ import annotations
@@ -98,14 +98,14 @@ def ranks(a, BLOCK: tl.constexpr):
 
 @triton.jit
 def each(b, BLOCK: tl.constexpr):
-    """The scale of each element, of those of code blocks."""
+    """The scale of each element, from the scales of code blocks."""
     rows = tl.broadcast_to(tl.expand_dims(b, 1), (BLOCK // CODE_BLOCK, CODE_BLOCK))
     return tl.reshape(rows, (BLOCK,))
 
 
 @triton.jit
 def scale_places(at, end, BLOCK: tl.constexpr):
-    """Where the scales of a block of elements lie, which begins at `at`, and which of them are there."""
+    """The offsets of the scales of a block of elements, which begins at `at`, and which of them exist."""
     first = tl.arange(0, BLOCK // CODE_BLOCK)
     return at // CODE_BLOCK + first, at + first * CODE_BLOCK < end
 
@@ -188,7 +188,7 @@ def unit_of(h):
 
 @triton.jit
 def evenly(spread, BLOCK: tl.constexpr):
-    """What a block's elements are dithered by, in [0, 1); `spread` is half the average's moves times GOLDEN."""
+    """The dithers of a block's elements, in [0, 1); `spread` is half the average's moves times GOLDEN."""
     place = (tl.arange(0, BLOCK) & (CODE_BLOCK - 1)).to(tl.uint32)
     return unit_of(spread + place * 0x6487ED51)
 

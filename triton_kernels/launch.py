@@ -1,4 +1,4 @@
-"""How kernels are launched: what is compiled in, and the options that they are compiled with."""
+"""How kernels are launched: their compile-time constants, and the options of their compilation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRITON_DTYPES |= {torch.uint8: tl.uint8, torch.int8: tl.int8, torch.int16: tl.in
 
 @dataclass(frozen=True)
 class Target:
-    """What the code depends on: cuda or hip, and the lanes of a warp."""
+    """The target of the code: cuda or hip, and the lanes of a warp."""
 
     backend: str
     warp_size: int = 32
@@ -35,9 +35,8 @@ def target_of(device: torch.device) -> Target:
 
 @dataclass(frozen=True)
 class Summed:
-    """What a rule sums over coordinates where a flag says so, and the tensor that it is written to: the terms of a
-    block, how a program leaves them in a row of how many doubles, and its columns; a bit is set for those that are
-    minima and maxima."""
+    """The sums of a rule over coordinates, under a flag, and the tensor of the result: the terms of a block, how a
+    program leaves them in a row of how many doubles, and the columns; a bit marks minima and maxima."""
 
     flag: str
     extra: str
@@ -51,10 +50,10 @@ class Summed:
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """What Triton has of an optimizer: its definition, and the module with its functions, flags and names of scalars;
-    and how it is swept: the warps of 32 of a program, the elements that a thread has at a time where weights or
-    gradients are narrower than float32, and the registers that a thread may take (None: 255, as many as there are).
-    ``coded``: its operands may lie in the formats of :mod:`.codes`, with others beside them."""
+    """An optimizer for Triton: its definition, the module with its functions, flags and names of scalars, and its
+    sweep: the warps of 32 of a program, the elements that a thread has at a time if weights or gradients are narrower
+    than float32, and the registers that a thread may take (None: all 255). ``coded``: its operands may have the formats
+    of :mod:`.codes`, with others beside them."""
 
     definition: Definition
     module: Any
@@ -87,8 +86,8 @@ class Rule:
 
     @functools.cache  # noqa: B019
     def constants(self, formats: tuple[torch.dtype | None, ...], aligned: bool, flags: Any) -> dict[str, Any]:
-        """A thread has four elements of float32 at a time, 16 bytes. Where operands are not aligned to 16 bytes, it has
-        two, one an access. Of a coded rule the formats of what lies beside operands follow theirs."""
+        """A thread has four elements of float32 at a time, 16 bytes. If operands are not aligned to 16 bytes, it has
+        two, one per access. For a coded rule, the formats of the lists beside operands follow theirs."""
         narrow = any(dtype not in (None, torch.float32) for dtype in formats)
         count = len(self.definition.operands)
         if self.coded:
@@ -128,7 +127,7 @@ class Rule:
 
 
 def compile_options(**options: Any) -> dict[str, Any]:
-    """The arithmetic contract (:mod:`.arith`) is an option: it has to be there wherever a kernel is compiled."""
+    """The arithmetic contract (:mod:`.arith`) is an option that every compilation of a kernel needs."""
     return {"num_warps": 1, "enable_fp_fusion": False, **options}
 
 

@@ -63,8 +63,8 @@ MadaStep = namedtuple("MadaStep", "m n v w l update inv_D terms")
 
 @triton.jit
 def mada_rule(s, g, last_g, next_g, m, n, v, w, l, F: tl.constexpr, LEARN: tl.constexpr):  # noqa: E741
-    """One step, but for weight decay and pullback. Where a flag is off, its operands are not touched. LEARN: with the
-    terms of the hypergradients, for which ``next_g`` is the gradient after the step."""
+    """One step without weight decay and pullback. If a flag is off, its operands are not touched. LEARN: with the terms
+    of the hypergradients, for which ``next_g`` is the gradient after the step."""
     zero = tl.zeros_like(g)
     m_old, n_old, v_old = m, n, v
     d = zero
@@ -153,8 +153,8 @@ HyperStep = namedtuple("HyperStep", "q b")
 
 @triton.jit
 def hyper_rule(lr, momentum, lower, upper, clip, h, q, b):
-    """One step of the coefficients q and their momenta b down the hypergradients h: b ← μ b + clip(h),
-    q ← Π[q − hyper_lr b]. Float64. What is not finite moves nothing: it would spoil the coefficients of all."""
+    """One step of the coefficients q and their momenta b down the hypergradients h: b ← μ b + clip(h), q ← Π[q −
+    hyper_lr b]. Float64. A value that is not finite moves nothing: it would spoil the coefficients of all."""
     finite = h - h == 0.0
     clipped = tl.where(h < -clip, -clip, tl.where(h > clip, clip, h))
     moved_b = momentum * b + clipped

@@ -33,7 +33,7 @@ NO_STEP = tl.constexpr(tuple(float(name in _ONES) for name in MadaScalars._field
 
 
 def play(call: Call) -> Play:
-    """The lists that are there say what is in play."""
+    """The lists that are not empty say what is in play."""
     o, learn = call.options, call.options["learn"]
     adam, diff, second, lion = (call.has(symbol) for symbol in "vnwl")
     lag, pull, average = learn != 0, o["lambda_pullback"] != 0.0, call.has("e")
@@ -98,7 +98,7 @@ def mada_fields(o, lr, q, t):
 
 @triton.jit
 def mada_factors(lr, q, t):
-    """What all coordinates' hypergradient terms share: h_q is the factor of q times the sum of the terms."""
+    """The factors common to all coordinates: h_q is the factor of q times the sum of the terms."""
     bias1 = 1.0 - power(q.beta1, t)
     bias2 = 1.0 - power(q.beta2, t)
     A = lr * q.gamma
@@ -108,7 +108,7 @@ def mada_factors(lr, q, t):
 
 @triton.jit
 def read_coefficients(ptr, o):
-    """Those whose bit of `learn` is set from memory, the others as given."""
+    """The coefficients: those whose bit of `learn` is set from memory, the others as given."""
     q = (o.beta1, o.beta2, o.beta3, o.rho, o.c, o.gamma)
     if ptr is not None:
         learn = o.learn.to(tl.int32)
@@ -118,8 +118,8 @@ def read_coefficients(ptr, o):
 
 @triton.jit
 def mada_scalars(options, given, to):
-    """The scalars of the new step, of the last one, which is redone where its sums are asked for, and of the pullback;
-    and what this step leaves to be remembered by the next."""
+    """The scalars of the new step, of the last one, which is redone if its sums are needed, and of the pullback; and
+    what this step leaves for the next."""
     o = MadaOptions(*options)
     t = given.t
     q = read_coefficients(given.numbers, o)

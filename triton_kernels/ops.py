@@ -1,7 +1,7 @@
 """The operators of ``pace_kernels/ops.py`` in Triton: check, lay out, launch, add up. Nothing waits for the device.
 
-Launches of a step: the scalars of all tensors (one for each distinct step count, where those live on the CPU), the
-sweep (one for each set of formats, aligned to 16 bytes or not), and one or two that add up what the sweep summed.
+Launches of a step: the scalars of all tensors (one for each distinct step count, if counts are on the CPU), the sweep
+(one for each set of formats, aligned to 16 bytes or not), and one or two that add up the sums of the sweep.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def _is_dense(t: Tensor) -> bool:
 
 
 class Staged:
-    """Operands that can be swept as flat memory: dense, and all of a parameter with the strides of the parameter.
-    Others are copied, and those that the kernel writes are copied back."""
+    """Operands that can be swept as flat memory: dense, and with the strides of their parameter. Others are copied, and
+    those that the kernel writes are copied back."""
 
     def __init__(self, lists: dict[int, list[Tensor]], written: set[int]) -> None:
         self.columns = lists
@@ -88,7 +88,7 @@ class Layout:
 
 
 def _lay_out(rule: Rule, call: Call, flags: Any) -> Layout:
-    """Where everything lies, checked. Tensors of the same step count come side by side."""
+    """The checked addresses of all tensors. Tensors with the same step count come side by side."""
     taken = [0.0] * len(call.steps) if call.counts_on_device else counts_taken(call.steps)
     order = None
     if len(list(groupby(taken))) > len(set(taken)):
@@ -133,7 +133,7 @@ def _lay_out(rule: Rule, call: Call, flags: Any) -> Layout:
 
 
 def _each_step_count(rule: Rule, call: Call, layout: Layout, **tables: Any) -> None:
-    """The scalars of all tensors: a launch for each step count, which is one where the device keeps them."""
+    """The scalars of all tensors: a launch for each step count, or a single one if the device keeps the counts."""
     values = [float("nan") if value is None else float(value) for value in call.options.values()]
     given = call.tensors
     arguments = {
@@ -157,7 +157,7 @@ def _each_step_count(rule: Rule, call: Call, layout: Layout, **tables: Any) -> N
 
 
 def _add_up(summed: Summed, rows: Tensor, result: Tensor, learn: int = 0, lr: float = 0.0, **tables: Any) -> None:
-    """The sum of all rows into `result`, over rows of sums in between where they are many."""
+    """The sum of all rows into `result`, through rows of partial sums if they are many."""
     arguments = {"learn": learn, "lr": lr, "COLUMNS": summed.columns, "WIDTH": summed.width, **tables}
     arguments |= {"MINIMA": summed.minima, "MAXIMA": summed.maxima}
     last = False

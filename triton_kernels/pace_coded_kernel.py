@@ -1,7 +1,7 @@
-"""PACE where weights or states lie in the formats of :mod:`.codes`: the same rule, between decoding and encoding.
+"""PACE with weights or states in the formats of :mod:`.codes`: the same rule, between decoding and encoding.
 
-All roundings are dithered by the weight and the second moment as they were before any of them is rounded, and an
-average on the grid is encoded beside the weight as it will be read back: ``csrc/cpu/coded.h``.
+All roundings are dithered by the weight and the second moment before any of them is rounded, and an average on the grid
+is encoded beside the weight as it will be read back: ``csrc/cpu/coded.h``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def pace_coded_scalars(options, given, to):
 def pace_coded_round(
     sums, fields, row_ptr, operands, at, end, F: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr
 ):
-    """The elements of one block that lie before `end`."""
+    """The elements of one block before `end`."""
     s = CodedScalars(*fields)
     x_ptr, g_ptr, m_ptr, v_ptr, e_ptr, x_rest, _, m_scales, v_scales, e_beside = operands
     here = coded.elements(at, end, BLOCK)

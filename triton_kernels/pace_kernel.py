@@ -27,7 +27,7 @@ def play(call: Call) -> Play:
 
 @triton.jit
 def pace_fields(o, t, factor):
-    """PaceScalars; of options that have PACE's among them."""
+    """PaceScalars, from options that contain PACE's."""
     w_gain = gain_weight(o, t)
     w = tl.where(o.ema_kappa == o.ema_kappa, w_gain, o.beta_ema)
     return PaceScalars(
@@ -51,7 +51,7 @@ def pace_fields(o, t, factor):
 
 @triton.jit
 def store_gain(o, gain, t, to):
-    """What the statistics are multiplied with and capped at: averaging weight, gain, cap."""
+    """The factors and the cap of the statistics: averaging weight, gain, cap."""
     if to.factors is not None:
         tl.store(to.factors, gain_weight(o, t), mask=to.mask)
         tl.store(to.factors + 1, gain, mask=to.mask)
@@ -67,7 +67,7 @@ def pace_scalars(options, given, to):
 
 @triton.jit
 def pace_round(sums, fields, row_ptr, operands, at, end, F: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """The elements of one block that lie before `end`."""
+    """The elements of one block before `end`."""
     s = PaceScalars(*fields)
     x_ptr, g_ptr, m_ptr, v_ptr, e_ptr = operands
     i = at + tl.arange(0, BLOCK)
@@ -82,7 +82,7 @@ def pace_round(sums, fields, row_ptr, operands, at, end, F: tl.constexpr, BLOCK:
     store(x_ptr, i, r.x, mask)
     store(v_ptr, i, r.v, mask)
     store(m_ptr, i, r.m, mask)
-    store(e_ptr, i, r.e, moves)  # where it rests, this costs no memory access
+    store(e_ptr, i, r.e, moves)  # if it does not move, this costs no memory access
     if F.stats:
         sums = add_statistics(sums, r, mask, VECTOR)
     return sums

@@ -29,8 +29,8 @@ PullbackScalars = namedtuple("PullbackScalars", "inv_bias2 eps gain gain_cap wei
 
 @triton.jit
 def pullback_rule(s, x, before, v, e, BEFORE: tl.constexpr, MOMENT: tl.constexpr, PULL: tl.constexpr):
-    """BEFORE: the weights that the base's step found are at hand. MOMENT: Λ comes of v. PULL: Λ acts. Of PaceStep, m
-    and v mean nothing, and `adamw` is the base's x' − x, 0 without BEFORE."""
+    """BEFORE: the weights before the base's step are at hand. MOMENT: Λ comes from v. PULL: Λ acts. In PaceStep, m and
+    v mean nothing, and `adamw` is the base's x' − x, 0 without BEFORE."""
     zero = tl.zeros_like(x)
     inv_D = divided(1.0, square_root(v * s.inv_bias2) + s.eps) if MOMENT else zero + 1.0
     lambda_ = s.gain * inv_D

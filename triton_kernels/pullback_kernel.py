@@ -60,7 +60,7 @@ def pullback_scalars(options, given, to):
 def pullback_round(
     sums, fields, row_ptr, operands, at, end, F: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr
 ):
-    """The elements of one block that lie before `end`."""
+    """The elements of one block before `end`."""
     s = PullbackScalars(*fields)
     x_ptr, before_ptr, v_ptr, e_ptr = operands
     i = at + tl.arange(0, BLOCK)
@@ -73,7 +73,7 @@ def pullback_round(
     r = pullback_rule(s, x, before, v, e, F.before, F.moment, F.pull)
     if F.pull:
         store(x_ptr, i, r.x, mask)
-    store(e_ptr, i, r.e, moves)  # where it rests, this costs no memory access
+    store(e_ptr, i, r.e, moves)  # if it does not move, this costs no memory access
     if F.stats:
         sums = add_statistics(sums, r, mask, VECTOR)
     return sums

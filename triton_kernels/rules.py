@@ -1,4 +1,4 @@
-"""The rules by the names of their operators: a rule more is a row more."""
+"""The rules by the names of their operators: a new rule is a new row."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """From an optimizer's options and a step count to the scalars of a rule: on the device, in float64, rounded to float32
-once, so that step counts, learning rates and coefficients that live there are never waited for.
+once, so that nothing waits for step counts, learning rates and coefficients that are there.
 
 The expressions and their order are those of ``csrc/scalars.h``. Powers are exp(y log x), off by at most
 (1 + 1.5 |y log x|) 2^-52: below 2^-41 of the power, where |y log x| > 745 would underflow. 1 − β^t is then off by
@@ -23,8 +23,8 @@ FACTOR_WIDTH = tl.constexpr(8)
 
 
 class Lanes(NamedTuple):
-    """Where a rule's scalars go, a lane a tensor: its row of scalars, of factors of its sums (None where nothing is
-    summed), and what it remembers of its last step (None where it does not)."""
+    """The places of a rule's scalars, one lane per tensor: its row of scalars, its row of factors of sums (None if
+    nothing is summed), and its memory of the last step (None if it has none)."""
 
     scalars: tl.tensor
     factors: tl.tensor
@@ -33,8 +33,8 @@ class Lanes(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What is known on the device alone: the step that is taken, float64; the gradient's factor, float32; and a
-    pointer to further numbers, or None."""
+    """Values that only the device knows: the step that is taken, float64; the gradient's factor, float32; and a pointer
+    to further numbers, or None."""
 
     t: tl.tensor
     factor: tl.tensor
@@ -43,7 +43,7 @@ class Given(NamedTuple):
 
 @triton.jit
 def double(a):
-    """A number among a kernel's arguments, as float64 also where the interpreter hands over Python's own."""
+    """A number among a kernel's arguments as float64, even if the interpreter passes a Python number."""
     return tl.full((), a, tl.float64)
 
 
@@ -81,7 +81,7 @@ def read_lr(lr, lr_ptr):
 
 @triton.jit
 def read_factor(grad_scale_ptr, clip_coef_ptr):
-    """What the gradient is multiplied with: clip coefficient / gradient scale, rounded once."""
+    """The factor of the gradient: clip coefficient / gradient scale, rounded once."""
     factor = tl.full((), 1.0, tl.float32)
     if clip_coef_ptr is not None:
         factor = tl.load(clip_coef_ptr)
@@ -102,7 +102,7 @@ def skipped(found_inf_ptr):
 
 @triton.jit
 def store_fields(ptr, fields, mask):
-    """The fields of a tuple side by side in memory; each a lane of its own, or one for all of them."""
+    """The fields of a tuple side by side in memory; each field has its own lane values, or one value for all lanes."""
     for k in tl.static_range(len(fields)):
         tl.store(ptr + k, fields[k], mask=mask)
 
@@ -114,7 +114,7 @@ def load_fields(ptr, COUNT: tl.constexpr):
 
 @triton.jit
 def advanced(row_ptr, steps_taken, mask, ON_DEVICE: tl.constexpr):
-    """The step that is taken now, float64; a count on the device moves on to it."""
+    """The present step, float64; a count on the device advances to it."""
     if ON_DEVICE:
         address = tl.load(row_ptr + STEP, mask=mask, other=0)
         is_double = (address & 1) != 0

@@ -45,7 +45,7 @@ def schedule_free_scalars(options, given, to):
 def schedule_free_round(
     sums, fields, row_ptr, operands, at, end, F: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr
 ):
-    """The elements of one block that lie before `end`."""
+    """The elements of one block before `end`."""
     y_ptr, g_ptr, v_ptr, z_ptr = operands
     i = at + tl.arange(0, BLOCK)
     mask = i < end

@@ -1,4 +1,4 @@
-"""Storage: how an element lies in memory. A format loads to float32 and stores from it; rules never see it.
+"""Storage: how an element is stored in memory. A format loads to float32 and stores from it; rules never see it.
 
 bfloat16 goes through integer arithmetic as in ``csrc/storage.h``: rounding to nearest, ties to even, and one NaN,
 0x7fc0 (the conversion instruction of sm_80 and up makes it 0x7fff). float16 is converted by instruction, with the NaN
@@ -13,8 +13,8 @@ import triton.language as tl
 
 @triton.jit
 def pointer(address, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address of a tensor as a pointer to its elements, whose type says the format: bfloat16 lies there as uint16.
-    None where there is no format: the operand is not in play."""
+    """The address of a tensor as a pointer to its elements, whose type gives the format: bfloat16 is stored as uint16.
+    None without a format: the operand is not in play."""
     ptr = None
     if FORMAT is not None:
         bits = tl.uint16 if FORMAT == tl.bfloat16 else FORMAT  # noqa: SIM300
@@ -26,7 +26,7 @@ def pointer(address, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def load(ptr, i, mask, absent=None):
-    """Elements i of an operand; `absent` where it is not in play."""
+    """Loads elements i of an operand; `absent` if it is not in play."""
     value = absent
     if ptr is not None:
         if ptr.dtype.element_ty == tl.uint16:
@@ -38,7 +38,7 @@ def load(ptr, i, mask, absent=None):
 
 @triton.jit
 def store(ptr, i, value, mask):
-    """Into elements i of an operand; nothing where it is not in play."""
+    """Stores into elements i of an operand; nothing if it is not in play."""
     if ptr is not None:
         if ptr.dtype.element_ty == tl.uint16:
             u = value.to(tl.uint32, bitcast=True)

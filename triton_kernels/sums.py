@@ -1,5 +1,5 @@
-"""Sums over coordinates: within a block, over the blocks of a program, over the rows that programs leave. Always in the
-same order, so that they are the same bits on every run; no atomics.
+"""Sums over coordinates: within a block, over the blocks of a program, over the rows that programs leave. The order is
+fixed, so every run gives the same bits; there are no atomics.
 
 Within a thread at most 32 terms are added in float32, as in the other kernels; everything above is float64.
 """
@@ -19,8 +19,8 @@ ROWS_OF_A_PROGRAM = tl.constexpr(1024)
 
 
 class Sums(NamedTuple):
-    """What a block sums: terms, and the least and the largest of what is not negative, as the bits of the float, which
-    order like it, and NaN above all."""
+    """The sums of a block: terms, and the least and the largest of non-negative values, as the bits of the float, which
+    have the same order, with NaN above all."""
 
     terms: tl.tuple
     low: tl.tensor
@@ -29,7 +29,7 @@ class Sums(NamedTuple):
 
 @triton.jit
 def folded(terms, VECTOR: tl.constexpr):
-    """VECTOR neighbours in a row, which one thread holds."""
+    """VECTOR neighbours in a row, held by one thread."""
     return tl.reshape(terms, (terms.shape[0] // VECTOR, VECTOR))
 
 

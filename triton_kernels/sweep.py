@@ -1,5 +1,5 @@
-"""The sweep: how memory is walked. One launch does a whole list of tensors; a program finds its stretch of one tensor
-in a table of addresses (:mod:`.table`) and takes it a block at a time, by the rule's round: loads, rule, stores.
+"""The sweep over memory. One launch steps a whole list of tensors; a program finds its stretch of one tensor in a table
+of addresses (:mod:`.table`) and steps it a block at a time, by the rule's round: loads, rule, stores.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def find_stretch(table_ptr, blocks_ptr, first_block, COLUMNS: tl.constexpr):
 
 @triton.jit
 def operand(stretch, K: tl.constexpr, FORMATS: tl.constexpr, BESIDE: tl.constexpr, ALIGNED: tl.constexpr):
-    """A pointer to the first element of the stretch in operand K, or in what lies beside operand K − BESIDE: there
-    uint8 is a scale for each code block. None where it is not in play."""
+    """A pointer to the first element of the stretch in operand K, or in the tensor beside operand K − BESIDE, where
+    uint8 is a scale for each code block. None if it is not in play."""
     SCALES: tl.constexpr = K >= BESIDE and FORMATS[K] == tl.uint8
     ptr = pointer(tl.load(stretch.row_ptr + OPERANDS + K), FORMATS[K], ALIGNED)
     if ptr is not None:
@@ -65,8 +65,8 @@ def _sweep_kernel(
     FINISH: tl.constexpr, TERMS: tl.constexpr, ROW: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, BESIDE: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """One step of a stretch of one tensor, by ROUND; its sums, by FINISH, go to its place in `rows`. FORMATS has each
-    operand of the definition, and from BESIDE on, where there are more, those of what lies beside each; None where it
+    """One step of a stretch of one tensor, by ROUND; its sums, by FINISH, go to its place in `rows`. FORMATS has those
+    of the definition's operands and, from BESIDE on, if there are more, those of the tensors beside each; None if one
     is not in play. FIELDS are the names of the scalars. REST: tensors may end within a group, as those of whole code
     blocks do not."""
     if skipped(found_inf_ptr):

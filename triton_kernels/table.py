@@ -1,5 +1,5 @@
-"""What a launch knows of a list of tensors: a table of addresses on the device, a row a tensor, and which tensor each
-program has. One launch then does the whole list, and thousands of small tensors cost a few launches.
+"""What a launch knows of a list of tensors: a table of addresses on the device, one row per tensor, and the tensor of
+each program. One launch then steps the whole list, and thousands of small tensors cost a few launches.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ OPERANDS = tl.constexpr(5)
 
 
 class Uploads:
-    """Small tensors on a device, kept while they are asked for again: a training whose gradients stay in place copies
-    nothing. The least recently used are dropped, beyond ``limit`` bytes.
+    """Small tensors on a device, kept for reuse: a training whose gradients stay in place copies nothing. Beyond
+    ``limit`` bytes the least recently used are dropped.
 
-    A captured graph may be replayed at any time, so what a capture has seen is never dropped. It takes what was made
-    before it, since a capture begins when the device is idle; what is made within one is not handed out again: its copy
-    is part of that graph, and nothing is there before a replay. Elsewhere a table serves the stream that it was made
-    on: a copy is ordered before the kernels of its own stream alone.
+    A captured graph may be replayed at any time, so tensors that a capture has used are never dropped. A capture takes
+    tensors made before it, since it begins when the device is idle. A tensor made within one is not reused: its copy is
+    part of that graph, and it holds nothing before a replay. Otherwise a table serves only the stream on which it was
+    made: a copy is ordered before the kernels of its own stream alone.
     """
 
     def __init__(self, limit: int) -> None:
@@ -74,7 +74,7 @@ class Uploads:
 
     @property
     def held(self) -> int:
-        """Bytes of what is kept and may be dropped."""
+        """Bytes of the kept tensors that may be dropped."""
         return self._held
 
     def __len__(self) -> int:
@@ -82,8 +82,8 @@ class Uploads:
 
 
 class Reserve:
-    """Pinned memory set aside for captures. Within one, torch copies from no other memory, and pinning anew could
-    allocate, which would end the capture; so it is done before, by the steps that come before a capture at any rate."""
+    """Pinned memory set aside for captures. Within one, torch copies from no other memory, and pinning could allocate,
+    which would end the capture. So the steps that precede every capture pin it."""
 
     ALIGNMENT, LIMIT = 16, 8 << 20  # bytes; 8 MiB are the tables of 64 thousand tensors
 
@@ -93,14 +93,14 @@ class Reserve:
         self._lock = threading.Lock()
 
     def provide(self, nbytes: int) -> None:
-        """At least so much, up to the limit. Not within a capture."""
+        """Sets aside at least so much, up to the limit. Not within a capture."""
         nbytes = min(nbytes, self.LIMIT)
         with self._lock:
             if self._free.numel() < nbytes:
                 self._free = self._pinned(nbytes)
 
     def copy_of(self, source: Tensor) -> Tensor:
-        """The source's values in pinned memory, which is not given out again."""
+        """The source's values in pinned memory, which is not reused."""
         size = -(-source.nbytes // self.ALIGNMENT) * self.ALIGNMENT
         with self._lock:
             if size > self._free.numel():

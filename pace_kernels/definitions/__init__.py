@@ -1,4 +1,4 @@
-"""One definition per optimizer, in data: what all backends have to know alike (kit.py says what that is)."""
+"""One definition per optimizer, as data: what every backend has to know (kit.py says what that is)."""
 
 from .kit import Definition
 from .mada import MADA

@@ -1,8 +1,8 @@
-"""What a definition of an optimizer is made of, and the operator's schema, which follows from it.
+"""The parts of an optimizer's definition, and the operator's schema, which follows from it.
 
-A definition says what every backend has to know alike: which tensors a step takes and which of them it changes, what
-its options are called and may be, what is decided at compile time. What is computed is written by hand in each
-language: csrc/rules, triton_kernels, torch_rules. Nothing here needs torch: setup.py reads it to write the C++ header.
+A definition says what every backend has to know: which tensors a step takes and which of them it changes, the names and
+values of its options, and what is decided at compile time. The computation is written by hand in each language:
+csrc/rules, triton_kernels, torch_rules. Nothing here needs torch: setup.py reads it to write the C++ header.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Operand:
         return "remainders" if self.codec == "weight" else f"{self.list.removesuffix('s')}_scales"
 
     def uses(self, flags: dict[str, bool]) -> tuple[bool, bool]:
-        """Whether a step with these flags reads it, and writes it."""
+        """Whether a step with these flags reads the operand, and whether it writes it."""
         names = {"true": True, "false": False, **flags}
         texts = (text.replace("||", " or ").replace("&&", " and ") for text in (self.reads, self.writes))
         reads, writes = (bool(eval(text, {}, names)) for text in texts)
@@ -77,7 +77,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Row:
-    """A few float64 numbers that each parameter keeps from step to step."""
+    """A few float64 numbers that each parameter keeps between steps."""
 
     list: str
     numbers: int
@@ -85,7 +85,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Extra:
-    """A tensor of float64 numbers that a call may have."""
+    """An optional tensor of float64 numbers of a call."""
 
     name: str
     numbers: int
@@ -117,7 +117,8 @@ class Definition:
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """The lists of what lies beside operands, last of the tensors. Rules see none of it: they see whole numbers."""
+        """The lists of tensors stored beside operands, the last of the tensors. Rules do not see them: they see whole
+        numbers."""
         return tuple(operand.beside for operand in self.operands if operand.beside is not None)
 
     def lists_of(self, *roles: str) -> tuple[str, ...]:

@@ -1,1 +1,1 @@
-"""Small pieces for trainers, one module a library. ``import pace_kernels`` imports none of them."""
+"""Small pieces for trainers, one module per library. ``import pace_kernels`` imports none of them."""

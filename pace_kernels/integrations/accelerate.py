@@ -12,7 +12,7 @@ from ..averaging import Averaging
 
 
 class PreparedOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
-    """Accelerate's wrapper, which has all methods and attributes of the optimizer within."""
+    """Accelerate's wrapper, with all methods and attributes of the optimizer inside."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":  # not there yet, as while it is unpickled
@@ -28,7 +28,7 @@ class PreparedOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
         self.optimizer.clip_coef = value
 
     def step(self, closure: Callable[[], Any] | None = None, *, clip_coef: Tensor | float | None = None) -> None:
-        """Accelerate's step; ``clip_coef`` is for this one, as in :meth:`PACE.step`."""
+        """Accelerate's step; ``clip_coef`` applies to this step, as in :meth:`PACE.step`."""
         if clip_coef is None:
             super().step(closure)
             return
@@ -41,9 +41,9 @@ class PreparedOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
 
 
 def prepare(accelerator: Any, *objects: Any, **options: Any) -> Any:
-    """``accelerator.prepare(*objects)``. The optimizers of this package come back with their own methods beside
-    Accelerate's: ``averaged``, ``get_step_stats``, ``ema_state_dict`` and so on, and ``clip_coef`` as an argument of
-    ``step()`` and as an attribute.
+    """``accelerator.prepare(*objects)``. The wrappers it returns have the methods of this package's optimizers too:
+    ``averaged``, ``get_step_stats``, ``ema_state_dict`` and so on, and ``clip_coef`` as an argument of ``step()`` and
+    as an attribute.
 
     >>> model, optimizer = prepare(Accelerator(), model, optimizer)  # doctest: +SKIP
     """

@@ -1,4 +1,4 @@
-"""Pullback for trainers and command lines that give parameters to a class: it makes its base by itself."""
+"""Pullback for trainers and command lines that pass parameters to a class: it makes its base itself."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _FROM_ARGUMENTS = ("lr", "betas", "eps", "weight_decay")
 
 
 class PullbackAround(Pullback):
-    """:class:`Pullback` around an optimizer that is named, as in a YAML file, and made here.
+    """:class:`Pullback` around an optimizer that it makes from a name, as in a YAML file.
 
     Arguments:
         params: parameters, or groups of them, for the base.
-        base: the class of the base, or its dotted name, as "torch.optim.SGD".
-        base_options: the base's arguments, as {"lr": 0.1}.
+        base: the class of the base, or its dotted name, such as "torch.optim.SGD".
+        base_options: the base's arguments, such as {"lr": 0.1}.
         pullback: the arguments of :class:`Pullback`.
 
     Raises:
@@ -56,8 +56,8 @@ def class_of(base: str | type[torch.optim.Optimizer]) -> Any:
 def for_arguments(
     cls: type[torch.optim.Optimizer], given: Mapping[str, Any], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of ``cls`` from those that a trainer has for all optimizers, as far as it takes them, and from
-    ``options``, which go first. Of :class:`PullbackAround` the trainer's are its base's."""
+    """The arguments of ``cls``: those of the trainer that it takes, overridden by ``options``. For
+    :class:`PullbackAround` the trainer's arguments go to the base."""
     if issubclass(cls, PullbackAround):
         base = class_of(options.get("base", "torch.optim.AdamW"))
         own = for_arguments(base, given, dict(options.get("base_options") or {}))

@@ -23,14 +23,14 @@ _CLASSES["Pullback"] = PullbackAround
 
 
 class PaceArgs(BaseModel):
-    """What the plugin reads of axolotl's file: the optimizer's name (PACE by default) and its options."""
+    """What the plugin reads from axolotl's file: the optimizer's name (PACE by default) and its options."""
 
     pace_kernels: dict[str, Any] | None = None
 
 
 class PacePlugin(BasePlugin):  # type: ignore[misc]
-    """Learning rate, betas, eps, weight decay and the groups are those of axolotl's file; what is under
-    ``pace_kernels`` goes before them. ``UseAverage`` is added, so that what is saved is the average."""
+    """Learning rate, betas, eps, weight decay and groups come from axolotl's file; options under ``pace_kernels``
+    override them. The plugin adds ``UseAverage``, so that the average is saved."""
 
     def get_input_args(self) -> str:
         return f"{__name__}.PaceArgs"

@@ -13,16 +13,16 @@ from ..memory import share_memory
 
 
 def stepping(optimizer: Any) -> Any:
-    """The optimizer within those that trainers wrapped around it."""
+    """The optimizer inside the wrappers that trainers put around it."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def averaging(optimizer: Any, model: Any) -> Averaging | None:
-    """The optimizer that averages the weights of this model, within its wrappers; None for one of others.
+    """The optimizer that averages the weights of this model, without its wrappers; None for another package's.
 
-    Raises RuntimeError for DeepSpeed's, within which others are stepped than the model's own weights.
+    Raises RuntimeError for DeepSpeed's wrapper, which does not step the model's own weights.
     """
     inner = stepping(optimizer)
     if not isinstance(inner, Averaging):
@@ -32,18 +32,18 @@ def averaging(optimizer: Any, model: Any) -> Averaging | None:
         if type(outer).__module__.startswith("deepspeed.") and not share_memory(model.parameters(), inner._params()):
             raise RuntimeError(
                 f"UseAverage does not work with DeepSpeed's {type(outer).__name__}: it steps float32 pieces of its own "
-                "and copies them into the model, so the average cannot be put in the model's place. Leave the callback "
-                "out, and export with pace_kernels.integrations.deepspeed.ema_state_dict(engine)"
+                "and copies them into the model, so the average cannot be put into the model. Leave the callback out, "
+                "and export with pace_kernels.integrations.deepspeed.ema_state_dict(engine)"
             )
         outer = outer.optimizer
     return cast(Averaging, inner)
 
 
 class RunningStatistics:
-    """Batch normalization beside an average: says once that its statistics are the live model's, or recomputes them
+    """Batch normalization beside an average: warns once that its statistics are the live model's, or recomputes them
     for the average and puts the live ones back.
 
-    ``update_bn``: batches or a function, as of :func:`pace_kernels.averaged`; False: say nothing, None: say it.
+    ``update_bn``: batches or a function, as for :func:`pace_kernels.averaged`; False: no warning; None: a warning.
     """
 
     def __init__(self, update_bn: batchnorm.Batches | Literal[False] | None) -> None:
@@ -58,14 +58,14 @@ class RunningStatistics:
         if count:
             self._said = True
             warnings.warn(
-                f"UseAverage: the average is evaluated and saved with the running statistics of the live weights, of "
-                f"{count} layers of batch normalization. UseAverage(update_bn=batches) recomputes them for the average "
-                "and puts the live ones back; update_bn=False leaves it at that",
+                f"UseAverage: {count} layers of batch normalization are evaluated and saved with statistics of the "
+                "live weights. UseAverage(update_bn=batches) recomputes them for the average and restores the live "
+                "ones afterwards; update_bn=False turns this warning off",
                 stacklevel=3,
             )
 
     def recompute(self, model: Any) -> None:
-        """Makes them those of the average, which the model holds; again, until put_back(), is harmless."""
+        """Recomputes them for the average, which the model holds; a second call before put_back() is harmless."""
         if self.update_bn and not self.live:
             self.live = batchnorm.recompute(model, self.update_bn)
 
@@ -75,6 +75,6 @@ class RunningStatistics:
 
 
 def step_statistics(optimizer: Any, prefix: str = "optimizer/") -> dict[str, float]:
-    """``get_step_stats()`` of the optimizer within its wrappers, under names for a logger; of others nothing."""
+    """``get_step_stats()`` of the optimizer inside its wrappers, under names for a logger; {} for other optimizers."""
     read = getattr(stepping(optimizer), "get_step_stats", None)
     return {f"{prefix}{name}": value for name, value in read().items()} if read else {}

@@ -1,7 +1,7 @@
-"""DeepSpeed: the averages out of an engine, whichever of the ZeRO stages keeps them and in which pieces.
+"""DeepSpeed: exports the averages from an engine of any ZeRO stage.
 
-An engine trains float32 pieces of its own, and copies them into the module's weights: a swap of the optimizer's
-averages would reach the pieces alone. So they are exported, and validated with in a model that they are loaded into.
+An engine trains float32 pieces of its own and copies them into the module's weights: a swap of the optimizer's averages
+would reach only the pieces. So export the averages, and load them into a second model to validate.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from .callbacks import stepping
 def ema_state_dict(engine: Any) -> dict[str, Any]:
     """A copy of ``engine.module.state_dict()`` with averaged weights, on the CPU of rank 0; elsewhere an empty dict.
 
-    All ranks have to call it, after at least one step. Each weight comes in its own dtype, and one whole weight is held
-    at a time. Frozen parameters and buffers come as they are.
+    All ranks have to make the call, after at least one step. Each weight comes in its own dtype, and one weight is
+    gathered at a time. Frozen parameters and buffers come as they are.
 
     Arguments:
-        engine: what ``deepspeed.initialize`` returned, of ZeRO 0, 1, 2 or 3, around :class:`PACE`, :class:`MADA` or
-            :class:`Pullback`.
+        engine: the engine that ``deepspeed.initialize`` returned, with ZeRO 0, 1, 2 or 3, around :class:`PACE`,
+            :class:`MADA` or :class:`Pullback`.
 
     Raises:
         TypeError: the engine steps another optimizer.
         RuntimeError: there is no average yet.
-        ValueError: a parameter to be trained has no average, or the module's ``state_dict()`` hands out something else
-            than the parameter, as hooks do: what it would be with the average cannot be told.
+        ValueError: a trainable parameter has no average, or hooks of the module's ``state_dict()`` return something
+            else than the parameter, so that its average is unknown.
 
     >>> averages = ema_state_dict(engine)  # doctest: +SKIP
     """
@@ -41,7 +41,7 @@ def ema_state_dict(engine: Any) -> dict[str, Any]:
     if not isinstance(optimizer, Averaging):
         raise TypeError(f"ema_state_dict(): the engine steps {type(optimizer).__name__}, not PACE, MADA or Pullback")
     if optimizer._AVERAGE != "ema":
-        raise TypeError(f"ema_state_dict(): the average of {type(optimizer).__name__} is no state to be gathered")
+        raise TypeError(f"ema_state_dict(): {type(optimizer).__name__} keeps no average as a state to gather")
     if not any("ema" in state for state in optimizer.state.values()):
         raise RuntimeError("ema_state_dict(): the optimizer has no average yet: call it after a step")
     module, first = engine.module, on_first_rank()
@@ -51,7 +51,7 @@ def ema_state_dict(engine: Any) -> dict[str, Any]:
     kept = [*params.values(), *module.buffers()]
     for name, value in exported.items():
         if isinstance(value, Tensor) and not any(value is tensor for tensor in kept):
-            raise ValueError(f"ema_state_dict(): state_dict() has a tensor {name!r} that is no parameter and no buffer")
+            raise ValueError(f"ema_state_dict(): state_dict() has a tensor {name!r} that is no parameter or buffer")
     done: dict[Tensor, Tensor] = {}
     for name, value in exported.items():
         if not isinstance(value, Tensor):
@@ -80,7 +80,7 @@ def _whole(value: Tensor, optimizer: Averaging, copies: dict[Tensor, Tensor], na
 
 
 def _float32_copies(optimizer: Any) -> dict[Tensor, Tensor]:
-    """Of ZeRO 0 with narrow weights: the float32 copy of each, which is what is stepped."""
+    """With ZeRO 0 and 16-bit weights: the float32 copy of each, which the engine steps."""
     narrow, wide = getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ())
     return {
         weight: copy

@@ -15,7 +15,7 @@ from .callbacks import RunningStatistics, averaging, step_statistics
 
 
 def _callback() -> Any:
-    """Lightning's Callback, under the name that it was imported by already; both trainers take either in a list."""
+    """Lightning's Callback, from the package that was imported already; both trainers take either in a list."""
     names = [name for name in ("lightning.pytorch", "pytorch_lightning") if name in sys.modules] or [
         name for name in ("lightning.pytorch", "pytorch_lightning") if find_spec(name.split(".")[0])
     ]
@@ -25,26 +25,26 @@ def _callback() -> Any:
 
 
 class UseAverage(_callback()):  # type: ignore[misc]
-    """Swaps the averaged weights in where Lightning evaluates and saves, and back before training goes on.
+    """Swaps the averaged weights in when Lightning evaluates and saves, and out before training goes on.
 
     Lightning calls neither ``eval()`` nor ``train()`` of an optimizer. With this callback validation, test and
-    prediction use the average; after ``fit()`` the model holds it; and live weights come back after an exception. A
-    checkpoint that is loaded by ``validate``, ``test`` or ``predict`` (``ckpt_path=...``) is used as it is.
+    prediction use the average, the model holds it after ``fit()``, and live weights come back after an exception.
+    ``validate``, ``test`` and ``predict`` use a checkpoint that they load (``ckpt_path=...``) as it is.
 
     Arguments:
         checkpoints: whether checkpoints hold the average in ``state_dict``, also those with ``save_weights_only=True``,
             and the live weights among the optimizer's states. With False they hold the live weights in ``state_dict``
-            and the average among the states. ``fit(ckpt_path=...)`` goes on from the live weights in both cases; where
-            checkpoints hold the average it needs this callback.
-        update_bn: batches, or a function of the module that passes batches through it. Running statistics of batch
-            normalization are recomputed with them for each average that is evaluated or saved, and the live ones come
-            back before training goes on, also from a checkpoint. By default they are the live module's, which is said
-            once; False: not even that.
+            and the average among the states. ``fit(ckpt_path=...)`` continues from the live weights in both cases; if
+            checkpoints hold the average, it needs this callback.
+        update_bn: batches, or a function of the module that passes batches through it. They recompute the running
+            statistics of batch normalization for each average that is evaluated or saved; the live statistics come back
+            before training goes on, also from a checkpoint. By default the average uses the live module's, and a
+            warning says so once; False: without the warning.
         statistics: whether the loggers get each optimizer's ``get_step_stats()`` every ``log_every_n_steps`` steps, as
-            ``optimizer/lambda_mean``; with several optimizers as ``optimizer0/lambda_mean``.
+            ``optimizer/lambda_mean``, or ``optimizer0/lambda_mean`` if there are several.
 
-    Several optimizers may have averages; those of others are left as they are. DeepSpeed's engine is refused
-    (RuntimeError as training begins): it steps weights of its own.
+    Several optimizers may have averages; the callback leaves others alone. DeepSpeed's engine is refused (RuntimeError
+    when training begins): it steps weights of its own.
 
     >>> from lightning.pytorch import Trainer
     >>> trainer = Trainer(callbacks=[UseAverage()])  # doctest: +SKIP
@@ -123,7 +123,7 @@ class UseAverage(_callback()):  # type: ignore[misc]
         self._statistics.live = dict(state_dict["live_buffers"])
 
     def _averaged(self, trainer: Any) -> ExitStack:
-        """Swaps the averages in; closing what is returned swaps back those that were not in before."""
+        """Swaps the averages in; closing the returned stack swaps out those that were not in before."""
         module = trainer.lightning_module
         with ExitStack() as stack:
             for optimizer in _averaging(trainer):
@@ -135,8 +135,8 @@ class UseAverage(_callback()):  # type: ignore[misc]
         return swapped
 
     def _save_averages(self, trainer: Any) -> None:
-        """All checkpoints go through ``trainer.save_checkpoint``. No hook comes before it, and none at all where
-        weights alone are saved."""
+        """All checkpoints go through ``trainer.save_checkpoint``. No hook runs before it, and none at all if only
+        weights are saved."""
         save = trainer.save_checkpoint
         if getattr(save, "swaps", False):
             return

@@ -1,5 +1,5 @@
-"""timm: importing this module enters the optimizers into timm's registry, as ``pace``, ``mada`` and
-``schedulefreeadamw``, for ``timm.optim.create_optimizer_v2`` and the option ``--opt`` of timm's scripts."""
+"""timm: importing this module adds the optimizers to timm's registry, as ``pace``, ``mada`` and ``schedulefreeadamw``,
+for ``timm.optim.create_optimizer_v2`` and the option ``--opt`` of timm's scripts."""
 
 from __future__ import annotations
 

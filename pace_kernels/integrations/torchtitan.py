@@ -1,4 +1,4 @@
-"""torchtitan: its container of optimizers, which knows the names of this package too."""
+"""torchtitan: its container of optimizers, which also takes the names of this package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OURS = ("PACE", "MADA", "ScheduleFreeAdamW")
 
 
 class OptimizersContainer(titan.OptimizersContainer):  # type: ignore[misc]
-    """torchtitan's container; ``optimizer_name`` may be "PACE", "MADA" or "ScheduleFreeAdamW" too.
+    """torchtitan's container; ``optimizer_name`` may also be "PACE", "MADA" or "ScheduleFreeAdamW".
 
     >>> config.optimizer = OptimizersContainer.Config(  # doctest: +SKIP
     ...     param_groups=[ParamGroupConfig(pattern=".*", optimizer_name="PACE", optimizer_kwargs={"lr": 3e-4})]
@@ -47,6 +47,6 @@ class OptimizersContainer(titan.OptimizersContainer):  # type: ignore[misc]
                     optimizer.train()
 
     def get_step_stats(self) -> dict[str, float]:
-        """Those of all optimizers, by the optimizer's number: ``0/lambda_mean``."""
+        """The statistics of all optimizers, by the optimizer's number: ``0/lambda_mean``."""
         ours = [(i, o.get_step_stats()) for i, o in enumerate(self) if hasattr(o, "get_step_stats")]
         return {f"{i}/{name}": value for i, stats in ours for name, value in stats.items()}

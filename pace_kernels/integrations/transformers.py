@@ -1,4 +1,4 @@
-"""``transformers.Trainer``: the average in every file that it writes, and in the model that training ends with."""
+"""``transformers.Trainer``: the average in every file that it writes, and in the model at the end of training."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .callbacks import RunningStatistics, averaging, step_statistics, stepping
 def optimizer_from(
     args: Any, optimizer: type[torch.optim.Optimizer] = PACE, **options: Any
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """What ``Trainer`` takes for ``optimizer_cls_and_kwargs``, from its own arguments.
+    """The value of ``Trainer``'s argument ``optimizer_cls_and_kwargs``, from its own arguments.
 
-    ``learning_rate``, ``adam_beta1``, ``adam_beta2``, ``adam_epsilon`` and ``weight_decay`` are those of ``args``, and
-    Trainer makes the groups with and without weight decay. As Trainer makes the optimizer by itself, it works with
-    ``model_init``, a hyperparameter search and FSDP2 too.
+    ``learning_rate``, ``adam_beta1``, ``adam_beta2``, ``adam_epsilon`` and ``weight_decay`` come from ``args``, and
+    Trainer makes the groups with and without weight decay. Since Trainer makes the optimizer itself, this also works
+    with ``model_init``, a hyperparameter search and FSDP2.
 
     Arguments:
         args: ``TrainingArguments``.
         optimizer: the class: PACE, MADA, ScheduleFreeAdamW, or ``integrations.around.PullbackAround``, whose base gets
-            what comes from ``args``.
-        options: arguments of that class, which go before those of ``args``.
+            the values of ``args``.
+        options: arguments of that class, which override those of ``args``.
 
     >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=optimizer_from(args, PACE))  # doctest: +SKIP
     """
@@ -43,10 +43,10 @@ def optimizer_from(
 
 
 class AveragingMixin:
-    """Before ``Trainer``, or a trainer of TRL, in the list of bases: logs ``get_step_stats()`` with each training loss,
-    where TensorBoard, W&B and others see it, as ``optimizer/lambda_mean``. Callbacks come too late for that.
+    """A base to list before ``Trainer``, or a trainer of TRL. It logs ``get_step_stats()`` with each training loss, to
+    TensorBoard, W&B and others, as ``optimizer/lambda_mean``. Callbacks run too late for that.
 
-    It warns once where live weights are saved, which is what Trainer does without :class:`UseAverage`.
+    It warns once if live weights are saved, as Trainer does without :class:`UseAverage`.
 
     >>> class MyTrainer(AveragingMixin, Trainer): pass  # doctest: +SKIP
     """
@@ -70,25 +70,25 @@ class UseAverage(TrainerCallback):  # type: ignore[misc]
     """Saves and ends with the averaged weights.
 
     Trainer calls ``optimizer.eval()`` before it evaluates and ``optimizer.train()`` before each forward pass of
-    training, but nothing before it saves, nor at the end of training. By itself it writes the average only where it
-    evaluated since the last step, and otherwise the live weights; and the evaluation after ``load_best_model_at_end``
-    would swap the last average in over the best one. With this callback:
+    training, but neither before it saves nor at the end of training. By itself it saves the average only if it has
+    evaluated since the last step, and the live weights otherwise; and the evaluation after ``load_best_model_at_end``
+    would replace the best average by the last one. With this callback:
 
-    - every checkpoint holds the average in its model file, the live weights in its ``optimizer.pt``, and
-      ``resume_from_checkpoint`` goes on from the live weights;
+    - every checkpoint holds the average in its model file and the live weights in its ``optimizer.pt``, and
+      ``resume_from_checkpoint`` continues from the live weights;
     - the model holds the average after ``train()``, the best one with ``load_best_model_at_end``:
       ``save_model()``, ``evaluate()`` and ``predict()`` use it as it is.
 
-    It costs two swaps an evaluation, save or epoch, and nothing a step. Put it behind callbacks that ask for saves;
-    where one came too late it warns. After ``load_best_model_at_end`` the live weights do not belong to the best
-    average: train on with ``resume_from_checkpoint``. Optimizers without ``eval()`` are left as they are. DeepSpeed's
-    engine is refused (RuntimeError as training begins): it steps weights of its own.
+    It costs two swaps per evaluation, save or epoch, and nothing per step. Put it after callbacks that ask for saves;
+    it warns if one asks too late. After ``load_best_model_at_end`` the live weights do not belong to the best average:
+    continue with ``resume_from_checkpoint``. The callback leaves optimizers without ``eval()`` alone. DeepSpeed's
+    engine is refused (RuntimeError when training begins): it steps weights of its own.
 
     Arguments:
-        update_bn: batches, or a function of the model that passes batches through it. Running statistics of batch
-            normalization are recomputed with them for each average that is evaluated or saved, and the live ones come
-            back before training goes on. ``resume_from_checkpoint`` finds those of the average. By default they are the
-            live model's, which is said once; False: not even that.
+        update_bn: batches, or a function of the model that passes batches through it. They recompute the running
+            statistics of batch normalization for each average that is evaluated or saved; the live statistics come back
+            before training goes on. ``resume_from_checkpoint`` finds those of the average. By default the average uses
+            the live model's, and a warning says so once; False: without the warning.
 
     >>> from transformers import Trainer
     >>> trainer = Trainer(model, args, optimizers=(PACE(...), None), callbacks=[UseAverage()])  # doctest: +SKIP
@@ -130,7 +130,7 @@ class UseAverage(TrainerCallback):  # type: ignore[misc]
             return
         if any(ours._option(group, "use_ema_eval") for group in ours.param_groups):
             warnings.warn(
-                f"checkpoint-{state.global_step} holds the live weights: a callback behind UseAverage asked for it. "
+                f"checkpoint-{state.global_step} holds the live weights: a callback after UseAverage asked for it. "
                 "Put UseAverage last in callbacks",
                 stacklevel=2,
             )

@@ -1,5 +1,5 @@
-"""The rules in plain torch: the oracle that the kernels are tested against (in float64), the fallback where there is no
-kernel (TPU, MPS, float64), and a target for ``torch.compile``.
+"""The rules in plain torch: the oracle for the tests of the kernels (in float64), the fallback without a kernel (TPU,
+MPS, float64), and a target for ``torch.compile``.
 
 A function here with the name of an operator (pace_kernels/ops.py) does what the operator does.
 """

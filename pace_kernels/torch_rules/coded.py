@@ -1,5 +1,5 @@
-"""Weights and states of a step as they lie in memory, plain or in the formats of codes.py: read into floats, and
-written once the rule has run. csrc/cpu/coded.h does the same."""
+"""Weights and states of a step as they are stored, plain or in the formats of codes.py: read into floats, and written
+once the rule has run. csrc/cpu/coded.h does the same."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class Stored:
 
 
 def _in_bfloat16(a: Tensor) -> Tensor:
-    """Of floats that have no more bits. torch's own conversion has more than one NaN."""
+    """The bfloat16 of floats that have no more bits. torch's own conversion has more than one NaN."""
     return codes.split(a, 32)[0]
 
 

@@ -1,8 +1,8 @@
 """Codes of compressed states, and weights with a rest beside their bfloat16 part, in plain torch: the bits of
 csrc/codes.h, which says what they are and why.
 
-Floats are float32. Codes and scales are handed over in flat tensors, a scale to each block of 32 elements. Integers are
-int64 in between, as torch has few operations of unsigned ones: there are temporaries of eight bytes an element.
+Floats are float32. Codes and scales are flat tensors, with one scale per block of 32 elements. Integers are int64 in
+between, since torch has few operations on unsigned ones: temporaries take eight bytes per element.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def hashed(bits: Tensor, begin: int) -> Tensor:
 
 
 def evenly(moves: Tensor, n: int) -> Tensor:
-    """What n elements of an average are dithered by, at so many moves of it."""
+    """The dithers of n elements of an average, after so many moves of it."""
     place = torch.arange(n, device=moves.device) % BLOCK
     return (((moves.to(torch.int64) & _WORD) >> 1) * _GOLDEN + place * 0x6487ED51) & _WORD
 
@@ -154,7 +154,7 @@ M_CODE, V_CODE = MCode(7), VCode(8)
 
 
 class Place(NamedTuple):
-    """Where an average lies, ``grid + offset``, and by how much it is to move."""
+    """The value of an average, ``grid + offset``, and by how much it moves."""
 
     grid: Tensor
     offset: Tensor

@@ -1,4 +1,4 @@
-"""What the rules in plain torch share."""
+"""Functions that the rules in plain torch share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ROW = 16384
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether there are values at all, as there are none of tensors on meta and under a FakeTensorMode."""
+    """Whether there are values; tensors on meta and under a FakeTensorMode have none."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
@@ -34,7 +34,7 @@ def at_hand(tensor: Tensor) -> bool:
 
 
 def check_steps(steps: Sequence[Tensor]) -> None:
-    """Raises where a count that can be read is float32 and has come to 2^24, which plus 1 is itself in float32."""
+    """Raises if a readable count is float32 and has reached 2^24, where adding 1 changes nothing in float32."""
     for i, step in enumerate(steps):
         if step.dtype == torch.float32 and at_hand(step) and step.item() >= 2**24:
             raise RuntimeError(f"steps[{i}] is float32, which counts to 2^24, and is there: make it float64")
@@ -54,9 +54,9 @@ def options_type(definition: Definition) -> Any:
 
 
 def by_graph(device: torch.device) -> bool:
-    """Whether the device compiles the operations that it is sent. torch_xla keeps a number of Python's apart where it
-    is 0, 1 or equal to another one: each time that this changes from a step to the next, it compiles anew. There all
-    numbers are handed over in tensors, which are data."""
+    """Whether the device compiles the operations that it is sent. torch_xla treats a Python number that is 0, 1 or
+    equal to another one as a constant, and compiles anew each time that this changes between steps. So it gets all
+    numbers as tensors, which are data."""
     return device.type == "xla"
 
 
@@ -66,7 +66,7 @@ def data(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> 
 
 
 def place(states: Sequence[Tensor]) -> tuple[torch.device, torch.dtype]:
-    """Where the states of a call are, and in what dtype they are computed with."""
+    """The device of a call's states, and the dtype in which they are computed."""
     if not states:
         return torch.device("cpu"), torch.float32
     return states[0].device, torch.float64 if states[0].dtype == torch.float64 else torch.float32
@@ -75,10 +75,10 @@ def place(states: Sequence[Tensor]) -> tuple[torch.device, torch.dtype]:
 def handed_over(
     make: Callable[[Scalar], Scalars], counts: Sequence[Scalar], dtype: torch.dtype, device: torch.device
 ) -> list[Scalars]:
-    """The scalars of each tensor's step as the device takes them: there as data in ``dtype``, rounded on the host.
+    """The scalars of each tensor's step as the device takes them: as data in ``dtype``, rounded on the host.
 
-    Tensors of one count share them, as a rule all: on XLA's CPU each scalar takes a kernel, and 60 tensors with scalars
-    of their own took 20 s to compile. Which counts are equal changes only where a step leaves some tensors out, and
+    Tensors with the same count, usually all, share them: on XLA's CPU each scalar takes a kernel, and 60 tensors with
+    their own scalars took 20 s to compile. Which counts are equal changes only when a step leaves some tensors out, and
     that is another graph anyway.
     """
     rows = {t: make(t) for t in dict.fromkeys(counts)}
@@ -89,7 +89,7 @@ def handed_over(
 
 
 def counted(steps: Sequence[Tensor], keep: Keep, capturable: bool) -> list[Scalar]:
-    """Counts this step of each tensor. The counts come as numbers, or as tensors where they can't be read."""
+    """Counts this step of each tensor, and returns the counts as numbers, or as tensors if they can't be read."""
     for step in steps:
         keep.copy_(step, step + 1)
     tensors = capturable or not all(map(at_hand, steps))
@@ -99,8 +99,8 @@ def counted(steps: Sequence[Tensor], keep: Keep, capturable: bool) -> list[Scala
 def computed_there(
     options: Options, counts: list[Scalar], device: torch.device, tensors: bool
 ) -> tuple[Options, list[Scalar]]:
-    """The options and counts that scalars are computed from. Where some of it is in tensors (``tensors``, or the
-    counts), a device that compiles what it is sent gets the rest as data too, in double precision."""
+    """The options and counts from which scalars are computed. If some are tensors (``tensors``, or the counts), a
+    device that compiles its operations gets the rest as data too, in double precision."""
     if not by_graph(device) or not counts or not (tensors or isinstance(counts[0], Tensor)):
         return options, counts
     whole = list(dict.fromkeys(t for t in counts if not isinstance(t, Tensor)))
@@ -131,9 +131,9 @@ def at_least(value: Scalar, low: Scalar) -> Scalar:
 
 
 def square_root(a: Tensor) -> Tensor:
-    """Rounded correctly, as the kernels' is; torch's in float32 is MKL's on a CPU, which may be a unit off. A root that
-    is taken in float64 and then rounded to float32 is right, since 53 bits are at least 2 × 24 + 2. XLA's float32 root
-    stays: a TPU has no float64 in hardware."""
+    """The root, rounded correctly as in the kernels. torch's float32 root on a CPU is MKL's, which may be a unit off. A
+    root taken in float64 and then rounded to float32 is right, since 53 bits are at least 2 × 24 + 2. XLA's float32
+    root stays: a TPU has no float64 in hardware."""
     return a.sqrt() if by_graph(a.device) else in_double(a).sqrt().to(a.dtype)
 
 
@@ -145,8 +145,8 @@ def averaged(e: Tensor, x: Tensor, weight: Scalar) -> Tensor:
 
 
 def grad_factor(grad_scale: Tensor | None, clip_coef: Tensor | None) -> Scalar:
-    """What the gradient is multiplied with, float32: clip coefficient / gradient scale. A number where both are on the
-    CPU or missing, a tensor on a device."""
+    """The factor of the gradient, float32: clip coefficient / gradient scale. It is a number if both are on the CPU or
+    missing, and a tensor on a device."""
     if grad_scale is None and clip_coef is None:
         return 1.0
     given = clip_coef if clip_coef is not None else grad_scale
@@ -157,7 +157,7 @@ def grad_factor(grad_scale: Tensor | None, clip_coef: Tensor | None) -> Scalar:
 
 
 class Keep:
-    """Writes results, but where ``found_inf`` is not 0 keeps what is there. On a device nothing waits for it."""
+    """Writes results, but keeps the old values if ``found_inf`` is not 0. Nothing waits for a device."""
 
     def __init__(self, found_inf: Tensor | None) -> None:
         here = found_inf is not None and at_hand(found_inf)
@@ -169,10 +169,10 @@ class Keep:
 
 
 class Begun:
-    """What a step begins with, for every rule: its options and counts, and how results are kept.
+    """The start of a step, for every rule: its options and counts, and how results are kept.
 
-    ``options`` are the operator's, ``given`` those in whose place there are tensors; ``states`` tell where scalars are
-    to go. ``tensors``: scalars come of other tensors too.
+    ``options`` are the operator's, ``given`` those that tensors replace; ``states`` tell on which device scalars
+    belong. ``tensors``: scalars depend on other tensors too.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class Begun:
         self.o, self.counts = computed_there(o, counts, self.device, tensors)
 
     def scalars(self, make: Callable[[Scalar], Scalars], dtype: torch.dtype | None = None) -> list[Scalars]:
-        """Those of each tensor, from its count; none where the step is left undone."""
+        """The scalars of each tensor, from its count; none if the step is skipped."""
         return handed_over(make, self.counts, dtype or self.dtype, self.device)
 
 

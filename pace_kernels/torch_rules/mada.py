@@ -34,10 +34,10 @@ R = α γ N / D² / (2 sqrt(V)), which is 0 where V = 0; m₋, n₋, v̄₋ are 
 [end]
 
 The hypergradient of q is the sum over all coordinates of the new gradient times the last step's ∂x/∂q. The six
-sensitivities are not kept: moments are kept one step behind, beside the last gradient, and the last step is redone
-by :func:`mada_rule`. The operations and their order are those of ``csrc/rules/mada.h``, one rounding each: from the
-same coefficients, both give the same bits in float32 (on MPS, which has no float64, but for torch's own square root).
-The sums of the hypergradients run in another order, so that learned coefficients differ by roundings.
+sensitivities are not kept: moments are kept one step behind, beside the last gradient, and :func:`mada_rule` redoes the
+last step. The operations and their order are those of ``csrc/rules/mada.h``, one rounding each: from the same
+coefficients, both give the same bits in float32 (on MPS, which has no float64, but for torch's own square root). The
+sums of the hypergradients run in another order, so that learned coefficients differ by roundings.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def coefficients_of(o: Options, learned: Sequence[Scalar] | None) -> list[Scalar
 
 
 class MadaScalars(NamedTuple):
-    """What one step of one tensor needs; the fields of ``MadaScalars`` in csrc/rules/mada.h."""
+    """The scalars of one tensor's step; the fields of ``MadaScalars`` in csrc/rules/mada.h."""
 
     beta1: Scalar
     one_minus_beta1: Scalar
@@ -114,7 +114,7 @@ class MadaScalars(NamedTuple):
 
 
 class MadaMoments(NamedTuple):
-    """m, n, v̄, ṽ and l, ``w`` being ṽ; None is what is not in play."""
+    """m, n, v̄, ṽ (``w``) and l; those that are not in play are None."""
 
     m: Tensor | None
     n: Tensor | None
@@ -138,7 +138,7 @@ class MadaTerms(NamedTuple):
 
 
 class MadaStep(NamedTuple):
-    """The moments after the step, α U, and 1 / D, sign(u) and the terms where they are in play."""
+    """The moments after the step, α U, and 1 / D, sign(u) and the terms if they are in play."""
 
     moments: MadaMoments
     update: Tensor
@@ -183,7 +183,7 @@ def mada_scalars(o: Options, t: Scalar, lr: Scalar, q: Sequence[Scalar]) -> Mada
 
 
 def mada_factors(t: Scalar, lr: Scalar, q: Sequence[Scalar]) -> list[Scalar]:
-    """What all coordinates' hypergradient terms share: h_q is the factor of q times the sum of the terms."""
+    """The factors common to all coordinates: h_q is the factor of q times the sum of the terms."""
     beta1, beta2, _, rho, _, gamma = q
     bias1, bias2 = 1.0 - beta1**t, 1.0 - beta2**t
     A, square = lr * gamma, rho * (1.0 - beta2)
@@ -197,7 +197,7 @@ def no_step(o: Options) -> MadaScalars:
 
 
 def last_step(o: Options, t: Scalar, last: Sequence[Scalar]) -> tuple[MadaScalars, list[Scalar]]:
-    """The scalars and factors of step ``t``, which was the last, from what it left in ``last_scalars``."""
+    """The scalars and factors of the last step, ``t``, from the ``last_scalars`` that it left."""
     taken, lr, *q = last
     none, zeros = no_step(o), [0.0] * len(COEFFICIENTS)
     if not isinstance(taken, Tensor):
@@ -215,7 +215,7 @@ def last_step(o: Options, t: Scalar, last: Sequence[Scalar]) -> tuple[MadaScalar
 
 
 def mada_rule(s: MadaScalars, g: Tensor, last_g: Tensor | None, before: MadaMoments) -> MadaStep:
-    """One step, but for weight decay and pullback. ``last_g`` is None where β3 is not in play."""
+    """One step without weight decay and pullback. ``last_g`` is None if β3 is not in play."""
     m, n, v, w, l = before  # noqa: E741
     update = inv_D = sign_u = terms = None
     if m is not None and v is not None:
@@ -250,8 +250,8 @@ def mada_rule(s: MadaScalars, g: Tensor, last_g: Tensor | None, before: MadaMome
 def hypergradient_terms(
     s: MadaScalars, g: Tensor, next_g: Tensor, before: MadaMoments, step: MadaStep
 ) -> list[Tensor | None]:
-    """``next_g`` times ∂x/∂q of a step but for the factors of :func:`mada_factors`, in the order of COEFFICIENTS; None
-    where the coefficient is not in play."""
+    """``next_g`` times ∂x/∂q of a step without the factors of :func:`mada_factors`, in the order of COEFFICIENTS; None
+    for a coefficient that is not in play."""
     m, n, v, w, _ = step.moments
     assert step.terms is not None and m is not None and v is not None and before.m is not None and before.v is not None
     d, g_hat, square, s_v, g_tilde, V, N, root, D = step.terms
@@ -292,12 +292,12 @@ def pulled(s: PaceScalars, x: Tensor, step: MadaStep, e: Tensor | None) -> tuple
 
 
 def _numbers(row: Tensor) -> Sequence[Scalar]:
-    """The entries of a small tensor: numbers where they are at hand, tensors on a device."""
+    """The entries of a small tensor: numbers if they are at hand, tensors on a device."""
     return row.tolist() if at_hand(row) else row.unbind()  # type: ignore[no-any-return]
 
 
 def _row(like: Tensor, values: Sequence[Scalar]) -> Tensor:
-    """The values as a small tensor; those that are on a device are not waited for."""
+    """The values as a small tensor, without waiting for a device."""
     if by_graph(like.device):
         sent = iter(data([a for a in values if not isinstance(a, Tensor)], like.dtype, like.device))
         return torch.stack([a.to(like.dtype) if isinstance(a, Tensor) else next(sent) for a in values])
@@ -308,7 +308,7 @@ def _row(like: Tensor, values: Sequence[Scalar]) -> Tensor:
 
 
 def _or_new(taken: Scalar, last_g: Tensor, g: Tensor) -> Tensor:
-    """The gradient of the last step, or where none was kept yet, this step's."""
+    """The gradient of the last step, or this step's if none was kept yet."""
     if isinstance(taken, Tensor):
         return torch.where(taken == NO_GRADIENT, g, last_g)
     return g if taken == NO_GRADIENT else last_g
@@ -411,7 +411,7 @@ def mada_step_(
 
 
 def _check_redone(steps: list[Tensor], last_scalars: list[Tensor]) -> None:
-    """A last step can't be redone by a count of 0: the bias corrections of step 0 divide by 0."""
+    """Refuses to redo a last step with a count of 0: the bias corrections of step 0 divide by 0."""
     for i, (step, last) in enumerate(zip(steps, last_scalars, strict=False)):
         if at_hand(step) and at_hand(last) and step.item() == 0 and last[0].item() == REDO:
             raise RuntimeError(

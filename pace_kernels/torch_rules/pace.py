@@ -45,7 +45,7 @@ PaceOptions = options_type(PACE)
 
 
 class PaceScalars(NamedTuple):
-    """What one step of one tensor needs; the fields of ``PaceScalars`` in csrc/rules/pace.h."""
+    """The scalars of one tensor's step; the fields of ``PaceScalars`` in csrc/rules/pace.h."""
 
     grad_factor: Scalar
     beta1: float
@@ -80,7 +80,7 @@ class PaceStep(NamedTuple):
 
 
 def gain_weight(o: Options, t: Scalar) -> Scalar:
-    """w_t in the gain; 1 without a decay exponent. ``o`` are the options of any rule that has those of averaging."""
+    """w_t in the gain; 1 without a decay exponent. ``o`` are the options of any rule that averages."""
     if o.ema_kappa is None:
         return 1.0
     return at_least((1.0 + o.ema_gamma * at_least(t - o.ema_rho, 0.0)) ** -o.ema_kappa, 1e-4)
@@ -123,9 +123,9 @@ def pace_scalars(o: Options, t: Scalar, factor: Scalar = 1.0) -> PaceScalars:
 def pace_rule(
     s: PaceScalars, g: Tensor, x: Tensor, m: Tensor | None, v: Tensor, e: Tensor | None, pull: bool = True
 ) -> PaceStep:
-    """One step in which the average moves. ``m`` is None where β1 = 0, ``e`` where there is no average.
+    """One step in which the average moves. ``m`` is None if β1 = 0, ``e`` is None without an average.
 
-    ``pull`` is False where c = 0: the average is kept, but does not pull.
+    ``pull`` is False if c = 0: the average is kept, but does not pull.
     """
     g = s.grad_factor * g
     m = g if m is None else s.beta1 * m + s.one_minus_beta1 * g
@@ -146,7 +146,7 @@ def pace_rule(
 
 
 class StatsScalars(NamedTuple):
-    """They turn 1/D into the gain before α c, and into the gain before the clamp."""
+    """The factors that turn 1/D into the gain before α c, and into the gain before the clamp."""
 
     weight: Scalar
     gain: Scalar
@@ -171,7 +171,7 @@ def summed_stats(step: PaceStep, scalars: StatsScalars) -> Tensor:
 
 
 def merge_stats(rows: list[Tensor]) -> Tensor:
-    """The telemetry of several tensors as of one: sums of sums, minima of minima, maxima of maxima."""
+    """The telemetry of several tensors as if of one: sums of sums, minima of minima, maxima of maxima."""
     stacked = torch.stack(rows)
     merged = stacked.sum(dim=0)
     for column in (2, 5, 8):
@@ -181,7 +181,7 @@ def merge_stats(rows: list[Tensor]) -> Tensor:
 
 
 def write_stats(stats: Tensor | None, keep: Keep, rows: list[Tensor]) -> None:
-    """Those of a call from the rows of its tensors; where the step is left undone, those of nothing."""
+    """The statistics of a call, from the rows of its tensors; those of no tensor if the step is skipped."""
     if stats is not None:
         nothing = [math.inf if name.endswith("_min") else 0.0 for name in PACE_STATS]
         empty = torch.stack([torch.full_like(stats[0], value) for value in nothing])

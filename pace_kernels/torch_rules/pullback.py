@@ -36,7 +36,7 @@ def pulls(o: Options) -> bool:
 
 
 class PullbackScalars(NamedTuple):
-    """What one step of one tensor needs; the fields of ``PullbackScalars`` in csrc/rules/pullback.h."""
+    """The scalars of one tensor's step; the fields of ``PullbackScalars`` in csrc/rules/pullback.h."""
 
     inv_bias2: Scalar
     eps: float
@@ -47,7 +47,7 @@ class PullbackScalars(NamedTuple):
 
 
 def pullback_gain(o: Options, t: Scalar) -> Scalar:
-    """The gain, but for 1 / D where there is a second moment."""
+    """The gain, without the factor 1 / D if there is a second moment."""
     gain: Scalar = number(o.lr) * o.lambda_pullback * gain_weight(o, t) if o.gain is None else o.gain
     return gain
 
@@ -70,9 +70,9 @@ def pullback_scalars(o: Options, t: Scalar) -> PullbackScalars:
 def pullback_rule(
     s: PullbackScalars, x: Tensor, before: Tensor | None, v: Tensor | None, e: Tensor, pull: bool = True
 ) -> PaceStep:
-    """One step in which the average moves. ``x`` are the weights as the base's step left them, ``before`` those that it
-    found, None where the distance is measured from x; ``v`` is None with a constant gain. Of the result, m and v mean
-    nothing, and ``adamw`` is the base's x' − x, 0 without ``before``."""
+    """One step in which the average moves. ``x`` are the weights after the base's step, ``before`` those before it, or
+    None if the distance is measured from x; ``v`` is None with a constant gain. In the result, m and v mean nothing,
+    and ``adamw`` is the base's x' − x, 0 without ``before``."""
     inv_D = torch.ones_like(x) if v is None else 1.0 / (square_root(v * s.inv_bias2) + s.eps)
     lambda_ = s.gain * inv_D
     clamped = lambda_.clamp(max=s.gain_cap)

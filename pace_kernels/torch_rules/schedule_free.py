@@ -43,7 +43,7 @@ from .common import (
 
 
 class Schedule(NamedTuple):
-    """What the schedule of a group remembers; the names are those that the group has for it."""
+    """The memory of a group's schedule, under the group's own names."""
 
     k: Scalar  # steps taken
     weight_sum: Scalar  # ω_1 + … + ω_k
@@ -74,7 +74,7 @@ ScheduleFreeOptions = options_type(SCHEDULE_FREE)
 
 
 class ScheduleFreeScalars(NamedTuple):
-    """What one step of one tensor needs; the fields of ``ScheduleFreeScalars`` in csrc/rules/schedule_free.h."""
+    """The scalars of one tensor's step; the fields of ``ScheduleFreeScalars`` in csrc/rules/schedule_free.h."""
 
     grad_factor: Scalar
     beta2: float
