@@ -75,15 +75,15 @@ class Averaging(Editing):
     def eval(self, model: torch.nn.Module | None = None) -> None:
         """Puts the average in place of the weights, in groups with ``use_ema_eval``; a second call does nothing.
 
-        Until ``train()`` the live weights are kept as the state `live`: 4 bytes a float32 parameter, about what its
-        gradient takes in training.
+        Until ``train()`` the live weights are kept as the state `live`: 4 bytes per float32 parameter, as much as its
+        gradient.
 
         Arguments:
             model: whose weights these are. FSDP2 and autocast then forget the copies that they derived from them.
                 Without it the FSDP2 modules are found by the parameters, which needs internals of torch.
 
-        A graph that was recorded before must not be run backward afterwards: torch raises its version error, but where
-        FSDP2 gathers the weights anew it cannot notice.
+        Do not run the backward pass of a graph from before ``eval()``: torch raises its version error, but cannot
+        notice if FSDP2 gathers the weights anew.
 
         Raises:
             RuntimeError: in the middle of a step; for parameters of FSDP1; under Inductor's freezing.
@@ -115,8 +115,8 @@ class Averaging(Editing):
 
         Arguments:
             model: as in :meth:`eval`.
-            keep: what becomes of weights that were changed since ``eval()``, as by ``model.load_state_dict()``:
-                "loaded" trains on from them, "live" puts those of before ``eval()`` back. The average stays as it was.
+            keep: what to do with weights that were changed since ``eval()``, as by ``model.load_state_dict()``:
+                "loaded" continues from them, "live" restores those from before ``eval()``. The average is kept.
 
         Raises:
             RuntimeError: weights were changed since ``eval()``, and ``keep`` is None.

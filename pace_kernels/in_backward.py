@@ -29,11 +29,11 @@ def step_in_backward(
     """An optimizer that steps parameters while ``backward()`` runs, as soon as the gradients of a bucket are there, and
     frees these: gradients take the memory of a bucket or two, not of the model.
 
-    Call ``optimizer.step()`` after each ``backward()`` as usual: it steps what is left, as parameters of a bucket
-    that was used in part, and ends the iteration. Schedulers, ``averaged()``, ``memory()`` and ``state_dict()``, which
-    has the keys of ``factory(model.parameters())``, work as with that optimizer. The learning rate is the one that is
-    set when ``backward()`` begins. Several backward passes before ``step()``, that is accumulation of gradients, are
-    refused: the first would have stepped already. So is ``torch.amp.GradScaler``, but by ``step()`` alone: a
+    Call ``optimizer.step()`` after each ``backward()`` as usual: it steps the remaining parameters, such as those of a
+    partly filled bucket, and ends the iteration. Schedulers, ``averaged()``, ``memory()`` and ``state_dict()``, which
+    has the keys of ``factory(model.parameters())``, work as with that optimizer. ``backward()`` uses the learning rate
+    that is set when it begins. Accumulation of gradients, several backward passes before ``step()``, is refused: the
+    first pass has stepped already. So is ``torch.amp.GradScaler``, but by ``step()`` alone: a
     ``scaler.scale(loss).backward()`` before it has stepped, by scaled gradients, before anything could tell. Load the
     last checkpoint then, and train in bfloat16, which needs no scaler.
 

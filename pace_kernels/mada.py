@@ -66,9 +66,9 @@ class MADA(MadaPlans):
 
     A learned coefficient q then moves by ``q ← Π[q − hyper_lr b]``, ``b ← μ b + clip(h)``, within its bounds. ``h`` is
     the hypergradient: the sum over all coordinates of this step's gradient times ∂x/∂q of the step before
-    (csrc/rules/mada.h has the six of them). They are exact and cost one saved tensor, or two where β3 is in play. Where
-    h is not finite, as after a gradient that is not, ``hypergradients`` shows it and q rests. Options
-    may change in training, ``learn`` by :meth:`freeze` alone; where the states in play change, a step learns nothing.
+    (csrc/rules/mada.h has the six of them). They are exact and cost one saved tensor, or two if β3 is in play. If h is
+    not finite, as after a non-finite gradient, ``hypergradients`` shows it and q stays unchanged. Options may change
+    during training, but ``learn`` only by :meth:`freeze`; if the states in play change, the next step learns nothing.
 
     Arguments:
         params: parameters, named parameters, or groups of them: dense, of dtype float32, bfloat16, float16 or float64.
@@ -83,12 +83,12 @@ class MADA(MadaPlans):
         gamma: γ in [0, 1]. Fixed at 1, no l is kept; fixed at 0 with nothing learned and no pullback, l alone.
         lion_betas: (λ1, λ2), each in [0, 1).
         second_moment: "mean" or "max", what ṽ is. No derivative goes through it.
-        learn: the coefficients to learn, of beta1, beta2, beta3, rho, c, gamma; the options above are where they start.
-            The others stay what the options say. Empty: a plain optimizer, which keeps no gradient for learning.
+        learn: the coefficients to learn, of beta1, beta2, beta3, rho, c, gamma; they start at the options above. The
+            others stay at theirs. Empty: a plain optimizer, which keeps no gradient for learning.
         hyper_lr: ≥ 0, for all learned coefficients or by name. Default 5e-4 for beta1 and beta2, 0.1 for the others.
         hyper_momentum: μ in [0, 1), for all or by name.
         hyper_clip: each hypergradient is clipped to ± this, > 0; may be infinite.
-        hyper_warmup: in that many first steps no coefficient moves.
+        hyper_warmup: number of first steps in which no coefficient moves.
         bounds: by name, (low, high). Default beta1 (0.01, 0.99), beta2 (0.501, 0.999), beta3 (0, 0.99), others (0, 1).
         coefficients: "global", one set of learned coefficients for all parameters, or "group", one for each group.
         lambda_pullback: c ≥ 0 of :class:`PACE`: pulls toward an average of the weights, by the D = sqrt(V) + ε of MADA.
@@ -103,16 +103,17 @@ class MADA(MadaPlans):
             replays must be a tensor there too: lr, and the clip_coef of ``step()``.
         skip_nonfinite: whether a NaN or an infinity in a gradient leaves the whole step undone, of all groups, and on
             all ranks that a DTensor is sharded over; ``skipped_steps`` counts them. That reads the gradients once more.
-            By default they spread into the weights and states of their coordinates, as in ``torch.optim.AdamW``, but
-            that squares end at float32's largest number: an infinite gradient makes its weight ±Inf, not NaN, and one
-            of 1e30 moves it far where AdamW's stays. With ``hyper_process_group`` its ranks agree on it.
+            By default non-finite values spread to the weights and states of their coordinates, as in
+            ``torch.optim.AdamW``, except that squares are capped at float32's largest number: an infinite gradient
+            makes its weight ±Inf, not NaN, and a gradient of 1e30 moves it far, whereas AdamW's weight stays. With
+            ``hyper_process_group`` all its ranks skip the step.
         hyper_process_group: "world" or a ``torch.distributed.ProcessGroup``, whose ranks hold different parameters as
             plain tensors: hypergradients are summed over it, so that all ranks learn the same coefficients.
             ``ZeroRedundancyOptimizer`` needs "world": its checkpoints carry all arguments, and no file holds a group.
-            DTensors need none: theirs are summed over the axes of the mesh that they are sharded over. One all-reduce
-            of a few numbers a step, or one for each such axis.
-        foreach, differentiable, fused: as in :class:`PACE`: the first two change nothing; ``fused`` says whether a
-            gradient scaler leaves it to the step to unscale.
+            DTensors need none: their hypergradients are summed over the mesh axes over which they are sharded, in one
+                all-reduce of a few numbers per step, or one per such axis.
+        foreach, differentiable, fused: as in :class:`PACE`: the first two change nothing; ``fused`` says whether the
+            step unscales gradients instead of the gradient scaler.
         backend: "cpu", "torch" or another name of ``backends()``, which works or raises; None takes the environment
             variable PACE_BACKEND, or else the fastest backend that is there.
 
@@ -244,17 +245,17 @@ class MADA(MadaPlans):
     def preset(cls, name: Preset, params: ParamsT, **options: Any) -> MADA:
         """MADA as one of the optimizers that it contains, with no more memory than that one.
 
-        ``options`` go to the constructor, over the preset's: the rule's published coefficients, with AdamW's decoupled
-        weight decay, ``x (1 − α λ_wd)``, and values of lr and weight_decay that need not be those of the public code
-        (there Lion and Adan have no weight decay by default, and Yogi has lr 1e-2). What they are, and where the
-        published ones differ:
+        ``options`` override those of the preset: the rule's published coefficients, with AdamW's decoupled weight
+        decay, ``x (1 − α λ_wd)``, and values of lr and weight_decay that may differ from the public code (there Lion
+        and Adan have no weight decay by default, and Yogi has lr 1e-2). The presets, and how the published optimizers
+        differ:
 
         - "adamw": ``torch.optim.AdamW``. No difference.
         - "amsgrad": ``torch.optim.AdamW(amsgrad=True)``. No difference from it; the paper's corrects no bias and has no
           weight decay.
         - "avgrad": MADA's section 4.1, with weight decay.
-        - "adan": β1, β3, β2 are what the decays β1, β2, β3 of its public code are. That code also corrects the bias of
-          n, and divides by ``1 + α λ_wd`` instead.
+        - "adan": β1, β3, β2 here are the decays β1, β2, β3 of its public code. That code also corrects the bias of n,
+          and divides by ``1 + α λ_wd`` instead.
         - "yogi": the paper's starts v̄ at the squared gradient of a first batch and corrects no bias; this starts at 0,
           as Adam does.
         - "lion": no difference.

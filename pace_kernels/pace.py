@@ -62,30 +62,32 @@ class PACE(Compressing):
         ema_kappa: κ ≥ 0, the decay of the averaging weight. None: w_t is 1 in the gain and ``beta_ema`` in the average.
         ema_rho: ρ ≥ 0, steps before the averaging weight starts to decay.
         ema_gamma: γ ≥ 0, how fast it decays.
-        ema_update_freq: the average moves at every such step of a parameter, ≥ 1; in between it pulls, but rests.
+        ema_update_freq: n ≥ 1: the average moves at every n-th step of a parameter; in between it pulls, but stays
+            unchanged.
         log_stats: whether each step leaves the statistics of ``get_step_stats()``, computed in the same pass.
         pullback_from: "weights" measures the pullback from the weights before the step, as above; "step" from the
             stepped ones: x₊ = x' + Λ (e − x').
-        state_bits: of each element of m and v: 32; 16, bfloat16; 8, codes with a power of two for 32 elements. Below
-            32 they are rounded stochastically, by a dither of the data. Vectors, small tensors and odd shapes stay in
+        state_bits: bits per element of m and v: 32; 16, bfloat16; 8, codes with one power of two per 32 elements. Below
+            32 they are rounded stochastically, with a dither computed from the data. Vectors, small tensors and odd
+            shapes stay in
             float32: :meth:`memory` lists which, and why.
-        ema_bits: of each element of the average: None, as ``state_bits``; 32; 24; 16 or 8, which lie beside the weight:
-            change weights between steps within :meth:`editing_weights` alone.
-        master_weight_bits: of bfloat16 parameters, together with the state `remainder`: 32 trains them as float32 ones,
-            with the bits of these; 24 rounds stochastically to 24 bits. None: parameters are what they are. Float32
-            ones in the group stay so. The remainder is the optimizer's: load its checkpoint beside the model's, and
-            weights that others write come out half a bfloat16's place off at most.
+        ema_bits: bits per element of the average: None, as ``state_bits``; 32; 24; 16 or 8, which are relative to the
+            weight: change weights between steps only within :meth:`editing_weights`.
+        master_weight_bits: bits of bfloat16 parameters together with the state `remainder`: 32 trains them with the
+            bits of float32 parameters; 24 rounds stochastically to 24 bits; None: no remainder. Float32 parameters in
+            the group stay float32. The optimizer's checkpoint has the remainder: load it along with the model's.
+            Weights that other code writes are off by at most half a bfloat16's place.
         stochastic_rounding: whether bfloat16 parameters without master weights are rounded stochastically.
         maximize: whether to maximize the objective.
         capturable: whether the step counts live on the parameters' device, for CUDA graphs. What changes between
             replays must be a tensor there too: lr, and the clip_coef of ``step()``.
-        skip_nonfinite: whether a NaN or an infinity in a gradient leaves the whole step undone, of all groups, and on
-            all ranks that a DTensor is sharded over; ``skipped_steps`` counts them. That reads the gradients once more.
-            By default they spread into the weights and states of their coordinates, as in ``torch.optim.AdamW``.
-            Ranks of ``ZeroRedundancyOptimizer`` each look at their own parameters.
+        skip_nonfinite: whether a NaN or an infinity in a gradient skips the whole step, for all groups and on all ranks
+            over which a DTensor is sharded; ``skipped_steps`` counts such steps. The check reads the gradients once
+            more. By default non-finite values spread to the weights and states of their coordinates, as in
+            ``torch.optim.AdamW``. Each rank of a ``ZeroRedundancyOptimizer`` checks only its own parameters.
         foreach, differentiable: as in ``torch.optim``. They change nothing here; ``differentiable=True`` is refused.
-        fused: whether ``torch.amp.GradScaler`` leaves it to the step to unscale the gradients, in the same pass. With
-            False or None it unscales them before, as code that clips gradients of its own, such as Lightning's, needs.
+        fused: whether the step unscales the gradients in its pass, instead of ``torch.amp.GradScaler``. With False or
+            None the scaler unscales them before the step, as code that clips gradients itself needs (Lightning's).
         backend: "cpu", "torch" or another name of ``backends()``, which works or raises; None takes the environment
             variable PACE_BACKEND, or else the fastest backend that is there.
 
@@ -247,11 +249,11 @@ class PACE(Compressing):
         """Statistics of the last step, over all groups with ``log_stats``; empty before the first step and, with a
         warning once, where no group has ``log_stats``.
 
-        ``raw_lambda_{mean,max,min}``: the gain before α c, w_t / D. ``effective_lambda_*``: α c w_t / D.
-        ``lambda_*``: Λ, after the clamp. ``lambda_clipped_frac``: the share of coordinates where α c w_t / D ≥ 1.
-        ``adam_step_norm``, ``pullback_norm``, ``update_norm``: 2-norms of x' − x, of the pullback, and of x₊ − x before
-        it is rounded to the parameter's dtype. They stay on the device until this call, which waits for it. Of sharded
-        parameters they are of all shards: all ranks have to make the call.
+        ``raw_lambda_{mean,max,min}``: the gain before α c, w_t / D. ``effective_lambda_*``: α c w_t / D. ``lambda_*``:
+        Λ, after the clamp. ``lambda_clipped_frac``: the share of coordinates where α c w_t / D ≥ 1. ``adam_step_norm``,
+        ``pullback_norm``, ``update_norm``: 2-norms of x' − x, of the pullback, and of x₊ − x before it is rounded to
+        the parameter's dtype. The statistics stay on the device until this call, which waits for it. For sharded
+        parameters they cover all shards: all ranks have to make the call.
         """
         if not self._step_stats:
             if not self._said and not any(group["log_stats"] for group in self.param_groups):

@@ -53,8 +53,8 @@ class Pullback(PullReports):
         lambda_pullback: c ≥ 0. 0, without ``gain``, is an average alone: the weights are only read.
         gain: a constant Π in [0, 1], with which c means nothing. None: the clipped gain of the base's second moment,
             which Adam, AdamW, NAdam, RAdam, RMSprop and, of vectors and scalars, Adafactor have. RMSprop with
-            ``centered=True`` and RAdam divide by something else themselves; D is that of the uncentred moment, and that
-            of Adam.
+            ``centered=True`` and RAdam use another denominator in their own step; D here is that of the uncentred
+            moment, and Adam's.
         second_moment: the name of the state that holds a second moment, for other optimizers; without bias correction,
             and ε of the group, or 1e-8.
         clamp_pullback, beta_ema, use_ema_eval, ema_kappa, ema_rho, ema_gamma, ema_update_freq, log_stats: as in
@@ -62,18 +62,18 @@ class Pullback(PullReports):
         ema_bits: of each element of the average, as in :class:`PACE`. With 16 and 8 the weights before the step are
             copied for ``pullback_from="step"`` and without a pull, too.
         pullback_from: where the distance to the average is measured: ``"weights"`` before the step (e − x), which costs
-            a copy of them, 8 bytes a parameter moved and 4 held in float32 (on the CPU always, elsewhere for the time
-            of a step); or ``"step"``, after it (e − x'), which costs none. Without a pull nothing is copied.
+            a copy of them: 8 bytes moved and 4 held per float32 parameter (on the CPU always, on other devices only
+            during a step); or ``"step"``, after it (e − x'), without a copy. Without a pull nothing is copied.
         backend: as in :class:`PACE`.
 
     A param group of the base may hold any of these options under its name, for its parameters alone:
     ``{"params": ..., "gain": 0.01}``.
 
-    The average, ``ema``, the steps that it took, ``pullback_step``, and, while swapped, ``live`` are states of the base
-    beside its own: what moves, clears or saves those does so with these. ``state_dict()`` adds the options.
-    A checkpoint of the base alone loads, and the average then starts at the weights (a flattened distributed one:
-    before the base is wrapped). A parameter that did not require a gradient at the last step has no average, and starts
-    one anew when it steps again.
+    The average (``ema``), its step count (``pullback_step``) and, while swapped, ``live`` are states of the base:
+    whatever moves, clears or saves the base's states does the same to them. ``state_dict()`` adds the options. A
+    checkpoint of the base alone loads, and the average then starts at the weights (a flattened distributed one: before
+    the base is wrapped). A parameter that did not require a gradient at the last step has no average, and starts one
+    anew when it steps again.
 
     Raises:
         ValueError, TypeError: an argument is out of its range, the optimizer is refused, or has no second moment.

@@ -50,10 +50,10 @@ class ScheduleFreeAdamW(Compressing):
           x   = y + (1 − 1 / β1) (z − y)                   the average, computed to evaluate
         [end]
 
-    It is the optimizer of the package ``schedulefree`` (``AdamWScheduleFree``): arguments, ``train()`` and ``eval()``,
-    and checkpoints, of which either loads those of the other. ``t`` counts the steps of a group, and z starts at the
-    weights. Here ``eval()`` keeps the live weights as the state `live`, so that ``train()`` brings back their bits,
-    and training may begin without ``train()``. A parameter that is frozen later keeps its average, as there.
+    It is ``AdamWScheduleFree`` of the package ``schedulefree``, with its arguments, ``train()`` and ``eval()``; each
+    loads the checkpoints of the other. ``t`` counts the steps of a group, and z starts at the weights. Here ``eval()``
+    keeps the live weights as the state `live`, so that ``train()`` brings back their bits, and training may begin
+    without ``train()``. A parameter that is frozen later keeps its average, as there.
 
     Arguments:
         params: parameters, named parameters, or groups of them: dense, of dtype float32, bfloat16, float16 or float64.
@@ -279,8 +279,8 @@ class ScheduleFreeAdamW(Compressing):
     @torch.no_grad()
     def get_step_stats(self) -> dict[str, float]:
         """``scheduled_lr`` (α_t) and ``share`` (c) of the first group at its last step, and ``average_distance_norm``,
-        ‖x − y‖ over all parameters; empty before the first step. It reads weights and z and waits for the device; of
-        sharded parameters all ranks have to make the call. Steps do nothing for it."""
+        ‖x − y‖ over all parameters; empty before the first step. The call reads weights and z and waits for the device;
+        with sharded parameters all ranks have to make it. Steps compute nothing for it."""
         entries, group = self._entries(self.param_groups), self.param_groups[0]
         if not entries:
             return {}
