@@ -72,7 +72,7 @@ class Count {
   double taken(size_t i) const {
     const double taken = is_double_ ? *static_cast<double*>(address_) : *static_cast<float*>(address_);
     STD_TORCH_CHECK(taken < kFloat32Counts || is_double_, entry("steps", i),
-                    " is float32, which counts to 2^24, and is there: make it float64");
+                    " is float32 and has reached 2^24, where float32 stops counting: make it float64");
     return taken;
   }
   void write(double t) const {

@@ -129,7 +129,7 @@ class Averaging(Editing):
         if changed and keep is None:
             raise RuntimeError(
                 f"{self._name(changed[0].group, changed[0].place)} was changed between eval() and train(), as by "
-                'load_state_dict() of the model. optimizer.train(keep="loaded") trains on from what it holds now; '
+                'load_state_dict() of the model. optimizer.train(keep="loaded") continues from its present values; '
                 'optimizer.train(keep="live") puts the weights of before eval() back. The average stays as it was'
             )
         self._check_swap("train()", model, entries)

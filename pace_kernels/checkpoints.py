@@ -89,15 +89,15 @@ class Checkpoints(Saving):
         formats that the groups here ask for. The options of formats are the constructor's. All others come from the
         checkpoint, ``capturable`` too; one that it does not have keeps its present value. What does not fit raises
         ValueError or TypeError and changes nothing. States go to the parameters by their position, as in
-        ``torch.optim``. A state saved between ``eval()`` and ``train()`` comes back swapped. The weights themselves are
-        the model's, and are not touched (but for live ones that ``eval()`` took out, which come back): load the model
-        too, and, for a checkpoint of ``pace-optimizer`` saved in eval mode, load it first.
+        ``torch.optim``. A state saved between ``eval()`` and ``train()`` comes back swapped. Weights are not touched,
+        except that live ones which ``eval()`` took out come back: load the model too, and, for a checkpoint of
+        ``pace-optimizer`` saved in eval mode, load it first.
 
-        States of any format go into any other when they are used first, rounded to the nearest; equal formats keep
-        their bits. Codes need parameters that can have such: of the same shape, contiguous, not channels_last. Averages
-        of ``ema_bits`` 8 or 16 mean something beside their weights alone, which may be loaded before or after; with
-        others than those of the checkpoint the next use raises RuntimeError. ``reset_average`` drops all averages, and
-        they begin at the weights that the next step finds.
+        States of any format are converted to any other at their first use, rounded to the nearest; equal formats keep
+        their bits. Codes need parameters that can have codes: of the same shape, contiguous, not channels_last.
+        Averages of ``ema_bits`` 8 or 16 are valid only with the checkpoint's weights, which may be loaded before or
+        after; with other weights their next use raises RuntimeError. ``reset_average`` drops all averages, and they
+        start at the weights before the next step.
         """
         self._drops_averages = reset_average
         if not isinstance(state_dict, Mapping):
@@ -192,7 +192,7 @@ class Checkpoints(Saving):
                 )
             groups[-1]["swapped"] = bool(saved.get("swapped")) or any("live" in state for state in loaded_here)
         if without and not self._drops_averages:
-            notes.append("the checkpoint has no averages: they begin at the weights that the next step finds")
+            notes.append("the checkpoint has no averages: they start at the weights before the next step")
         self._incoming = incoming
         return {**loaded, "state": {}, "param_groups": groups}
 

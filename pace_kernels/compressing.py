@@ -61,7 +61,7 @@ class Compressing(KernelOptimizer):
         parts = super()._separated(works)
         if parts is not works and _are_twins(works):
             raise RuntimeError(
-                "two parameters are one memory, and each would have a remainder or codes of its own beside it: with "
+                "two parameters share one memory, but each would have its own remainder or codes: with "
                 "master_weight_bits, or ema_bits of 8 or 16, tie them as one parameter"
             )
         return parts

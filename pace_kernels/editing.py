@@ -30,7 +30,7 @@ Version = tuple[int, int]
 # the same contents. By it an optimizer knows its weights and averages again after another one swapped them.
 RESTORED: Any = WeakTensorKeyDictionary()
 
-_BESIDE = "an average of ema_bits 8 or 16, which is known only beside its weights"
+_BESIDE = "an average of ema_bits 8 or 16, which can be read only with its weights"
 _OR = (
     "or take ema_bits=24, whose averages stand alone; `with optimizer.editing_weights(reset_average=True): pass` "
     "starts those that are refused anew at their weights"
@@ -139,14 +139,14 @@ class Editing(Whole, torch.optim.Optimizer):
         if loaded and HASH in state:
             if int(state[HASH]) != hash_of(param):
                 way = "Load the model that was saved with it; or load_state_dict(..., reset_average=True)"
-                return f"holds other weights than it did in the checkpoint, which has {_BESIDE}. {way}, {_OR}"
+                return f"does not hold the weights of the checkpoint, which has {_BESIDE}. {way}, {_OR}"
             self._note_left([param])
             del state[HASH]
         left, now = self._left.get(param), version_of(local(param))
         if left is None or now in (left, left - 1) or any(same == left for _, same in equal_since(param)):
             return None
         way = "Edit weights within `with optimizer.editing_weights():`"
-        return f"was written since the last step, and it has {_BESIDE}. {way}, {_OR}"
+        return f"was written since the last step, but it has {_BESIDE}. {way}, {_OR}"
 
     def _kept(self, entry: Entry, is_lost: bool) -> Tensor | None:
         """The average that lies beside a parameter."""
@@ -165,13 +165,13 @@ class Editing(Whole, torch.optim.Optimizer):
     @contextmanager
     def editing_weights(self, *, reset_average: bool = False) -> Iterator[None]:
         """Within this context weights may be written between steps, as by ``load_state_dict()`` of the model, a clamp
-        or a mask, and converted, as by ``model.bfloat16()``: averages stay what they are, within half a step of their
-        codes. With ``ema_bits`` of 8 or 16 such writes are refused elsewhere. Until its end it holds averages and
-        weights once more, in float32.
+        or a mask, and converted, as by ``model.bfloat16()``: averages keep their values, within half a step of their
+        codes. With ``ema_bits`` of 8 or 16 such writes are refused outside of this context. It holds float32 copies of
+        averages and weights until it ends.
 
         Arguments:
-            reset_average: whether averages whose weights were written or converted outside of such a context, and which
-                are refused since, start anew at what the weights are at the end of this one. All others stay.
+            reset_average: whether averages that are refused, because their weights were written or converted outside of
+                such a context, start anew at the weights at the end of this one. All others are kept.
 
         Raises:
             RuntimeError: weights were written before, and ``reset_average`` is False; in the middle of a step; while

@@ -24,7 +24,9 @@ def check_operands(work: Work, states: dict[str, list[Tensor]], rows: Mapping[st
             value, entry = column[i], f"{name}[{i}]"
             if name == "step":
                 check_step(entry, value, work.device)
-                _require(not counts_no_further(value), entry, "is float32, which counts to 2^24, and is there")
+                _require(
+                    not counts_no_further(value), entry, "is float32 and has reached 2^24, where float32 stops counting"
+                )
             elif name in rows:
                 _require(
                     value.numel() == rows[name] and value.is_floating_point(), entry, f"must have {rows[name]} numbers"

@@ -54,7 +54,7 @@ class PullReports(PullbackCheckpoints):
 
     @torch.no_grad()
     def float_state_dict(self) -> dict[str, Any]:
-        """``state_dict()`` with all averages in float32, for versions that know no codes."""
+        """``state_dict()`` with all averages in float32, for versions without codes."""
         saved = self.state_dict()
         keys = [key for packed in saved["param_groups"] for key in packed["params"]]
         for key, param in zip(keys, self._params(), strict=True):

@@ -153,7 +153,7 @@ class Pulling(Taking):
         count = Counter(where for where, _ in found if where is not None)
         if any(on_grid and count[where] > 1 for where, on_grid in found if where is not None):
             raise RuntimeError(
-                "two parameters are one memory, and each would have an average of its own beside it: with ema_bits of "
+                "two parameters share one memory, but each would have its own average: with ema_bits of "
                 "8 or 16, tie them as one parameter"
             )
 

@@ -83,10 +83,10 @@ def check_parts(state: Mapping[str, Any], name: str, param: Tensor) -> None:
             )
         if not apart and (why := why_float32(param)) is not None:
             raise ValueError(
-                f"{name} has {whole} in codes, and this parameter can't have such: {why}. Save float_state_dict()"
+                f"{name} has {whole} in codes, but this parameter can't have codes: {why}. Save float_state_dict()"
             )
     if REMAINDER in state and param.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"{name} has a remainder, which is of bfloat16 parameters, and this one is {param.dtype}")
+        raise ValueError(f"{name} has a remainder, which only bfloat16 parameters have, but this one is {param.dtype}")
 
 
 def copied(name: str, value: Tensor, param: Tensor, group: Group) -> Tensor:

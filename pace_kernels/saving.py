@@ -76,8 +76,8 @@ class Saving(Averaging):
 
     def float_state_dict(self) -> dict[str, Any]:
         """``state_dict()`` with all states in float32 under the names of AdamW, and without remainders: for
-        ``torch.optim``, and for versions that know no codes. Of bfloat16 parameters with master weights it leaves out
-        what is beyond bfloat16: :meth:`master_state_dict` has that.
+        ``torch.optim``, and for versions without codes. For bfloat16 parameters with master weights it drops the bits
+        beyond bfloat16: :meth:`master_state_dict` has them.
 
         ``torch.optim.AdamW`` casts moments to the dtype of its parameters: give it the master weights, in float32. The
         average goes along as a state `ema` that AdamW keeps and never moves: export it before, or drop it, as here.

@@ -207,7 +207,7 @@ def test_a_checkpoint_of_adamw_is_a_start_and_says_once_where_the_average_begins
     with pytest.warns(UserWarning) as said:
         ours.load_state_dict(saved)
     assert [str(w.message) for w in said] == [
-        "the checkpoint has no averages: they begin at the weights that the next step finds"
+        "the checkpoint has no averages: they start at the weights before the next step"
     ]
     start = [p.detach().clone() for p in model.parameters()]
     ours.step()

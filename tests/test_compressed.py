@@ -357,7 +357,7 @@ def test_what_does_not_fit_is_refused() -> None:
         assert not other.state
     with pytest.raises(ValueError, match="which is no state of ScheduleFreeAdamW"):
         ScheduleFreeAdamW(model.parameters()).load_state_dict(optimizer.state_dict())
-    with pytest.raises(ValueError, match="can't have such: it is not contiguous"):
+    with pytest.raises(ValueError, match="can't have codes: it is not contiguous"):
         PACE([p.detach().t().contiguous().t() if p.dim() == 2 else p for p in net().parameters()]).load_state_dict(
             optimizer.state_dict()
         )
@@ -443,7 +443,9 @@ def test_averages_of_other_weights_are_refused(use: str) -> None:
     if use == "state_dict()":  # it says of which weights they were
         assert second.state_dict()["state"][0]["weights_hash"] == saved["state"][0]["weights_hash"]
         return
-    with pytest.raises(RuntimeError, match=r"holds other weights than it did.*reset_average=True.*ema_bits=24"):
+    with pytest.raises(
+        RuntimeError, match=r"does not hold the weights of the checkpoint.*reset_average=True.*ema_bits=24"
+    ):
         uses(other, second)[use]()
     second.load_state_dict(saved, reset_average=True)
     step(second, 5)
@@ -675,7 +677,7 @@ def test_parameters_over_one_memory_are_refused() -> None:
     for options, in_groups in itertools.product(({"ema_bits": 8}, {"ema_bits": 16}), (False, True)):
         params = [nn.Parameter(one), nn.Parameter(one)]
         twins = PACE([{"params": [p]} for p in params] if in_groups else params, **options)
-        with pytest.raises(RuntimeError, match="two parameters are one memory"):
+        with pytest.raises(RuntimeError, match="two parameters share one memory"):
             step(twins, 0)
         assert bool((one == 1).all()) and not twins.state
     step(PACE([nn.Parameter(one), nn.Parameter(one)], state_bits=8, ema_bits=24), 0)

@@ -321,7 +321,7 @@ def test_checkpoints_beside_other_weights_are_refused_or_reset(kind: str) -> Non
     other = net()
     second = KINDS[kind](other.parameters(), **FORMATS["8 beside 32"])
     second.load_state_dict(saved)
-    with pytest.raises(RuntimeError, match="holds other weights than it did in the checkpoint"):
+    with pytest.raises(RuntimeError, match="does not hold the weights of the checkpoint"):
         step(second, 9)
     with second.editing_weights(reset_average=True):
         pass
@@ -500,7 +500,7 @@ def test_a_remainder_among_a_bases_states_is_the_bases() -> None:
 def test_parameters_over_one_memory_are_refused(kind: str) -> None:
     one = torch.ones(64, 64)
     optimizer = KINDS[kind]([nn.Parameter(one), nn.Parameter(one)], ema_bits=8)
-    with pytest.raises(RuntimeError, match="two parameters are one memory"):
+    with pytest.raises(RuntimeError, match="two parameters share one memory"):
         step(optimizer, 0)
     assert bool((one == 1).all())
     step(KINDS[kind]([nn.Parameter(one), nn.Parameter(one)], ema_bits=24), 0)

@@ -103,7 +103,7 @@ def test_averages_of_a_checkpoint_of_other_weights_start_anew_too() -> None:
     other = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96)).bfloat16()
     second = PACE(other.named_parameters(), state_bits=8)
     second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    with pytest.raises(RuntimeError, match=r"parameter '0.weight' holds other weights than it did in the checkpoint"):
+    with pytest.raises(RuntimeError, match=r"parameter '0.weight' does not hold the weights of the checkpoint"):
         step(second, 9)
     with second.editing_weights(reset_average=True):
         pass

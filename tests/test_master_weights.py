@@ -323,7 +323,7 @@ def test_a_pullback_refuses_it() -> None:
 def test_tied_memory() -> None:
     one = torch.ones(3, dtype=torch.bfloat16)
     twins = PACE([torch.nn.Parameter(one), torch.nn.Parameter(one)], master_weight_bits=32)
-    with pytest.raises(RuntimeError, match="two parameters are one memory"):
+    with pytest.raises(RuntimeError, match="two parameters share one memory"):
         step(twins, [torch.ones(3).bfloat16()] * 2)
     assert bool((one == 1).all()) and not twins.state
 

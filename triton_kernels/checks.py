@@ -220,7 +220,7 @@ def counts_taken(steps: list[Tensor]) -> list[float]:
     taken = [step.item() for step in steps]
     for i, (count, step) in enumerate(zip(taken, steps, strict=True)):
         good = count < FLOAT32_COUNTS or step.dtype == torch.float64
-        require(good, f"steps[{i}] is float32, which counts to 2^24, and is there: make it float64")
+        require(good, f"steps[{i}] is float32 and has reached 2^24, where float32 stops counting: make it float64")
     return taken
 
 

@@ -37,7 +37,9 @@ def check_steps(steps: Sequence[Tensor]) -> None:
     """Raises if a readable count is float32 and has reached 2^24, where adding 1 changes nothing in float32."""
     for i, step in enumerate(steps):
         if step.dtype == torch.float32 and at_hand(step) and step.item() >= 2**24:
-            raise RuntimeError(f"steps[{i}] is float32, which counts to 2^24, and is there: make it float64")
+            raise RuntimeError(
+                f"steps[{i}] is float32 and has reached 2^24, where float32 stops counting: make it float64"
+            )
 
 
 def options_type(definition: Definition) -> Any:
