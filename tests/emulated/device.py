@@ -49,6 +49,10 @@ def coded_formats(x: str, e: str, flags: int) -> str:
     return f"pace::Known<{numbers[0]},{'true' if average else 'false'},{numbers[1]}>"
 
 
+# The flags that the general kernels of codes are compiled for (kCompiled in csrc/cuda/rules.h).
+COMPILED = {"Mada": "lag", "Pullback": "stats", "ScheduleFree": ""}
+
+
 def kernel_name(call: dict[str, Any]) -> str:
     """The name of a launch's kernel, as :func:`build.kernels` has it."""
     definition = DEFINITIONS[RULES[call["rule"]]]
@@ -57,6 +61,9 @@ def kernel_name(call: dict[str, Any]) -> str:
         of_role = {"weight": x, "copy": x, "gradient": g, "moment": g, "state": "pace::Float32"}
         formats = ",".join(of_role[operand.role] for operand in definition.operands)
         return f"pace::sweep_kernel<pace::{definition.name}<{call['flags']}u>,{formats}>"
+    if call["kind"] == "coded" and definition.name in COMPILED:
+        mask = sum(1 << definition.flags.index(flag) for flag in COMPILED[definition.name].split())
+        return f"pace::general_kernel<pace::{definition.name},{mask}u,{call['flags']}u>"
     if call["kind"] == "coded":
         formats = coded_formats(call["formats"][0], call["e"], call["flags"]) if call["known"] else "pace::Any"
         stats = call["flags"] >> definition.flags.index("stats") & 1
