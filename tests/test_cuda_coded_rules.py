@@ -4,17 +4,18 @@ byte twice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import random
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import mada_cases
 import pullback_cases
 import pytest
 import torch
 from coded_cases import AVERAGES, COMMON, ITERATES, KERNELS, PLAIN, STATES, WEIGHTS, Lists, Mada, Pullback, ScheduleFree
 from emulated import build
 from emulated.device import Device
-from products import pairs_and_seed
+from products import FULL, day, pairs_and_seed
 from test_cuda_coded import ASKEW, ODD, U, device
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
@@ -38,26 +39,52 @@ def same_bits(on: Device, make: Make, steps: int = 3, first: int = 1, **early: A
     return ours, theirs
 
 
+def with_cases(cases: Iterable[str], *formats: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Every pair of formats, with cases in turn, in an order of the day: arithmetic and formats have nothing to do with
+    each other. Their product where FULL."""
+    names = list(cases)
+    if FULL:
+        return list(itertools.product(names, *formats))
+    names = random.Random(day()).sample(names, len(names))
+    return [(name, *case) for name, case in zip(itertools.cycle(names), pairs_and_seed(*formats, sample=8))]
+
+
+# One of MADA's cases for each value of its flags, and those in which averages rest and roles stay.
+MADAS = [
+    *("all, maximum", "no differences", "no mean", "no Lion", "differences alone", "mean alone", "Lion alone"),
+    *(
+        "hyperadam",
+        "fixed, inside",
+        "fixed, no differences",
+        "AVGrad",
+        "Yogi",
+        "Adan",
+        "Adam and Lion",
+        "averaged Lion",
+    ),
+    *("pulled, every third step", "capturable"),
+]
+
+
 @pytest.mark.parametrize(
-    ("case", "weights", "state_bits", "ema_bits", "askew"),
-    pairs_and_seed(mada_cases.CASES, WEIGHTS, STATES, AVERAGES, ASKEW, sample=2),
+    ("case", "weights", "state_bits", "ema_bits", "askew"), with_cases(MADAS, WEIGHTS, STATES, AVERAGES, ASKEW)
 )
 def test_mada(case: str, weights: str, state_bits: int, ema_bits: int | None, askew: str) -> None:
-    same_bits(device(askew), lambda: Mada(case, weights, state_bits, ema_bits, SHAPES), ema_update_freq=2)
+    same_bits(device(askew), lambda: Mada(case, weights, state_bits, ema_bits, SHAPES), steps=2, ema_update_freq=2)
 
 
 @pytest.mark.parametrize(
-    ("weights", "state_bits", "z_bits", "askew"), pairs_and_seed(WEIGHTS, STATES, ITERATES, ASKEW, sample=2)
+    ("weights", "state_bits", "z_bits", "askew"), pairs_and_seed(WEIGHTS, STATES, ITERATES, ASKEW, sample=4)
 )
 def test_schedule_free(weights: str, state_bits: int, z_bits: int, askew: str) -> None:
-    same_bits(device(askew), lambda: ScheduleFree(weights, state_bits, z_bits, SHAPES), steps=4)
+    same_bits(device(askew), lambda: ScheduleFree(weights, state_bits, z_bits, SHAPES))
 
 
 @pytest.mark.parametrize(
-    ("case", "weights", "ema_bits", "askew"), pairs_and_seed(pullback_cases.CASES, PLAIN, ITERATES, ASKEW, sample=2)
+    ("case", "weights", "ema_bits", "askew"), with_cases(pullback_cases.CASES, PLAIN, ITERATES, ASKEW)
 )
 def test_pullback(case: str, weights: str, ema_bits: int, askew: str) -> None:
-    same_bits(device(askew), lambda: Pullback(case, weights, ema_bits, SHAPES), steps=4, ema_update_freq=2)
+    same_bits(device(askew), lambda: Pullback(case, weights, ema_bits, SHAPES), ema_update_freq=2)
 
 
 @pytest.mark.parametrize("name", COMMON)
@@ -66,3 +93,151 @@ def test_gradients_that_no_training_should_meet(name: str) -> None:
     on = device()
     same_bits(on, lambda: COMMON[name](shapes=SHAPES), steps=6, first=0)
     assert any("general_kernel" in launch for launch in on.launches)
+
+
+NO_BLOCKS: dict[str, Make] = {
+    "MADA": lambda shapes: Mada("pulled", "32", 16, 24, shapes),
+    "MADA, dithered": lambda shapes: Mada("all, maximum", "dithered", 16, None, shapes),
+    "Lion": lambda shapes: Mada("averaged Lion", "24", 16, 24, shapes),
+    "schedule-free": lambda shapes: ScheduleFree("24", 16, 24, shapes),
+    "pullback": lambda shapes: Pullback("default", "float16", 24, shapes),
+}
+
+
+@pytest.mark.parametrize("askew", ASKEW)
+@pytest.mark.parametrize("name", NO_BLOCKS)
+def test_formats_without_blocks_have_any_shape(name: str, askew: str) -> None:
+    same_bits(device(askew), lambda: NO_BLOCKS[name](ODD))
+
+
+def with_one_state_in_codes(symbol: str, bits: int, **changed: Any) -> Mada:
+    call = Mada("all, inside", "bfloat16", 32, 32, SHAPES)
+    call.options |= changed
+    operand = next(o for o in call.definition.operands if o.symbol == symbol)
+    call._add(operand.codec, operand.list, operand.beside, bits)
+    return call
+
+
+@pytest.mark.parametrize("second_max", [False, True])
+@pytest.mark.parametrize(("symbol", "bits"), [("w", 16), ("v", 8), ("n", 16), ("l", 8), ("last_g", 16), ("e", 16)])
+def test_one_state_alone_in_codes(symbol: str, bits: int, second_max: bool) -> None:
+    """Also a maximum in bfloat16, which is rounded to the nearest, as plain weights are."""
+    on = device()
+    same_bits(on, lambda: with_one_state_in_codes(symbol, bits, second_max=second_max))
+    assert any("general_kernel" in launch for launch in on.launches)
+
+
+def test_codes_and_plain_tensors_in_one_call() -> None:
+    """With stochastic rounding the bfloat16 parameters of a call are coded, those in float32 are not."""
+
+    def make() -> Lists:
+        call = Mada("fixed, inside", "dithered", 32, None, SHAPES)
+        call.params[1], call.params[0] = call.params[1].float(), call.params[0].half()
+        return call
+
+    on = device()
+    same_bits(on, make)
+    assert {name.split("<")[0] for name in on.launches} >= {"pace::sweep_kernel", "pace::general_kernel"}
+
+
+SCALING = {"clip_coef": torch.tensor(0.7), "grad_scale": torch.tensor(3.0), "found_inf": torch.zeros(())}
+CAPTURABLE: dict[str, Make] = {
+    "MADA": lambda: Mada("capturable", "32", 8, 8, SHAPES),
+    "Adan": lambda: Mada("Adan", "24", 8, None, SHAPES),
+    "schedule-free": lambda: ScheduleFree("32", 8, 8, SHAPES),
+    "pullback": lambda: Pullback("capturable", "bfloat16", 8, SHAPES),
+}
+
+
+@pytest.mark.parametrize("name", CAPTURABLE)
+def test_scalars_of_the_device(name: str) -> None:
+    made = CAPTURABLE[name]()
+    named = SCALING if made.definition.scaling[0] == "grad_scale" else {"found_inf": SCALING["found_inf"]}
+    same_bits(device(), CAPTURABLE[name], capturable=True, **named)
+    skipped, before = CAPTURABLE[name](), CAPTURABLE[name]()
+    op = getattr(device(), skipped.definition.op)
+    if name == "pullback":
+        before.take(lambda *_, **__: None, before.gradients(3))  # its base has stepped
+    skipped.take(op, skipped.gradients(3), capturable=True, **named | {"found_inf": torch.ones(())})
+    assert all(torch.equal(a, b) for a, b in zip(skipped.everything(), before.everything(), strict=True))
+
+
+@pytest.mark.parametrize("arch", build.ptx_archs())
+@pytest.mark.parametrize("name", ["MADA", "schedule-free", "pullback"])
+def test_one_warp_at_a_time_in_every_ptx(name: str, arch: str) -> None:
+    same_bits(device(arch=arch, warp_serial=True), lambda: COMMON[name](shapes=SHAPES), steps=2)
+
+
+# ---- sums -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("askew", ASKEW)
+def test_hypergradients(askew: str) -> None:
+    """Of the same terms, in another order: as test_cuda_emulated has it, 4,096 terms of a float32 sum."""
+    ours, theirs = (Mada("all, inside", "32", 8, 8, SHAPES) for _ in range(2))
+    on = device(askew)
+    for _ in range(3):
+        grads = [ours.noise(p.shape).to(p.dtype) for p in ours.params]
+        ours.take(on.mada_step_, grads)
+        theirs.take(KERNELS[Mada], [g.clone() for g in grads])
+    assert all(torch.equal(a, b) for a, b in zip(ours.everything()[:-1], theirs.everything()[:-1], strict=True))
+    found, expected = ours.extras["hypergradients"], theirs.extras["hypergradients"]
+    assert expected.abs().min() > 1e-6
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize(("case", "bits"), [("default", 8), ("constant from the step", 16), ("narrow moment", 24)])
+def test_statistics(case: str, bits: int) -> None:
+    ours, theirs = (Pullback(case, "bfloat16", bits, SHAPES) for _ in range(2))
+    on = device("all askew")
+    for call, op in ((ours, on.pullback_), (theirs, KERNELS[Pullback])):
+        call.extras["stats"] = torch.zeros(14, dtype=torch.float64)
+        for step in (1, 2):
+            call.take(op, call.gradients(step))
+    assert all(torch.equal(a, b) for a, b in zip(ours.everything(), theirs.everything(), strict=True))
+    # As test_cuda_emulated.test_statistics has it.
+    assert ours.extras["stats"].tolist() == pytest.approx(theirs.extras["stats"].tolist(), rel=2 * 63 * U)
+    assert ours.extras["stats"][0] == sum(p.numel() for p in ours.params)
+
+
+# ---- bytes ----------------------------------------------------------------------------------------------------------
+
+# Read and written of a parameter, with its gradient, and scales of 32.
+BYTES: dict[str, tuple[Make, float]] = {
+    "AdamW": (lambda shapes: Mada("AdamW", "32", 8, None, shapes), 2 * 4 + 2 + 2 * 2 + 4 / 32),
+    "Lion, averaged": (lambda shapes: Mada("averaged Lion", "24", 8, 8, shapes), 2 * 3 + 2 + 2 * 2 + 4 / 32),
+    "MADA": (lambda shapes: Mada("all, inside", "32", 8, None, shapes), 2 * 4 + 2 + 4 * 2 + 4 + 3 * 2 + 8 / 32),
+    "MADA, pulled": (lambda shapes: Mada("pulled", "32", 8, 8, shapes), 2 * 4 + 2 + 5 * 2 + 4 + 3 * 2 + 10 / 32),
+    "MADA, roles stay": (
+        lambda shapes: Mada("capturable", "32", 16, None, shapes),
+        2 * 4 + 2 + 4 * 4 + 4 + 4 * 2,
+    ),
+    "schedule-free": (lambda shapes: ScheduleFree("32", 8, 16, shapes), 2 * 4 + 2 + 2 + 4 + 4 / 32),
+    "schedule-free, 8 bits": (lambda shapes: ScheduleFree("24", 8, 8, shapes), 2 * 3 + 2 + 2 + 2 + 4 / 32),
+    "pullback": (lambda shapes: Pullback("default", "bfloat16", 8, shapes), 2 * 2 + 2 + 4 + 2 + 2 / 32),
+    "pullback, 24 bits": (lambda shapes: Pullback("default", "float32", 24, shapes), 2 * 4 + 4 + 4 + 6),
+    "pullback, nothing pulls": (lambda shapes: Pullback("average", "bfloat16", 16, shapes), 2 + 2 + 4 + 2 / 32),
+}
+
+
+@pytest.mark.parametrize("askew", ASKEW)
+@pytest.mark.parametrize("case", BYTES)
+def test_each_tensor_is_read_once_and_written_once(case: str, askew: str) -> None:
+    make, expected = BYTES[case]
+    call, on = make(((50, 256),)), device(askew)
+    op = getattr(on, call.definition.op)
+    for _ in range(2):
+        on.moved.clear()
+        on.widths.clear()
+        call.take(op, [g.to(p.dtype) for g, p in zip(call.gradients(1), call.params, strict=True)])
+    family = call.definition.op.removesuffix("_").removesuffix("_step")
+    scales = {name for name, side in call.beside.items() if side and side[0].dtype == torch.uint8}
+    symbols = {operand.symbol for operand in call.definition.operands} | set(call.definition.beside)
+    moved = {(name, kind): n for (of, name, kind), n in on.moved.items() if of == family and name in symbols}
+    for name in scales:
+        moved[name, "ld"] //= 8  # the threads of a block, whose reads of one byte are one of memory
+    assert sum(moved.values()) == expected * 50 * 256, moved
+    assert ("g", "st") not in moved and ("before", "st") not in moved
+    if askew == "aligned":  # all but scales
+        narrow = sum(n for (of, _, width), n in on.widths.items() if of == family and width in (1, 2))
+        assert narrow == 9 * len(scales) * 50 * 256 // 32

@@ -9,7 +9,7 @@ import re
 import pytest
 from emulated import build
 from emulated.build import machine_code
-from emulated.occupancy import Sweep, alu_operations, coded, sweeps, table, usual_path, warps
+from emulated.occupancy import MULTIPROCESSOR, Sweep, alu_operations, coded, general, sweeps, table, usual_path, warps
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
@@ -31,6 +31,18 @@ def does(condition: str, on: dict[str, bool]) -> bool:
     return bool(eval(python, {}, dict(on)))
 
 
+# By definition and group of flags (csrc/cuda/rules.h): how many warps fit a multiprocessor at the least.
+GENERAL_WARPS = {
+    **{("Mada", 0): 24, ("Mada", 1): 16, ("Mada", 2): 12, ("ScheduleFree", 0): 24},
+    **{("Pullback", 0): 24, ("Pullback", 1): 20},
+}
+# What their steps read of a parameter in the frequent formats: weights of 32 bits, states of 8, gradients in bfloat16.
+GENERAL_BYTES = {
+    **{("Mada", 0): 4 + 2 + 2, ("Mada", 1): 4 + 2 + 4 + 2 + 2, ("Mada", 2): 4 + 2 + 4 + 2 + 2 * 2},
+    **{("ScheduleFree", 0): 4 + 2 + 1 + 2, ("Pullback", 0): 2 + 2 + 4 + 1, ("Pullback", 1): 2 + 2 + 4 + 1},
+}
+
+
 @pytest.mark.parametrize("arch", build.ARCHS)
 def test_every_instance_is_there(arch: str) -> None:
     names = [sweep.definition.name for _, sweep, _ in sweeps(arch)]
@@ -39,7 +51,9 @@ def test_every_instance_is_there(arch: str) -> None:
     assert names.count("ScheduleFree") == 5
     of = [sweep.formats for _, sweep, _ in coded(arch)]
     assert len(of) == 4 * 4 + 2 and of.count(None) == 2  # weights x averages; one for all formats, one with sums
-    assert len(machine_code(arch)) == len(names) + len(of) + 7  # scalars of four, sums of two, learning
+    groups = [(definition.name, group) for _, definition, group, _ in general(arch)]
+    assert sorted(groups) == sorted(GENERAL_WARPS)
+    assert len(machine_code(arch)) == len(names) + len(of) + len(groups) + 7  # scalars of four, sums of two, learning
 
 
 @pytest.mark.parametrize("arch", build.ARCHS)
@@ -152,6 +166,9 @@ def test_occupancy(arch: str) -> None:
         assert warps(arch, code) >= least, (name, code.registers)
     for name, of, code in coded(arch):
         assert warps(arch, code) >= (20 if of.formats is not None else 12 if of.stats else 16), (name, code.registers)
+    for name, definition, group, code in general(arch):
+        least = min(GENERAL_WARPS[definition.name, group], MULTIPROCESSOR[arch][1] // 32)
+        assert warps(arch, code) >= least, (name, code.registers)
 
 
 def test_the_readme_has_this_table() -> None:

@@ -156,15 +156,49 @@ struct Operands {
 
 // ---- a round --------------------------------------------------------------------------------------------------------
 
-// `Element` with the flags kValue, of those in kMask; the others, its formats and uses come with the launch.
-template <template <unsigned> class Element, unsigned kMask, unsigned kValue>
-struct GeneralRound {
-  using Rule = typename Element<kValue>::Rule;
+// The flags of a group (Rule::group), which share a kernel: registers are those of the largest among them.
+template <template <unsigned> class Element, int kGroup>
+struct Group {
+  using Rule = typename Element<0>::Rule;
   using D = typename Rule::D;
+  using All = std::make_integer_sequence<unsigned, D::Flag::values>;
+
+  template <unsigned kFlags>
+  static constexpr bool has() {
+    return Element<kFlags>::kThereInCodes && Rule::group(kFlags) == kGroup;
+  }
+  template <unsigned... kFlags>
+  static constexpr unsigned first(std::integer_sequence<unsigned, kFlags...>) {
+    unsigned found = D::Flag::values;
+    ((found = has<kFlags>() && kFlags < found ? kFlags : found), ...);
+    return found;
+  }
+  // Operands that any of them has in play, a bit each.
+  template <unsigned kFlags>
+  static constexpr unsigned its_operands() {
+    unsigned bits = 0;
+    for (int k = 0; k < D::kOperands; ++k)
+      bits |= has<kFlags>() && D::template Uses<kFlags>::kUses[k].in_play() ? 1u << k : 0u;
+    return bits;
+  }
+  template <unsigned... kFlags>
+  static constexpr unsigned operands(std::integer_sequence<unsigned, kFlags...>) {
+    return (its_operands<kFlags>() | ...);
+  }
+
+  using First = Element<first(All())>;
+  static constexpr unsigned kOperands = operands(All());
+};
+
+// The rule's flags, and formats and uses of operands, come with the launch.
+template <template <unsigned> class Element, int kGroup>
+struct GeneralRound {
+  using G = Group<Element, kGroup>;
+  using D = typename G::D;
   using O = Operands<D>;
-  using Scalars = typename Rule::Scalars;
-  using Sums = typename Element<kValue>::Sums;
-  using Now = typename Element<kValue>::Now;
+  using Scalars = typename G::Rule::Scalars;
+  using Sums = typename G::First::Sums;
+  using Now = typename G::First::Now;
   static constexpr int kCapacity = coded_capacity<D>;
 
   const SweepLaunch& launch;
@@ -190,10 +224,12 @@ struct GeneralRound {
 
   // The codes of an average depend on the weights, whatever a step does with it.
   __device__ __forceinline__ bool reads(const Now& now, int k) const {
+    if ((G::kOperands >> k & 1) == 0) return false;
     const bool beside_weights = (k == O::kE || k == O::kBefore) && on_grid();
     return launch.reads.always(k) || (launch.reads.sometimes(k) && now.reads(k)) || beside_weights;
   }
   __device__ __forceinline__ bool writes(const Now& now, int k) const {
+    if ((G::kOperands >> k & 1) == 0) return false;
     return launch.writes.always(k) || (launch.writes.sometimes(k) && now.writes(k)) || (k == O::kE && on_grid());
   }
 
@@ -243,7 +279,7 @@ struct GeneralRound {
     constexpr bool halves = codec == Codec::none || codec == Codec::weight;  // may be float16
     const Format f = format(k);
     const Packed& w = r.words[k];
-    float(&a)[kFew] = all[k];
+    float (&a)[kFew] = all[k];
     const auto every = [&](auto element) {
 #pragma unroll
       for (int j = 0; j < kFew; ++j) a[j] = element(j);
@@ -288,7 +324,7 @@ struct GeneralRound {
   }
   template <unsigned kFlags>
   __device__ __forceinline__ void step_with(unsigned flags, Floats& a, int left) const {
-    if constexpr (Element<kFlags>::kThereInCodes && (kFlags & kMask) == kValue) {
+    if constexpr (G::template has<kFlags>()) {
       if (flags != kFlags) return;
       const typename Element<kFlags>::Now now(s, launch.now);
 #pragma unroll
@@ -321,7 +357,7 @@ struct GeneralRound {
       loads_end();
       each(typename O::All(), [&](auto k) { decode<k>(r, a, grid, offset); });
     }
-    step(a, left, std::make_integer_sequence<unsigned, D::Flag::values>());
+    step(a, left, typename G::All());
 
     const GeneralRound to = anew();
     uint32_t h[O::kWords][kFew];
@@ -479,10 +515,10 @@ struct GeneralRound {
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-template <template <unsigned> class Element, unsigned kMask, unsigned kValue>
-__global__ void __launch_bounds__(kThreads, Element<kValue>::kBlocksInCodes)
+template <template <unsigned> class Element, int kGroup>
+__global__ void __launch_bounds__(kThreads, Group<Element, kGroup>::First::kBlocksInCodes)
     general_kernel(const __grid_constant__ SweepLaunch launch) {
-  using Round = GeneralRound<Element, kMask, kValue>;
+  using Round = GeneralRound<Element, kGroup>;
   using Scalars = typename Round::Scalars;
   if (skipped(launch.found_inf)) return;
   __shared__ Scalars scalars;
@@ -503,14 +539,18 @@ __global__ void __launch_bounds__(kThreads, Element<kValue>::kBlocksInCodes)
     round.anew().take(first + static_cast<uint32_t>(at / kFew + lane), lane % kFewSharing * kFew,
                       count >= kFewTile ? aligned : 0u, count - lane * kFew);
   }
-  Element<kValue>::finish(sums, scalars, launch.sums, part.count);
+  Round::G::First::finish(sums, scalars, launch.sums, part.count);
 }
 
-template <template <unsigned> class Element, unsigned kMask>
-const void* general_function(unsigned flags) {
-  if constexpr (kMask == 0) return (const void*)general_kernel<Element, 0, 0>;
-  return (flags & kMask) != 0 ? (const void*)general_kernel<Element, kMask, kMask>
-                              : (const void*)general_kernel<Element, kMask, 0>;
+template <template <unsigned> class Element, int... kGroup>
+const void* general_of(int group, std::integer_sequence<int, kGroup...>) {
+  static const void* const functions[] = {(const void*)general_kernel<Element, kGroup>...};
+  return functions[group];
+}
+
+template <template <unsigned> class Element>
+const void* general_function(const KernelId& id) {
+  return general_of<Element>(id.group, std::make_integer_sequence<int, Element<0>::Rule::kGroups>());
 }
 
 }  // namespace pace

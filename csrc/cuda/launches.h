@@ -154,8 +154,8 @@ enum class RuleName : int32_t { kPace, kMada, kPullback, kScheduleFree };
 
 // A sweep's instance: formats of weights and of what lies beside them in a format of its own, the gradients or the
 // pullback's second moment; and the rule's flags. A sweep of codes: PACE's (coded.cuh) formats of weights and averages,
-// and whether it is compiled for these, or for all; a general one those of the flags that it is compiled for. Others
-// have none of these.
+// and whether it is compiled for these, or for all; a general one (general.cuh) the group of its flags. Others have
+// none of these.
 struct KernelId {
   KernelKind kind;
   RuleName rule;
@@ -163,6 +163,7 @@ struct KernelId {
   unsigned flags = 0;
   Format e = Format::kFloat32;
   bool known = false;
+  int group = 0;
 };
 
 }  // namespace pace

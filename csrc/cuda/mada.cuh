@@ -24,7 +24,7 @@ struct Mada {
   static constexpr bool kThereInCodes = kThere, kScalarsAnew = true;
   // 3 blocks a multiprocessor leave 168 registers a thread, 2 leave 255: a 16-bit format has 8 elements in flight.
   static constexpr int blocks(int vector) { return vector == 4 ? 3 : 2; }
-  static constexpr int kBlocksInCodes = Uses::lag ? 3 : 4;
+  static constexpr int kBlocksInCodes = Uses::lag ? 3 : (Uses::diff || Uses::second ? 4 : 6);
 
   struct Now {
     bool average, moves, roles_stay, first;

@@ -1,4 +1,4 @@
-// MADA on the GPU, of weights and states in codes: a kernel for what learns, and one for what does not.
+// MADA on the GPU, of weights and states in codes: a kernel for each group of flags.
 #include "general.cuh"
 #include "mada.cuh"
 
@@ -6,7 +6,7 @@ namespace pace {
 
 template <>
 const void* coded_function<MadaRule>(const KernelId& id) {
-  return general_function<Mada, MadaRule::kCompiled>(id.flags);
+  return general_function<Mada>(id);
 }
 
 }  // namespace pace

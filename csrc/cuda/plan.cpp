@@ -196,7 +196,7 @@ void plan_step(const std::vector<SweepTensor>& tensors, const StepRequest<Rule>&
     } else if (coded) {
       set_general<Rule>(launch, first.formats, Rule::coded_flags(flags, first.formats));
       id = {KernelKind::kCoded, Rule::kName};
-      id.flags = launch.flags & Rule::kCompiled;
+      id.group = Rule::group(launch.flags);
     }
     if (walks && blocks > 0) emit(id, blocks, kThreads, &launch, sizeof launch);
     first_block += blocks;

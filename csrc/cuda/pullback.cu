@@ -52,7 +52,7 @@ const void* sweep_function<PullbackRule>(const KernelId& id) {
 
 template <>
 const void* coded_function<PullbackRule>(const KernelId& id) {
-  return general_function<Pullback, PullbackRule::kCompiled>(id.flags);
+  return general_function<Pullback>(id);
 }
 
 }  // namespace pace

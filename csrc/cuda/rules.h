@@ -20,8 +20,9 @@ struct MadaRow {
 constexpr unsigned bit(int operand) { return 1u << operand; }
 
 // kFlags of a kernel come from the definition, and are what `flags` says of a call: its options, which lists it has (a
-// bit an operand), whether it sums. What hangs on a step is among them too, as that which may happen: kNow. A general
-// sweep of codes (general.cuh) is compiled for those in kCompiled; `coded_flags` adds those that hang on formats.
+// bit an operand), whether it sums. What hangs on a step is among them too, as that which may happen: kNow. Of a
+// general sweep of codes (general.cuh) `coded_flags` adds those that hang on formats, and `group` says which of kGroups
+// kernels has them.
 struct PaceRule {
   using D = PaceDefinition;
   struct Scalars {
@@ -60,7 +61,8 @@ struct PullbackRule {
   using Row = PaceRow;
   static constexpr RuleName kName = RuleName::kPullback;
   static constexpr int kResult = D::kStats, kNumbers = -1;
-  static constexpr unsigned kNow = D::Flag::average, kSums = D::Flag::stats, kCompiled = D::Flag::stats;
+  static constexpr unsigned kNow = D::Flag::average, kSums = D::Flag::stats;
+  static constexpr int kGroups = 2;
 
   static unsigned flags(const PullbackOptions& o, unsigned lists, bool result) {
     const bool before = (lists & bit(D::kBefore)) != 0 && pulls(o) && !o.pullback_from_step;
@@ -68,6 +70,7 @@ struct PullbackRule {
            (pulls(o) ? D::Flag::pull : 0u) | D::Flag::average | (result ? D::Flag::stats : 0u);
   }
   static unsigned coded_flags(unsigned flags, Formats) { return flags; }
+  static constexpr int group(unsigned flags) { return (flags & D::Flag::stats) != 0 ? 1 : 0; }
   static uint32_t now(const PullbackOptions&, unsigned) { return 0; }
   static bool remembers(unsigned) { return false; }
   static bool reads_numbers(unsigned) { return false; }
@@ -91,12 +94,14 @@ struct ScheduleFreeRule {
   using Row = PaceRow;  // of none
   static constexpr RuleName kName = RuleName::kScheduleFree;
   static constexpr int kResult = -1, kNumbers = D::kSchedule;
-  static constexpr unsigned kNow = 0, kSums = 0, kCompiled = 0;
+  static constexpr unsigned kNow = 0, kSums = 0;
+  static constexpr int kGroups = 1;
 
   static unsigned flags(const ScheduleFreeOptions&, unsigned, bool) { return 0; }
   static unsigned coded_flags(unsigned flags, Formats formats) {
     return flags | (is_grid(format_at(formats, D::kZ)) ? D::Flag::increment : 0u);
   }
+  static constexpr int group(unsigned) { return 0; }
   static uint32_t now(const ScheduleFreeOptions&, unsigned) { return 0; }
   static bool remembers(unsigned) { return false; }
   static bool reads_numbers(unsigned) { return true; }
@@ -120,7 +125,8 @@ struct MadaRule {
   using Row = MadaRow;
   static constexpr RuleName kName = RuleName::kMada;
   static constexpr int kResult = D::kHypergradients, kNumbers = D::kCoefficients;
-  static constexpr unsigned kNow = D::Flag::average | D::Flag::stay, kSums = D::Flag::lag, kCompiled = D::Flag::lag;
+  static constexpr unsigned kNow = D::Flag::average | D::Flag::stay, kSums = D::Flag::lag;
+  static constexpr int kGroups = 3;
   enum Launched : uint32_t { kPulls = 1, kRolesStay = 2, kHasAverage = 4 };
 
   static unsigned flags(const MadaOptions& o, unsigned lists, bool) {
@@ -130,6 +136,10 @@ struct MadaRule {
            ((lists & bit(D::kV)) != 0 ? D::Flag::adam : 0u) | D::Flag::average | (lag && diff ? D::Flag::stay : 0u);
   }
   static unsigned coded_flags(unsigned flags, Formats) { return flags; }
+  // Of what learns, of other differences and second moments, and of Adam and Lion alone, which have half the operands.
+  static constexpr int group(unsigned flags) {
+    return (flags & D::Flag::lag) != 0 ? 2 : (flags & (D::Flag::diff | D::Flag::second)) != 0 ? 1 : 0;
+  }
   // Those who replay a captured graph know tensors, not their roles, so there the roles stay.
   static uint32_t now(const MadaOptions& o, unsigned lists) {
     return (o.lambda_pullback != 0.0 ? kPulls : 0u) | (o.capturable ? kRolesStay : 0u) |

@@ -41,7 +41,7 @@ const void* sweep_function<ScheduleFreeRule>(const KernelId& id) {
 
 template <>
 const void* coded_function<ScheduleFreeRule>(const KernelId& id) {
-  return general_function<ScheduleFree, ScheduleFreeRule::kCompiled>(id.flags);
+  return general_function<ScheduleFree>(id);
 }
 
 }  // namespace pace
