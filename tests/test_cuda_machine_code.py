@@ -36,6 +36,11 @@ GENERAL_WARPS = {
     **{("Mada", 0): 24, ("Mada", 1): 16, ("Mada", 2): 12, ("ScheduleFree", 0): 24},
     **{("Pullback", 0): 24, ("Pullback", 1): 20},
 }
+# And how many operands they read at the most.
+GENERAL_OPERANDS = {
+    **{("Mada", 0): 6, ("Mada", 1): 9, ("Mada", 2): 10, ("ScheduleFree", 0): 4},
+    **{("Pullback", 0): 4, ("Pullback", 1): 4},
+}
 # What their steps read of a parameter in the frequent formats: weights of 32 bits, states of 8, gradients in bfloat16.
 GENERAL_BYTES = {
     **{("Mada", 0): 4 + 2 + 2, ("Mada", 1): 4 + 2 + 4 + 2 + 2, ("Mada", 2): 4 + 2 + 4 + 2 + 2 * 2},
@@ -185,3 +190,15 @@ def test_nothing_is_contracted(arch: str) -> None:
         assert fused <= 6 * functions + 8, name
         if functions == 0:
             assert fused == 0, name
+
+
+@pytest.mark.parametrize("arch", build.ARCHS)
+def test_all_loads_of_a_general_round_are_before_the_first_use(arch: str) -> None:
+    """In accesses of 16 bytes, where all operands are in float32, or of 8, where all have 16 bits: the launch says
+    formats, and which of these the path has is the compiler's choice. The bytes of the frequent formats are what keeps
+    a multiprocessor's memory busy."""
+    for name, definition, group, code in general(arch):
+        path = build.MachineCode(tuple(line for line in usual_path(code) if not re.search(r"\bBRA\b", line)), 0, 0, 0)
+        loads = max(under_way(path, True) // 16, under_way(path, False) // 8)
+        assert loads >= GENERAL_OPERANDS[definition.name, group], (name, loads)
+        assert warps(arch, code) * 32 * 4 * GENERAL_BYTES[definition.name, group] >= IN_FLIGHT * 2 / 3, name
