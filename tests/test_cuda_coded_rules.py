@@ -250,3 +250,46 @@ def test_each_tensor_is_read_once_and_written_once(case: str, askew: str) -> Non
     if askew == "aligned":  # all but scales
         narrow = sum(n for (of, _, width), n in on.widths.items() if of == family and width in (1, 2))
         assert narrow == 9 * len(scales) * 50 * 256 // 32
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+def changed(make: Callable[[], Lists], name: str, change: Callable[[torch.Tensor], torch.Tensor] | None) -> Lists:
+    call = make()
+    lists = call.beside if name in call.beside else call.lists
+    lists[name] = [] if change is None else [change(t) for t in lists[name] or []]
+    return call
+
+
+REFUSED: dict[str, tuple[Callable[[], Lists], str]] = {
+    "nothing to read an average beside": (
+        lambda: changed(lambda: Pullback("default", "bfloat16", 8, SHAPES), "befores", None),
+        "befores must not be empty where emas are int8 or int16",
+    ),
+    "codes without scales": (
+        lambda: changed(lambda: Mada("Adan", "32", 8, None, SHAPES), "exp_avg_diff_scales", None),
+        r"exp_avg_diffs\[0\] must be float32 or bfl",
+    ),
+    "last gradients in float16": (
+        lambda: changed(lambda: Mada("hyperadam", "32", 8, None, SHAPES), "last_grads", torch.Tensor.half),
+        r"last_grads\[0\] must be float32 or bfloat16",
+    ),
+    "iterates of no format": (
+        lambda: changed(lambda: ScheduleFree("32", 8, 8, SHAPES), "zs", torch.Tensor.int),
+        r"zs\[0\] must be int8, int16 or bfloat16, with z_scales",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_cpu_refuses_is_refused(case: str) -> None:
+    make, sentence = REFUSED[case]
+    for on in (device(), None):
+        call = make()
+        before = [t.clone() for t in call.everything()]
+        op = KERNELS[type(call)] if on is None else getattr(on, call.definition.op)
+        grads = [torch.zeros_like(p) for p in call.params]
+        with pytest.raises(RuntimeError, match=sentence):
+            call.take(op, grads)
+        assert all(torch.equal(a, b) for a, b in zip(before, call.everything(), strict=True))
