@@ -98,7 +98,8 @@ CUDA_SOURCES = [f"csrc/cuda/{name}.cpp" for name in ("device", "module", "ops", 
 FORMATS = [("Float32", "Float32")]
 FORMATS += [(x, g) for x in ("BFloat16", "Float16") for g in (x, "Float32")]
 CUDA_KERNELS = [
-    *((name, f"csrc/cuda/{name}.cu", []) for name in ("pace", "pace_coded", "pullback", "schedule_free", "small")),
+    *((name, f"csrc/cuda/{name}.cu", []) for name in ("pace", "pullback", "schedule_free", "small")),
+    *((name, f"csrc/cuda/{name}.cu", []) for name in ("pace_coded", "mada_coded")),
     *((f"mada_{x}_{g}", "csrc/cuda/mada.cu", [f"-DPACE_X={x}", f"-DPACE_G={g}"]) for x, g in FORMATS),
 ]
 

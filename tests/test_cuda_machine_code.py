@@ -9,7 +9,7 @@ import re
 import pytest
 from emulated import build
 from emulated.build import machine_code
-from emulated.occupancy import Sweep, alu_operations, coded, sweeps, table, usual_path, warps
+from emulated.occupancy import MULTIPROCESSOR, Sweep, alu_operations, coded, general, sweeps, table, usual_path, warps
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
@@ -31,6 +31,23 @@ def does(condition: str, on: dict[str, bool]) -> bool:
     return bool(eval(python, {}, dict(on)))
 
 
+# By definition and group of flags (csrc/cuda/rules.h): how many warps fit a multiprocessor at the least.
+GENERAL_WARPS = {
+    **{("Mada", 0): 24, ("Mada", 1): 16, ("Mada", 2): 12, ("ScheduleFree", 0): 24},
+    **{("Pullback", 0): 24, ("Pullback", 1): 20},
+}
+# And how many operands they read at the most.
+GENERAL_OPERANDS = {
+    **{("Mada", 0): 6, ("Mada", 1): 9, ("Mada", 2): 10, ("ScheduleFree", 0): 4},
+    **{("Pullback", 0): 4, ("Pullback", 1): 4},
+}
+# What their steps read of a parameter in the frequent formats: weights of 32 bits, states of 8, gradients in bfloat16.
+GENERAL_BYTES = {
+    **{("Mada", 0): 4 + 2 + 2, ("Mada", 1): 4 + 2 + 4 + 2 + 2, ("Mada", 2): 4 + 2 + 4 + 2 + 2 * 2},
+    **{("ScheduleFree", 0): 4 + 2 + 1 + 2, ("Pullback", 0): 2 + 2 + 4 + 1, ("Pullback", 1): 2 + 2 + 4 + 1},
+}
+
+
 @pytest.mark.parametrize("arch", build.ARCHS)
 def test_every_instance_is_there(arch: str) -> None:
     names = [sweep.definition.name for _, sweep, _ in sweeps(arch)]
@@ -39,7 +56,9 @@ def test_every_instance_is_there(arch: str) -> None:
     assert names.count("ScheduleFree") == 5
     of = [sweep.formats for _, sweep, _ in coded(arch)]
     assert len(of) == 4 * 4 + 2 and of.count(None) == 2  # weights x averages; one for all formats, one with sums
-    assert len(machine_code(arch)) == len(names) + len(of) + 7  # scalars of four, sums of two, learning
+    groups = [(definition.name, group) for _, definition, group, _ in general(arch)]
+    assert sorted(groups) == sorted(GENERAL_WARPS)
+    assert len(machine_code(arch)) == len(names) + len(of) + len(groups) + 7  # scalars of four, sums of two, learning
 
 
 @pytest.mark.parametrize("arch", build.ARCHS)
@@ -152,6 +171,9 @@ def test_occupancy(arch: str) -> None:
         assert warps(arch, code) >= least, (name, code.registers)
     for name, of, code in coded(arch):
         assert warps(arch, code) >= (20 if of.formats is not None else 12 if of.stats else 16), (name, code.registers)
+    for name, definition, group, code in general(arch):
+        least = min(GENERAL_WARPS[definition.name, group], MULTIPROCESSOR[arch][1] // 32)
+        assert warps(arch, code) >= least, (name, code.registers)
 
 
 def test_the_readme_has_this_table() -> None:
@@ -168,3 +190,15 @@ def test_nothing_is_contracted(arch: str) -> None:
         assert fused <= 6 * functions + 8, name
         if functions == 0:
             assert fused == 0, name
+
+
+@pytest.mark.parametrize("arch", build.ARCHS)
+def test_all_loads_of_a_general_round_are_before_the_first_use(arch: str) -> None:
+    """In accesses of 16 bytes, where all operands are in float32, or of 8, where all have 16 bits: the launch says
+    formats, and which of these the path has is the compiler's choice. The bytes of the frequent formats are what keeps
+    a multiprocessor's memory busy."""
+    for name, definition, group, code in general(arch):
+        path = build.MachineCode(tuple(line for line in usual_path(code) if not re.search(r"\bBRA\b", line)), 0, 0, 0)
+        loads = max(under_way(path, True) // 16, under_way(path, False) // 8)
+        assert loads >= GENERAL_OPERANDS[definition.name, group], (name, loads)
+        assert warps(arch, code) * 32 * 4 * GENERAL_BYTES[definition.name, group] >= IN_FLIGHT * 2 / 3, name

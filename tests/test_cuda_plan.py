@@ -10,6 +10,8 @@ from emulated.device import FORMATS
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pace_kernels.definitions import DEFINITIONS
+
 OPTIONS: dict[str, Any] = {
     "lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.01, "lambda_pullback": 5.0,
     "clamp_pullback": True, "beta_ema": 0.01, "ema_kappa": 0.2, "ema_rho": 0.0, "ema_gamma": 1.0, "ema_update_freq": 1,
@@ -108,6 +110,38 @@ def test_codes_have_kernels_by_their_formats() -> None:
     assert [(c["kind"], c["known"]) for c in summed] == [("coded", False), ("sum", False)]
     dithered = plan([tensor(64, formats=formats("Dithered16", "BFloat16", "Moment8", "Square8", "Pair24"))])
     assert [(c["formats"][0], c["e"], c["known"]) for c in dithered] == [("BFloat16", "Pair24", True)]
+
+
+@pytest.mark.parametrize(
+    ("kept", "learn", "group"), [("m v l", 0, 0), ("m v n l last_g", 0, 1), ("m v w", 0, 1), ("m v last_g", 3, 2)]
+)
+def test_the_groups_of_madas_kernels_of_codes(kept: str, learn: int, group: int) -> None:
+    symbols = [operand.symbol for operand in DEFINITIONS["mada_step_"].operands]
+    lists = sum(1 << symbols.index(symbol) for symbol in ["x", "g", *kept.split()])
+    number = FORMATS.index("Moment8") << 4 * symbols.index("m")
+    made = [tensor(64, formats=number), tensor(64, formats=0)]
+    calls = PLAN.mada_step_(made, MADA | {"learn": learn}, REQUEST | {"lists": lists}, lambda size: 0x2000)
+    found = sorted((c["kind"], c["group"]) for c in calls if c["kind"] in ("coded", "sweep"))
+    assert found == [("coded", group), ("sweep", 0)]
+
+
+@pytest.mark.parametrize("name", ["BFloat16", "Dithered16"])
+def test_one_state_in_bfloat16_takes_a_kernel_of_codes(name: str) -> None:
+    """Also one that is rounded to the nearest, as plain weights are: other sweeps read states in float32."""
+    k = [operand.symbol for operand in DEFINITIONS["mada_step_"].operands].index("w")
+    made = [tensor(64, formats=FORMATS.index(name) << 4 * k)]
+    *_, call = PLAN.mada_step_(made, MADA, REQUEST, lambda size: 0x2000)
+    assert call["kind"] == "coded"
+
+
+def test_an_average_at_rest_beside_its_weight_is_walked() -> None:
+    """Its codes change with the weight; where nothing is in codes such a step walks no memory."""
+    options = OPTIONS | {"gain": 0.0, "step_offset": 0, "ema_update_freq": 2}
+    e = [operand.symbol for operand in DEFINITIONS["pullback_"].operands].index("e")
+    for name, kinds in (("Grid8", ["coded"]), ("Pair24", []), ("Float32", [])):
+        made = [tensor(64, formats=FORMATS.index(name) << 4 * e)]
+        calls = PLAN.pullback_(made, options, REQUEST | {"lists": 0b1011}, lambda size: 0x2000)
+        assert [c["kind"] for c in calls] == kinds
 
 
 def test_thousands_of_tensors_in_codes_are_few_launches() -> None:

@@ -11,7 +11,8 @@ namespace pace {
 template <class Rule>
 const void* sweep_function(const KernelId& id);
 
-// The same of operands in codes, in pace_coded.cu.
+// The same of operands in codes.
+template <class Rule>
 const void* coded_function(const KernelId& id);
 
 // Launches a kernel on a device's stream; null, or what went wrong.

@@ -61,6 +61,18 @@ struct ScalarsLaunch {
 
 // ---- sweeps ---------------------------------------------------------------------------------------------------------
 
+// The formats of a tensor's operands, 4 bits each.
+using Formats = uint64_t;
+PACE_RULE Format format_at(Formats formats, int operand) { return static_cast<Format>(formats >> (4 * operand) & 15u); }
+
+// Operands that every step reads, or writes, and those that only some do (`When` in sweep.cuh): a bit each.
+struct UsesAtLaunch {
+  uint16_t in_every, in_some;
+
+  PACE_ON_BOTH bool always(int k) const { return (in_every >> k & 1) != 0; }
+  PACE_ON_BOTH bool sometimes(int k) const { return (in_some >> k & 1) != 0; }
+};
+
 // The launch of every sweep: a table of tensors whose rows are the operands' arrays. No template: the plan fills it for
 // every rule by the same code, in place, and a kernel, which knows at compile time how many rows its rule has in play,
 // reads the places of `tensors` alone.
@@ -76,24 +88,27 @@ struct SweepLaunch {
   void* sums;  // of the first block of this launch
   int32_t tensors;
   uint32_t now;  // the rule's switches that are known at launch, not at compile time
+  // Of a general sweep (general.cuh) the formats and the rule's flags, too, and what a step with these does.
+  uint32_t flags;
+  UsesAtLaunch reads, writes;
+  Formats formats;
 
   static constexpr int capacity(int arrays) { return kSlots / (kHeadRows + arrays); }
 };
 static_assert(sizeof(SweepLaunch) <= kParameterBytes);
 
-// The formats of a tensor's operands, 4 bits each.
-using Formats = uint64_t;
-PACE_RULE Format format_at(Formats formats, int operand) { return static_cast<Format>(formats >> (4 * operand) & 15u); }
-
 // A sweep of operands in codes has a row for each operand, and behind these a row for what lies beside each, null where
-// that is nothing. `now` has their formats, and behind these the rule's flags.
+// that is nothing.
+template <class D>
+constexpr int coded_capacity = SweepLaunch::capacity(2 * D::kOperands);
+// Of PACE's (coded.cuh) `now` has the formats, and behind these the rule's flags.
 constexpr int kCodedBeside = PaceDefinition::kOperands;
-constexpr int kCodedCapacity = SweepLaunch::capacity(2 * kCodedBeside);
+constexpr int kCodedCapacity = coded_capacity<PaceDefinition>;
 PACE_RULE uint32_t coded_now(Formats formats, unsigned flags) {
   return static_cast<uint32_t>(formats) | flags << (4 * kCodedBeside);
 }
-// Its kernels count elements by eights, in 32 bits.
-constexpr int64_t kMostCoded = int64_t{1} << 35;
+// The kernels count elements by fours, PACE's by eights, in 32 bits.
+constexpr int64_t kMostCoded = int64_t{1} << 34;
 PACE_RULE unsigned flags_of(uint32_t now) { return now >> (4 * kCodedBeside); }
 
 // ---- sums of blocks -------------------------------------------------------------------------------------------------
@@ -138,8 +153,9 @@ enum class KernelKind : int32_t { kScalars, kSweep, kCoded, kSum, kLearn };
 enum class RuleName : int32_t { kPace, kMada, kPullback, kScheduleFree };
 
 // A sweep's instance: formats of weights and of what lies beside them in a format of its own, the gradients or the
-// pullback's second moment; and the rule's flags. A sweep of codes (coded.cuh): formats of weights and averages, and
-// whether it is compiled for these, or for all. Others have none of these.
+// pullback's second moment; and the rule's flags. A sweep of codes: PACE's (coded.cuh) formats of weights and averages,
+// and whether it is compiled for these, or for all; a general one (general.cuh) the group of its flags. Others have
+// none of these.
 struct KernelId {
   KernelKind kind;
   RuleName rule;
@@ -147,6 +163,7 @@ struct KernelId {
   unsigned flags = 0;
   Format e = Format::kFloat32;
   bool known = false;
+  int group = 0;
 };
 
 }  // namespace pace

@@ -16,7 +16,8 @@ const void* of_weights(const KernelId& id) {
                                    : known<kX, true, Format::kPair24>();
 }
 
-const void* coded_function(const KernelId& id) {
+template <>
+const void* coded_function<PaceRule>(const KernelId& id) {
   if (!id.known) {
     const bool stats = (id.flags & PaceDefinition::Flag::stats) != 0;
     return stats ? (const void*)coded_kernel<Any, true> : (const void*)coded_kernel<Any, false>;

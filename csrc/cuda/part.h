@@ -198,14 +198,9 @@ class PartOf final : public PartOfCall<typename Rule::D> {
     const Tensor& param = call_.params()[i];
     check_operand(list.name, i, t, param, written, place_);
     const Format format = checked_format(call_, k, i, t, place_);
-    if constexpr (!std::is_same_v<D, PaceDefinition>) {
-      const bool plain = k == 0 || list.codec == Codec::none ? !is_coded(format) : format == Format::kFloat32;
-      STD_TORCH_CHECK(plain, entry(list.name, i), " is in a compressed format, which ", D::kOp,
-                      " does not take on CUDA: use backend=\"torch\"");
-    }
     SweepTensor& to = tensors_[i];
-    STD_TORCH_CHECK(!is_coded(format) || t.numel() <= kMostCoded, entry(list.name, i), " has ", t.numel(),
-                    " elements; in codes it must not have more than 2^35");
+    STD_TORCH_CHECK(!lies_coded<D>(k, format) || t.numel() <= kMostCoded, entry(list.name, i), " has ", t.numel(),
+                    " elements; in codes it must not have more than 2^34");
     to.formats = (to.formats & ~(Formats{15} << (4 * k))) | Formats{static_cast<uint8_t>(format)} << (4 * k);
     if (k == 0) {
       const Tensor order = copies_.dense(t, written);

@@ -11,22 +11,53 @@ namespace {
 
 int64_t blocks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
-// Which operands a kernel has in play.
+// Which operands a step reads and writes, a bit each.
+struct Masks {
+  unsigned read, written;
+};
+
 template <class D, unsigned... kFlags>
-unsigned in_play(unsigned flags, std::integer_sequence<unsigned, kFlags...>) {
-  constexpr auto mask = [](const Use* uses) {
-    unsigned bits = 0;
-    for (int k = 0; k < D::kOperands; ++k) bits |= uses[k].in_play() ? bit(k) : 0u;
-    return bits;
+Masks uses(unsigned flags, std::integer_sequence<unsigned, kFlags...>) {
+  constexpr auto masks_of = [](const Use* uses) {
+    Masks masks{};
+    for (int k = 0; k < D::kOperands; ++k) {
+      masks.read |= uses[k].read ? bit(k) : 0u, masks.written |= uses[k].written ? bit(k) : 0u;
+    }
+    return masks;
   };
-  static constexpr unsigned masks[] = {mask(D::template Uses<kFlags>::kUses)...};
+  static constexpr Masks masks[] = {masks_of(D::template Uses<kFlags>::kUses)...};
   return masks[flags];
 }
 
-bool is_coded(Formats formats) {
+template <class D>
+Masks uses(unsigned flags) {
+  return uses<D>(flags, std::make_integer_sequence<unsigned, D::Flag::values>());
+}
+
+template <class D>
+bool lies_coded(Formats formats) {
   bool coded = false;
-  for (; formats != 0; formats >>= 4) coded = coded || is_coded(format_at(formats, 0));
+  for (int k = 0; k < D::kOperands; ++k) coded = coded || lies_coded<D>(k, format_at(formats, k));
   return coded;
+}
+
+template <class D>
+bool has_grid(Formats formats) {
+  bool grid = false;
+  for (int k = 0; k < D::kOperands; ++k) grid = grid || is_grid(format_at(formats, k));
+  return grid;
+}
+
+// What a general sweep learns from its launch.
+template <class Rule>
+void set_general(SweepLaunch& launch, Formats formats, unsigned flags) {
+  using D = typename Rule::D;
+  const Masks with = uses<D>(flags), without = uses<D>(flags & ~Rule::kNow);
+  const auto split = [](unsigned some, unsigned every) {
+    return UsesAtLaunch{static_cast<uint16_t>(every), static_cast<uint16_t>(some & ~every)};
+  };
+  launch.formats = formats, launch.flags = flags;
+  launch.reads = split(with.read, without.read), launch.writes = split(with.written, without.written);
 }
 
 // The sweep of operands in codes, some of which are. Most formats of weights and averages beside moments of 8 bits have
@@ -110,10 +141,10 @@ void plan_step(const std::vector<SweepTensor>& tensors, const StepRequest<Rule>&
                                              [](int64_t sum, auto* t) { return sum + blocks_of(t->numel); });
   const bool sums = (flags & Rule::kSums) != 0;
   Row* const rows = sums ? static_cast<Row*>(workspace(static_cast<size_t>(all_blocks) * sizeof(Row))) : nullptr;
-  const unsigned mask = in_play<D>(flags, std::make_integer_sequence<unsigned, D::Flag::values>());
+  const Masks masks = uses<D>(flags);
   int arrays[SweepTensor::kOperands], array_count = 0;
   for (int k = 0; k < D::kOperands; ++k) {
-    if ((mask & bit(k)) != 0) arrays[array_count++] = k;
+    if (((masks.read | masks.written) & bit(k)) != 0) arrays[array_count++] = k;
   }
   const int plain_capacity = SweepLaunch::capacity(array_count);
   SweepLaunch launch;  // not cleared: kernels read what is filled alone
@@ -127,15 +158,15 @@ void plan_step(const std::vector<SweepTensor>& tensors, const StepRequest<Rule>&
       return t.x == first.x && t.g == first.g && t.formats == first.formats &&
              (on_device || t.steps_taken == first.steps_taken);
     };
-    const bool coded = std::is_same_v<D, PaceDefinition> && is_coded(first.formats);
-    const int capacity = coded ? kCodedCapacity : plain_capacity;
+    const bool coded = lies_coded<D>(first.formats);
+    const int capacity = coded ? coded_capacity<D> : plain_capacity;
     bool walks = true;
     if (!on_device) {
       const double t = first.steps_taken + 1.0;
       Scalars now{};
       Rule::fill(now, options, t, 1.0f, nullptr, nullptr);
       std::memcpy(launch.scalars, &now, sizeof now);
-      walks = Rule::walks(options, t, flags);
+      walks = Rule::walks(options, t, flags) || has_grid<D>(first.formats);
     }
     int64_t blocks = 0;
     int k = 0;
@@ -158,9 +189,15 @@ void plan_step(const std::vector<SweepTensor>& tensors, const StepRequest<Rule>&
     launch.tensors = k;
     launch.device_scalars = on_device ? scalars + begin : nullptr;
     launch.sums = sums ? rows + first_block : nullptr;
-    launch.now = coded ? coded_now(first.formats, flags) : Rule::now(r.options, r.lists);
-    const KernelId id =
-        coded ? coded_kernel(first.formats, flags) : KernelId{KernelKind::kSweep, Rule::kName, first.x, first.g, flags};
+    launch.now = Rule::now(r.options, r.lists);
+    KernelId id{KernelKind::kSweep, Rule::kName, first.x, first.g, flags};
+    if constexpr (std::is_same_v<D, PaceDefinition>) {
+      if (coded) launch.now = coded_now(first.formats, flags), id = coded_kernel(first.formats, flags);
+    } else if (coded) {
+      set_general<Rule>(launch, first.formats, Rule::coded_flags(flags, first.formats));
+      id = {KernelKind::kCoded, Rule::kName};
+      id.group = Rule::group(launch.flags);
+    }
     if (walks && blocks > 0) emit(id, blocks, kThreads, &launch, sizeof launch);
     first_block += blocks;
   }

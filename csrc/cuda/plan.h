@@ -30,6 +30,13 @@ struct SweepTensor {
   double* row;         // the few numbers that it keeps; null: none
 };
 
+// Whether operand k in this format takes a sweep of codes: a state of a plain sweep is in float32.
+template <class D>
+bool lies_coded(int k, Format format) {
+  const bool state = D::kLists[k].codec != Codec::none && D::kLists[k].role == Role::state;
+  return state ? format != Format::kFloat32 : is_coded(format);
+}
+
 // What the tensors of a call share. Addresses are on the device.
 template <class Rule>
 struct StepRequest {

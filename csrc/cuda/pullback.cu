@@ -1,4 +1,5 @@
-// The pullback on the GPU: csrc/rules/pullback.h in the sweep of sweep.cuh.
+// The pullback on the GPU: csrc/rules/pullback.h in the sweeps of sweep.cuh and, of codes, general.cuh.
+#include "general.cuh"
 #include "stats.cuh"
 
 namespace pace {
@@ -12,13 +13,14 @@ struct Pullback {
   using Sums = std::conditional_t<Uses::stats, PaceThreadSums, NoSums>;
   static constexpr unsigned kFlags = flags;
   static constexpr bool kThere = Uses::average && (Uses::pull || !(Uses::before || Uses::moment));
-  static constexpr bool kScalarsAnew = false;
+  static constexpr bool kThereInCodes = kThere, kScalarsAnew = false;
   // Blocks a multiprocessor, so that 30 KB are in flight (tests/test_cuda_machine_code.py): the fewer operands, the
   // more blocks. A 16-bit format has 8 elements of each in flight, float32 has 4.
   static constexpr int blocks(int vector) {
     const bool most = Uses::stats && (vector == 8 || (Uses::before && Uses::moment));
     return most ? 4 : (Uses::before || Uses::moment || vector == 8 ? 5 : 8);
   }
+  static constexpr int kBlocksInCodes = Uses::stats ? 5 : 6;
 
   struct Now {
     bool moves;
@@ -46,6 +48,11 @@ const void* with_moment(const KernelId& id) {
 template <>
 const void* sweep_function<PullbackRule>(const KernelId& id) {
   return PACE_BY_FORMAT(with_moment, id);
+}
+
+template <>
+const void* coded_function<PullbackRule>(const KernelId& id) {
+  return general_function<Pullback>(id);
 }
 
 }  // namespace pace

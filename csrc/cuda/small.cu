@@ -100,7 +100,7 @@ static const void* function_of(const KernelId& id) {
     case KernelKind::kSweep:
       return sweep_function<Rule>(id);
     case KernelKind::kCoded:
-      return coded_function(id);
+      return coded_function<Rule>(id);
     case KernelKind::kSum:
       return (const void*)sum_kernel<typename Rule::Row>;
     case KernelKind::kLearn:

@@ -10,9 +10,11 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
-#define PACE_RULE static __host__ __device__ __forceinline__
+#define PACE_ON_BOTH __host__ __device__ __forceinline__
+#define PACE_RULE static PACE_ON_BOTH
 #else
-#define PACE_RULE static inline __attribute__((always_inline))
+#define PACE_ON_BOTH inline __attribute__((always_inline))
+#define PACE_RULE static PACE_ON_BOTH
 #endif
 
 namespace pace {

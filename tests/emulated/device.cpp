@@ -13,7 +13,7 @@
 namespace {
 
 using Launch = int (*)(const char* kind, const char* rule, const char* x, const char* g, const char* e, int known,
-                       unsigned flags, int64_t blocks, int threads, const void* parameters, size_t bytes);
+                       unsigned flags, int group, int64_t blocks, int threads, const void* parameters, size_t bytes);
 
 Launch launch = nullptr;
 std::vector<pace::Tensor> allocated;  // until an operator's call is over, so that what kernels left can be looked at
@@ -45,7 +45,7 @@ Tensor device_empty(const std::vector<int64_t>& sizes, const std::vector<int64_t
 Emit launcher(const Place&) {
   return [](const KernelId& id, int64_t blocks, int threads, const void* parameters, size_t bytes) {
     const int failed = launch(name_of(id.kind), name_of(id.rule), name_of(id.x), name_of(id.g), name_of(id.e), id.known,
-                              id.flags, blocks, threads, parameters, bytes);
+                              id.flags, id.group, blocks, threads, parameters, bytes);
     STD_TORCH_CHECK(failed == 0, "the kernel failed in the interpreter");
   };
 }

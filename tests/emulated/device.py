@@ -57,6 +57,8 @@ def kernel_name(call: dict[str, Any]) -> str:
         of_role = {"weight": x, "copy": x, "gradient": g, "moment": g, "state": "pace::Float32"}
         formats = ",".join(of_role[operand.role] for operand in definition.operands)
         return f"pace::sweep_kernel<pace::{definition.name}<{call['flags']}u>,{formats}>"
+    if call["kind"] == "coded" and call["rule"] != "pace":
+        return f"pace::general_kernel<pace::{definition.name},{call['group']}>"
     if call["kind"] == "coded":
         formats = coded_formats(call["formats"][0], call["e"], call["flags"]) if call["known"] else "pace::Any"
         stats = call["flags"] >> definition.flags.index("stats") & 1
@@ -69,7 +71,7 @@ def kernel_name(call: dict[str, Any]) -> str:
 
 
 _LAUNCH = ctypes.CFUNCTYPE(
-    *(ctypes.c_int, *[ctypes.c_char_p] * 5, ctypes.c_int, ctypes.c_uint, ctypes.c_int64, ctypes.c_int),
+    *(ctypes.c_int, *[ctypes.c_char_p] * 5, ctypes.c_int, ctypes.c_uint, ctypes.c_int, ctypes.c_int64, ctypes.c_int),
     *(ctypes.c_void_p, ctypes.c_size_t),
 )
 _running: list[Device] = []  # the device whose operator runs
@@ -78,9 +80,9 @@ _running: list[Device] = []  # the device whose operator runs
 @_LAUNCH
 def _launch(*arguments: Any) -> int:
     kind, rule, x, g, e = (text.decode() for text in arguments[:5])
-    known, flags, blocks, threads, parameters, size = arguments[5:]
+    known, flags, group, blocks, threads, parameters, size = arguments[5:]
     call = {"kind": kind, "rule": rule, "formats": (x, g), "e": e, "known": bool(known), "flags": flags}
-    call |= {"blocks": blocks, "threads": threads}
+    call |= {"group": group, "blocks": blocks, "threads": threads}
     try:
         _running[-1]._launched({**call, "parameters": ctypes.string_at(parameters, size)})
     except BaseException as error:  # which can't pass through C++

@@ -15,6 +15,7 @@ from .device import kernel_name
 
 THREADS = 128  # of a block; csrc/cuda/launches.h
 CODED = r"pace::coded_kernel<pace::(Any|Known<\(pace::Format\)(\d+),(true|false),\(pace::Format\)(\d+)>),(true|false)>"
+GENERAL = r"pace::general_kernel<pace::(\w+),(\d+)>"
 SWEEP = r"pace::sweep_kernel<pace::(\w+)<(\d+)u>,(.*)>"
 # Of a multiprocessor: registers, threads, shared memory in KiB (CUDA C++ Programming Guide, compute capabilities).
 MULTIPROCESSOR = {
@@ -85,6 +86,15 @@ def coded(arch: str) -> list[tuple[str, Coded, MachineCode]]:
                 None if of == "Any" else (FORMAT_NAMES[int(x)], FORMAT_NAMES[int(e)] if average == "true" else None)
             )
             found.append((name, Coded(formats, stats == "true"), code))
+    return found
+
+
+def general(arch: str) -> list[tuple[str, Definition, int, MachineCode]]:
+    """Sweeps of operands in any formats, by definition and group of flags."""
+    found = []
+    for name, code in build.machine_code(arch).items():
+        if match := re.fullmatch(GENERAL, name):
+            found.append((name, BY_NAME[match[1]], int(match[2]), code))
     return found
 
 

@@ -61,6 +61,7 @@ pace::Emit append_to(py::list& calls) {
     call["e"] = pace::name_of(id.e);
     call["known"] = id.known;
     call["flags"] = id.flags;
+    call["group"] = id.group;
     call["blocks"] = blocks;
     call["threads"] = threads;
     call["parameters"] = py::bytes(static_cast<const char*>(parameters), bytes);
