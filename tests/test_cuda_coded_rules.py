@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -17,8 +18,12 @@ import torch
 from coded_cases import AVERAGES, COMMON, ITERATES, KERNELS, PLAIN, STATES, WEIGHTS, Lists, Mada, Pullback, ScheduleFree
 from emulated import build
 from emulated.device import Device
+from pace_cases import assert_same_bits
 from products import FULL, day, pairs_and_seed
 from test_cuda_coded import ASKEW, ODD, U, device
+
+from pace_kernels import MADA, ScheduleFreeAdamW
+from pace_kernels import Pullback as PullbackOptimizer
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
@@ -293,3 +298,47 @@ def test_what_the_cpu_refuses_is_refused(case: str) -> None:
         with pytest.raises(RuntimeError, match=sentence):
             call.take(op, grads)
         assert all(torch.equal(a, b) for a, b in zip(before, call.everything(), strict=True))
+
+
+# ---- optimizers -----------------------------------------------------------------------------------------------------
+
+ADAM = {"beta3": 0.0, "rho": 1.0, "learn": ()}
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "AdamW": lambda p, **o: MADA(p, **ADAM, state_bits=8, master_weight_bits=32, **o),
+    "Adan": lambda p, **o: MADA(p, **ADAM | {"beta3": 0.9}, state_bits=8, master_weight_bits=24, **o),
+    "MADA": lambda p, **o: MADA(p, lambda_pullback=1.0, state_bits=8, master_weight_bits=32, **o),
+    "MADA, 16 bits": lambda p, **o: MADA(p, state_bits=16, stochastic_rounding=True, **o),
+    "schedule-free": lambda p, **o: ScheduleFreeAdamW(p, state_bits=8, master_weight_bits=32, **o),
+    "pullback": lambda p, **o: PullbackOptimizer(torch.optim.AdamW(p, **o), ema_bits=8, backend="cpu"),
+    "pullback, 24 bits": lambda p, **o: PullbackOptimizer(torch.optim.AdamW(p, **o), ema_bits=24, backend="cpu"),
+}
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_plans(name: str, capturable: bool) -> None:
+    """From the second step on, with matrices in codes and a vector that is not. Learned coefficients are those of the
+    first run, since sums differ in their last places."""
+    pulls, runs = name.startswith("pullback"), []
+    path: list[torch.Tensor] = []
+    if pulls and capturable:
+        pytest.skip("torch.optim's capturable is of its own device")
+    named = {"lr": 1e-2} if pulls else {"lr": 1e-2, "capturable": capturable, "backend": "cpu"}
+    for on in (device(), None):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape).bfloat16()) for shape in ((66, 64), (64,), (2, 32, 64))]
+        with on.in_place_of_the_cpu() if on is not None else nullcontext():
+            optimizer = OPTIMIZERS[name](params, **named)
+            values = optimizer.param_groups[0].get("coefficient_values")
+            for t in range(4):
+                if values is not None and on is None:
+                    values.copy_(path[t])
+                elif values is not None:
+                    path.append(values.clone())
+                for p in params:
+                    p.grad = torch.randn(p.shape).bfloat16()
+                optimizer.step()
+        if on is not None:
+            assert on.calls["plan_step_"] == 3 and any("general_kernel" in launch for launch in on.launches), on.calls
+        runs.append((params, optimizer.base if pulls else optimizer))
+    assert_same_bits(*runs)
