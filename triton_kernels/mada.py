@@ -142,7 +142,8 @@ def mada_weights(p, x, e, update, inv_D, PULL: tl.constexpr, AVERAGE: tl.constex
     stepped = x * p.decay - update
     if PULL:
         gain = smaller(p.gain * inv_D, p.gain_cap)
-        stepped = stepped + gain * (e - tl.where(p.from_step != 0.0, stepped, x))
+        pulled = stepped + gain * (e - tl.where(p.from_step != 0.0, stepped, x))
+        stepped = tl.where(p.gain != 0.0, pulled, stepped)  # 0 times infinity would be NaN
     if AVERAGE:
         e = averaged(e, stepped, p.weight)
     return MadaWeights(stepped, e)

@@ -142,7 +142,8 @@ PACE_RULE MadaWeights mada_weights(const PaceScalars& p, float x, float e, float
   a.x = x * p.decay - update;
   if constexpr (kAdam && kAverage) {
     const float gain = smaller(p.gain * inv_D, p.gain_cap);
-    a.x = a.x + gain * (e - (p.from_step != 0 ? a.x : x));
+    const float pulled = a.x + gain * (e - (p.from_step != 0 ? a.x : x));
+    a.x = p.gain != 0.0f ? pulled : a.x;  // 0 times infinity would be NaN
   }
   const float moved = averaged(e, a.x, p.weight);
   a.e = kAverage ? (p.moves != 0 ? moved : e) : 0.0f;

@@ -285,7 +285,11 @@ def pulled(s: PaceScalars, x: Tensor, step: MadaStep, e: Tensor | None) -> tuple
         return stepped, None
     if step.inv_D is not None:
         gain = (s.gain * step.inv_D).clamp(max=s.gain_cap)
-        stepped = stepped + gain * (e - (stepped if s.from_step else x))
+        towards = stepped + gain * (e - (stepped if s.from_step else x))
+        if isinstance(s.gain, Tensor):
+            stepped = torch.where(s.gain != 0.0, towards, stepped)
+        elif s.gain != 0.0:  # 0 times infinity would be NaN
+            stepped = towards
     if isinstance(s.moves, Tensor):
         return stepped, torch.where(s.moves != 0, averaged(e, stepped, s.weight), e)
     return stepped, averaged(e, stepped, s.weight) if s.moves else e
