@@ -333,10 +333,11 @@ class Checkpoints(Saving):
     def __getstate__(self) -> dict[str, Any]:
         self._require_whole("copying or pickling")
         kept = {name: getattr(self, name) for name in ("_backend_name", "_dry", "_step_supports_amp_scaling")}
-        return {**super().__getstate__(), **kept}
+        return {**super().__getstate__(), **kept, "_edited_weights": self._edited()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        edited = self.__dict__.pop("_edited_weights", ())  # none of those pickled before there was it
         self._records, self._changed = {}, []
         self._unchecked = {id(p) for group in self.param_groups for p in group["params"] if not self.state.get(p)}
         for name in ("_versions", "_left", "_dtypes"):
@@ -354,5 +355,4 @@ class Checkpoints(Saving):
             self.state.update(self._incoming)
             self._dry = False
         else:  # a copy, of the weights too
-            lying = [param for param, state in self.state.items() if is_beside(state) and HASH not in state]
-            self._note_left(lying)
+            self._note_copied(edited)

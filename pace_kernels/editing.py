@@ -26,6 +26,9 @@ from .whole import Whole
 
 # The versions of a parameter, wrapper and local part.
 Version = tuple[int, int]
+# Group, place in it, the dtype in which an average was left beside this parameter, and whether it was written since.
+Edited = tuple[int, int, torch.dtype, bool]
+_NO_VERSION = -2  # of no tensor, nor one before that of any
 # Of each parameter that train() put back: its version since, and those before eval(), of the last 8 swaps, which had
 # the same contents. By it an optimizer knows its weights and averages again after another one swapped them.
 RESTORED: Any = WeakTensorKeyDictionary()
@@ -142,11 +145,40 @@ class Editing(Whole, torch.optim.Optimizer):
                 return f"does not hold the weights of the checkpoint, which has {_BESIDE}. {way}, {_OR}"
             self._note_left([param])
             del state[HASH]
-        left, now = self._left.get(param), version_of(local(param))
-        if left is None or now in (left, left - 1) or any(same == left for _, same in equal_since(param)):
+        if not self._was_written(param):
             return None
         way = "Edit weights within `with optimizer.editing_weights():`"
         return f"was written since the last step, but it has {_BESIDE}. {way}, {_OR}"
+
+    def _was_written(self, param: Tensor) -> bool:
+        """Whether others wrote a parameter since an average was left beside it."""
+        left, now = self._left.get(param), version_of(local(param))
+        return not (left is None or now in (left, left - 1) or any(same == left for _, same in equal_since(param)))
+
+    def _edited(self) -> list[Edited]:
+        """What a copy has to know, whose tensors have versions of their own: which weights were written or converted
+        since averages were left beside them."""
+        places = [(param, g, i) for g, group in enumerate(self.param_groups) for i, param in enumerate(group["params"])]
+        found = []
+        for param, g, i in places:
+            state = self.state.get(param)
+            if not isinstance(state, dict) or not is_beside(state) or HASH in state or "live" in state:
+                continue  # of these the state itself tells
+            dtype, written = self._dtypes.get(param, param.dtype), self._was_written(param)
+            if written or dtype is not param.dtype:
+                found.append((g, i, dtype, written))
+        return found
+
+    def _note_copied(self, edited: Sequence[Edited]) -> None:
+        """In a copy, of the weights too: averages lie beside them as they are, but for those edited in the original."""
+        states = [(param, self.state.get(param)) for group in self.param_groups for param in group["params"]]
+        lying = [(param, state) for param, state in states if isinstance(state, dict) and is_beside(state)]
+        self._note_left([param for param, state in lying if HASH not in state])
+        for g, i, dtype, written in edited:
+            param = self.param_groups[g]["params"][i]
+            self._dtypes[param] = dtype
+            if written:
+                self._left[param] = _NO_VERSION
 
     def _kept(self, entry: Entry, is_lost: bool) -> Tensor | None:
         """The average that lies beside a parameter."""

@@ -4,6 +4,7 @@ names the parameter, and there is a way on without a checkpoint."""
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -138,6 +139,59 @@ def of(kind: str) -> tuple[nn.Module, Any]:
     for t in range(3):
         step(optimizer, t)
     return model, optimizer
+
+
+COPIES: dict[str, Any] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda both: pickle.loads(pickle.dumps(both)),
+    "a copy of a copy": lambda both: copy.deepcopy(copy.deepcopy(both)),
+}
+EDITS: dict[str, Any] = {
+    "written": (lambda model: model[0].weight.mul_(1.25), "was written since"),
+    "converted": (lambda model: model.float(), r"is torch.float32, .*were torch.bfloat16"),
+    "converted and written": (lambda model: model.float()[0].weight.mul_(1.25), r"is torch.float32"),
+}
+USES: dict[str, Any] = {
+    "step": lambda model, optimizer: step(optimizer, 9),
+    "eval": lambda model, optimizer: optimizer.eval(),
+    "state_dict": lambda model, optimizer: optimizer.state_dict(),
+    "editing_weights": lambda model, optimizer: optimizer.editing_weights().__enter__(),
+    "ema_state_dict": lambda model, optimizer: ema_state_dict(model, optimizer),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_what_is_refused_is_refused(kind: str, how: str, edit: str) -> None:
+    model, optimizer = of(kind)
+    with torch.no_grad():
+        EDITS[edit][0](model)
+    model, optimizer = COPIES[how]((model, optimizer))
+    for use in USES.values():
+        with pytest.raises(RuntimeError, match=EDITS[edit][1]):
+            use(model, optimizer)
+    with optimizer.editing_weights(reset_average=True):
+        model.bfloat16()  # torch's AdamW does not step in another dtype
+    for use in list(USES.values())[:3]:
+        use(model, optimizer)
+        optimizer.train()
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_what_goes_on_goes_on_to_the_same_bits(kind: str, how: str) -> None:
+    model, optimizer = of(kind)
+    with optimizer.editing_weights(), torch.no_grad():
+        model[0].weight.mul_(1.25)
+    model.float()  # as between a step and an export: what is converted back is what it was
+    other, copied = COPIES[how]((model, optimizer))
+    for m, o in ((model, optimizer), (other, copied)):
+        m.bfloat16()
+        step(o, 9)
+        o.eval()
+    for param, same in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(param, same)
 
 
 @pytest.mark.parametrize("call", CALLS)
