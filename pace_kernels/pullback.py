@@ -136,6 +136,7 @@ class Pullback(PullReports):
         self._set_up()
         for group in optimizer.param_groups:
             self._taken_over(group)
+        self._drop_cast_averages()
         self._hook_base()
 
     def _set_up(self) -> None:
