@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -192,6 +194,45 @@ def test_a_copy_of_what_goes_on_goes_on_to_the_same_bits(kind: str, how: str) ->
         o.eval()
     for param, same in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(param, same)
+
+
+@pytest.fixture
+def swapping() -> Iterator[None]:
+    """torch converts modules by swapping the contents of their parameters, as it always does with DTensors."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("swapping")
+@pytest.mark.parametrize("averaged", (False, True))
+@pytest.mark.parametrize("kind", [*KINDS, "an average alone"])
+def test_modules_are_converted_where_torch_swaps_their_parameters(kind: str, averaged: bool) -> None:
+    if kind == "an average alone":
+        model: nn.Module = nn.Linear(64, 64).bfloat16()
+        optimizer: Any = Pullback(torch.optim.SGD(model.parameters(), lr=0.1), 0.0)
+    else:
+        model, optimizer = of(kind)
+    for t in range(3, 6):
+        step(optimizer, t)
+        if averaged:
+            with optimizer.averaged():
+                pass
+    assert [weakref.getweakrefcount(param) for param in model.parameters()] == [0] * len(list(model.parameters()))
+    optimizer.zero_grad()
+    with optimizer.editing_weights():
+        model.double()
+    assert all(param.dtype == torch.float64 for param in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_conversion_by_swapping_after_plans_were_made(kind: str, request: pytest.FixtureRequest) -> None:
+    model, optimizer = of(kind)
+    request.getfixturevalue("swapping")
+    optimizer.zero_grad()
+    with optimizer.editing_weights():
+        model.float()
+    assert all(param.dtype == torch.float32 for param in model.parameters())
 
 
 @pytest.mark.parametrize("call", CALLS)
