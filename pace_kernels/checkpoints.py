@@ -291,6 +291,12 @@ class Checkpoints(Saving):
     ) -> dict[str, Tensor]:
         """A parameter's saved state in our names, copied and checked; it must have what is ``required``."""
         state = {_FOREIGN_NAMES.get(k, k): v for k, v in saved.items()}
+        if empty := sorted(key for key, value in state.items() if isinstance(value, dict) and not value):
+            raise ValueError(  # {} is what torch makes of a name that a flattened checkpoint does not have
+                f"{name} has no {', '.join(empty)}: a flattened distributed checkpoint brings only states of the names "
+                "that the optimizer has at the load, which are others in other formats. Load it with the state_bits, "
+                "ema_bits and master_weight_bits that it was saved with, or save it without flattening"
+            )
         for needed in ("step", *required):
             there = needed in state or any(part in state for part in PARTS.get(needed, ()))
             if not there and needed != "live":  # that one is asked for with "swapped"
