@@ -20,13 +20,13 @@ from . import derived, zero
 from .backend import say_once
 from .checks import Group, require
 from .conversions import average_in, state_in
-from .editing import RESTORED, Editing, Entry, Version, both_versions, equal_since
+from .editing import Editing, Entry, Version, both_versions, equal_since, note_restored, restored
 from .formats import CODED, is_beside
 from .memory import check_whole, overlapping, region, share_memory
 from .sharding import is_sharded, local
 from .whole import at_once, each
 
-_SWAPS = 8  # in and out again, that RESTORED has of a parameter
+_SWAPS = 8  # in and out again, that are known of a parameter
 
 
 class Averaging(Editing):
@@ -145,8 +145,8 @@ class Averaging(Editing):
             self._encode_again(entry, None, average)
             self._note_left([entry.param] if is_beside(entry.state) else ())
         for param in (entry.param for entry in back if entry.param in before):
-            was, (left, same) = before[param], RESTORED.get(param, (None, ()))
-            RESTORED[param] = (both_versions(param), (was, *(same if left == was else ()))[:_SWAPS])
+            was, (left, same) = before[param], restored(param)
+            note_restored(param, (was, *(same if left == was else ()))[:_SWAPS])
         self._forget_derived(model)
 
     def _unwritten(self) -> list[tuple[Tensor, Tensor]]:

@@ -291,6 +291,12 @@ class Checkpoints(Saving):
     ) -> dict[str, Tensor]:
         """A parameter's saved state in our names, copied and checked; it must have what is ``required``."""
         state = {_FOREIGN_NAMES.get(k, k): v for k, v in saved.items()}
+        if empty := sorted(key for key, value in state.items() if isinstance(value, dict) and not value):
+            raise ValueError(  # {} is what torch makes of a name that a flattened checkpoint does not have
+                f"{name} has no {', '.join(empty)}: a flattened distributed checkpoint brings only states of the names "
+                "that the optimizer has at the load, which are others in other formats. Load it with the state_bits, "
+                "ema_bits and master_weight_bits that it was saved with, or save it without flattening"
+            )
         for needed in ("step", *required):
             there = needed in state or any(part in state for part in PARTS.get(needed, ()))
             if not there and needed != "live":  # that one is asked for with "swapped"
@@ -337,10 +343,11 @@ class Checkpoints(Saving):
     def __getstate__(self) -> dict[str, Any]:
         self._require_whole("copying or pickling")
         kept = {name: getattr(self, name) for name in ("_backend_name", "_dry", "_step_supports_amp_scaling")}
-        return {**super().__getstate__(), **kept}
+        return {**super().__getstate__(), **kept, "_edited_weights": self._edited()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        edited = self.__dict__.pop("_edited_weights", ())  # none of those pickled before there was it
         self._records, self._changed = {}, []
         self._unchecked = {id(p) for group in self.param_groups for p in group["params"] if not self.state.get(p)}
         for name in ("_versions", "_left", "_dtypes"):
@@ -358,5 +365,4 @@ class Checkpoints(Saving):
             self.state.update(self._incoming)
             self._dry = False
         else:  # a copy, of the weights too
-            lying = [param for param, state in self.state.items() if is_beside(state) and HASH not in state]
-            self._note_left(lying)
+            self._note_copied(edited)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .checks import Group, check_switch
 from .conversions import average_in, dtype_beside, encode_again, hash_of, start_again, weight_in
@@ -26,9 +26,15 @@ from .whole import Whole
 
 # The versions of a parameter, wrapper and local part.
 Version = tuple[int, int]
+# Group, place in it, the dtype in which an average was left beside this parameter, and whether it was written since.
+Edited = tuple[int, int, torch.dtype, bool]
+_NO_VERSION = -2  # of no tensor, nor one before that of any
 # Of each parameter that train() put back: its version since, and those before eval(), of the last 8 swaps, which had
 # the same contents. By it an optimizer knows its weights and averages again after another one swapped them.
-RESTORED: Any = WeakTensorKeyDictionary()
+# By ids of parameters and, since ids are used again, of memory that a weak reference keeps from being used again: weak
+# references to parameters would keep torch from converting DTensors, whose contents it swaps.
+_RESTORED: dict[int, tuple[StorageWeakRef, Version, tuple[Version, ...]]] = {}
+_PRUNED = [64]  # the length of that at which entries of memory that is gone are dropped
 
 _BESIDE = "an average of ema_bits 8 or 16, which can be read only with its weights"
 _OR = (
@@ -75,6 +81,10 @@ class Editing(Whole, torch.optim.Optimizer):
     def _parts_in(self, state: dict[str, Any]) -> dict[str, Any]:
         """A parameter's state, or what of it is ours."""
         return state
+
+    def _plans_held(self) -> Any:
+        """The plans of the next steps."""
+        raise NotImplementedError
 
     @property
     def _swapped(self) -> bool:
@@ -142,11 +152,40 @@ class Editing(Whole, torch.optim.Optimizer):
                 return f"does not hold the weights of the checkpoint, which has {_BESIDE}. {way}, {_OR}"
             self._note_left([param])
             del state[HASH]
-        left, now = self._left.get(param), version_of(local(param))
-        if left is None or now in (left, left - 1) or any(same == left for _, same in equal_since(param)):
+        if not self._was_written(param):
             return None
         way = "Edit weights within `with optimizer.editing_weights():`"
         return f"was written since the last step, but it has {_BESIDE}. {way}, {_OR}"
+
+    def _was_written(self, param: Tensor) -> bool:
+        """Whether others wrote a parameter since an average was left beside it."""
+        left, now = self._left.get(param), version_of(local(param))
+        return not (left is None or now in (left, left - 1) or any(same == left for _, same in equal_since(param)))
+
+    def _edited(self) -> list[Edited]:
+        """What a copy has to know, whose tensors have versions of their own: which weights were written or converted
+        since averages were left beside them."""
+        places = [(param, g, i) for g, group in enumerate(self.param_groups) for i, param in enumerate(group["params"])]
+        found = []
+        for param, g, i in places:
+            state = self.state.get(param)
+            if not isinstance(state, dict) or not is_beside(state) or HASH in state or "live" in state:
+                continue  # of these the state itself tells
+            dtype, written = self._dtypes.get(param, param.dtype), self._was_written(param)
+            if written or dtype is not param.dtype:
+                found.append((g, i, dtype, written))
+        return found
+
+    def _note_copied(self, edited: Sequence[Edited]) -> None:
+        """In a copy, of the weights too: averages lie beside them as they are, but for those edited in the original."""
+        states = [(param, self.state.get(param)) for group in self.param_groups for param in group["params"]]
+        lying = [(param, state) for param, state in states if isinstance(state, dict) and is_beside(state)]
+        self._note_left([param for param, state in lying if HASH not in state])
+        for g, i, dtype, written in edited:
+            param = self.param_groups[g]["params"][i]
+            self._dtypes[param] = dtype
+            if written:
+                self._left[param] = _NO_VERSION
 
     def _kept(self, entry: Entry, is_lost: bool) -> Tensor | None:
         """The average that lies beside a parameter."""
@@ -183,6 +222,7 @@ class Editing(Whole, torch.optim.Optimizer):
         check_switch("reset_average", reset_average)
         self._require_whole("editing_weights()")
         self._require_live("editing_weights()")
+        self._plans_held().end()  # torch may swap the contents of parameters, unless others hold these
         entries = [
             entry
             for entry in self._entries(self.param_groups, (*SCALES_BESIDE, REMAINDER))
@@ -214,8 +254,34 @@ class Editing(Whole, torch.optim.Optimizer):
 
 def equal_since(param: Tensor) -> tuple[Version, ...]:
     """The versions that had the contents which the parameter has, as swaps in and out tell."""
-    now, same = RESTORED.get(param, (None, ()))
+    now, same = restored(param)
     return same if now == both_versions(param) else ()
+
+
+def restored(param: Tensor) -> tuple[Version | None, tuple[Version, ...]]:
+    """The parameter's version since train() put it back, and those before of the same contents."""
+    kept = _RESTORED.get(id(param))
+    memory = None if kept is None else _memory_of(param)
+    if kept is None or memory is None or kept[0].cdata != memory._cdata:
+        return None, ()
+    return kept[1:]
+
+
+def note_restored(param: Tensor, same: tuple[Version, ...]) -> None:
+    """train() put the parameter back, which then holds what it held at the versions ``same``."""
+    if len(_RESTORED) >= _PRUNED[0]:
+        for key in [key for key, (memory, *_) in _RESTORED.items() if memory.expired()]:
+            del _RESTORED[key]
+        _PRUNED[0] = 2 * len(_RESTORED) + 64
+    if (memory := _memory_of(param)) is not None:
+        _RESTORED[id(param)] = StorageWeakRef(memory), both_versions(param), same
+
+
+def _memory_of(param: Tensor) -> torch.UntypedStorage | None:
+    try:
+        return local(param).untyped_storage()
+    except (NotImplementedError, RuntimeError):  # of a device without such, as XLA
+        return None
 
 
 def both_versions(param: Tensor) -> Version:

@@ -24,12 +24,15 @@ _form = operator.attrgetter("shape", "dtype")
 
 class LastPull:
     """A pull as a step left it. The next step reuses it if all its parts are there and unchanged, which comparisons in
-    C tell (1.6 µs per parameter instead of 5). References are weak, so that replaced tensors are freed."""
+    C tell (1.6 µs per parameter instead of 5). References are weak, so that replaced tensors are freed. Parameters go
+    by their ids, since torch can't swap the contents of a tensor with weak references, as it does to convert a DTensor:
+    one with the id of another, over its memory and with its states, is pulled as that was."""
 
     def __init__(self, pull: Pull, entries: list[dict[str, Any]]) -> None:
         corrected = pull.moment is not None and pull.moment.beta2 != 0.0
-        columns = (pull.owners, pull.emas, pull.steps, pull.seconds, pull.befores)
-        self.owners, self.emas, self.steps, self.seconds, self.befores = map(_refs, columns)
+        columns = (pull.emas, pull.steps, pull.seconds, pull.befores)
+        self.emas, self.steps, self.seconds, self.befores = map(_refs, columns)
+        self.owners = list(map(id, pull.owners))
         self.base_steps = _refs(entry["step"] for entry in entries) if corrected else []
         self.template = replace(
             pull,
@@ -105,7 +108,7 @@ class LastPull:
             return None
         owners = [param for param in group["params"] if param.grad is not None]
         entries = list(map(states.get, owners))
-        if not all(entries) or list(map(len, entries)) != self.lengths or not _same(self.owners, owners):
+        if not all(entries) or list(map(len, entries)) != self.lengths or list(map(id, owners)) != self.owners:
             return None
         if not _same(self.emas, emas := _column(entries, AVERAGE)):
             return None

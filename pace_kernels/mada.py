@@ -96,6 +96,9 @@ class MADA(MadaPlans):
         clamp_pullback, beta_ema, ema_kappa, ema_rho, ema_gamma, ema_update_freq, pullback_from: as in :class:`PACE`.
         state_bits: as in :class:`PACE`, of all moments. Below 32, ṽ lies in bfloat16, and so do the gradients that are
             kept of bfloat16 parameters.
+            A NaN in a gradient makes the weight NaN, but in lion, whose sign of it is 0: with 32 and 16 bits that
+            weight then moves by decay alone; with 8 its moment takes the largest code of its block, by which it
+            moves on.
         ema_bits, master_weight_bits, stochastic_rounding: as in :class:`PACE`.
         use_ema_eval: whether ``eval()`` and ``averaged()`` swap this group's average in; keeps an average.
         maximize: whether to maximize the objective.

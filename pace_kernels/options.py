@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import operator
-import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from .checks import Group, plain_number
@@ -121,10 +120,12 @@ class Record:
     """A group's options as they were last checked, and what its optimizer made of them.
 
     It holds no parameters, so that those of a removed group are freed, and identifies its group by the first parameter,
-    so that a copy of the group's dict finds it."""
+    so that a copy of the group's dict finds it. It knows that by its id: of a tensor with weak references torch can't
+    swap the contents, as it does to convert a DTensor. Where an id is of a later parameter, options are compared all
+    the same."""
 
     def __init__(self) -> None:
-        self._first: Callable[[], Any] = _nothing
+        self._first: int | None = None
         self._names: list[str] = []
         self._values: list[Any] = []
         self._params_at = 0
@@ -133,10 +134,10 @@ class Record:
 
     def is_of(self, group: Group) -> bool:
         params = group["params"]
-        return self._first() is (params[0] if params else None)
+        return self._first == (id(params[0]) if params else None)
 
     def follow(self, group: Group) -> None:
-        self._first = weakref.ref(group["params"][0]) if group["params"] else _nothing
+        self._first = id(group["params"][0]) if group["params"] else None
 
     def keep(self, group: Group) -> None:
         self._names, self._values = list(group), list(group.values())

@@ -75,6 +75,14 @@ def _end_stale(phase: str, info: dict[str, int]) -> None:
             if plans.next is not None and all(plan.is_of(optimizer) for plan in [plans.next, *plans.by_mask.values()]):
                 continue
         plans.end()
+        with contextlib.suppress(AttributeError, KeyError):
+            optimizer._forget_others()
+
+
+def swaps_parameters() -> bool:
+    """Whether torch converts modules by swapping the contents of their parameters, which a plan that holds these keeps
+    it from doing. DTensors it always swaps, and of these a plan holds local parts."""
+    return torch.__future__.get_swap_module_params_on_conversion()
 
 
 gc.callbacks.append(_end_stale)
@@ -117,6 +125,9 @@ class Planning(Launching):
     @clip_coef.deleter
     def clip_coef(self) -> None:
         self._plans.clip_coef = None
+
+    def _forget_others(self) -> None:
+        """Frees what is kept for parameters that are in no group any more."""
 
     def _plans_held(self) -> Plans:
         return self._plans
@@ -305,7 +316,8 @@ class Planning(Launching):
             if isinstance(lr, Tensor) and not (at_hand(lr) or lr.device == work.device):
                 return False
             kinds = set(map(type, work.owners))
-            if not (kinds <= PLAIN or all(map(is_sharded, work.owners))):
+            sharded = all(map(is_sharded, work.owners))
+            if not (sharded or kinds <= PLAIN) or (swaps_parameters() and not sharded):
                 return False
             if any(param.is_inference() for param in work.params):
                 return False

@@ -16,6 +16,7 @@ from .definitions import DEFINITIONS
 from .editing import version_of
 from .launching import of_c
 from .plan import CAPTURED, numbers_of, stream_of
+from .planning import swaps_parameters
 from .pulls import STEP, SWAPPED, Moves, Pull, Row, ahead, versions
 from .sharding import PLAIN, is_sharded, local
 
@@ -141,6 +142,7 @@ class PullPlan:
                 or not _is_at_hand(pull.group.get("lr"))
                 or min(pull.offsets, default=0) < 0
                 or not (kinds <= PLAIN or all(map(is_sharded, pull.owners)))
+                or (swaps_parameters() and not pull.sharded)
                 or any(param.is_inference() for param in pull.params)
             ):
                 return None

@@ -65,7 +65,7 @@ class Averager(Mapping[Tensor, dict[str, Any]]):
     @property
     def _buffers(self) -> list[Tensor]:
         """The copies of the weights from before a step."""
-        return [copy for _, copy in self._optimizer._scratch.befores.values()]
+        return list(self._optimizer._scratch.befores.values())
 
     def __getitem__(self, param: Tensor) -> dict[str, Any]:
         state = self._optimizer.state.get(param) or {}

@@ -136,6 +136,7 @@ class Pullback(PullReports):
         self._set_up()
         for group in optimizer.param_groups:
             self._taken_over(group)
+        self._drop_cast_averages()
         self._hook_base()
 
     def _set_up(self) -> None:
@@ -390,15 +391,14 @@ class Pullback(PullReports):
     def __getstate__(self) -> dict[str, Any]:
         self._require_whole("copying or pickling")
         kept = {name: self.__dict__[name] for name in ("base", "_defaults", "_backend_name")}
-        return {**kept, "_unsure": self._scratch.unsure}
+        return {**kept, "_unsure": self._scratch.unsure, "_edited_weights": self._edited()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        unsure = state.pop("_unsure")
+        unsure, edited = state.pop("_unsure"), state.pop("_edited_weights", ())
         self.__dict__.update(state)
         self._set_up()
         self._scratch.unsure = unsure
-        # A copy, of the weights too.
-        self._note_left([p for p in self._lying_params() if HASH not in self.base.state[p]])
+        self._note_copied(edited)
         self._hook_base()
 
     def __repr__(self) -> str:

@@ -66,6 +66,9 @@ class Pulling(Taking):
     def _parts_in(self, state: Group) -> Group:
         return {name: state[name] for name in OURS if name in state}
 
+    def _forget_others(self) -> None:
+        self._scratch.forget(self._params())
+
     def _plans_held(self) -> Plans:
         return self._scratch.step_plans
 
@@ -260,6 +263,7 @@ class Pulling(Taking):
     def _plan(self, pulls: list[Pull], parts: list[Pull], rest: list[Tensor]) -> None:
         """What the next step may reuse."""
         scratch, step_plans = self._scratch, self._scratch.step_plans
+        self._forget_others()
         step_plans.vain += 1
         seldom = step_plans.vain > 8 and step_plans.vain % 64 != 0  # something changes at each step
         step_plans.next = None if seldom else PullPlan.of(self, parts, rest, scratch.rows)

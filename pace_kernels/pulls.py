@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import operator
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -143,8 +141,9 @@ class Scratch:
     wrappers that pose as an optimizer copy its attributes."""
 
     def __init__(self) -> None:
-        # Copies of weights, on the CPU, where new memory costs page faults; by id of the parameter, and gone with it.
-        self.befores: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        # Memory for copies of weights, on the CPU, where new memory costs page faults; by id of the parameter, without
+        # a weak reference, with which torch can't convert a DTensor. Where an id is of a later one, it serves that.
+        self.befores: dict[int, Tensor] = {}
         self.plans: dict[int, Any] = {}  # of class LastPull, by id of the group
         self.step_plans = Plans()
         self.rows: list[Row] = []
@@ -156,24 +155,15 @@ class Scratch:
 
     def before(self, param: Tensor, like: Tensor) -> Tensor:
         """Memory for a copy of ``like``, the local part of the parameter."""
-        key = id(param)
-        ref, kept = self.befores.get(key, (None, None))
-        if (
-            ref is None
-            or kept is None
-            or ref() is not param
-            or kept.dtype is not like.dtype
-            or kept.shape != like.shape
-        ):
-            kept = torch.empty_like(like, requires_grad=False)
-            self.befores[key] = weakref.ref(param, partial(_forget, weakref.ref(self), key)), kept
+        kept = self.befores.get(id(param))
+        if kept is None or kept.dtype is not like.dtype or kept.shape != like.shape or kept.device != like.device:
+            kept = self.befores[id(param)] = torch.empty_like(like, requires_grad=False)
         return kept
 
-
-def _forget(scratch: weakref.ref[Scratch], key: int, ref: weakref.ref[Tensor]) -> None:
-    found = scratch()
-    if found is not None and key in found.befores and found.befores[key][0] is ref:
-        del found.befores[key]
+    def forget(self, params: Iterable[Tensor]) -> None:
+        """Frees what was kept for others than these parameters."""
+        if stale := self.befores.keys() - set(map(id, params)):
+            self.befores = {key: kept for key, kept in self.befores.items() if key not in stale}
 
 
 def is_fake(tensor: Tensor) -> bool:

@@ -14,11 +14,12 @@ from .backend import backends, choose
 from .checks import Group, check_average_options, check_defined, check_lr, require
 from .conversions import as_coded, converted, new_state, scales_shape
 from .definitions.pullback import PULLBACK
-from .formats import CODED, check_format_options, dtype_of, formats_of, is_beside, names_of, parts_of
+from .formats import CODED, HASH, PARTS, check_format_options, dtype_of, formats_of, is_beside, names_of, parts_of
 from .formats import OPTIONS as FORMAT_OPTIONS
 from .memory import aligned, check_whole
 from .options import check_spelling
-from .pulls import AVERAGE, OPTIONS, OURS, STEP, Own, Pull, Scratch, count_of
+from .pulls import AT_REST, AVERAGE, LIVE, OPTIONS, OURS, STEP, Own, Pull, Scratch, count_of
+from .saved import saved_dtypes
 from .second_moments import SecondMoment, lacks, require_second_moment, second_moment_of
 from .sharding import PLAIN as PLAIN_KINDS
 from .sharding import Axes, axes, is_sharded, is_wrapper, local, placed_alike
@@ -77,6 +78,30 @@ class Taking(Averaging):
         return own
 
     # ---- states ----------------------------------------------------------------------------------------------------
+
+    def _drop_cast_averages(self) -> None:
+        """A bare base casts what it loads to the parameters' dtype. Codes that went through that are none any more."""
+        found = []
+        for entry in self._entries(self.base.param_groups):
+            state = entry.state
+            parts = [(name, getattr(state.get(name), "dtype", None)) for name in (*PARTS[AVERAGE], HASH)]
+            kinds = [f"{name} in {dtype}" for name, dtype in parts if dtype and dtype not in saved_dtypes(name)]
+            if STEP not in state or not kinds:
+                continue
+            found.append(f"{self._name(entry.group, entry.place)} has {', '.join(kinds)}")
+            for name in (*parts_of(AVERAGE), HASH):
+                state.pop(name, None)
+            step = state.pop(STEP, None)
+            if LIVE in state:  # swapped: its weights come back yet
+                state |= {STEP: torch.nan_to_num(step.detach().to("cpu", torch.float32, copy=True)), AT_REST: True}
+        if found:
+            others = f" (and so have {len(found) - 1} others)" if len(found) > 1 else ""
+            warnings.warn(
+                f"{found[0]}{others}: {type(self.base).__name__}.load_state_dict() cast the codes of an average, which "
+                "can't be read then. Such averages start anew at the weights; to keep them, load the checkpoint again "
+                "through this Pullback, by optimizer.load_state_dict()",
+                stacklevel=3,
+            )
 
     def _bucketed(self, group: Group, own: Own) -> list[Pull]:
         """The parameters of a group that have a gradient, by device, dtype and sharding."""

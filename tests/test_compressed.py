@@ -731,3 +731,25 @@ def test_compiled_steps_and_capturable() -> None:
     _, plain = trained(PACKED, 4)
     _, on_device = trained({**PACKED, "capturable": True}, 4)
     assert [{**a, "step": 0} for a in bits(plain)] == [{**a, "step": 0} for a in bits(on_device)]
+
+
+@pytest.mark.parametrize("bits", (32, 16))
+def test_a_flattened_checkpoint_of_another_format_is_refused_by_its_cause(bits: Any) -> None:
+    from torch.distributed.checkpoint import state_dict as of_torch
+
+    flat = of_torch.StateDictOptions(flatten_optimizer_state_dict=True)
+    saved: dict[str, Any] = {}
+    for options in ({"state_bits": 8}, {} if bits == 32 else {"state_bits": bits}):
+        model = torch.nn.Linear(64, 64)
+        optimizer = PACE(model.parameters(), **options)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+        if not saved:
+            saved = copy.deepcopy(of_torch.get_optimizer_state_dict(model, optimizer, options=flat))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"has no .*exp_avg.* flattened distributed .*save it without flattening"):
+        of_torch.set_optimizer_state_dict(model, optimizer, saved, options=flat)
+    after = optimizer.state_dict()["state"]
+    assert all(torch.equal(v, after[0][k]) for k, v in before["state"][0].items())

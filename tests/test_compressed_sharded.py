@@ -134,6 +134,28 @@ def test_other_optimizers_have_the_bits_of_the_whole(kind: str, which: int) -> N
     assert run(2, check_other, kind, which) == [[]] * 2
 
 
+def check_converted(kind: str, which: int) -> list[str]:
+    """torch converts DTensors by swapping their contents, which weak references to them would keep it from."""
+    model = sharded("fsdp")
+    optimizer = KINDS[kind](model.parameters(), **OPTIONS[which])
+    steps(model, optimizer, range(2))
+    with optimizer.averaged(model):
+        pass
+    steps(model, optimizer, range(2, 4))
+    for p in model.parameters():
+        p.grad = None
+    with optimizer.editing_weights():
+        model.float()
+    with optimizer.averaged(model):
+        pass
+    return [str(p.dtype) for p in model.parameters() if p.dtype != torch.float32]
+
+
+@pytest.mark.parametrize("kind", ["MADA", "schedule-free", "pullback", "average"])
+def test_a_sharded_model_is_converted_after_steps(kind: str) -> None:
+    assert run(2, check_converted, kind, 0) == [[]] * 2
+
+
 def check_tensor_parallel() -> list[str]:
     model, reference = sharded("tensor parallel"), net()
     optimizer, wanted = optimizer_of(model, 0), optimizer_of(reference, 0)

@@ -4,8 +4,11 @@ names the parameter, and there is a way on without a checkpoint."""
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 import warnings
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -215,6 +218,98 @@ def of(kind: str) -> tuple[nn.Module, Any]:
     for t in range(3):
         step(optimizer, t)
     return model, optimizer
+
+
+COPIES: dict[str, Any] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda both: pickle.loads(pickle.dumps(both)),
+    "a copy of a copy": lambda both: copy.deepcopy(copy.deepcopy(both)),
+}
+EDITS: dict[str, Any] = {
+    "written": (lambda model: model[0].weight.mul_(1.25), "was written since"),
+    "converted": (lambda model: model.float(), r"is torch.float32, .*were torch.bfloat16"),
+    "converted and written": (lambda model: model.float()[0].weight.mul_(1.25), r"is torch.float32"),
+}
+USES: dict[str, Any] = {
+    "step": lambda model, optimizer: step(optimizer, 9),
+    "eval": lambda model, optimizer: optimizer.eval(),
+    "state_dict": lambda model, optimizer: optimizer.state_dict(),
+    "editing_weights": lambda model, optimizer: optimizer.editing_weights().__enter__(),
+    "ema_state_dict": lambda model, optimizer: ema_state_dict(model, optimizer),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_what_is_refused_is_refused(kind: str, how: str, edit: str) -> None:
+    model, optimizer = of(kind)
+    with torch.no_grad():
+        EDITS[edit][0](model)
+    model, optimizer = COPIES[how]((model, optimizer))
+    for use in USES.values():
+        with pytest.raises(RuntimeError, match=EDITS[edit][1]):
+            use(model, optimizer)
+    with optimizer.editing_weights(reset_average=True):
+        model.bfloat16()  # torch's AdamW does not step in another dtype
+    for use in list(USES.values())[:3]:
+        use(model, optimizer)
+        optimizer.train()
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_what_goes_on_goes_on_to_the_same_bits(kind: str, how: str) -> None:
+    model, optimizer = of(kind)
+    with optimizer.editing_weights(), torch.no_grad():
+        model[0].weight.mul_(1.25)
+    model.float()  # as between a step and an export: what is converted back is what it was
+    other, copied = COPIES[how]((model, optimizer))
+    for m, o in ((model, optimizer), (other, copied)):
+        m.bfloat16()
+        step(o, 9)
+        o.eval()
+    for param, same in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(param, same)
+
+
+@pytest.fixture
+def swapping() -> Iterator[None]:
+    """torch converts modules by swapping the contents of their parameters, as it always does with DTensors."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("swapping")
+@pytest.mark.parametrize("averaged", (False, True))
+@pytest.mark.parametrize("kind", [*KINDS, "an average alone"])
+def test_modules_are_converted_where_torch_swaps_their_parameters(kind: str, averaged: bool) -> None:
+    if kind == "an average alone":
+        model: nn.Module = nn.Linear(64, 64).bfloat16()
+        optimizer: Any = Pullback(torch.optim.SGD(model.parameters(), lr=0.1), 0.0)
+    else:
+        model, optimizer = of(kind)
+    for t in range(3, 6):
+        step(optimizer, t)
+        if averaged:
+            with optimizer.averaged():
+                pass
+    assert [weakref.getweakrefcount(param) for param in model.parameters()] == [0] * len(list(model.parameters()))
+    optimizer.zero_grad()
+    with optimizer.editing_weights():
+        model.double()
+    assert all(param.dtype == torch.float64 for param in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_conversion_by_swapping_after_plans_were_made(kind: str, request: pytest.FixtureRequest) -> None:
+    model, optimizer = of(kind)
+    request.getfixturevalue("swapping")
+    optimizer.zero_grad()
+    with optimizer.editing_weights():
+        model.float()
+    assert all(param.dtype == torch.float32 for param in model.parameters())
 
 
 @pytest.mark.parametrize("call", CALLS)

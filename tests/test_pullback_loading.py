@@ -358,6 +358,55 @@ def test_options_of_groups_come_back_as_they_were_saved() -> None:
     assert [other._own(g).values["lambda_pullback"] for g in other.param_groups] == [2.0, 0.5]
 
 
+# ---- by a bare base ----
+
+
+@pytest.mark.parametrize("swapped", (False, True))
+@pytest.mark.parametrize("momentum", (0.0, 0.9))
+@pytest.mark.parametrize("ema_bits", (8, 16, 24))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_codes_that_a_bare_base_cast_start_anew_or_are_loaded_again(
+    dtype: torch.dtype, ema_bits: Any, momentum: float, swapped: bool
+) -> None:
+    def step(optimizer: Pullback, seed: int) -> None:
+        gen = torch.Generator().manual_seed(seed)
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            p.grad = torch.randn(p.shape, generator=gen).to(dtype)
+        optimizer.step()
+
+    params = [torch.nn.Parameter(torch.ones(64, 64, dtype=dtype)), torch.nn.Parameter(torch.ones(3, dtype=dtype))]
+    optimizer = Pullback(torch.optim.SGD(params, lr=0.1, momentum=momentum), gain=0.05, ema_bits=ema_bits)
+    for seed in range(4):
+        step(optimizer, seed)
+    if swapped:
+        optimizer.eval()
+    saved = copy.deepcopy(optimizer.base.state_dict())
+    others = copy.deepcopy(params)
+    optimizer.train()
+    base = torch.optim.SGD(others, lr=0.1, momentum=momentum)
+    base.load_state_dict(saved)
+    match = r"\['params'\]\[0\] has .* in torch.*cast the codes.*start anew at the weights.*load the checkpoint again"
+    with pytest.warns(UserWarning, match=match):
+        other = Pullback(base, gain=0.05, ema_bits=ema_bits)
+    anew = copy.deepcopy(other)
+    anew.train()
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the plain averages beside: rounded, not in codes
+            step(anew, 4)
+        with anew.averaged():
+            pass
+        anew.load_state_dict(anew.state_dict())
+    assert float(anew.state[anew.param_groups[0]["params"][0]]["pullback_step"]) == (6 if swapped else 2)
+    other.load_state_dict(saved)
+    other.train()
+    for o in (optimizer, other):
+        step(o, 4)
+        o.eval()
+    for p, same in zip(params, others, strict=True):
+        assert torch.equal(p, same)
+
+
 # ---- of version 0.1.0 ----
 
 
