@@ -313,6 +313,10 @@ class Checkpoints(Saving):
         if self._drops_averages:
             dropped = (*parts_of(self._AVERAGE), HASH)
             state = {key: value for key, value in state.items() if key not in dropped}
+            if param.dtype != torch.bfloat16 and state.pop(REMAINDER, None) is not None:
+                notes.append(
+                    f"{name}: the master weight of a bfloat16 parameter is dropped, since this one is {param.dtype}"
+                )
         check_parts(state, name, param)
         if not asked(group).weight and not is_beside(state):  # codes beside a weight are beside its remainder too
             state.pop(REMAINDER, None)

@@ -82,15 +82,34 @@ def as_coded(name: str, param: Tensor, value: Tensor) -> Tensor:
     return state
 
 
+# The two highest bits of a hash of weights say of which dtype they were: by their number in this list.
+_HASHED = (torch.float32, torch.bfloat16, torch.float16)
+_BELOW = 2**61
+
+
 def hash_of(param: Tensor) -> int:
-    """Of the bits of all elements and their places. Of a plain tensor: the shards of others would have to be added up,
-    and not all ranks may save."""
+    """Of the dtype and of the bits of all elements and their places. Of a plain tensor: the shards of others would have
+    to be added up, and not all ranks may save."""
     flat = param.detach().contiguous().view(-1)
     bits = flat.view(torch.int32 if flat.element_size() == 4 else torch.int16)
     total = 0
     for begin in range(0, flat.numel(), 2**22):  # eight bytes of temporaries for each element of such a part
         total += int(codes.hashed(bits[begin : begin + 2**22], begin))
-    return total % 2**63
+    dtype = _HASHED.index(param.dtype) if param.dtype in _HASHED else len(_HASHED)
+    return total % _BELOW + dtype * _BELOW
+
+
+def dtype_beside(state: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype of the weights beside which a saved state lies, as far as the state tells it."""
+    if REMAINDER in state:
+        return torch.bfloat16
+    if isinstance(live := state.get("live"), Tensor) and any(name in state for name in SCALES_BESIDE):
+        return live.dtype
+    found = state.get(HASH)
+    if not isinstance(found, Tensor) or found.dtype != torch.int64 or found.numel() != 1 or found.is_meta:
+        return None
+    number = int(found) // _BELOW
+    return _HASHED[number] if 0 <= number < len(_HASHED) else None
 
 
 def with_hash(state: dict[str, Any], param: Tensor) -> dict[str, Any]:

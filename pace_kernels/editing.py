@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .checks import Group, check_switch
-from .conversions import average_in, encode_again, hash_of, start_again, weight_in
+from .conversions import average_in, dtype_beside, encode_again, hash_of, start_again, weight_in
 from .formats import HASH, REMAINDER, SCALES_BESIDE, asked, is_beside, parts_of
 from .sharding import local
 from .states import Formats
@@ -129,7 +129,7 @@ class Editing(Whole, torch.optim.Optimizer):
         if not is_beside(state):
             return None
         live = state.get("live")  # while swapped it lies beside these
-        dtype = self._dtypes.get(param) if live is None else live.dtype
+        dtype = (self._dtypes.get(param) or dtype_beside(state)) if live is None else live.dtype
         if dtype is not None and dtype is not param.dtype:
             back = "" if live is None else "convert it back, call optimizer.train(), and "
             way = f"To keep it, {back}convert the model within `with optimizer.editing_weights():`"

@@ -140,7 +140,7 @@ class PullbackCheckpoints(Pulling):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, loaded)
             loaded = loaded if result is None else result
-        loaded, entries = self._translated(loaded)
+        loaded, entries = self._translated(loaded, reset_average)
         if reset_average:  # as of parameters at rest
             kept = {key: {k: v for k, v in ours.items() if k in (STEP, LIVE)} for key, ours in entries.items()}
             entries = {key: {**ours, AT_REST: True} for key, ours in kept.items()}
@@ -228,7 +228,7 @@ class PullbackCheckpoints(Pulling):
 
     # ---- what is loaded, checked -----------------------------------------------------------------------------------
 
-    def _translated(self, loaded: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Group]]:
+    def _translated(self, loaded: dict[str, Any], resets: bool = False) -> tuple[dict[str, Any], dict[Any, Group]]:
         """The base's part of a checkpoint, with our options in its groups, and ours of each parameter's state."""
         saved_groups = Checkpoints._checked_structure(cast(Any, self), loaded)
         present = self.base.param_groups
@@ -247,6 +247,8 @@ class PullbackCheckpoints(Pulling):
                 name = f"the state of {self._name(group, i)}"
                 # {}: what DCP makes of a state that a flattened checkpoint does not have.
                 ours = {k: v for k, v in states[key].items() if k in OURS and not (isinstance(v, dict) and not v)}
+                if resets:  # an average that is dropped may have lain beside weights of any dtype
+                    ours.pop(HASH, None)
                 theirs = {k: v for k, v in states[key].items() if k not in OURS}
                 if self._loads_as_torch:
                     self._check_base_state(key, theirs, param)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import Group
-from .conversions import as_coded
+from .conversions import as_coded, dtype_beside
 from .formats import (
     AVERAGES,
     CODED,
@@ -85,8 +85,16 @@ def check_parts(state: Mapping[str, Any], name: str, param: Tensor) -> None:
             raise ValueError(
                 f"{name} has {whole} in codes, but this parameter can't have codes: {why}. Save float_state_dict()"
             )
-    if REMAINDER in state and param.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"{name} has a remainder, which only bfloat16 parameters have, but this one is {param.dtype}")
+    was = dtype_beside(state)
+    if was is not None and was is not param.dtype:
+        whose, weights = ("codes are", "state_dict()")
+        if REMAINDER in state:
+            whose, weights = "remainder is", "master_state_dict(model)"
+        raise ValueError(
+            f"{name} was saved from a parameter of {was}, and this one is {param.dtype}: its {whose} of that dtype. "
+            f"Load into the model the {weights} of the old one, and here the old optimizer's float_state_dict(); if "
+            f"there is only this checkpoint, load it into a model of {was} first, and save both from there"
+        )
 
 
 def copied(name: str, value: Tensor, param: Tensor, group: Group) -> Tensor:

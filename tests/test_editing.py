@@ -4,6 +4,7 @@ names the parameter, and there is a way on without a checkpoint."""
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -110,6 +111,57 @@ def test_averages_of_a_checkpoint_of_other_weights_start_anew_too() -> None:
     assert torch.equal(average(other, second), other[0].weight.float())
     step(second, 9)
     assert "weights_hash" in second.state_dict()["state"][0]
+
+
+def other(kind: type, dtype: torch.dtype, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+    model = nn.Linear(64, 64).to(dtype)
+    if kind is Pullback:
+        return model, Pullback(torch.optim.AdamW(model.parameters()), **options)
+    return model, kind(model.parameters(), **options)
+
+
+ACROSS: dict[str, Any] = {
+    "codes of both": (PACE, {"state_bits": 8}),
+    "codes and master": (PACE, {"state_bits": 8, "master_weight_bits": 32}),
+    "average that stands alone": (PACE, {"state_bits": 8, "ema_bits": 24, "master_weight_bits": 32}),
+    "master alone": (PACE, {"master_weight_bits": 32}),
+    "no average": (MADA, {"state_bits": 8, "use_ema_eval": False, "master_weight_bits": 24}),
+    "schedule-free": (ScheduleFreeAdamW, {"state_bits": 16, "ema_bits": 16}),
+    "pullback": (Pullback, {"ema_bits": 8}),
+}
+
+
+@pytest.mark.parametrize("model_first", (True, False))
+@pytest.mark.parametrize("begin", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("which", ACROSS)
+@pytest.mark.filterwarnings("ignore:master_weight_bits is for")
+def test_a_checkpoint_of_another_dtype_is_refused_by_that_name(
+    which: str, begin: torch.dtype, model_first: bool
+) -> None:
+    kind, options = ACROSS[which]
+    to = torch.float32 if begin == torch.bfloat16 else torch.bfloat16
+    model, optimizer = other(kind, begin, options)
+    step(optimizer, 1)
+    saved, floats = copy.deepcopy(optimizer.state_dict()), optimizer.float_state_dict()
+    masters = optimizer.master_state_dict(model)
+    model, optimizer = other(kind, to, options)
+    step(optimizer, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    tells = any(name in saved["state"][0] for name in ("weights_hash", "remainder"))
+    if tells:
+        with pytest.raises(ValueError, match=rf"saved from a parameter of {begin}, and this one is {to}.*float_state"):
+            optimizer.load_state_dict(saved)
+        assert str(optimizer.state_dict()) == str(before)
+    else:
+        assert begin == torch.float32  # floats, which go into any dtype
+    for load in (0, 1) if model_first else (1, 0):
+        (lambda: optimizer.load_state_dict(floats), lambda: model.load_state_dict(masters))[load]()
+    step(optimizer, 3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.load_state_dict(saved, reset_average=True)
+    assert any("master weight" in str(w.message) for w in caught) == ("remainder" in saved["state"][0])
+    step(optimizer, 4)
 
 
 def test_reset_average_is_a_switch() -> None:
