@@ -94,6 +94,9 @@ class _InBackward(PACE):
     """What step_in_backward() adds to an optimizer's class."""
 
     def _begin(self, bucket_bytes: int, max_norm: float | None) -> None:
+        # As with fused=True: a GradScaler then calls step(), which says what is wrong. It would otherwise look for
+        # gradients, which are gone, and raise "No inf checks were recorded for this optimizer".
+        self._step_supports_amp_scaling = True
         self._max_norm = max_norm
         self._norm: Tensor | None = None  # of the gradients of the last iteration
         self._squares: list[tuple[Tensor, Axes]] = []
@@ -199,7 +202,13 @@ class _InBackward(PACE):
             what = "a closure" if closure is not None else "clip_coef"
             raise RuntimeError(f"step() with {what}: parameters were stepped in backward(). max_norm clips there")
         if hasattr(self, "found_inf") or hasattr(self, "grad_scale"):
-            raise RuntimeError("step() by a GradScaler: parameters were stepped in backward(), by scaled gradients")
+            for name in ("found_inf", "grad_scale"):  # which the scaler leaves there if this raises
+                self.__dict__.pop(name, None)
+            raise RuntimeError(
+                "step() by a GradScaler: backward() has stepped parameters already, by scaled gradients. Call "
+                "optimizer.zero_grad(), load the last checkpoint of the model and of the optimizer, and train in "
+                "bfloat16, which needs no scaler"
+            )
         if self._refused:
             raise RuntimeError("step() after a refused accumulation: drop its gradients by zero_grad() first")
         with self._lock:

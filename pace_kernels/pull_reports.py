@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .checks import Group
 from .conversions import in_floats
 from .formats import CODED, HASH, parts_of
 from .pull_stats import Averager, statistics
 from .pullback_checkpoints import PullbackCheckpoints
-from .pulls import AVERAGE, FORMAT_VERSION, LIVE, STEP
+from .pulls import AVERAGE, FORMAT_VERSION, LIVE, OURS, STEP
 from .report import Memory, memory_of
 from .states import FORMAT
 from .torch_rules.pace import average_weight
@@ -52,6 +56,28 @@ class PullReports(PullbackCheckpoints):
         the others are not. Before the first step the states are the average's alone: nobody knows the base's yet."""
         return memory_of(self)
 
+    @contextmanager
+    def editing_weights(self, *, reset_average: bool = False) -> Iterator[None]:
+        """Within this context weights may be written between steps, and converted, as by ``model.bfloat16()``: averages
+        keep their values, see :meth:`PACE.editing_weights`. The base's states are left as they are, and many optimizers
+        refuse states of another dtype than their parameters'. After a conversion
+        ``optimizer.load_state_dict(optimizer.state_dict())`` casts them, as torch does at each load; a warning says so.
+        """
+        dtypes = {param: param.dtype for param in self._params()}
+        with super().editing_weights(reset_average=reset_average):
+            yield
+        for param, was in dtypes.items():
+            state = self.base.state.get(param) or {}
+            theirs = (value.dtype for name, value in state.items() if name not in OURS and _is_like(value, param))
+            if param.dtype is not was and (odd := next((dtype for dtype in theirs if dtype is not param.dtype), None)):
+                kind = type(self.base).__name__
+                warnings.warn(
+                    f"{self._name_of(param)} is {param.dtype} now, and {kind} keeps states of {odd} for it, which its "
+                    "step may refuse: optimizer.load_state_dict(optimizer.state_dict()) casts them",
+                    stacklevel=3,  # beyond contextlib
+                )
+                return
+
     @torch.no_grad()
     def float_state_dict(self) -> dict[str, Any]:
         """``state_dict()`` with all averages in float32, for versions without codes."""
@@ -67,3 +93,8 @@ class PullReports(PullbackCheckpoints):
         for group in saved["param_groups"]:
             group[FORMAT_VERSION] = min(group[FORMAT_VERSION], FORMAT)
         return saved
+
+
+def _is_like(value: Any, param: Tensor) -> bool:
+    """Whether a state is of numbers for the elements of a parameter."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.shape == param.shape

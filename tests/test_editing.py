@@ -4,6 +4,7 @@ names the parameter, and there is a way on without a checkpoint."""
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from pace_kernels import MADA, PACE, Pullback, ScheduleFreeAdamW, ema_state_dict
 from pace_kernels.conversions import in_floats
+from pace_kernels.formats import has_average
 
 
 def step(optimizer: PACE, t: int) -> None:
@@ -111,6 +113,29 @@ def test_averages_of_a_checkpoint_of_other_weights_start_anew_too() -> None:
     assert torch.equal(average(other, second), other[0].weight.float())
     step(second, 9)
     assert "weights_hash" in second.state_dict()["state"][0]
+
+
+@pytest.mark.parametrize("ema_bits", (32, 24, 16, 8))
+@pytest.mark.parametrize(("begin", "to"), ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)))
+@pytest.mark.parametrize("base", (torch.optim.AdamW, torch.optim.SGD))
+def test_a_pullback_says_that_the_states_of_its_base_are_not_converted(
+    base: Any, begin: torch.dtype, to: torch.dtype, ema_bits: int
+) -> None:
+    model = nn.Linear(64, 64).to(begin)
+    optimizer = Pullback(base(model.parameters(), lr=1e-3), gain=0.05, ema_bits=ema_bits)
+    step(optimizer, 0)
+    with warnings.catch_warnings(record=True) as caught, optimizer.editing_weights():
+        warnings.simplefilter("always")
+        model.to(to)
+    sentence = rf"is {to} now, and AdamW keeps states of {begin} for it.*load_state_dict\(optimizer.state_dict\(\)\)"
+    assert [bool(re.search(sentence, str(w.message))) for w in caught] == ([True] if base is torch.optim.AdamW else [])
+    assert all(w.filename == __file__ for w in caught)
+    if caught:
+        with pytest.raises(RuntimeError):
+            step(copy.deepcopy((model, optimizer))[1], 1)
+    optimizer.load_state_dict(optimizer.state_dict())
+    step(optimizer, 1)
+    assert has_average(optimizer.state[model.weight])
 
 
 def other(kind: type, dtype: torch.dtype, options: dict[str, Any]) -> tuple[nn.Module, Any]:
