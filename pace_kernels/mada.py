@@ -258,7 +258,7 @@ class MADA(MadaPlans):
           and divides by ``1 + α λ_wd`` instead.
         - "yogi": the paper's starts v̄ at the squared gradient of a first batch and corrects no bias; this starts at 0,
           as Adam does.
-        - "lion": no difference.
+        - "lion": no difference. It has no second moment, so AdamW can't go on from its :meth:`float_state_dict`.
         - "hyperadam": AdamW that learns beta1 and beta2. The published one differentiates by an autograd graph, which
           gives the same numbers, and starts from other hyper learning rates.
 

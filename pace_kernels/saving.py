@@ -76,8 +76,13 @@ class Saving(Averaging):
 
     def float_state_dict(self) -> dict[str, Any]:
         """``state_dict()`` with all states in float32 under the names of AdamW, and without remainders: for
-        ``torch.optim``, and for versions without codes. For bfloat16 parameters with master weights it drops the bits
-        beyond bfloat16: :meth:`master_state_dict` has them.
+        ``torch.optim``, for parameters of another dtype or layout, and for versions without codes. For bfloat16
+        parameters with master weights it drops the bits beyond bfloat16: :meth:`master_state_dict` has them.
+
+        Of ``torch.optim``, AdamW and Adam take that of PACE, of MADA and of all its presets but "lion", and go on by
+        their own rule from both moments; after "amsgrad" set ``amsgrad=True`` in their groups. MADA's "lion" has no
+        second moment and ScheduleFreeAdamW has no first one: no optimizer of torch takes theirs, and AdamW loads them
+        and then raises ``KeyError: 'exp_avg'``. They are for optimizers of their own class.
 
         ``torch.optim.AdamW`` casts moments to the dtype of its parameters: give it the master weights, in float32. The
         average goes along as a state `ema` that AdamW keeps and never moves: export it before, or drop it, as here.

@@ -475,6 +475,25 @@ def test_floats_for_optimizers_without_formats(kind: str) -> None:
     step(plain, 9)
 
 
+@pytest.mark.parametrize("name", ("AdamW", "Adam"))
+@pytest.mark.parametrize("kind", ("PACE", *OURS))
+def test_torch_takes_the_floats_of_all_that_have_both_moments(kind: str, name: str) -> None:
+    """As the docstring of float_state_dict() says."""
+    model = net()
+    make = PACE if kind == "PACE" else KINDS[kind]
+    ours = make(model.parameters(), **FORMATS["8 beside 32"])
+    step(ours, 0)
+    torchs = getattr(torch.optim, name)(model.parameters())
+    torchs.load_state_dict(ours.float_state_dict())
+    if kind in ("lion", "schedule-free"):
+        with pytest.raises(KeyError, match="exp_avg"):
+            step(torchs, 1)
+        return
+    before = model[0].weight.detach().clone()
+    step(torchs, 1)
+    assert not torch.equal(before, model[0].weight) and torchs.state[model[0].weight]["step"] == 2
+
+
 def test_a_remainder_among_a_bases_states_is_the_bases() -> None:
     class Remaining(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
