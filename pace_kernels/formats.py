@@ -102,7 +102,7 @@ def why_float32(param: Tensor) -> str | None:
     if is_lazy(param):
         return "it has no shape yet"
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it is {str(param.dtype).removeprefix('torch.')}"
+        return f"it is {str(param.dtype).removeprefix('torch.')}, for which there are no codes"
     if is_wrapper(local(param)):
         return "it is a tensor subclass that wraps others"
     if param.dim() < 2:

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 class TensorMemory:
     """One parameter: its elements on this rank, and bytes; one that is lazy has none yet. ``backend`` is "none" where
     nothing steps it: of lazy ones, and of frozen ones in a dtype that is not trained. ``states`` has a number of bytes
-    for each state that it has or, before its first step, will have. ``why_float32``: why its states are not compressed,
-    although its group asks for it; None otherwise."""
+    for each state that it has or, before its first step, will have. ``compressed``: whether states of it are, of at
+    least one kind. ``why_float32``: why they are not, although its group asks for it; None where it does not ask, and
+    where they are compressed. ``asked``: what the group asks to be compressed, "states" or "averages"; "" for
+    nothing."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,6 +39,13 @@ class TensorMemory:
     gradient: int
     states: Mapping[str, int]
     why_float32: str | None
+    compressed: bool = False
+    asked: str = ""
+
+    @property
+    def kept(self) -> str:
+        """What of a parameter is not compressed, and in which dtype that is."""
+        return f"{'float64' if self.dtype == torch.float64 else 'float32'} {self.asked or 'states'}"
 
 
 @dataclass(frozen=True)
@@ -69,21 +78,28 @@ class Memory:
             by_state.update(tensor.states)
         of_states = ", ".join(f"{name} {_size(count)}" for name, count in by_state.items() if count)
         each = (self.weights + self.gradients + self.states) / max(self.elements, 1)
+        gradients = f"gradients {_size(self.gradients)}" if self.gradients else "without gradients"
         lines = [
             f"{self.kind}: {self.elements:,} elements in {len(self.tensors)} tensors, backend {backends}",
-            f"  weights {_size(self.weights)}, gradients {_size(self.gradients)}, states {_size(self.states)}: "
-            f"{each:.2f} bytes an element",
+            f"  weights {_size(self.weights)}, {gradients}, states {_size(self.states)}: {each:.2f} bytes an element",
             *([f"  {of_states}"] if of_states else []),
         ]
-        plain = [tensor for tensor in self.tensors if tensor.why_float32 is not None]
-        for why, count in Counter(tensor.why_float32 for tensor in plain).most_common():
-            lines.append(f"  {count} keep{'s' if count == 1 else ''} float32 states: {why}")
+        plain = [(tensor.kept, tensor.why_float32) for tensor in self.tensors if tensor.why_float32 is not None]
+        if any(tensor.compressed for tensor in self.tensors):
+            here = (tensor for tensor in self.tensors if not tensor.asked and tensor.backend != "none")
+            plain += [(tensor.kept, "the options of its group ask for that") for tensor in here]
+        for (kept, why), count in Counter(plain).most_common():
+            lines.append(
+                f"  {count} keep{'s' if count == 1 else ''} {kept}, {'' if count == 1 else 'each '}since {why}"
+            )
         if idle := sum(tensor.backend == "none" for tensor in self.tensors):
             lines.append(f"  {idle} {'is' if idle == 1 else 'are'} lazy, or frozen in a dtype that is not trained")
         return "\n".join(lines)
 
 
 def _size(count: int) -> str:
+    if 0 < count < 0.1 * 2**20:
+        return f"{count / 2**10:.2f} KiB"
     return f"{count / 2**20:.2f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
 
 
@@ -124,7 +140,8 @@ def memory_of(optimizer: KernelOptimizer | PullReports) -> Memory:
             else:
                 states = {}
             backend = _backend_of(optimizer, param)
-            asks = (wanted.state < 32 or wanted.ema < 32) and backend != "none"
+            asked = "states" if wanted.state < 32 else "averages" if wanted.ema < 32 else ""
+            asked = asked if backend != "none" else ""
             found.append(
                 TensorMemory(
                     optimizer._name(group, i),
@@ -135,7 +152,9 @@ def memory_of(optimizer: KernelOptimizer | PullReports) -> Memory:
                     _bytes(param) if elements else 0,
                     _bytes(param.grad) if elements else 0,
                     states,
-                    why_float32(param) if asks else None,
+                    why_float32(param) if asked else None,
+                    bool(asked) and (formats.state < 32 or formats.ema < 32),
+                    asked,
                 )
             )
     return Memory(type(optimizer).__name__, tuple(found))

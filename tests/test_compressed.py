@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from pace_kernels import PACE, ScheduleFreeAdamW, ema_state_dict, master_state_dict
+from pace_kernels import PACE, Pullback, ScheduleFreeAdamW, ema_state_dict, master_state_dict
 from pace_kernels.conversions import converted, in_floats, weight_in
 from pace_kernels.formats import OPTIONS, formats_in
 from pace_kernels.states import CODED_FORMAT, Formats
@@ -116,6 +116,48 @@ def test_memory_of_what_is_not_trained_or_not_there_yet() -> None:
     assert [tensor.elements for tensor in report.tensors] == [0, 0, 4096, 4096, 4096]
     assert [tensor.why_float32 for tensor in report.tensors[:4]] == [None] * 4
     assert "it has 1 dimension, fewer than 2" in str(report) and "3 are lazy, or frozen" in str(report)
+
+
+def bare(*dtypes: torch.dtype) -> list[Tensor]:
+    return [nn.Parameter(torch.zeros(64, 64, dtype=dtype)) for dtype in dtypes]
+
+
+SAID: dict[str, Any] = {  # the optimizer, what it says, and what it does not say
+    "float64": (
+        lambda: PACE(bare(torch.float64, torch.float64), state_bits=8),
+        ["2 keep float64 states, each since it is float64, for which there are no codes", "without gradients"],
+        ["float32", "gradients 0"],
+    ),
+    "the average alone": (
+        lambda: PACE([nn.Parameter(torch.ones(5)), *bare(torch.bfloat16)], ema_bits=8),
+        ["1 keeps float32 averages, since it has 1 dimension", "weights 8.02 KiB"],
+        ["states, since"],
+    ),
+    "pullback": (
+        lambda: Pullback(torch.optim.AdamW([nn.Parameter(torch.ones(k)) for k in (5, 6)]), ema_bits=8),
+        ["2 keep float32 averages, each since it has 1 dimension"],
+        ["float32 states"],
+    ),
+    "groups": (
+        lambda: PACE(
+            [{"params": bare(torch.float32), "state_bits": 32}, {"params": bare(torch.bfloat16)}], state_bits=8
+        ),
+        ["1 keeps float32 states, since the options of its group ask for that"],
+        ["each since"],
+    ),
+    "nobody asks": (lambda: PACE(bare(*[torch.float32] * 8)), ["weights 0.12 MiB", "backend"], ["keep"]),
+}
+
+
+@pytest.mark.parametrize("which", SAID)
+def test_what_memory_prints(which: str) -> None:
+    make, there, absent = SAID[which]
+    report = make().memory()
+    said = str(report)
+    assert all(text in said for text in there), said
+    assert not any(text in said for text in absent), said
+    for tensor in report.tensors:
+        assert tensor.compressed == any("codes" in name for name in tensor.states)
 
 
 @pytest.mark.parametrize("options", CASES, ids=named)
