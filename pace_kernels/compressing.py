@@ -38,7 +38,13 @@ class Compressing(KernelOptimizer):
 
     def _check_formats(self, group: Group) -> None:
         """Raises ValueError where an option of formats is not allowed, or a parameter can't have what it asks for."""
-        check_format_options(group)
+        try:
+            check_format_options(group)
+        except ValueError as error:
+            # The optimizer's own options are checked before there are groups.
+            groups = self.__dict__.get("param_groups", ())
+            number = next((k for k, known in enumerate(groups) if known is group), None)
+            raise error if number is None else ValueError(f"param_groups[{number}]: {error}") from None
         if asked(group) is not PLAIN:
             for i, param in enumerate(group.get("params", ())):  # of a checkpoint's group they are numbers
                 if isinstance(param, Tensor) and param.requires_grad and (why := self._no_codes(param, group)):
@@ -47,7 +53,10 @@ class Compressing(KernelOptimizer):
     def _no_codes(self, param: Tensor, group: Group) -> str | None:
         """Why a parameter can't be stepped in the formats that the group asks for; None where it can."""
         if asked(group).weight and param.dtype not in (torch.bfloat16, torch.float32):
-            return f"is {param.dtype}: master_weight_bits is for torch.bfloat16, in groups of their own"
+            return (
+                f"is {param.dtype}: master_weight_bits is for torch.bfloat16, in groups of their own; other parameters "
+                "belong into a group with master_weight_bits=None"
+            )
         return None
 
     def _states(self, work: Work) -> dict[str, list[Tensor]]:

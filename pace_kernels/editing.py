@@ -37,10 +37,7 @@ _RESTORED: dict[int, tuple[StorageWeakRef, Version, tuple[Version, ...]]] = {}
 _PRUNED = [64]  # the length of that at which entries of memory that is gone are dropped
 
 _BESIDE = "an average of ema_bits 8 or 16, which can be read only with its weights"
-_OR = (
-    "or take ema_bits=24, whose averages stand alone; `with optimizer.editing_weights(reset_average=True): pass` "
-    "starts those that are refused anew at their weights"
-)
+_NOW = "`with optimizer.editing_weights(reset_average=True): pass` starts it anew at the weights that are there now"
 
 
 @dataclass
@@ -143,19 +140,19 @@ class Editing(Whole, torch.optim.Optimizer):
         if dtype is not None and dtype is not param.dtype:
             back = "" if live is None else "convert it back, call optimizer.train(), and "
             way = f"To keep it, {back}convert the model within `with optimizer.editing_weights():`"
-            return f"is {param.dtype}, and it has {_BESIDE}: these were {dtype}. {way}, {_OR}"
+            return f"is {param.dtype}, and it has {_BESIDE}: these were {dtype}. {way}. To drop it, {_NOW}"
         if live is not None:
             return None
         if loaded and HASH in state:
             if int(state[HASH]) != hash_of(param):
-                way = "Load the model that was saved with it; or load_state_dict(..., reset_average=True)"
-                return f"does not hold the weights of the checkpoint, which has {_BESIDE}. {way}, {_OR}"
+                way = "Load the model that was saved with it; without it, load_state_dict(..., reset_average=True)"
+                return f"does not hold the weights of the checkpoint, which has {_BESIDE}. {way}, or {_NOW}"
             self._note_left([param])
             del state[HASH]
         if not self._was_written(param):
             return None
-        way = "Edit weights within `with optimizer.editing_weights():`"
-        return f"was written since the last step, but it has {_BESIDE}. {way}, {_OR}"
+        way = "Before an edit, enter `with optimizer.editing_weights():`, or take ema_bits=24. After it,"
+        return f"was written since the last step, but it has {_BESIDE}. {way} {_NOW}"
 
     def _was_written(self, param: Tensor) -> bool:
         """Whether others wrote a parameter since an average was left beside it."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .checks import Group, check_switch, require
+from .options import beyond
 from .sharding import is_sharded, is_wrapper, local
 from .states import PLAIN, Formats, state_dtype
 from .torch_rules import codes
@@ -73,7 +74,7 @@ def warn_if_idle(groups: Iterable[Group]) -> None:
             warnings.warn(
                 f"{name} is for bfloat16 parameters, and there are none: convert the model first, as by "
                 "model.bfloat16()",
-                stacklevel=3,
+                stacklevel=beyond(),
             )
 
 

@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .checks import check_number
+from .checks import check_number, shortened
 from .pace import PACE
 from .sharding import Axes, axes, is_sharded, local, reduce_
 
 Kind = TypeVar("Kind", bound=PACE)
 _SKIPS = "skip_nonfinite must be False: it has to know all gradients before the first is used"
+
+_LAMBDA = "Pass a function, as step_in_backward(model, lambda params: PACE(params, lr=1e-3))"
 
 
 def step_in_backward(
@@ -25,6 +27,7 @@ def step_in_backward(
     *,
     bucket_bytes: int = 25 * 2**20,
     max_norm: float | None = None,
+    **options: Any,
 ) -> Kind:
     """An optimizer that steps parameters while ``backward()`` runs, as soon as the gradients of a bucket are there, and
     frees these: gradients take the memory of a bucket or two, not of the model.
@@ -35,13 +38,15 @@ def step_in_backward(
     that is set when it begins. Accumulation of gradients, several backward passes before ``step()``, is refused: the
     first pass has stepped already. So is ``torch.amp.GradScaler``, but by ``step()`` alone: a
     ``scaler.scale(loss).backward()`` before it has stepped, by scaled gradients, before anything could tell. Load the
-    last checkpoint then, and train in bfloat16, which needs no scaler.
+    last checkpoint then, and train in bfloat16, which needs no scaler. ``torch.nn.utils.clip_grad_norm_`` after
+    ``backward()`` clips nothing, without an error: the gradients are used and gone. ``max_norm`` clips here.
 
     Arguments:
         model: its parameters are stepped. On several ranks they have to be sharded by ``fully_shard`` first:
             DistributedDataParallel averages gradients after they were used here.
         factory: makes the optimizer of parameters, as ``lambda params: PACE(params, lr=1e-3, state_bits=8)``; a PACE
-            without ``skip_nonfinite``, which would have to know all gradients before the first is used.
+            without ``skip_nonfinite``, which would have to know all gradients before the first is used. It need not use
+            its argument: with groups, ``lambda _: PACE([{"params": model.head.parameters(), "lr": 1e-4}, ...])``.
         bucket_bytes: bytes of gradients that are stepped together, ≥ 1: one launch on a GPU.
         max_norm: clips gradients by ``min(1, max_norm / norm)``, where norm is that of the *previous* iteration, since
             that of this one is known too late. The first iteration is not clipped, nor the first after a checkpoint was
@@ -49,7 +54,8 @@ def step_in_backward(
             otherwise reach all weights, or stop them. None: no clipping.
 
     Raises:
-        TypeError: ``factory`` returns something else than a PACE.
+        TypeError: ``factory`` is no function, or returns something else than a PACE; options of the optimizer are
+            given here.
         ValueError: an argument is out of its range; the model is a DistributedDataParallel.
         RuntimeError: from ``backward()``, where gradients are accumulated; on several ranks, of parameters that are not
             sharded.
@@ -62,6 +68,8 @@ def step_in_backward(
     True
     >>> optimizer.step()  # ends the iteration
     """
+    if options:
+        raise TypeError(f"step_in_backward() got {', '.join(options)}, which factory gives to the optimizer. {_LAMBDA}")
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise ValueError(
             "model must not be a DistributedDataParallel, which averages gradients after they were used: shard it with "
@@ -70,6 +78,10 @@ def step_in_backward(
     check_number("bucket_bytes", bucket_bytes, ">= 1", lambda a: a >= 1)
     if max_norm is not None:
         check_number("max_norm", max_norm, "finite and > 0", lambda a: 0 < a < float("inf"))
+    if isinstance(factory, torch.optim.Optimizer):
+        raise TypeError(f"factory must be a function that makes the optimizer, got one that is made already. {_LAMBDA}")
+    if not callable(factory):
+        raise TypeError(f"factory must be a function that makes the optimizer, got {shortened(factory)}. {_LAMBDA}")
     optimizer = factory(model.parameters())
     if not isinstance(optimizer, PACE):
         raise TypeError(f"factory must return a PACE, got {type(optimizer).__name__}")

@@ -34,7 +34,7 @@ from .mada_options import (
 from .mada_plans import MadaPlans
 from .memory import check_whole
 from .ops import COEFFICIENTS, HYPERGRADIENTS, LAST_SCALARS, NO_GRADIENT
-from .options import make_plain
+from .options import make_plain, spelled
 from .sharding import local
 from .states import Work, as_state, empty_state, moved
 from .torch_rules.common import by_graph
@@ -150,6 +150,7 @@ class MADA(MadaPlans):
 
     _built = True  # whether all groups of the constructor are there
 
+    @spelled()
     def __init__(
         self,
         params: ParamsT,

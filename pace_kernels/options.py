@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import operator
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+import os
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar, cast
 
 from .checks import Group, plain_number
 from .definitions import DEFINITIONS
@@ -100,6 +103,41 @@ def check_spelling(group: Mapping[str, Any], own: Collection[str], name: str, ki
                 f"{name} has {key!r}, which {kind} does not know: did you mean {meant[0]!r}? If it is a tag of your "
                 "own, rename it, or set it in param_groups of the finished optimizer"
             )
+
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+def spelled(explanations: Mapping[str, str] | None = None) -> Callable[[Init], Init]:
+    """Of a constructor: an unknown argument's error says which one was meant, or what ``explanations`` have for it."""
+
+    def around(init: Init) -> Init:
+        code = init.__code__
+        names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+
+        @functools.wraps(init)
+        def checked(self: Any, *args: Any, **given: Any) -> None:
+            for key in given:
+                if key not in names:
+                    meant = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
+                    why = (explanations or {}).get(key) or (f"did you mean {meant[0]!r}?" if meant else "")
+                    text = f"{type(self).__name__}() got an unexpected keyword argument {key!r}"
+                    raise TypeError(f"{text}: {why}" if why else text)
+            init(self, *args, **given)
+
+        return cast(Init, checked)
+
+    return around
+
+
+def beyond() -> int:
+    """The ``stacklevel`` of a warning of the function that asks, so that it points at the line that called into this
+    package."""
+    frame, level = sys._getframe(1), 1
+    here = os.path.dirname(os.path.abspath(__file__)) + os.sep
+    while frame.f_back is not None and os.path.abspath(frame.f_code.co_filename).startswith(here):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def shown(kind: str, groups: Iterable[Group], books: Collection[str]) -> str:

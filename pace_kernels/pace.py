@@ -19,7 +19,7 @@ from .definitions import DEFINITIONS
 from .formats import beside, every_name, taken
 from .launching import Prepared, of_c
 from .ops import PACE_STATS
-from .options import make_plain
+from .options import make_plain, spelled
 from .plan import Plan
 from .planning import NO_ROLES
 from .sharding import Axes, gathered_rows, on_host
@@ -69,8 +69,8 @@ class PACE(Compressing):
             stepped ones: x₊ = x' + Λ (e − x').
         state_bits: bits per element of m and v: 32; 16, bfloat16; 8, codes with one power of two per 32 elements. Below
             32 they are rounded stochastically, with a dither computed from the data. Vectors, small tensors and odd
-            shapes stay in
-            float32: :meth:`memory` lists which, and why.
+            shapes stay in float32: :meth:`memory` lists which, and why. This and the next two may be changed in
+            training, as by ``optimizer.param_groups[0]["state_bits"] = 16``: the next step converts the states.
         ema_bits: bits per element of the average: None, as ``state_bits``; 32; 24; 16 or 8, which are relative to the
             weight: change weights between steps only within :meth:`editing_weights`.
         master_weight_bits: bits of bfloat16 parameters together with the state `remainder`: 32 trains them with the
@@ -118,6 +118,7 @@ class PACE(Compressing):
     _new_stats: list[tuple[Tensor, Axes]]  # of the step that is being taken
     _said = False  # whether get_step_stats() said that it has nothing to tell
 
+    @spelled()
     def __init__(
         self,
         params: ParamsT,

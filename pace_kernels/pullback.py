@@ -14,7 +14,7 @@ from .backend import BackendName, requested
 from .checks import Group
 from .formats import HASH, has_average, parts_of
 from .optimizer import KernelOptimizer
-from .options import shown
+from .options import shown, spelled
 from .planning import is_observed
 from .pull_plan import PullPlan
 from .pull_reports import PullReports
@@ -23,6 +23,8 @@ from .second_moments import refuse
 from .sharding import agree, axes, local
 from .states import FORMAT
 
+_OWN = "states and weights are those of the wrapped optimizer; ema_bits says how the average lies"
+_OF_THE_BASE = dict.fromkeys(("state_bits", "master_weight_bits", "stochastic_rounding"), _OWN)
 _NO_CLIP_COEF = (
     "Pullback.step() takes no clip_coef: the base's step takes the gradients as they are. Clip them before it, as by "
     "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)"
@@ -94,6 +96,7 @@ class Pullback(PullReports):
 
     base: torch.optim.Optimizer
 
+    @spelled(_OF_THE_BASE)
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,

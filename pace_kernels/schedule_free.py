@@ -21,7 +21,7 @@ from .editing import Entry
 from .fitting import NO_STATE
 from .formats import beside, every_name, is_beside, taken
 from .launching import Prepared, of_c
-from .options import make_plain
+from .options import make_plain, spelled
 from .plan import Change, Plan
 from .sharding import axes, is_wrapper, local, reduce_
 from .states import LAST_STEP, Work, empty_state, moved
@@ -99,6 +99,7 @@ class ScheduleFreeAdamW(Compressing):
 
     _turns: dict[int, tuple[Any, Any]]  # by id of a group: its schedule after the step that is taken, and c
 
+    @spelled()
     def __init__(
         self,
         params: ParamsT,

@@ -5,6 +5,7 @@ weights."""
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import itertools
 import pickle
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from pace_kernels import PACE, Pullback, ScheduleFreeAdamW, ema_state_dict, master_state_dict
+from pace_kernels import MADA, PACE, Pullback, ScheduleFreeAdamW, ema_state_dict, master_state_dict
 from pace_kernels.conversions import converted, in_floats, weight_in
 from pace_kernels.formats import OPTIONS, formats_in
 from pace_kernels.states import CODED_FORMAT, Formats
@@ -98,8 +99,10 @@ def test_the_defaults_change_nothing() -> None:
 
 def test_what_is_asked_of_bfloat16_parameters_needs_some() -> None:
     for options in ({"master_weight_bits": 32}, {"stochastic_rounding": True}):
-        with pytest.warns(UserWarning, match="is for bfloat16 parameters, and there are none"):
-            PACE(net(torch.float32).parameters(), **options)
+        for make in (PACE, MADA, ScheduleFreeAdamW, lambda p, **k: MADA.preset("adan", p, **k)):
+            with pytest.warns(UserWarning, match="is for bfloat16 parameters, and there are none") as caught:
+                make(net(torch.float32).parameters(), **options)
+            assert [warning.filename for warning in caught] == [__file__]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             PACE(net().parameters(), **options)
@@ -208,6 +211,49 @@ def test_the_shape_decides() -> None:
     mixed = PACE([float32, wide], state_bits=8, ema_bits=16)
     step(mixed, 0)
     assert "ema_codes" in mixed.state[float32] and mixed.state[wide]["ema"].dtype == torch.float64
+
+
+WRONG: dict[str, Any] = {  # what is called, and what it raises
+    "of PACE": (lambda p: PACE(p, state_bit=8), r"PACE\(\).*'state_bit': did you mean 'state_bits'\?"),
+    "of MADA": (lambda p: MADA(p, master_weight_bit=32), r"MADA\(\).*did you mean 'master_weight_bits'\?"),
+    "of a preset": (lambda p: MADA.preset("adan", p, ema_bit=8), r"MADA\(\).*did you mean 'ema_bits'\?"),
+    "schedule-free": (lambda p: ScheduleFreeAdamW(p, warmup_step=8), "did you mean 'warmup_steps'"),
+    "like none": (lambda p: PACE(p, zzz=8), "unexpected keyword argument 'zzz'$"),
+    "states of a pullback": (
+        lambda p: Pullback(torch.optim.AdamW(p), state_bits=8),
+        r"Pullback\(\).*'state_bits': states and weights are those of the wrapped optimizer; ema_bits",
+    ),
+    "weights of a pullback": (lambda p: Pullback(torch.optim.AdamW(p), master_weight_bits=32), "; ema_bits says how"),
+    "typo of a pullback": (lambda p: Pullback(torch.optim.AdamW(p), ema_bit=8), "did you mean 'ema_bits'"),
+    "value": (lambda p: PACE(p, state_bits=7), "^state_bits must be one of 32, 16, 8, got 7"),
+    "value of a group": (
+        lambda p: PACE([{"params": p[:1]}, {"params": p[1:], "state_bits": 7}]),
+        r"^param_groups\[1\]: state_bits must be one of 32, 16, 8, got 7",
+    ),
+    "two of a group": (
+        lambda p: MADA([{"params": p, "stochastic_rounding": True, "master_weight_bits": 32}]),
+        r"^param_groups\[0\]: stochastic_rounding is for",
+    ),
+}
+
+
+@pytest.mark.parametrize("which", WRONG)
+def test_what_is_misspelled_or_wrong_is_named(which: str) -> None:
+    call, sentence = WRONG[which]
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        call(list(net().parameters()))
+
+
+def test_a_wrong_value_set_in_training_names_its_group_and_signatures_stay() -> None:
+    first, *others = net().parameters()
+    optimizer = PACE([{"params": others}, {"params": [first]}])
+    optimizer.param_groups[1]["ema_bits"] = 5
+    with pytest.raises(ValueError, match=r"^param_groups\[1\]: ema_bits must be one of"):
+        step(optimizer, 0)
+    for kind in (PACE, MADA, ScheduleFreeAdamW, Pullback):
+        assert "ema_bits" in inspect.signature(kind).parameters
+        with pytest.raises(TypeError, match="missing 1 required positional argument"):
+            kind()
 
 
 def test_groups_have_formats_of_their_own_and_may_change_them() -> None:
@@ -486,7 +532,8 @@ def test_averages_of_other_weights_are_refused(use: str) -> None:
         assert second.state_dict()["state"][0]["weights_hash"] == saved["state"][0]["weights_hash"]
         return
     with pytest.raises(
-        RuntimeError, match=r"does not hold the weights of the checkpoint.*reset_average=True.*ema_bits=24"
+        RuntimeError,
+        match=r"does not hold the weights of the checkpoint.*load_state_dict\(.*reset_average=True\), or `with",
     ):
         uses(other, second)[use]()
     second.load_state_dict(saved, reset_average=True)

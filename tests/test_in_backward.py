@@ -219,6 +219,13 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(error, match=sentence):
             step_in_backward(model, make)
+    for make, given, sentence in (
+        (PACE(model.parameters()), {}, "got one that is made already"),
+        ("PACE", {}, "got 'PACE'"),
+        (PACE, {"lr": 1e-3, "eps": 1e-6}, "got lr, eps, which factory gives"),
+    ):
+        with pytest.raises(TypeError, match=rf"{sentence}.*lambda params: PACE\(params"):
+            step_in_backward(model, make, **given)
     for given, sentence in (({"bucket_bytes": 0}, "bucket_bytes must be"), ({"max_norm": 0.0}, "max_norm must be")):
         with pytest.raises(ValueError, match=sentence):
             step_in_backward(model, factory, **given)
