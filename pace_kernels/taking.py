@@ -167,7 +167,7 @@ class Taking(Averaging):
         there = {name: value for name in parts_of(AVERAGE) if (value := state.get(name)) is not None}
         ema = there.get(AVERAGE)
         if ema is not None and step is None:
-            raise RuntimeError(f"{type(self.base).__name__} has a state {AVERAGE!r} of its own, as the average has")
+            raise RuntimeError(f"{type(self.base).__name__} has a state {AVERAGE!r}: the average needs that name")
         first = there.get(AVERAGE, there.get(f"{AVERAGE}_codes"))
         if first is not None and first.shape != owner.shape:
             self._say(

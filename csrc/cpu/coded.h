@@ -185,10 +185,18 @@ class Coded {
     }
     return kE;
   }();
-  static constexpr int kWords = [] {
-    int most = 0;
-    for (const ListInfo& list : D::kLists) most = list.dither > most ? list.dither : most;
-    return most / 2 + 1;
+  static constexpr bool kIterates = operand(Codec::average) < 0;
+  // Of each operand, the word of its dither. A copy, since a name of D's would be a symbol that instruction sets share.
+  struct Words {
+    int of[D::kOperands], count;
+  };
+  static constexpr Words kWords = [] {
+    Words words{};
+    for (int k = 0; k < D::kOperands; ++k) {
+      words.of[k] = D::kLists[k].dither / 2;
+      if (words.of[k] >= words.count) words.count = words.of[k] + 1;
+    }
+    return words;
   }();
 
  public:
@@ -202,8 +210,8 @@ class Coded {
       const bool grid = is_grid(format);
       if (!grid && (reads >> k & 1) == 0) continue;
       coded_ |= 1u << k;
-      const bool hashed = !(grid ? D::kLists[k].codec == Codec::average : format == Format::kPair32);
-      if (hashed) words_ = larger(words_, D::kLists[k].dither / 2 + 1);
+      const bool hashed = grid ? kIterates : format != Format::kPair32;
+      if (hashed) words_ = larger(words_, kWords.of[k] + 1);
     }
     if (!has(kE) || !is_grid(streams[kE].format)) return;
     // Its codes depend on the weights, whatever a step does with the average.
@@ -245,11 +253,11 @@ class Coded {
   // Writes the coded operands, which the rule has left in `data`, new. All are dithered by the weight and the second
   // moment as they were before any of them is rounded.
   void close(int64_t at, int64_t n, float* const* data) {
-    alignas(64) uint32_t words[kWords][kLargestTile];
+    alignas(64) uint32_t words[kWords.count][kLargestTile];
     hash(n, data, words);
     close_states(at, n, data, words, std::make_integer_sequence<int, D::kOperands>{});
     if (has(kX)) close_weight(at, n, data[kX], words[0]);
-    if (has(kE)) close_average(at, n, data[kX], data[kE], words[D::kLists[kE].dither / 2]);
+    if (has(kE)) close_average(at, n, data[kX], data[kE], words[kWords.of[kE]]);
   }
 
  private:
@@ -267,7 +275,7 @@ class Coded {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) h[i] = dither(settled(x[i]), float_of(settled(other[i])), key);
     }
-    for (int word = 1; word < kWords && word < words_; ++word) {
+    for (int word = 1; word < kWords.count && word < words_; ++word) {
       const uint32_t* const last = words[word - 1];
       uint32_t* const next = words[word];
 #pragma omp simd
@@ -325,7 +333,7 @@ class Coded {
     }
     alignas(64) float scratch[kLargestTile];
     const float* const back = read_back(x, n, scratch);
-    if (D::kLists[kE].codec == Codec::iterate) {
+    if (kIterates) {
       s.format == Format::kGrid8 ? grid_.template store_iterate<8, int8_t>(s, at, n, back, e, h)
                                  : grid_.template store_iterate<16, int16_t>(s, at, n, back, e, h);
     } else {
