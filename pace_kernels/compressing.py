@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -10,16 +9,9 @@ from torch import Tensor
 
 from .checks import Group
 from .formats import OPTIONS, asked, check_format_options, formats_of, warn_if_idle
-from .memory import region
+from .memory import are_twins
 from .optimizer import KernelOptimizer
 from .states import PLAIN, Work
-
-
-def _are_twins(works: list[Work]) -> bool:
-    """Whether a parameter with a remainder, or with an average beside it, is one memory with another parameter."""
-    found = [(region(p), w.formats.weight or w.formats.on_grid) for w in works for p in w.params]
-    count = Counter(where for where, _ in found if where is not None)
-    return any(coded and count[where] > 1 for where, coded in found if where is not None)
 
 
 class Compressing(KernelOptimizer):
@@ -68,7 +60,9 @@ class Compressing(KernelOptimizer):
 
     def _separated(self, works: list[Work]) -> list[Work]:
         parts = super()._separated(works)
-        if parts is not works and _are_twins(works):
+        if parts is not works and are_twins(
+            (p, w.formats.weight or w.formats.on_grid) for w in works for p in w.params
+        ):
             raise RuntimeError(
                 "two parameters share one memory, but each would have its own remainder or codes: with "
                 "master_weight_bits, or ema_bits of 8 or 16, tie them as one parameter"

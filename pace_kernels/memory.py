@@ -7,7 +7,9 @@ Two parameters can be two objects over one memory: weights that were tied throug
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,3 +157,11 @@ def aligned(tensor: Tensor) -> Tensor:
     if not is_askew(tensor):
         return tensor
     return as_bytes(tensor).clone(memory_format=torch.contiguous_format).view(tensor.dtype).squeeze(-1)
+
+
+def are_twins(params: Iterable[tuple[Tensor, Any]]) -> bool:
+    """Whether one of the parameters that have something stored relative to them, as the second of each pair says, is
+    one memory with another."""
+    found = [(where, relative) for p, relative in params if (where := region(p)) is not None]
+    count = Counter(where for where, _ in found)
+    return any(relative and count[where] > 1 for where, relative in found)

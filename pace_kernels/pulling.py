@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Mapping
 from itertools import chain, repeat
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ from .conversions import weight_in
 from .formats import HASH, parts_of
 from .last_pull import LastPull
 from .launching import ASKEW
-from .memory import aligned, as_bytes, check_whole, is_askew, overlapping, region
+from .memory import aligned, are_twins, as_bytes, check_whole, is_askew, overlapping
 from .operands import check_placed, check_step
 from .ops import PACE_STATS
 from .plan import CAPTURED, stream_of
@@ -152,9 +151,7 @@ class Pulling(Taking):
     def _check_twins(pulls: list[Pull]) -> None:
         if not any(any(pull.rounds) for pull in pulls):
             return
-        found = [(region(p), pull.formats.on_grid) for pull in pulls for p in pull.params]
-        count = Counter(where for where, _ in found if where is not None)
-        if any(on_grid and count[where] > 1 for where, on_grid in found if where is not None):
+        if are_twins((p, pull.formats.on_grid) for pull in pulls for p in pull.params):
             raise RuntimeError(
                 "two parameters share one memory, but each would have its own average: with ema_bits of "
                 "8 or 16, tie them as one parameter"

@@ -35,6 +35,16 @@ def odd(n: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(n + 1, dtype=dtype)[1:]
 
 
+def unusual(grads: list[Tensor], params: Sequence[Tensor], step: int) -> list[Tensor]:
+    """The gradients of a step: in one some that are not finite or huge, in another zeros, in every other narrow."""
+    if step == 3:
+        for g, value in zip(grads, (torch.inf, torch.nan, 1e30, 0.0, -1e30), strict=False):
+            g.view(-1)[:1] = value
+    if step == 4:
+        grads = [torch.zeros_like(g) for g in grads]
+    return [g.to(p.dtype) if step % 2 else g for g, p in zip(grads, params, strict=True)]
+
+
 class Lists:
     """The arguments of a call but the gradients. ``weights``: one of WEIGHTS; ``bits``: of each state that is there, by
     its symbol."""
@@ -86,12 +96,7 @@ class Lists:
         largest = (min(torch.finfo(p.dtype).max, 1e30) for p in self.params)
         grads = [self.noise(p.shape) * 10.0 ** float(self.noise((1,)) * 3) for p in self.params]
         grads = [g.clamp(-most, most) for g, most in zip(grads, largest, strict=True)]
-        if step == 3:
-            for g, value in zip(grads, (torch.inf, torch.nan, 1e30, 0.0, -1e30), strict=False):
-                g.view(-1)[:1] = value
-        if step == 4:
-            grads = [torch.zeros_like(g) for g in grads]
-        return [g.to(p.dtype) if step % 2 else g for g, p in zip(grads, self.params, strict=True)]
+        return unusual(grads, self.params, step)
 
     def take(self, function: Any, grads: list[Tensor], **changed: Any) -> None:
         """A step, by an operator or what stands for it."""

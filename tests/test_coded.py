@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from coded_cases import COMMON, KERNELS
+from coded_cases import COMMON, KERNELS, unusual
 from products import FULL, day
 from test_native import BUILD, ROOT, processor_isas
 from torch import Tensor
@@ -93,12 +93,7 @@ class Call:
     def gradients(self, step: int) -> list[Tensor]:
         """Of every size, with what no training should meet."""
         grads = [self.noise(p.shape) * 10.0 ** float(self.noise((1,)) * 3) for p in self.params]
-        if step == 3:
-            for g, value in zip(grads, (torch.inf, torch.nan, 1e30, 0.0, -1e30), strict=False):
-                g.view(-1)[:1] = value
-        if step == 4:
-            grads = [torch.zeros_like(g) for g in grads]
-        return [g.to(p.dtype) if step % 2 else g for g, p in zip(grads, self.params, strict=True)]
+        return unusual(grads, self.params, step)
 
     def take(self, function: Any, grads: list[Tensor], **changed: Any) -> None:
         function(self.params, grads, *self.lists, self.steps, **self.beside, **self.options | changed)

@@ -71,14 +71,15 @@ def trained(options: dict[str, Any], count: int = 3, dtype: torch.dtype = torch.
     return model, optimizer
 
 
-def bits(optimizer: PACE) -> list[Any]:
+def bits(optimizer: Any) -> list[Any]:
     """All weights and states, by name."""
     found = []
     for group in optimizer.param_groups:
         for param in group["params"]:
             state = {"weight": param, **optimizer.state[param]}
+            tensors = {name: value for name, value in sorted(state.items()) if isinstance(value, Tensor)}
             found.append(
-                {k: v.detach().contiguous().reshape(-1).view(torch.uint8).tolist() for k, v in sorted(state.items())}
+                {k: v.detach().contiguous().reshape(-1).view(torch.uint8).tolist() for k, v in tensors.items()}
             )
     return found
 

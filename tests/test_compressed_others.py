@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_compressed import allowed, formats_of_options, through_a_file
+from test_compressed import allowed, bits, formats_of_options, through_a_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -79,19 +79,6 @@ def trained(kind: str, options: dict[str, Any], count: int = 4, dtype: torch.dty
     for t in range(count):
         step(optimizer, t)
     return model, optimizer
-
-
-def bits(optimizer: Any) -> list[Any]:
-    """All weights and states, by name."""
-    found = []
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            state = {"weight": param, **optimizer.state[param]}
-            tensors = {name: value for name, value in sorted(state.items()) if isinstance(value, Tensor)}
-            found.append(
-                {k: v.detach().contiguous().reshape(-1).view(torch.uint8).tolist() for k, v in tensors.items()}
-            )
-    return found
 
 
 def floats(optimizer: Any) -> list[dict[str, Tensor]]:

@@ -80,6 +80,11 @@ def differences(model: nn.Module, optimizer: Any, reference: nn.Module, wanted: 
     return found
 
 
+def other_weights(model: Any, reference: Any) -> list[str]:
+    named = zip(model.named_parameters(), reference.parameters(), strict=True)
+    return [name for (name, p), q in named if not torch.equal(whole(p), q)]
+
+
 def check(which: int, layout: str) -> list[str]:
     reference, model = net(), sharded(layout)
     optimizer, wanted = optimizer_of(model, which), optimizer_of(reference, which)
@@ -87,11 +92,7 @@ def check(which: int, layout: str) -> list[str]:
     steps(reference, wanted, range(4))
     found = differences(model, optimizer, reference, wanted)
     with optimizer.averaged(model), wanted.averaged(reference):
-        found += [
-            n
-            for (n, p), q in zip(model.named_parameters(), reference.parameters(), strict=True)
-            if not torch.equal(whole(p), q)
-        ]
+        found += other_weights(model, reference)
     steps(model, optimizer, range(4, 6))
     steps(reference, wanted, range(4, 6))
     masters, theirs = master_state_dict(model, optimizer), master_state_dict(reference, wanted)
@@ -113,11 +114,7 @@ def check_other(kind: str, which: int) -> list[str]:
     steps(reference, wanted, range(3))
     found = differences(model, optimizer, reference, wanted)
     with optimizer.averaged(model), wanted.averaged(reference):
-        found += [
-            n
-            for (n, p), q in zip(model.named_parameters(), reference.parameters(), strict=True)
-            if not torch.equal(whole(p), q)
-        ]
+        found += other_weights(model, reference)
     for m, o in ((model, optimizer), (reference, wanted)):
         with o.editing_weights(), torch.no_grad():
             m[3].weight.mul_(0.5)
