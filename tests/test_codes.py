@@ -428,7 +428,9 @@ def test_averages_against_float64(bits: int, w: float, drift: int) -> None:
             size = away.square().mean().sqrt()
             biases.append(torch.stack((off.mean(), (off * away.sign()).mean())) / size)
     assert off.square().mean().sqrt() <= (0.1 if bits == 8 else 1e-3 if w > 1e-4 else 2e-3) * size
-    assert torch.stack(biases).mean(0).abs().max() <= (0.004 if bits == 8 else 3e-5)
+    # Where an average moves by less than 1/1000 of its way, so seldom by a whole code, more is left: 0.8 % and 0.014 %.
+    most = {8: 0.004, 16: 3e-5} if w > 1e-4 else {8: 0.01, 16: 2e-4}
+    assert torch.stack(biases).mean(0).abs().max() <= most[bits]
 
 
 @pytest.mark.parametrize(
