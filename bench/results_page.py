@@ -348,6 +348,9 @@ SECTIONS = (
     Section("Whole training steps", "throughput-*.json", "python bench/throughput.py --out bench/results", throughput),
     Section("PACE at small scale", "pace.json", "python research/pace.py --out bench/results", pace),
     Section("PACE by the protocol", "protocol.json", "python research/protocol.py --minutes 50", protocol),
+    Section(
+        "Fine-tuning by the protocol", "protocol-finetuning.json", "python research/protocol.py --fine-tuning", protocol
+    ),
     Section("MADA at small scale", "mada.json", "python research/mada.py --out bench/results", mada),
     Section("Quality of compressed states", "storage.json", "python research/storage.py --out bench/results", storage),
     Section("The demo", "demo.json", "make demo; cp out/results.json bench/results/demo.json", demo),

@@ -134,21 +134,27 @@ class Average:
 
 
 class Training:
-    """A model in training by a spec: `optimizer`, `lr`, `seed`, and its `options`."""
+    """A model in training by a spec: `optimizer`, `lr`, `seed`, and its `options`. ``start``: its weights instead of
+    new ones; ``text``: of another corpus than this file's."""
 
-    def __init__(self, spec: Mapping[str, Any]) -> None:
+    def __init__(
+        self, spec: Mapping[str, Any], start: Mapping[str, Tensor] | None = None, text: Corpus | None = None
+    ) -> None:
         torch.manual_seed(spec["seed"])
         self.model = GPT(MODEL)
+        if start is not None:
+            self.model.load_state_dict(start)
+        self.text = text or corpus()
         self.lr = spec["lr"]
         self.optimizer: Any = OPTIMIZERS[spec["optimizer"]](
             parameter_groups(self.model), self.lr, **spec.get("options", {})
         )
         self.averages = {name: Average(name, self.model) for name in spec.get("averages", ())}
         self.generator = torch.Generator().manual_seed(spec["seed"])
-        self.validation = validation_set(corpus().validation, VALIDATION_WINDOWS, CPU)
+        self.validation = validation_set(self.text.validation, VALIDATION_WINDOWS, CPU)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        text = corpus().train
+        text = self.text.train
         starts = torch.randint(len(text) - GPTConfig.context, (BATCH,), generator=self.generator)
         return windows(text, starts, CPU)
 
