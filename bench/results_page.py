@@ -126,6 +126,12 @@ def storage(kept: dict[str, Any], path: Path) -> str:
     return f"{experiment.render(kept)}\n\n{picture(image, 'losses of averages and of whole optimizers in formats')}"
 
 
+def strength(kept: dict[str, Any], path: Path) -> str:
+    import strength as experiment
+
+    return experiment.render(kept)
+
+
 def protocol(kept: dict[str, Any], path: Path) -> str:
     import protocol as experiment
 
@@ -351,6 +357,7 @@ SECTIONS = (
     Section(
         "Fine-tuning by the protocol", "protocol-finetuning.json", "python research/protocol.py --fine-tuning", protocol
     ),
+    Section("PACE's strength", "strength.json", "python research/strength.py", strength),
     Section("MADA at small scale", "mada.json", "python research/mada.py --out bench/results", mada),
     Section("Quality of compressed states", "storage.json", "python research/storage.py --out bench/results", storage),
     Section("The demo", "demo.json", "make demo; cp out/results.json bench/results/demo.json", demo),

@@ -134,14 +134,16 @@ class Average:
 
 
 class Training:
-    """A model in training by a spec: `optimizer`, `lr`, `seed`, and its `options`. ``start``: its weights instead of
+    """A model in training by a spec: `optimizer`, `lr`, `seed`, its `options`, and `batch` and `width` where these are
+    others than above. ``start``: its weights instead of
     new ones; ``text``: of another corpus than this file's."""
 
     def __init__(
         self, spec: Mapping[str, Any], start: Mapping[str, Tensor] | None = None, text: Corpus | None = None
     ) -> None:
         torch.manual_seed(spec["seed"])
-        self.model = GPT(MODEL)
+        self.batch = spec.get("batch", BATCH)
+        self.model = GPT(dataclasses.replace(MODEL, width=spec.get("width", MODEL.width)))
         if start is not None:
             self.model.load_state_dict(start)
         self.text = text or corpus()
@@ -155,7 +157,7 @@ class Training:
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         text = self.text.train
-        starts = torch.randint(len(text) - GPTConfig.context, (BATCH,), generator=self.generator)
+        starts = torch.randint(len(text) - GPTConfig.context, (self.batch,), generator=self.generator)
         return windows(text, starts, CPU)
 
     def step(self, scale: float) -> float:
