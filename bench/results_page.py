@@ -357,6 +357,7 @@ SECTIONS = (
     Section(
         "Fine-tuning by the protocol", "protocol-finetuning.json", "python research/protocol.py --fine-tuning", protocol
     ),
+    Section("Fine-tuning SmolLM2", "protocol-smollm.json", "python research/protocol.py --smollm", protocol),
     Section("PACE's strength", "strength.json", "python research/strength.py", strength),
     Section("MADA at small scale", "mada.json", "python research/mada.py --out bench/results", mada),
     Section("Quality of compressed states", "storage.json", "python research/storage.py --out bench/results", storage),

@@ -143,17 +143,24 @@ class Training:
     ) -> None:
         torch.manual_seed(spec["seed"])
         self.batch = spec.get("batch", BATCH)
-        self.model = GPT(dataclasses.replace(MODEL, width=spec.get("width", MODEL.width)))
+        self.text = text or corpus()
+        self.model = self.new_model(spec)
         if start is not None:
             self.model.load_state_dict(start)
-        self.text = text or corpus()
         self.lr = spec["lr"]
         self.optimizer: Any = OPTIMIZERS[spec["optimizer"]](
             parameter_groups(self.model), self.lr, **spec.get("options", {})
         )
         self.averages = {name: Average(name, self.model) for name in spec.get("averages", ())}
         self.generator = torch.Generator().manual_seed(spec["seed"])
-        self.validation = validation_set(self.text.validation, VALIDATION_WINDOWS, CPU)
+        self.validation = self.evenly(self.text.validation, VALIDATION_WINDOWS)
+
+    def new_model(self, spec: Mapping[str, Any]) -> Any:
+        return GPT(dataclasses.replace(MODEL, width=spec.get("width", MODEL.width)))
+
+    def evenly(self, text: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Evenly spread windows, in chunks."""
+        return validation_set(text, count, CPU)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         text = self.text.train

@@ -3,6 +3,7 @@
     python research/protocol.py --minutes 50    goes on with what is missing; without --minutes until all is done
     python research/protocol.py --processes 2   two runs at once, for two quiet cores
     python research/protocol.py --fine-tuning   the same for fine-tuning, into protocol-finetuning.json.xz
+    python research/protocol.py --smollm        of SmolLM2-135M, for a GPU, into protocol-smollm.json.xz
     python research/protocol.py --cells         the settings that were drawn, and runs nothing
     python research/protocol.py --minutes 0     what is there and what is missing, and runs nothing
     python research/protocol.py --add FILE      takes over the runs of a file that was made elsewhere
@@ -35,7 +36,7 @@ import lm
 import torch
 from pace import spread
 from runs import CRITICAL, Spec, complete, done, load, provenance, result, save
-from train_lm import Corpus, validation_set
+from train_lm import Corpus
 
 import pace_kernels
 
@@ -60,16 +61,20 @@ class Plan:
     factors: list[float] = field(default_factory=lambda: [0.5, 0.8, 1.25, 2.0, 3.2])  # of the rate, for cosine, linear
     choose: list[int] = field(default_factory=lambda: [0, 1, 2])  # seeds
     report: list[int] = field(default_factory=lambda: [3, 4, 5, 6, 7, 8])
-    start: int = 0  # steps that the start of fine-tuning was trained for; 0: training from new weights
+    task: str = "training"  # from new weights; or the fine-tuning of a model
+    start: int = 0  # steps that the model which is fine-tuned was trained for here
     rates: list[float] = field(default_factory=lambda: [5e-4, 0.032])  # the range
 
     def listed(self) -> dict[str, Any]:
         """As files have it; those of training were there before fine-tuning was."""
-        later = {} if self.start else {"start": None, "rates": None}
+        later = {"task", "start", "rates"} if self.task == "training" else set()
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in later}
 
 
-FINE_TUNING = Plan(steps=1200, cells=12, finalists=3, start=finetuning.START_STEPS, rates=[1e-4, 0.016])
+FINE_TUNING = Plan(
+    *(1200, 1024, 12, 3), task="fine-tuning", start=finetuning.START_STEPS, rates=[1e-4, 0.016]
+)  # of the model that lm.py trains
+SMOLLM = Plan(300, 256, 8, 2, task="SmolLM2-135M", rates=[3e-6, 1e-3])
 QUICK = Plan(3, 2, 2, 1, 1, [0.5], [0, 1], [2, 3])
 
 # ---- cells ----
@@ -144,7 +149,7 @@ FINE_TUNED = (([*FIRST, "schedule-free"], TRUNK),)
 
 
 def rounds(plan: Plan) -> tuple[tuple[list[str], tuple[str, ...]], ...]:
-    return FINE_TUNED if plan.start else ROUNDS
+    return ROUNDS if plan.task == "training" else FINE_TUNED
 
 
 # Ours, theirs, the schedules, and those that are primary: PROTOCOL.md says what each decides.
@@ -168,13 +173,14 @@ lm.OPTIMIZERS |= {
 
 
 def corpus(plan: Plan) -> Corpus:
-    return finetuning.shakespeare() if plan.start else lm.corpus()
+    texts = {"training": lm.corpus, "fine-tuning": finetuning.shakespeare}
+    return texts.get(plan.task, finetuning.tokens)()
 
 
-def text(name: str, windows: int, held_out: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Windows of the first half of the held-out text, or of the second."""
+def part(name: str, held_out: torch.Tensor) -> torch.Tensor:
+    """The first half of the held-out text, or the second."""
     middle = len(held_out) // 2
-    return validation_set(held_out[:middle] if name == "validation" else held_out[middle:], windows, lm.CPU)
+    return held_out[:middle] if name == "validation" else held_out[middle:]
 
 
 def fork(schedules: Sequence[str], steps: int) -> int:
@@ -189,8 +195,9 @@ def train(plan: Plan, cells: Sequence[Cell], spec: Spec) -> dict[str, Any]:
     optimizer, options, beside, judged = trajectory(spec["trajectory"], cell)
     common = {"optimizer": optimizer, "lr": cell["lr"] * spec["factor"], "seed": spec["seed"]}
     start = finetuning.start(plan.start) if plan.start else None
-    training = lm.Training(common | {"options": options, "averages": beside}, start, corpus(plan))
-    training.validation = text(spec["text"], plan.windows, training.text.validation)
+    kind = lm.Training if plan.task in ("training", "fine-tuning") else finetuning.SmolLM
+    training = kind(common | {"options": options, "averages": beside}, start, corpus(plan))
+    training.validation = training.evenly(part(spec["text"], training.text.validation), plan.windows)
 
     def go(schedule: str, first: int, last: int) -> bool:
         steps = range(first, last + 1)
@@ -370,12 +377,13 @@ def render(kept: Mapping[str, Any]) -> str:
         tested = spread(tests(kept, each)) if counts[2] == each.counts[2] else "–"
         validation = "–" if each.chosen is None else f"{each.validation:.4f}"
         lines.append(f"| {schedule} | {method} | {shares} | {settings(plan, cells, each)} | {validation} | {tested} |")
+    unit = "token" if plan.task == SMOLLM.task else "byte"
     seconds = sorted(run["seconds"] for run in kept["runs"].values())
     parts = [
         f"**{'Complete' if there == total else 'Incomplete'}: {there} of {total} losses "
         f"({100 * there / total:.1f} %), from {len(kept['runs'])} runs.** `research/PROTOCOL.md` says what is compared "
         "and what it decides; nothing is decided by a comparison that lacks a seed. "
-        f"Validation and test: {plan.windows:,} windows each, nats per byte; {plan.steps:,} steps.",
+        f"Validation and test: {plan.windows:,} windows each, nats per {unit}; {plan.steps:,} steps.",
     ]
     starts = {run["result"]["start"] for run in kept["runs"].values() if "start" in run["result"]}
     if len(starts) > 1:
@@ -407,18 +415,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=math.inf, help="begins no run that would end later")
     parser.add_argument("--processes", type=int, default=0, help="at once; 0: one, in this process")
     parser.add_argument("--fine-tuning", action="store_true", help="of a trained model, on another text")
+    parser.add_argument("--smollm", action="store_true", help="the same of SmolLM2-135M, for a GPU")
     parser.add_argument("--cells", action="store_true", help="lists the settings that were drawn, runs nothing")
     parser.add_argument("--add", type=Path, metavar="FILE", help="takes over the runs of another protocol.json.xz")
     parser.add_argument("--quick", action="store_true", help="a few short runs, into out/quick")
     arguments = parser.parse_args(argv)
-    plan = FINE_TUNING if arguments.fine_tuning else Plan()
+    plan = FINE_TUNING if arguments.fine_tuning else SMOLLM if arguments.smollm else Plan()
+    name = {"training": "protocol", "fine-tuning": "protocol-finetuning"}.get(plan.task, "protocol-smollm") + ".json"
     if arguments.quick:
-        plan = dataclasses.replace(QUICK, start=2 if plan.start else 0, rates=plan.rates)
+        plan = dataclasses.replace(QUICK, task=plan.task, start=2 if plan.start else 0, rates=plan.rates)
     if arguments.cells:
         for index, cell in enumerate(draw(plan.cells, plan.rates)):
             print(index, ", ".join(f"{name} {value:g}" for name, value in cell.items()))
         return 0
-    name = "protocol-finetuning.json" if plan.start else "protocol.json"
     path = (arguments.out or (Path("out/quick") if arguments.quick else RESULTS)) / name
     if arguments.add:
         add(path, arguments.add, plan)
