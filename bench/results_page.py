@@ -126,6 +126,12 @@ def storage(kept: dict[str, Any], path: Path) -> str:
     return f"{experiment.render(kept)}\n\n{picture(image, 'losses of averages and of whole optimizers in formats')}"
 
 
+def strength(kept: dict[str, Any], path: Path) -> str:
+    import strength as experiment
+
+    return experiment.render(kept)
+
+
 def protocol(kept: dict[str, Any], path: Path) -> str:
     import protocol as experiment
 
@@ -348,6 +354,11 @@ SECTIONS = (
     Section("Whole training steps", "throughput-*.json", "python bench/throughput.py --out bench/results", throughput),
     Section("PACE at small scale", "pace.json", "python research/pace.py --out bench/results", pace),
     Section("PACE by the protocol", "protocol.json", "python research/protocol.py --minutes 50", protocol),
+    Section(
+        "Fine-tuning by the protocol", "protocol-finetuning.json", "python research/protocol.py --fine-tuning", protocol
+    ),
+    Section("Fine-tuning SmolLM2", "protocol-smollm.json", "python research/protocol.py --smollm", protocol),
+    Section("PACE's strength", "strength.json", "python research/strength.py", strength),
     Section("MADA at small scale", "mada.json", "python research/mada.py --out bench/results", mada),
     Section("Quality of compressed states", "storage.json", "python research/storage.py --out bench/results", storage),
     Section("The demo", "demo.json", "make demo; cp out/results.json bench/results/demo.json", demo),

@@ -14,7 +14,7 @@ from .checks import Group
 from .compressing import Compressing
 from .conversions import encoded, state_in
 from .formats import formats_in, has, names_of, parts_of
-from .launching import of_c
+from .launching import States, of_c
 from .mada_options import (
     LEARNED,
     LEARNING,
@@ -32,7 +32,7 @@ from .memory import check_whole
 from .ops import COEFFICIENTS, DONE, HYPERGRADIENTS, NO_GRADIENT, REDO
 from .sharding import all_reduce_, is_sharded, local, reduce_
 from .states import Work, moved
-from .torch_rules.common import has_values
+from .torch_rules.common import by_graph, has_values
 from .torch_rules.mada import MadaMoments, MadaOptions, caught_up
 from .whole import Call, at_once
 
@@ -234,6 +234,43 @@ class Coefficients(Compressing):
         if record.prepared is None:
             record.prepared = self._prepare(group)
         return record.prepared  # type: ignore[no-any-return]
+
+    def _call(self, work: Work, states: States, sums: Tensor | None, others: dict[str, Any]) -> Call:
+        """The operator's call, with options that are ``others`` than the group's."""
+        raise NotImplementedError
+
+    def _new_sums(self, work: Work) -> Tensor:
+        """Where the work's hypergradients go, and the learning rate."""
+        sums = torch.empty(len(HYPERGRADIENTS), dtype=work.group["coefficient_values"].dtype, device=work.device)
+        self._sums.append((work.group, sums, work))
+        return sums
+
+    def _learn_first(self, prepared: list[tuple[Work, States]]) -> None:
+        """The first of two passes, for hyper_order="published": by the operator itself with a learning rate of 0, which
+        leaves weights and averages as they are. It brings moments up to date, so that the second pass redoes nothing,
+        and sums the hypergradients, by which the coefficients move then."""
+        if not prepared:
+            return
+        for work, _ in prepared:
+            if by_graph(work.device):
+                raise RuntimeError(f'hyper_order="published" is not for parameters on {work.device}')
+        at_rest = {"lr": 0.0, "lr_tensor": None, "weight_decay": 0.0, "ema_update_freq": 1 << 31}
+        calls = []
+        for work, states in prepared:
+            copies = {name: [t.clone() for t in states[name]] for name in ("step", "last_scalars")}
+            calls.append(self._call(work, states | copies, self._new_sums(work), at_rest))
+        self._check_operands(prepared, calls)
+        with self._under_way([t for _, states in prepared for column in states.values() for t in column]):
+            for (work, states), call, (_, sums, _) in zip(prepared, calls, self._sums, strict=True):
+                call()
+                lr = work.group["lr"]
+                sums[-1:].copy_(moved(lr, work.device) if isinstance(lr, Tensor) else torch.tensor(lr))  # as of a step
+                skipped = work.scaling.get("found_inf")
+                for row in states["last_scalars"]:
+                    done = row[:1].clamp(max=DONE)
+                    row[:1].copy_(done if skipped is None else done.where(moved(skipped, row.device) == 0, row[:1]))
+            at_once(self._learning())
+        self._sums = []
 
     def _learning(self) -> list[Call]:
         """The calls that move the coefficients after a step, one for each set that took part in it."""

@@ -29,11 +29,12 @@ from .mada_options import (
     check_start,
     expanded,
     fixed,
+    learns_first,
     state_tensors,
 )
 from .mada_plans import MadaPlans
 from .memory import check_whole
-from .ops import COEFFICIENTS, HYPERGRADIENTS, LAST_SCALARS, NO_GRADIENT
+from .ops import COEFFICIENTS, LAST_SCALARS, NO_GRADIENT
 from .options import make_plain, spelled
 from .sharding import local
 from .states import Work, as_state, empty_state, moved
@@ -89,6 +90,10 @@ class MADA(MadaPlans):
         hyper_momentum: μ in [0, 1), for all or by name.
         hyper_clip: each hypergradient is clipped to ± this, > 0; may be infinite.
         hyper_warmup: number of first steps in which no coefficient moves.
+        hyper_order: "algorithm": weights move first, by the coefficients before; as in the paper's Algorithm 1, in one
+            pass. "published": coefficients move first, as in the authors' code, and the weights by the new ones. The
+            whole sum over this step's gradient comes first then, so that a step takes two passes, and no plan. It
+            needs ``state_bits=32`` and ``capturable=False``, and the same value in all groups.
         bounds: by name, (low, high). Default beta1 (0.01, 0.99), beta2 (0.501, 0.999), beta3 (0, 0.99), others (0, 1).
         coefficients: "global", one set of learned coefficients for all parameters, or "group", one for each group.
         lambda_pullback: c ≥ 0 of :class:`PACE`: pulls toward an average of the weights, by the D = sqrt(V) + ε of MADA.
@@ -170,6 +175,7 @@ class MADA(MadaPlans):
         hyper_momentum: float | Mapping[Coefficient, float] = 0.0,
         hyper_clip: float = 10.0,
         hyper_warmup: int = 50,
+        hyper_order: Literal["algorithm", "published"] = "algorithm",
         bounds: Mapping[Coefficient, tuple[float, float]] | None = None,
         coefficients: Literal["global", "group"] = "global",
         lambda_pullback: float = 0.0,
@@ -210,6 +216,7 @@ class MADA(MadaPlans):
             "hyper_momentum": hyper_momentum,
             "hyper_clip": hyper_clip,
             "hyper_warmup": hyper_warmup,
+            "hyper_order": hyper_order,
             "bounds": bounds,
             "coefficients": coefficients,
             "lambda_pullback": lambda_pullback,
@@ -335,6 +342,7 @@ class MADA(MadaPlans):
     def _launch_all(self, prepared: Prepared) -> None:
         self._sums = []
         try:
+            self._learn_first([(work, states) for work, states in prepared if learns_first(work.group)])
             super()._launch_all(prepared)
         finally:
             self._sums = []
@@ -346,13 +354,12 @@ class MADA(MadaPlans):
         return super()._scheduled(group, names) if set(names).isdisjoint(LEARNED) else None
 
     def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> Call:
-        group, device = work.group, work.device
-        options = {**self._arguments(group).step, "capturable": work.on_device, **work.lr(), **work.scaling}
-        values = sums = None
-        if group["learn"]:
-            values = moved(group["coefficient_values"], device)
-            sums = torch.empty(len(HYPERGRADIENTS), dtype=values.dtype, device=device)
-            self._sums.append((group, sums, work))
+        learns_now = work.group["learn"] and not learns_first(work.group)
+        return self._call(work, states, self._new_sums(work) if learns_now else None, {})
+
+    def _call(self, work: Work, states: dict[str, list[Tensor]], sums: Tensor | None, others: dict[str, Any]) -> Call:
+        group = work.group
+        options = {**self._arguments(group).step, "capturable": work.on_device, **work.lr(), **work.scaling, **others}
         return partial(
             of_c(work.backend.op(self._OPERATOR)),
             work.params,
@@ -361,7 +368,7 @@ class MADA(MadaPlans):
             taken(states, "mean_exp_avg_sq", "max_exp_avg_sq"),
             *(taken(states, name) for name in ("exp_avg_lion", "last_grad", "older_grad", "last_scalars", "ema")),
             states["step"],
-            values,
+            moved(group["coefficient_values"], work.device) if group["learn"] else None,
             sums,
             **beside(states),
             **options,
@@ -375,4 +382,5 @@ class MADA(MadaPlans):
             for i, record in enumerate(work.records):
                 now = {**record, **work.changes[i]} if i in work.changes else record
                 turned.append((record, {"last_grad": now["older_grad"], "older_grad": now["last_grad"]}))
-        return [*([each(dict.update, *zip(*turned, strict=True))] if turned else []), *self._learning()]
+        changed = [each(dict.update, *zip(*turned, strict=True))] if turned else []
+        return changed if learns_first(self.param_groups[0]) else [*changed, *self._learning()]

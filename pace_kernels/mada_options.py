@@ -35,7 +35,7 @@ _BOUNDS = {"beta1": (0.01, 0.99), "beta2": (0.501, 0.999), "beta3": (0.0, 0.99)}
 # hypergradients in the order of COEFFICIENTS, and a step count. They are options, so that checkpoints carry them; with
 # coefficients="global" all groups have the same ones.
 LEARNED = ("coefficient_values", "coefficient_momenta", "hypergradients", "hyper_step")
-LEARNING = ("learn", "hyper_lr", "hyper_momentum", "hyper_clip", "hyper_warmup", "bounds")
+LEARNING = ("learn", "hyper_lr", "hyper_momentum", "hyper_clip", "hyper_warmup", "hyper_order", "bounds")
 # The options of groups that no other optimizer has, and what the groups hold of MADA. "last_options" is in checkpoints
 # alone: what the step to redo was taken with, where options were changed since. "frozen": the values of freeze().
 MADA_ONLY = (
@@ -106,6 +106,7 @@ _HYPER: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "hyper_momentum": ((0.0,) * len(COEFFICIENTS), plain_float),
     "hyper_clip": (10.0, plain_float),
     "hyper_warmup": (50, plain_number),
+    "hyper_order": ("algorithm", lambda word: word),
     "bounds": (tuple(_BOUNDS[name] for name in COEFFICIENTS), _pair),
 }
 
@@ -191,6 +192,12 @@ def _check_hyper_options(group: Group) -> None:
     if clip != math.inf:
         check_number("hyper_clip", clip, "> 0", lambda a: a > 0)
     check_count("hyper_warmup", warmup, 0)
+    check_word("hyper_order", group["hyper_order"], ("algorithm", "published"))
+    if group["hyper_order"] == "published":
+        # Its two passes would round and dither codes twice; a captured graph keeps gradients in their places.
+        for name, allowed in {"capturable": (False,), "state_bits": (32,), "ema_bits": (None, 32)}.items():
+            text = f'{" or ".join(map(str, allowed))} with hyper_order="published"'
+            require(group.get(name, allowed[0]) in allowed, name, text, group.get(name))
 
 
 def check_start(group: Group) -> None:
@@ -207,6 +214,8 @@ def check_sharing(groups: list[Group], start: bool = True) -> None:
     for group in groups[1:]:
         mode = group["coefficients"]
         require(mode == first["coefficients"], "coefficients", "the same in all groups", mode)
+        order = group["hyper_order"]
+        require(order == first["hyper_order"], "hyper_order", "the same in all groups", order)
         if mode == "group":
             continue
         for name in LEARNING:
@@ -241,6 +250,11 @@ def state_tensors(group: Group) -> tuple[str, ...]:
     if "last_grad" in names:
         names += ("last_scalars",)
     return (*names, "ema") if pull or group["use_ema_eval"] else names
+
+
+def learns_first(group: Group) -> bool:
+    """Whether the group's coefficients move before its weights do."""
+    return bool(group["learn"]) and group["hyper_order"] == "published"
 
 
 def learn_options(group: Group) -> dict[str, Any]:

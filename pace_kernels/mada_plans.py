@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .mada_checkpoints import MadaCheckpoints
-from .mada_options import LEARNED
+from .mada_options import LEARNED, learns_first
 from .plan import Plan
 from .planning import NO_ROLES
 from .states import Work
@@ -16,6 +16,8 @@ class MadaPlans(MadaCheckpoints):
 
     def _can_plan(self, works: list[Work]) -> bool:
         learns = any(work.group["learn"] for work in works)
+        if any(learns_first(work.group) for work in works):
+            return False  # two passes
         if learns and (self._ranks() is not None or any(work.axes for work in works)):
             return False  # ranks add up what they learn from
         if any(w.group["learn"] and w.group["coefficient_values"].device != w.device for w in works):

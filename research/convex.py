@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
@@ -54,11 +54,10 @@ def preset(name: str) -> Build:
     return lambda params: MADA.preset(name, params, **SETTINGS)
 
 
-def learns_rho(second_moment: str) -> Build:
+def learns_rho(second_moment: str, order: Literal["algorithm", "published"] = "algorithm") -> Build:
     """Adam, but for a ρ that may move; nothing else is learned, and β3 = 0 leaves Adan's term out."""
-    return lambda params: MADA(
-        params, learn=("rho",), rho=1.0, beta3=0.0, second_moment=second_moment, hyper_lr=HYPER_LR, **SETTINGS
-    )
+    learned = {"learn": ("rho",), "rho": 1.0, "beta3": 0.0, "hyper_lr": HYPER_LR, "hyper_order": order}
+    return lambda params: MADA(params, second_moment=second_moment, **learned, **SETTINGS)
 
 
 # name -> the optimizer and its colour
@@ -68,6 +67,7 @@ CONTENDERS: dict[str, tuple[Build, str]] = {
     "AVGrad": (preset("avgrad"), plots.PALETTE[4]),
     "MADA, max": (learns_rho("max"), plots.PALETTE[1]),
     "MADA, mean": (learns_rho("mean"), plots.PALETTE[2]),
+    "MADA, mean, published": (learns_rho("mean", "published"), plots.PALETTE[5]),
 }
 
 

@@ -134,22 +134,37 @@ class Average:
 
 
 class Training:
-    """A model in training by a spec: `optimizer`, `lr`, `seed`, and its `options`."""
+    """A model in training by a spec: `optimizer`, `lr`, `seed`, its `options`, and `batch` and `width` where these are
+    others than above. ``start``: its weights instead of
+    new ones; ``text``: of another corpus than this file's."""
 
-    def __init__(self, spec: Mapping[str, Any]) -> None:
+    def __init__(
+        self, spec: Mapping[str, Any], start: Mapping[str, Tensor] | None = None, text: Corpus | None = None
+    ) -> None:
         torch.manual_seed(spec["seed"])
-        self.model = GPT(MODEL)
+        self.batch = spec.get("batch", BATCH)
+        self.text = text or corpus()
+        self.model = self.new_model(spec)
+        if start is not None:
+            self.model.load_state_dict(start)
         self.lr = spec["lr"]
         self.optimizer: Any = OPTIMIZERS[spec["optimizer"]](
             parameter_groups(self.model), self.lr, **spec.get("options", {})
         )
         self.averages = {name: Average(name, self.model) for name in spec.get("averages", ())}
         self.generator = torch.Generator().manual_seed(spec["seed"])
-        self.validation = validation_set(corpus().validation, VALIDATION_WINDOWS, CPU)
+        self.validation = self.evenly(self.text.validation, VALIDATION_WINDOWS)
+
+    def new_model(self, spec: Mapping[str, Any]) -> Any:
+        return GPT(dataclasses.replace(MODEL, width=spec.get("width", MODEL.width)))
+
+    def evenly(self, text: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Evenly spread windows, in chunks."""
+        return validation_set(text, count, CPU)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        text = corpus().train
-        starts = torch.randint(len(text) - GPTConfig.context, (BATCH,), generator=self.generator)
+        text = self.text.train
+        starts = torch.randint(len(text) - GPTConfig.context, (self.batch,), generator=self.generator)
         return windows(text, starts, CPU)
 
     def step(self, scale: float) -> float:

@@ -2,6 +2,8 @@
 
     python research/protocol.py --minutes 50    goes on with what is missing; without --minutes until all is done
     python research/protocol.py --processes 2   two runs at once, for two quiet cores
+    python research/protocol.py --fine-tuning   the same for fine-tuning, into protocol-finetuning.json.xz
+    python research/protocol.py --smollm        of SmolLM2-135M, for a GPU, into protocol-smollm.json.xz
     python research/protocol.py --cells         the settings that were drawn, and runs nothing
     python research/protocol.py --minutes 0     what is there and what is missing, and runs nothing
     python research/protocol.py --add FILE      takes over the runs of a file that was made elsewhere
@@ -28,12 +30,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
+import finetuning
 import harness
 import lm
 import torch
 from pace import spread
 from runs import CRITICAL, Spec, complete, done, load, provenance, result, save
-from train_lm import validation_set
+from train_lm import Corpus
 
 import pace_kernels
 
@@ -58,8 +61,20 @@ class Plan:
     factors: list[float] = field(default_factory=lambda: [0.5, 0.8, 1.25, 2.0, 3.2])  # of the rate, for cosine, linear
     choose: list[int] = field(default_factory=lambda: [0, 1, 2])  # seeds
     report: list[int] = field(default_factory=lambda: [3, 4, 5, 6, 7, 8])
+    task: str = "training"  # from new weights; or the fine-tuning of a model
+    start: int = 0  # steps that the model which is fine-tuned was trained for here
+    rates: list[float] = field(default_factory=lambda: [5e-4, 0.032])  # the range
+
+    def listed(self) -> dict[str, Any]:
+        """As files have it; those of training were there before fine-tuning was."""
+        later = {"task", "start", "rates"} if self.task == "training" else set()
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in later}
 
 
+FINE_TUNING = Plan(
+    *(1200, 1024, 12, 3), task="fine-tuning", start=finetuning.START_STEPS, rates=[1e-4, 0.016]
+)  # of the model that lm.py trains
+SMOLLM = Plan(300, 256, 8, 2, task="SmolLM2-135M", rates=[3e-6, 1e-3])
 QUICK = Plan(3, 2, 2, 1, 1, [0.5], [0, 1], [2, 3])
 
 # ---- cells ----
@@ -67,7 +82,7 @@ QUICK = Plan(3, 2, 2, 1, 1, [0.5], [0, 1], [2, 3])
 Cell = dict[str, float]
 
 
-def draw(count: int) -> list[Cell]:
+def draw(count: int, rates: Sequence[float] = (5e-4, 0.032)) -> list[Cell]:
     """A Latin hypercube. random.Random(15).random() is the same in every version of Python."""
     generator = random.Random(15)
 
@@ -81,7 +96,7 @@ def draw(count: int) -> list[Cell]:
     rows = zip(*(column() for _ in range(8)), strict=True)
     cells = [
         {
-            "lr": logarithmic(5e-4, 0.032, rate),
+            "lr": logarithmic(*rates, rate),
             "beta1": 1 - logarithmic(0.02, 0.5, first),
             "beta2": 1 - logarithmic(0.002, 0.4, second),
             "horizon": logarithmic(10, 1000, horizon),
@@ -130,6 +145,12 @@ METHODS: dict[str, tuple[str, int, tuple[str, ...]]] = {
 SYMBOLS = {"horizon": "H", "kappa": "κ", "strength": "c", "hyper": "hyper rates ×", "hyper_momentum": "their momentum"}
 FIRST, THEN = list(METHODS)[:5], list(METHODS)[5:]
 ROUNDS = ((FIRST, TRUNK), (THEN, TRUNK), (FIRST, DECAYS), (THEN, DECAYS))
+FINE_TUNED = (([*FIRST, "schedule-free"], TRUNK),)
+
+
+def rounds(plan: Plan) -> tuple[tuple[list[str], tuple[str, ...]], ...]:
+    return ROUNDS if plan.task == "training" else FINE_TUNED
+
 
 # Ours, theirs, the schedules, and those that are primary: PROTOCOL.md says what each decides.
 COMPARISONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -151,11 +172,15 @@ lm.OPTIMIZERS |= {
 }
 
 
-def text(name: str, windows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Windows of the first half of the held-out text, or of the second."""
-    held_out = lm.corpus().validation
+def corpus(plan: Plan) -> Corpus:
+    texts = {"training": lm.corpus, "fine-tuning": finetuning.shakespeare}
+    return texts.get(plan.task, finetuning.tokens)()
+
+
+def part(name: str, held_out: torch.Tensor) -> torch.Tensor:
+    """The first half of the held-out text, or the second."""
     middle = len(held_out) // 2
-    return validation_set(held_out[:middle] if name == "validation" else held_out[middle:], windows, lm.CPU)
+    return held_out[:middle] if name == "validation" else held_out[middle:]
 
 
 def fork(schedules: Sequence[str], steps: int) -> int:
@@ -169,8 +194,10 @@ def train(plan: Plan, cells: Sequence[Cell], spec: Spec) -> dict[str, Any]:
     cell, schedules = cells[spec["cell"]], spec["schedules"]
     optimizer, options, beside, judged = trajectory(spec["trajectory"], cell)
     common = {"optimizer": optimizer, "lr": cell["lr"] * spec["factor"], "seed": spec["seed"]}
-    training = lm.Training(common | {"options": options, "averages": beside})
-    training.validation = text(spec["text"], plan.windows)
+    start = finetuning.start(plan.start) if plan.start else None
+    kind = lm.Training if plan.task in ("training", "fine-tuning") else finetuning.SmolLM
+    training = kind(common | {"options": options, "averages": beside}, start, corpus(plan))
+    training.validation = training.evenly(part(spec["text"], training.text.validation), plan.windows)
 
     def go(schedule: str, first: int, last: int) -> bool:
         steps = range(first, last + 1)
@@ -185,7 +212,7 @@ def train(plan: Plan, cells: Sequence[Cell], spec: Spec) -> dict[str, Any]:
         found[schedule] = [lm.plain(round(losses.get(name, math.inf), 5)) for name in judged]
         if "series" not in found and (series := training.series()) and losses:
             found["series"] = [float(f"{value:.3g}") for value in series.values()]
-    return found
+    return found | ({} if start is None else {"start": finetuning.name_of(start)})
 
 
 # ---- what is needed, in order ----
@@ -242,7 +269,7 @@ def course(kept: Mapping[str, Any], plan: Plan, method: str, schedule: str) -> C
 
 def missing(kept: Mapping[str, Any], plan: Plan) -> Iterator[Spec]:
     """What is known by now, in the order of the protocol: a round's search cell by cell, then what follows."""
-    for methods, schedules in ROUNDS:
+    for methods, schedules in rounds(plan):
         courses = [course(kept, plan, method, schedule) for schedule in schedules for method in methods]
         for part in range(3):
             listed = [each.parts[part] for each in courses if len(each.parts) > part]
@@ -256,12 +283,16 @@ def about(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
     names = ("model", "batch", "gradient_norm", "warmup_share", "decay_share")
     common = lm.about()
     task = {name: common["task"][name] for name in names}
-    return {"corpus": common["corpus"], "task": task, "plan": dataclasses.asdict(plan), "cells": list(cells)}
+    text = corpus(plan)
+    described = {"description": text.description, "sha256": text.sha256()}
+    return {"corpus": described, "task": task, "plan": plan.listed(), "cells": list(cells)}
 
 
 def go_on(path: Path, plan: Plan, minutes: float, processes: int) -> dict[str, Any]:
     """Runs what is missing until all is done, or until the next run would end too late."""
-    start, cells = time.monotonic(), draw(plan.cells)
+    start, cells = time.monotonic(), draw(plan.cells, plan.rates)
+    if plan.start and minutes > 0:
+        finetuning.start(plan.start)  # before the processes, each of which would make it
     common, run = about(plan, cells), functools.partial(train, plan, cells)
     kept, longest = complete(path, common, [], run, 0), 60.0
     while todo := list({str(spec): spec for spec in missing(kept, plan)}.values())[: max(1, 4 * processes)]:
@@ -276,7 +307,7 @@ def go_on(path: Path, plan: Plan, minutes: float, processes: int) -> dict[str, A
 
 def add(path: Path, other: Path, plan: Plan) -> None:
     """Runs of another file, which must be of the same protocol; those that are here already stay."""
-    kept = complete(path, about(plan, draw(plan.cells)), [], dict, 0)
+    kept = complete(path, about(plan, draw(plan.cells, plan.rates)), [], dict, 0)
     theirs = load(other.with_name(other.name.removesuffix(".xz")))
     if theirs["about"] != kept["about"]:
         raise SystemExit(f"{other} was made by another protocol or on another text than {path}: nothing was added")
@@ -329,7 +360,8 @@ def judged(ours: Sequence[float], theirs: Sequence[float], primary: bool, seeds:
 def render(kept: Mapping[str, Any]) -> str:
     """From the JSON alone."""
     plan, cells = Plan(**kept["about"]["plan"]), kept["about"]["cells"]
-    courses = {(m, s): course(kept, plan, m, s) for methods, schedules in ROUNDS for s in schedules for m in methods}
+    pairs = [(m, s) for methods, schedules in rounds(plan) for s in schedules for m in methods]
+    courses = {(m, s): course(kept, plan, m, s) for m, s in pairs}
     lines = [
         "| schedule | method | search | finalists | report | chosen | validation | test, mean ± standard deviation |",
         "| --- | --- | ---: | ---: | ---: | --- | ---: | --- |",
@@ -345,13 +377,17 @@ def render(kept: Mapping[str, Any]) -> str:
         tested = spread(tests(kept, each)) if counts[2] == each.counts[2] else "–"
         validation = "–" if each.chosen is None else f"{each.validation:.4f}"
         lines.append(f"| {schedule} | {method} | {shares} | {settings(plan, cells, each)} | {validation} | {tested} |")
+    unit = "token" if plan.task == SMOLLM.task else "byte"
     seconds = sorted(run["seconds"] for run in kept["runs"].values())
     parts = [
         f"**{'Complete' if there == total else 'Incomplete'}: {there} of {total} losses "
         f"({100 * there / total:.1f} %), from {len(kept['runs'])} runs.** `research/PROTOCOL.md` says what is compared "
         "and what it decides; nothing is decided by a comparison that lacks a seed. "
-        f"Validation and test: {plan.windows:,} windows each, nats per byte; {plan.steps:,} steps.",
+        f"Validation and test: {plan.windows:,} windows each, nats per {unit}; {plan.steps:,} steps.",
     ]
+    starts = {run["result"]["start"] for run in kept["runs"].values() if "start" in run["result"]}
+    if len(starts) > 1:
+        parts.append(f"These runs have {len(starts)} starts, of different machines: their differences are not paired.")
     if seconds:
         parts += [provenance(kept) + f" {statistics.median(seconds):.0f} s a run by the clock.", "\n".join(lines)]
     if untouched := len(courses) - len(lines[2:]):
@@ -359,12 +395,12 @@ def render(kept: Mapping[str, Any]) -> str:
     said = []
     for ours, theirs, primary in COMPARISONS:
         for schedule in SCHEDULES:
-            pair = [courses[name, schedule] for name in (ours, theirs)]
-            if all(each.chosen for each in pair):
+            pair = [courses[name, schedule] for name in (ours, theirs) if (name, schedule) in courses]
+            if len(pair) == 2 and all(each.chosen for each in pair):
                 losses = [tests(kept, each) for each in pair]
                 verdict = judged(*losses, schedule in primary, len(plan.report))
                 said.append(f"- {schedule}: {ours} − {theirs} = {verdict}{', primary' * (schedule in primary)}")
-    decayed = [courses["AdamW", schedule] for schedule in ("wsd", *DECAYS)]
+    decayed = [courses["AdamW", s] for s in ("wsd", *DECAYS) if ("AdamW", s) in courses]
     if all(each.chosen for each in decayed):
         best = min(decayed, key=lambda each: each.validation)
         losses = [tests(kept, courses["PACE", "constant"]), tests(kept, best)]
@@ -378,16 +414,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of protocol.json.xz (bench/results)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begins no run that would end later")
     parser.add_argument("--processes", type=int, default=0, help="at once; 0: one, in this process")
+    parser.add_argument("--fine-tuning", action="store_true", help="of a trained model, on another text")
+    parser.add_argument("--smollm", action="store_true", help="the same of SmolLM2-135M, for a GPU")
     parser.add_argument("--cells", action="store_true", help="lists the settings that were drawn, runs nothing")
     parser.add_argument("--add", type=Path, metavar="FILE", help="takes over the runs of another protocol.json.xz")
     parser.add_argument("--quick", action="store_true", help="a few short runs, into out/quick")
     arguments = parser.parse_args(argv)
-    plan = QUICK if arguments.quick else Plan()
+    plan = FINE_TUNING if arguments.fine_tuning else SMOLLM if arguments.smollm else Plan()
+    name = {"training": "protocol", "fine-tuning": "protocol-finetuning"}.get(plan.task, "protocol-smollm") + ".json"
+    if arguments.quick:
+        plan = dataclasses.replace(QUICK, task=plan.task, start=2 if plan.start else 0, rates=plan.rates)
     if arguments.cells:
-        for index, cell in enumerate(draw(plan.cells)):
+        for index, cell in enumerate(draw(plan.cells, plan.rates)):
             print(index, ", ".join(f"{name} {value:g}" for name, value in cell.items()))
         return 0
-    path = (arguments.out or (Path("out/quick") if arguments.quick else RESULTS)) / "protocol.json"
+    path = (arguments.out or (Path("out/quick") if arguments.quick else RESULTS)) / name
     if arguments.add:
         add(path, arguments.add, plan)
     print(render(go_on(path, plan, 0 if arguments.add else arguments.minutes, arguments.processes)))

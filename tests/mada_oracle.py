@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "hyper_momentum": 0.0,
     "hyper_clip": 10.0,
     "hyper_warmup": 50,
+    "hyper_order": "algorithm",
     "bounds": {},
     "lambda_pullback": 0.0,
     "clamp_pullback": True,
@@ -152,9 +153,13 @@ class Oracle:
                 for name, a in zip(NAMES, h_q.tolist(), strict=True):
                     h[name] += sign * a
             s.pending = h
+        moving = [s for s in self.sets if any(w.coefficients is s for w in awake)]
+        first = [s for s in moving if s.options["hyper_order"] == "published"]
+        for s in first:
+            s.learn(s.pending)
         for w, g in zip(awake, grads, strict=True):
             w.step(g)
-        for s in self.sets:
-            if any(w.coefficients is s for w in awake):
+        for s in moving:
+            if s not in first:
                 s.learn(s.pending)
         return list(grads)

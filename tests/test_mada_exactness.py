@@ -72,6 +72,12 @@ CASES: dict[str, dict[str, Any]] = {
         "ema_kappa": None, "ema_update_freq": 3,
     },
     "maximize": {**INSIDE, **FAST, "maximize": True, "lr": 1e-4},
+    "published": {**INSIDE, **FAST, "hyper_order": "published", "hyper_momentum": 0.5},
+    "published, no differences": {**INSIDE, **FAST, "hyper_order": "published", "beta3": 0.0, "learn": ("beta2", "c")},
+    "published, averaged": {
+        **INSIDE, **FAST, "hyper_order": "published", "lambda_pullback": 5.0, "pullback_from": "step",
+        "ema_kappa": None, "ema_update_freq": 3,
+    },
 }  # fmt: skip
 
 

@@ -227,13 +227,14 @@ def absolute_sums(store: list[float]) -> Iterator[None]:
         mada_rule.fixed_order_sum = original
 
 
-def learn(kind: str) -> tuple[dict[str, float], dict[str, float], list[str]]:
+def learn(kind: str, order: str) -> tuple[dict[str, float], dict[str, float], list[str]]:
     """Hypergradients and coefficients after three steps that learn nothing and one that does, and what was wrong with
     the former."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
     from torch.nn.parallel import DistributedDataParallel
 
     options = {"beta3": 0.4, "rho": 0.35, "c": 0.6, "gamma": 0.7, "hyper_warmup": 3, "hyper_lr": 0.01, "lr": 1e-2}
+    options["hyper_order"] = order
     reference = net()
     inner: Any
     model: nn.Module
@@ -290,11 +291,15 @@ def max_factor(name: str, t: int, options: dict[str, Any]) -> float:
     return factors[("beta1", "beta2", "beta3", "rho", "c", "gamma").index(name)]
 
 
+LEARNING = [(2, "fsdp"), (4, "fsdp"), (4, "hsdp"), (4, "tensor parallel"), (2, "zero")]
+
+
 @pytest.mark.parametrize(
-    ("world", "kind"), [(2, "fsdp"), (4, "fsdp"), (4, "hsdp"), (4, "tensor parallel"), (2, "zero")]
+    ("world", "kind", "order"),
+    [*((*case, "algorithm") for case in LEARNING), (2, "fsdp", "published"), (2, "zero", "published")],
 )
-def test_coefficients_are_the_same_on_all_ranks_and_those_of_one(world: int, kind: str) -> None:
-    results = run(world, learn, kind)
+def test_coefficients_are_the_same_on_all_ranks_and_those_of_one(world: int, kind: str, order: str) -> None:
+    results = run(world, learn, kind, order)
     assert [wrong for *_, wrong in results] == [[]] * world
     assert all(result[:2] == results[0][:2] for result in results)  # to the last bit
 
