@@ -257,7 +257,7 @@ def rows_for(device: torch.device) -> Rows:
     in_graph = graphed(PACE, backend=first)
     kernels = [
         graphs[0],
-        Row("tight", f"PACE, {first}, graph, 7 (float32: 8) blocks", of_variant(in_graph), pace_moved, pace_held),
+        Row("tight", f"PACE, {first}, graph, 6 blocks", of_variant(in_graph), pace_moved, pace_held),
         Row("buckets", f"PACE, {first}, buckets", of_buckets(optimizer(PACE, backend=first)), pace_moved, with_bucket),
         *(
             Row(f"buckets-graph-{b}", f"PACE, {b}, buckets, graph", of_buckets(graphed(PACE, backend=b)), pace_moved,
