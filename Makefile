@@ -28,7 +28,7 @@ NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 
 CSRC := $(shell find csrc -not -name definitions.h -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(CSRC) $(shell find tests -name '*.cpp')
 
-.PHONY: demo quick test test-full lint format bench bench-peers convex theory pace protocol mada storage results roofline occupancy gpu wheel docs clean
+.PHONY: demo quick test test-full lint format bench bench-peers convex theory pace protocol mada storage results roofline occupancy gpu gpu-wheels wheel docs clean
 
 demo: $(VENV)/.bench
 	$(BIN)/python examples/train_lm.py
@@ -96,10 +96,16 @@ roofline: $(VENV)/.bench
 occupancy: $(VENV)/.test $(CUDA_VENV)/.torch-$(CUDA_TORCH)
 	cd tests && ../$(BIN)/python -m emulated.occupancy
 
-# On a machine with a GPU, with its own PYTHON and nothing downloaded: build, tests, benchmark, in BUDGET seconds.
+# On a machine with a GPU, with its own PYTHON and nothing downloaded: six stages (tools/gpu.py), each in BUDGET seconds;
+# STAGES=host,kernels runs some. gpu-wheels is for before: it brings the packages that the stage of peers compares with.
 BUDGET ?= 540
+STAGES ?=
 gpu:
-	$(PYTHON) tools/gpu.py --budget $(BUDGET)
+	$(PYTHON) tools/gpu.py --budget $(BUDGET) $(if $(STAGES),--stages $(STAGES))
+
+gpu-wheels:
+	$(PYTHON) -m pip download --no-deps --only-binary=:all: --dest out/wheels \
+	  bitsandbytes==0.50.2 torchao==0.18.0 flashoptim==0.1.4 schedulefree
 
 # What is published, into dist/: the source archive and the wheel, with the CUDA kernels (CUDA=0: without).
 WHEEL_VENV := $(if $(filter 1,$(CUDA)),$(CUDA_VENV),$(VENV))

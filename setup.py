@@ -5,6 +5,7 @@ them, and the reason goes into it: pace_kernels.backends() tells it. Environment
 
     PACE_NO_EXT=1        build without extensions; the package then computes through Triton or torch
     PACE_CUDA            auto (default): the CUDA kernels where they can be built; 0: not; 1: or fail with the reason
+    PACE_CUDA_DEFINES    of PACE's kernels: -DPACE_VARIANTS has those that `make gpu` measures beside the ones in use
     PACE_CUDA_ARCHS      compute capabilities, as in TORCH_CUDA_ARCH_LIST; no GPU is asked (default: CUDA_ARCHS below)
     CUDA_HOME            the CUDA toolkit (default: the nvidia wheels beside torch, nvcc on PATH, /usr/local/cuda)
     CXX                  the C++17 compiler (GCC >= 11 or Clang >= 14)
@@ -98,7 +99,8 @@ CUDA_SOURCES = [f"csrc/cuda/{name}.cpp" for name in ("device", "module", "ops", 
 FORMATS = [("Float32", "Float32")]
 FORMATS += [(x, g) for x in ("BFloat16", "Float16") for g in (x, "Float32")]
 CUDA_KERNELS = [
-    *((name, f"csrc/cuda/{name}.cu", []) for name in ("pace", "pullback", "schedule_free", "small")),
+    ("pace", "csrc/cuda/pace.cu", os.environ.get("PACE_CUDA_DEFINES", "").split()),
+    *((name, f"csrc/cuda/{name}.cu", []) for name in ("pullback", "schedule_free", "small")),
     *((name, f"csrc/cuda/{name}.cu", []) for name in ("pace_coded", "mada_coded")),
     *((f"mada_{x}_{g}", "csrc/cuda/mada.cu", [f"-DPACE_X={x}", f"-DPACE_G={g}"]) for x, g in FORMATS),
 ]

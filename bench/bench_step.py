@@ -85,6 +85,18 @@ def adamw_and_ema(parameters: list[nn.Parameter]) -> Contender:
     return Contender(step, lambda: [adamw.state, *averaged.parameters(), *averaged.buffers()])
 
 
+def adamw_and_foreach_ema(parameters: list[nn.Parameter]) -> Contender:
+    """Without AveragedModel's count of steps, whose copy to a GPU waits for it in every step."""
+    adamw, average_ = AdamW(parameters, fused=True), get_ema_multi_avg_fn(0.99)
+    averages, weights = [p.detach().clone() for p in parameters], [p.detach() for p in parameters]
+
+    def step() -> None:
+        adamw.step()
+        average_(averages, weights, None)
+
+    return Contender(step, lambda: [adamw.state, averages])
+
+
 def averaged_by_torch(
     base: Callable[..., torch.optim.Optimizer], **how: Any
 ) -> Callable[[list[nn.Parameter]], Contender]:
@@ -149,6 +161,11 @@ def mada_moved(dtype: torch.dtype) -> int:
     """m, n, v̄, ṽ, l read and written; the gradient before the last one read, and this one written over it; the last
     one read. 64 in float32."""
     return moved_bytes(dtype, states=6, read_only=1)
+
+
+def captured_mada_moved(dtype: torch.dtype) -> int:
+    """The two gradients change their roles by a copy, where a graph knows tensors alone. 68 in float32."""
+    return mada_moved(dtype) + 4
 
 
 def mada_held(dtype: torch.dtype) -> int:

@@ -6,10 +6,12 @@ A ratio of two contenders is the median of their ratios round by round, not the 
 machine drifts. Slow contenders take part in fewer rounds, evenly spread. Reported as well is what other processes took
 of the CPUs meanwhile: a threaded step waits for its slowest thread, and one busy neighbour can cost it milliseconds.
 
-**On a GPU** a step is timed by events in the stream before and after it, several steps a sample, each behind a cold
-walk that the device works on while the next step is issued. So what Python does behind the device's back is hidden up
-to the length of a walk, as it is behind a backward pass. Beyond it the device waits, and that is in the step's time.
-How long Python was busy with a step is a column of its own ("host ms").
+**On a GPU** a step has three times. "kernel ms" is that between events in the stream before and after it: several steps
+a sample, each behind a cold walk, and behind a wait of the device as long as Python takes to issue the step, so that
+the kernels alone are in it, as behind a long backward pass. (With more than some 1,000 launches the host waits for the
+queue, and that is in it too.) "host ms" is how long Python was busy with these steps. "idle ms" is from the call on an
+idle device, after a walk, to the end of its last kernel: what a step takes where nothing hides its host time. "by
+bytes" is the time that a row's bytes would take at the bandwidth of the same run.
 
 **Cold caches.** Before every step a buffer of 1.25 times the last-level cache (on a GPU: 4 times L2) is rewritten.
 The contenders share weights and gradients, which saves memory, and nobody finds them in cache. The walk writes, so that
@@ -146,6 +148,7 @@ class Result:
     first_step_s: float = 0.0
     samples: dict[int, float] = field(default_factory=dict)  # round -> seconds
     host_samples: dict[int, float] = field(default_factory=dict)  # round -> seconds in which Python was busy
+    idle_samples: dict[int, float] = field(default_factory=dict)  # round -> seconds on an idle GPU
     peak_extra: int | None = None  # bytes
     state_bytes: int = 0
 
@@ -240,15 +243,21 @@ def ratio(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[float, float,
 
 class Sample(NamedTuple):
     seconds: float
-    host_seconds: float  # of them, those in which Python was busy; the same on the CPU
+    host_seconds: float  # those in which Python was busy; the same on the CPU
+    idle_seconds: float  # of a call on an idle device, to the end of its last kernel; the same on the CPU
 
 
 def timed(
-    call: Callable[[], object], device: torch.device, steps: int = 1, before: Callable[[], object] = nothing
+    call: Callable[[], object],
+    device: torch.device,
+    steps: int = 1,
+    before: Callable[[], object] = nothing,
+    hidden_s: float = 0.0,
 ) -> Sample:
     """Mean over `steps` calls, with `before` each, which is not counted.
 
-    On CUDA from the end of what was issued before a call to the end of its own last kernel.
+    On CUDA from the end of what was issued before a call to the end of its own last kernel, where the device waits
+    `hidden_s` before it begins; and the time of one call more on an idle device.
     """
     if device.type == "cuda":
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(steps)]
@@ -256,20 +265,26 @@ def timed(
         torch.cuda.synchronize(device)
         for start, end in events:
             before()
+            torch.cuda._sleep(int(2e9 * hidden_s))  # clock cycles, of which a GPU has up to 2e9 a second
             start.record()
             start_s = time.perf_counter()
             call()
             host += time.perf_counter() - start_s
             end.record()
+        before()
         torch.cuda.synchronize(device)
-        return Sample(sum(start.elapsed_time(end) for start, end in events) / 1e3 / steps, host / steps)
+        start_s = time.perf_counter()
+        call()
+        torch.cuda.synchronize(device)
+        idle = time.perf_counter() - start_s
+        return Sample(sum(start.elapsed_time(end) for start, end in events) / 1e3 / steps, host / steps, idle)
     total = 0.0
     for _ in range(steps):
         before()
         start_s = time.perf_counter()
         call()
         total += time.perf_counter() - start_s
-    return Sample(total / steps, total / steps)
+    return Sample(total / steps, total / steps, total / steps)
 
 
 def spread_out(rounds: int, n: int) -> set[int]:
@@ -301,6 +316,7 @@ def time_interleaved(
     """
     watch = watch or Watch()
     takes_part: dict[str, set[int]] = {}
+    hidden: dict[str, float] = {}
 
     def ahead_of(name: str) -> Callable[[], object]:
         first = (prepare or {}).get(name)
@@ -311,7 +327,9 @@ def time_interleaved(
         watch.row(name)
         try:
             for _ in range(WARM_UP):
-                fastest = min(fastest, timed(call, device, before=ahead_of(name)).seconds)
+                sample = timed(call, device, before=ahead_of(name))
+                fastest = min(fastest, max(sample.seconds, sample.host_seconds))
+                hidden[name] = 1.2 * sample.host_seconds + 1e-4
         except Exception as reason:
             failed(name, reason)
             continue
@@ -329,7 +347,7 @@ def time_interleaved(
                     continue
                 watch.row(name)
                 try:
-                    keep(name, i, timed(calls[name], device, steps, ahead_of(name)))
+                    keep(name, i, timed(calls[name], device, steps, ahead_of(name), hidden[name]))
                 except Exception as reason:
                     failed(name, reason)
                     order.remove(name)
@@ -545,9 +563,11 @@ def measure(
             calls["copy"] = copy
 
         def keep(key: str, i: int, sample: Sample) -> None:
+            sample = Sample(*map(significant, sample))  # as files have them
             if key in results:
                 results[key].samples[first_round + i] = sample.seconds
                 results[key].host_samples[first_round + i] = sample.host_seconds
+                results[key].idle_samples[first_round + i] = sample.idle_seconds
             else:
                 kept = case.probe_samples if key == "probe" else case.copy_samples
                 kept[first_round + i] = sample.seconds
@@ -724,7 +744,9 @@ def cells(case: Case, anchors: Mapping[str, str]) -> list[list[str]]:
     """The case as rows of text, the first one the headings. `anchors`: key -> heading of a column with the ratio to
     that row's time."""
     copies = bool(case.copy_samples)  # as on a GPU
-    heads = ["", "ms", "quartiles", *(["host ms"] if copies else []), "ns/param", "B/param", "GB/s", "of rmw"]
+    idle = copies and any(result.idle_samples for result in case.results)  # not in results of before
+    heads = ["", "kernel ms" if idle else "ms", "quartiles", *(["by bytes"] if idle else [])]
+    heads += [*(["host ms"] if copies else []), *(["idle ms"] if idle else []), "ns/param", "B/param", "GB/s", "of rmw"]
     heads += [*(["of copy"] if copies else []), *anchors.values(), "peak extra MB", "state B/param", "rounds"]
     lines = [heads]
     for result in case.results:
@@ -735,8 +757,12 @@ def cells(case: Case, anchors: Mapping[str, str]) -> list[list[str]]:
         low, middle, high = quartiles(result.samples)
         ratios = [case.against(result, key) for key in anchors]
         line = [row.name, f"{1e3 * middle:.2f}", f"{1e3 * low:.2f} – {1e3 * high:.2f}"]
+        if idle:
+            line.append(f"{1e3 * row.moved(case.dtype) * case.numel / case.bandwidth():.2f}")
         if copies:
             line.append(f"{1e3 * quartiles(result.host_samples)[1]:.2f}")
+        if idle:
+            line.append(f"{1e3 * quartiles(result.idle_samples)[1]:.2f}" if result.idle_samples else "–")
         line += [f"{1e9 * middle / case.numel:.3f}", f"{row.moved(case.dtype)}", f"{case.rate(result) / 1e9:.1f}"]
         line.append(f"{100 * case.share(result):.0f} %")
         if copies:
@@ -817,8 +843,9 @@ def as_json(case: Case) -> dict[str, Any]:
                 "first_step_s": significant(result.first_step_s),
                 "samples_ms": by_round(result.samples),
             }
-            if result.host_samples != result.samples:  # as on a GPU
-                entry["host_samples_ms"] = by_round(result.host_samples)
+            for kind, samples in (("host", result.host_samples), ("idle", result.idle_samples)):
+                if samples and samples != result.samples:  # as on a GPU
+                    entry[f"{kind}_samples_ms"] = by_round(samples)
         rows.append(entry)
     return {
         "title": case.title,
@@ -848,6 +875,8 @@ def from_json(saved: Mapping[str, Any], rows: Mapping[str, Row], shapes: Sequenc
         if "samples_ms" in entry:
             result.samples = by_round(entry["samples_ms"])
             result.host_samples = by_round(entry.get("host_samples_ms", entry["samples_ms"]))
+            if "idle_samples_ms" in entry or "host_samples_ms" not in entry:
+                result.idle_samples = by_round(entry.get("idle_samples_ms", entry["samples_ms"]))
             result.peak_extra, result.state_bytes = entry["peak_extra_bytes"], entry["state_bytes"]
             result.first_step_s = entry["first_step_s"]
         results.append(result)

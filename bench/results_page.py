@@ -85,7 +85,8 @@ def gpu(kept: dict[str, Any], path: Path) -> str:
     rows = command.rows_for(torch.device("cuda"))
     cases = command.cases_of(kept, rows)
     image = path.with_suffix(".webp")
-    command.draw(kept, rows, image)
+    in_float32 = {key: saved for key, saved in kept["cases"].items() if saved["dtype"] == "float32"}
+    command.draw(kept | {"cases": in_float32}, rows, image)
     stages = [f"- {name}: {stage['summary']}" for name, stage in kept["stages"].items()]
     stages += [f"    - failed: `{name}`" for name in kept["stages"].get("tests", {}).get("failures", [])]
     shown = [key for key in ("gpt2:float32:main", "gpt2:bfloat16:main", "1.7b:bfloat16:main") if key in cases]

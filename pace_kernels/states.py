@@ -27,7 +27,10 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on that device. Only a copy to the CPU waits."""
+    """The tensor on that device. Only a copy to the CPU waits. Of pinned memory, which is read once the device gets
+    there, a copy is sent, so that the caller may write to it at once; not within a capture: replays read it again."""
+    if device.type == "cuda" and tensor.is_cpu and not torch.cuda.is_current_stream_capturing() and tensor.is_pinned():
+        tensor = tensor.clone()
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 

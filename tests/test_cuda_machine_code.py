@@ -5,6 +5,7 @@ much is under way as keeps a multiprocessor's memory busy, of tensors that are n
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from emulated import build
@@ -30,6 +31,12 @@ def does(condition: str, on: dict[str, bool]) -> bool:
     python = condition.replace("||", "or").replace("&&", "and").replace("true", "True").replace("false", "False")
     return bool(eval(python, {}, dict(on)))
 
+
+FIND_NVCC = """
+import runpy
+setup = runpy.run_path('setup.py')
+print(setup['find_nvcc'](setup['find_torch']()).path)
+"""
 
 # By definition and group of flags (csrc/cuda/rules.h): how many warps fit a multiprocessor at the least.
 GENERAL_WARPS = {
@@ -202,3 +209,15 @@ def test_all_loads_of_a_general_round_are_before_the_first_use(arch: str) -> Non
         loads = max(under_way(path, True) // 16, under_way(path, False) // 8)
         assert loads >= GENERAL_OPERANDS[definition.name, group], (name, loads)
         assert warps(arch, code) * 32 * 4 * GENERAL_BYTES[definition.name, group] >= IN_FLIGHT * 2 / 3, name
+
+
+def test_variants_that_are_to_be_measured_do_not_spill(tmp_path: Path) -> None:
+    """They are compiled for `make gpu` alone."""
+    nvcc = build.run([build.PYTHON, "-c", FIND_NVCC], cwd=build.ROOT).split()[-1]
+    flags = [*build.SETTINGS["NVCC_FLAGS"], "-gencode=arch=compute_90,code=sm_90", "-DPACE_VARIANTS", "-Xptxas=-v"]
+    said = build.run(["sh", "-c", '"$@" 2>&1', "sh", nvcc, *flags, "-c", "csrc/cuda/pace.cu", "-o", str(tmp_path / "o")],
+                     cwd=build.ROOT)  # fmt: skip
+    found = re.findall(r"function '(\S+)' .*\n.*\n +(\d+) bytes stack.*\n.*Used (\d+) registers", said)
+    bound = {name: (int(stack), int(registers)) for name, stack, registers in found if "PaceTight" in name}
+    assert len(bound) == 5 * 12 and {stack for stack, _ in bound.values()} == {0}
+    assert all(registers <= 80 for name, (_, registers) in bound.items() if "ILj7E" in name)

@@ -20,6 +20,7 @@ import torch
 from pace_kernels import MADA, PACE, ScheduleFreeAdamW
 from pace_kernels.definitions import DEFINITIONS
 from pace_kernels.definitions.kit import Option
+from pace_kernels.states import moved
 
 Make = Callable[..., Any]
 
@@ -394,3 +395,16 @@ def test_frozen_parameters_of_any_kind(make: Make, kind: str) -> None:
     if make is not torch.optim.AdamW:
         with optimizer.averaged():
             assert torch.equal(adapter, reference.state[alone].get("ema", alone))
+
+
+def test_pinned_memory_is_read_before_the_caller_may_write_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its copy to a GPU is made later, when the GPU gets there; within a capture each replay reads it."""
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda t: True)
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *_, **__: sent.append(t) or t)
+    value = torch.tensor(0.5)
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda its=capturing: its)
+        moved(value, torch.device("cuda"))
+    value.fill_(2.0)
+    assert [t.item() for t in sent] == [0.5, 2.0]

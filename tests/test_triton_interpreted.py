@@ -194,7 +194,7 @@ def test_scalars_are_those_of_the_host() -> None:
     options = {**test_native.OPTIONS, "beta2": 0.999, "ema_rho": 3.0, "ema_update_freq": 7, "capturable": True}
     call = checks.Call(rule.definition, ([], [], [], [], [], []), options)
     call.device = steps.device
-    layout = SimpleNamespace(plan=SimpleNamespace(table=rows), taken=[0.0] * count)
+    layout = SimpleNamespace(plan=SimpleNamespace(table=rows), taken=[(0.0, count)])
     ops._each_step_count(rule, call, layout, scalars_ptr=out, factors_ptr=None)
     assert torch.equal(steps, torch.arange(1, count + 1))
     wanted = torch.tensor([[float(a) for a in pace_scalars(PaceOptions(**options), t + 1.0)] for t in range(count)])

@@ -51,10 +51,11 @@ class Gpu:
         self.known = [t for a in given for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
         operator(*arguments, **options)
 
-    def launch(self, kernel: Any, programs: int, device: Any, options: dict[str, Any], **arguments: Any) -> None:
+    def launch(self, kernel: Any, programs: int, device: Any, options: Any, fixed: Any, **arguments: Any) -> None:
         if programs == 0:
             return
         self.launches[kernel.__name__] += 1
+        arguments |= fixed
         memory, tensors = Memory(), {}
         values = [a for a in arguments.values() if isinstance(a, torch.Tensor)]
         for t in [*self.known, *values]:

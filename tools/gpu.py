@@ -1,16 +1,23 @@
 """Everything that only a machine with a GPU can show, in one command, which `make gpu` runs.
 
-    python tools/gpu.py [--budget 540]
+    python tools/gpu.py [--budget 540] [--stages correctness,host]
 
-With the Python that runs it, and without downloads, it builds the extension in place, runs the tests that need a GPU
-(tests/gpu), then times PACE and MADA beside AdamW and others (`bench/harness.py` says how). It has a time budget in
-seconds: the build may take up to 40 % of it, tests up to 70 %, and the benchmark the rest, the most important rows
-first. The rest runs even if the build or tests fail; a benchmark row that fails becomes a row with the reason. The
-results are in `gpu-<device>.json`, a file that is complete JSON at any moment, in `gpu-<device>.md`, and, with
-matplotlib, in `gpu-<device>.webp`.
+With the Python that runs it, and without downloads, in stages, each of which has the budget in seconds:
 
-The benchmark runs in its own process, which names its row before every sample. If it dies, or hangs in one row for more
-than two minutes, another process goes on without that row.
+    correctness  builds the extension in place for this GPU, with the variants of kernels to measure; runs tests/gpu,
+                 some once more with other allocators. Where bits are wrong, no other stage is run
+    host         steps of tensors of 4 elements, and a profile: what the host does
+    kernels      sweeps: in graphs, of gradients in buckets, of compressed formats; then beside AdamW and others
+    peers        beside the packages whose wheels `make gpu-wheels` has put into out/wheels
+    training     whole training steps (bench/throughput.py)
+    tuning       the fine-tuning experiment of research/, where there is one
+
+`bench/harness.py` says how steps are timed; the most telling rows come first. `gpu-<device>.json` is complete JSON at
+any moment, `gpu-<device>.md` has the tables of all stages with what is in them by then, and, with matplotlib, there is
+`gpu-<device>.webp`. Where stages are named, those of an earlier run are kept.
+
+A benchmark runs in its own process, which names its row before every sample. If it dies, or hangs in one row for more
+than two minutes, another process goes on without that row; one that fails is a row with the reason.
 
 `--device cpu --dry-run` does the same on the CPU with tiny sizes: it shows that the command works, and no speed.
 """
@@ -19,20 +26,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import cProfile
+import ctypes
 import gc
 import json
 import os
+import pstats
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
@@ -47,10 +58,14 @@ from harness import (
     Row,
     Watch,
     as_json,
+    fill_,
     from_json,
     held_bytes,
+    itemsize,
     machine,
+    make_parameters,
     markdown,
+    markdown_table,
     measure,
     moved_bytes,
     save,
@@ -63,7 +78,13 @@ from torch import nn
 from torch.optim import AdamW
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD_UNTIL, TESTS_UNTIL = 0.4, 0.7  # shares of the budget
+BUILD_UNTIL, TESTS_UNTIL = 0.4, 0.8  # shares of the budget; what is left of it is for tests once more
+# Tests that are run once more, and how memory is allocated then.
+ALLOCATORS = ("backend:cudaMallocAsync", "expandable_segments:True")
+AGAIN = "streams or graphs"
+OUTCOMES = ("passed", "failed", "skipped")
+WHEELS = ROOT / "out/wheels"
+STAGES = ("correctness", "host", "kernels", "peers", "training", "tuning")
 START_S = 120.0  # for a process to come to its first row
 STUCK_S = 120.0  # a row that takes longer, compilation included, is given up
 RESERVE_S = 8.0  # for the last picture
@@ -78,19 +99,23 @@ REFERENCE = "adamw-fused"
 
 @dataclass(frozen=True)
 class Rows:
-    """`main` are timed first, for all sizes; `more` after that, with the anchors again."""
+    """`main` are timed for all sizes; the others, one of which is a set, with the anchors again."""
 
     main: list[Row]
     more: list[Row]
+    kernels: list[Row]
+    peers: list[Row]
     ours: tuple[str, ...]  # keys of those that run pace_kernels
     anchors: tuple[str, ...]
 
     @property
     def all(self) -> dict[str, Row]:
-        return {row.key: row for row in (*self.main, *self.more)}
+        return {row.key: row for row in (*self.main, *self.more, *self.kernels, *self.peers)}
 
     def set(self, name: str) -> list[Row]:
-        return self.main if name == "main" else [r for r in self.main if r.key in self.anchors] + self.more
+        if name in ("main", "host"):
+            return self.main
+        return [r for r in self.main if r.key in self.anchors] + getattr(self, name)
 
 
 def graphed(build: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[list[nn.Parameter]], Contender]:
@@ -114,31 +139,67 @@ def graphed(build: Callable[..., torch.optim.Optimizer], **options: Any) -> Call
     return make
 
 
-def adamw_and_foreach_ema(parameters: list[nn.Parameter]) -> Contender:
-    adamw = AdamW(parameters, fused=True)
-    averages = [p.detach().clone() for p in parameters]
-    weights = [p.detach() for p in parameters]
-
-    def step() -> None:
-        adamw.step()
-        torch._foreach_lerp_(averages, weights, 0.01)
-
-    return Contender(step, lambda: [adamw.state, averages])
+Make = Callable[[list[nn.Parameter]], Contender]
 
 
-def elsewhere(module: str, name: str, **options: Any) -> Callable[[list[nn.Parameter]], Contender]:
-    """An optimizer of another package, if that is installed."""
+def of_buckets(make: Make) -> Make:
+    """With gradients that are views of one bucket, as DDP's and FSDP2's are: at no multiple of 16 bytes."""
 
-    def make(parameters: list[nn.Parameter]) -> Contender:
-        made = getattr(import_module(module), name)(parameters, lr=1e-3, weight_decay=0.01, **options)
-        return Contender(made.step, lambda: made.state)
+    def build(parameters: list[nn.Parameter]) -> Contender:
+        own = [nn.Parameter(p.detach()) for p in parameters]
+        bucket = fill_(torch.empty(1 + sum(p.numel() for p in own), dtype=own[0].dtype, device=own[0].device))
+        at = 1
+        for p in own:
+            p.grad = bucket[at : at + p.numel()].view_as(p)
+            at += p.numel()
+        return make(own)
 
-    return make
+    return build
+
+
+def of_copies(make: Make) -> Make:
+    """Of weights of its own, as what is in codes would be told from others' writes."""
+
+    def build(parameters: list[nn.Parameter]) -> Contender:
+        own = [nn.Parameter(p.detach().clone()) for p in parameters]
+        for mine, p in zip(own, parameters, strict=True):
+            mine.grad = p.grad
+        return make(own)
+
+    return build
+
+
+def of_variant(make: Make) -> Make:
+    """Of the kernels that csrc/cuda/pace.cu has under PACE_VARIANTS."""
+
+    def build(parameters: list[nn.Parameter]) -> Contender:
+        from pace_kernels import _cuda
+
+        if b"PaceTight" not in Path(_cuda.__file__).read_bytes():
+            raise RuntimeError("the library is built without PACE_CUDA_DEFINES=-DPACE_VARIANTS")
+        os.environ["PACE_VARIANT"] = "1"
+        try:
+            return make(parameters)  # captured with it
+        finally:
+            del os.environ["PACE_VARIANT"]
+
+    return build
+
+
+def compiled_adamw(parameters: list[nn.Parameter]) -> Contender:
+    torch.compiler.reset()
+    made = AdamW(parameters, lr=torch.tensor(1e-3, device=parameters[0].device))
+    return Contender(torch.compile(made.step), lambda: made.state)
 
 
 def rows_for(device: torch.device) -> Rows:
+    from bench_compressed import FORMATS, named
+    from bench_peers import ROWS as PEERS
+    from bench_peers import guarded, of
     from bench_step import (
         ROWS,
+        adamw_and_foreach_ema,
+        captured_mada_moved,
         mada_held,
         mada_moved,
         optimizer,
@@ -172,7 +233,7 @@ def rows_for(device: torch.device) -> Rows:
         for b in backends
         for row in (
             Row(f"pace-graph-{b}", f"PACE, {b}, graph", graphed(PACE, backend=b), pace_moved, pace_held),
-            Row(f"mada-graph-{b}", f"MADA, {b}, graph", graphed(MADA, backend=b), mada_moved, mada_held),
+            Row(f"mada-graph-{b}", f"MADA, {b}, graph", graphed(MADA, backend=b), captured_mada_moved, mada_held),
         )
     ]
     fused = known[REFERENCE]
@@ -181,14 +242,6 @@ def rows_for(device: torch.device) -> Rows:
     foreach_ema = Row(
         "adamw-ema-foreach", "AdamW fused + EMA, foreach", adamw_and_foreach_ema, ema.moved, ema.held, scratch=4
     )
-    # Their states are float32, as ours are.
-    others = [
-        Row("apex", "apex FusedAdam", elsewhere("apex.optimizers", "FusedAdam"), preset_moved, preset_held),
-        Row("te", "Transformer Engine FusedAdam", elsewhere("transformer_engine.pytorch.optimizers", "FusedAdam"),
-            preset_moved, preset_held),
-        Row("bnb", "bitsandbytes AdamW, 32 bit", elsewhere("bitsandbytes.optim", "AdamW", optim_bits=32), preset_moved,
-            preset_held),
-    ]  # fmt: skip
     pullback = [known["pullback-adamw"], known["pullback-adamw-0"]]
     lion = Row(
         f"mada-lion-{first}",
@@ -197,10 +250,41 @@ def rows_for(device: torch.device) -> Rows:
         lambda dtype: moved_bytes(dtype, states=1),
         lambda dtype: held_bytes(dtype, states=1),
     )
-    ours = (*pace, *mada, *preset, *stats, *graphs, *pullback, lion)
+
+    def with_bucket(dtype: torch.dtype) -> int:
+        return pace_held(dtype) + itemsize(dtype)
+
+    in_graph = graphed(PACE, backend=first)
+    kernels = [
+        graphs[0],
+        Row("tight", f"PACE, {first}, graph, 6 blocks", of_variant(in_graph), pace_moved, pace_held),
+        Row("buckets", f"PACE, {first}, buckets", of_buckets(optimizer(PACE, backend=first)), pace_moved, with_bucket),
+        *(
+            Row(f"buckets-graph-{b}", f"PACE, {b}, buckets, graph", of_buckets(graphed(PACE, backend=b)), pace_moved,
+                with_bucket)
+            for b in backends
+        ),
+        Row("buckets-adamw", "AdamW fused, buckets", of_buckets(optimizer(AdamW, fused=True)), fused.moved,
+            lambda dtype: fused.held(dtype) + itemsize(dtype)),
+        *(
+            Row(f"{how}{key}", f"{named(options)}{title}", of_copies(make(PACE, backend=first, **options)),
+                lambda _, b=held: round(6 + 2 * b, 1), lambda _, b=held: b + 2)
+            for key, (options, held) in FORMATS.items()
+            if options
+            for how, title, make in (("", "", optimizer), ("graph-", ", graph", graphed))
+        ),
+    ]  # fmt: skip
+    keys = ("torchao-8bit", "torchao-4bit", "bnb-8bit", "bnb-32bit", "schedulefree")
+    wheels: list[Row] = [replace(row, make=guarded(row), compiles=False) for row in PEERS if row.key in keys]
+    flash = of_copies(of("flashoptim", "FlashAdamW"))  # 8 bits of each moment, and of what the weight has not
+    wheels.append(Row("flash", "FlashAdamW, 24-bit weights", flash, lambda d: 3 * itemsize(d) + 6, lambda _: 5))
+    compiled = Row("adamw-compile", "AdamW, torch.compile", compiled_adamw, fused.moved, fused.held, compiles=True)
+    ours = (*pace, *mada, *preset, *stats, *graphs, *pullback, lion, *(k for k in kernels if k.key != "buckets-adamw"))
     return Rows(
         [*pace, fused, *mada, foreach_ema, ema, known["adamw-foreach"], *preset],
-        [*graphs, adamw_graph, *pullback, *stats, lion, known["pace-eager"], *others, known["pace-compile"]],
+        [*graphs, adamw_graph, *pullback, *stats, lion, known["pace-eager"], known["pace-compile"], compiled],
+        kernels,
+        wheels,
         tuple(row.key for row in ours),
         (f"pace-{first}", REFERENCE),
     )
@@ -214,39 +298,32 @@ SIZES = {
     "gpt2": ("GPT-2 124M", gpt2()),
     "small": ("2,000 tensors of 1,000", 2000 * [(1000,)]),
     "1.7b": ("Llama shapes, 1.7 B", llama(vocabulary=49152, layers=24, width=2048, hidden=8192)),
+    **{f"host{n}": (f"{n:,} tensors of 4", n * [(4,)]) for n in (1, 148, 2000)},
 }
 TINY_SIZES = {
     "one": ("One tensor of 64 K", [(64 * 2**10,)]),
     "gpt2": ("A tiny GPT-2", gpt2(vocabulary=503, context=64, layers=1, width=64)),
     "small": ("8 tensors of 1,000", 8 * [(1000,)]),
     "1.7b": ("A tiny Llama", llama(vocabulary=251, layers=1, width=64, hidden=256)),
+    **{f"host{n}": (f"{n // 100 + 1} tensors of 4", (n // 100 + 1) * [(4,)]) for n in (1, 148, 2000)},
 }
 # The most telling first: if the time is up, the later ones are missing.
 PLAN = [
-    ("one", "float32", "main"),
-    ("gpt2", "bfloat16", "main"),
-    ("gpt2", "float32", "main"),
-    ("small", "float32", "main"),
-    ("1.7b", "bfloat16", "main"),
-    ("one", "bfloat16", "main"),
-    ("small", "float32", "more"),
-    ("one", "float32", "more"),
-    ("1.7b", "float32", "main"),
-    ("gpt2", "bfloat16", "more"),
-    ("small", "bfloat16", "main"),
-    ("gpt2", "float32", "more"),
-    ("small", "bfloat16", "more"),
-    ("one", "bfloat16", "more"),
-    ("1.7b", "bfloat16", "more"),
-]
+    "host148:float32:host", "host1:float32:host", "host2000:float32:host", "gpt2:bfloat16:kernels",
+    "one:bfloat16:kernels", "one:float32:main", "gpt2:bfloat16:main", "gpt2:float32:main", "small:float32:main",
+    "1.7b:bfloat16:main", "one:bfloat16:main", "small:float32:more", "one:float32:more", "1.7b:float32:main",
+    "gpt2:bfloat16:more", "small:bfloat16:main", "gpt2:float32:more", "small:bfloat16:more", "one:bfloat16:more",
+    "1.7b:bfloat16:more", "gpt2:bfloat16:peers", "1.7b:bfloat16:peers", "one:float32:peers",
+]  # fmt: skip
+OF_STAGE = {"host": ("host",), "kernels": ("kernels", "main", "more"), "peers": ("peers",)}  # their sets of rows
 
 
 def sizes(report: Mapping[str, Any]) -> dict[str, tuple[str, list[tuple[int, ...]]]]:
     return TINY_SIZES if report["dry_run"] else SIZES
 
 
-def plan(report: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
-    return {":".join(item): item for item in PLAN}
+def plan(stage: str) -> list[str]:
+    return [key for key in PLAN if key.rpartition(":")[2] in OF_STAGE[stage]]
 
 
 # ---- the report ----
@@ -261,9 +338,11 @@ def headings(rows: Rows) -> dict[str, str]:
 
 
 def cases_of(report: Mapping[str, Any], rows: Rows) -> dict[str, Case]:
-    return {
-        key: from_json(saved, rows.all, sizes(report)[key.split(":")[0]][1]) for key, saved in report["cases"].items()
-    }
+    def known(saved: dict[str, Any]) -> dict[str, Any]:  # rows may have been left out since
+        return saved | {"rows": [row for row in saved["rows"] if row["key"] in rows.all]}
+
+    shapes = {key: sizes(report)[key.split(":")[0]][1] for key in report["cases"]}
+    return {key: from_json(known(saved), rows.all, shapes[key]) for key, saved in report["cases"].items()}
 
 
 def notice(report: Mapping[str, Any]) -> str:
@@ -273,11 +352,19 @@ def notice(report: Mapping[str, Any]) -> str:
     return f"DRY RUN: tiny sizes, no speed is meant. {first}" if report["dry_run"] else first
 
 
-def as_markdown(report: Mapping[str, Any], rows: Rows) -> str:
+def as_markdown(report: Mapping[str, Any], rows: Rows, out: Path) -> str:
     parts = [f"# {notice(report)}", "Written by `make gpu`; `bench/harness.py` says how things are measured."]
-    parts += [f"{name}: {stage['summary']}" for name, stage in report["stages"].items()]
     parts += report.get("notes", [])  # written by hand into the JSON: what is known of the run since
-    parts += [markdown(case, headings(rows)) for case in cases_of(report, rows).values()]
+    cases = cases_of(report, rows)
+    for name in ("build", "tests", *STAGES[1:]):
+        stage = report["stages"].get(name, {"summary": ""})
+        parts += [f"## {name}\n\n{stage['summary']}"] if name in report["stages"] else []
+        parts += [markdown_table(stage["lines"])] if stage.get("lines") else []
+        parts += [f"- {line}" for line in stage.get("failures", [])]
+        mine = [case for key, case in cases.items() if key.split(":")[2] in OF_STAGE.get(name, ())]
+        parts += [markdown(case, headings(rows)) for case in mine]
+        if name == "training" and name in report["stages"]:
+            parts += [path.read_text(encoding="utf-8") for path in sorted(out.glob("throughput-*.md"))]
     parts += [f"{row.name}: {row.note}" for row in rows.all.values() if row.note]
     return "\n\n".join(parts) + "\n"
 
@@ -290,9 +377,9 @@ def draw(report: Mapping[str, Any], rows: Rows, path: Path) -> str:
         return f"no picture: {reason}"
     shown: dict[str, Case] = {}
     for key, case in cases_of(report, rows).items():
-        if not case.probe_samples:
+        size, dtype, which = key.split(":")
+        if not case.probe_samples or which not in ("main", "more"):
             continue
-        size, dtype, _ = key.split(":")
         if f"{size}:{dtype}" in shown:
             there = shown[f"{size}:{dtype}"]
             there.results += [r for r in case.results if r.row.key not in rows.anchors]
@@ -312,8 +399,28 @@ def draw(report: Mapping[str, Any], rows: Rows, path: Path) -> str:
 # ---- the benchmark, in a process of its own ----
 
 
-def benchmark(path: Path, until: float) -> None:
-    """Runs the part of the plan that the report does not have yet. `until`: a value of time.time()."""
+def profile(device: torch.device, count: int) -> list[list[str]]:
+    """Where a step of PACE spends the host's time, by the profiler, which costs calls of Python some 0.1 µs each."""
+    from pace_kernels import PACE
+
+    optimizer, steps = PACE(make_parameters(count * [(4,)], torch.float32, device)), 100
+    for _ in range(5):
+        optimizer.step()
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(steps):
+        optimizer.step()
+    profiler.disable()
+    found = pstats.Stats(profiler).stats.items()  # type: ignore[attr-defined]
+    most = sorted(((own, calls, where) for where, (_, calls, own, *_) in found), reverse=True)[:12]
+    lines = [[f"PACE, {count} tensors: function", "calls a step", "µs a step"]]
+    return lines + [
+        [f"{Path(file).name}, {name}", f"{n / steps:g}", f"{1e6 * s / steps:.1f}"] for s, n, (file, _, name) in most
+    ]
+
+
+def benchmark(path: Path, until: float, stage: str) -> None:
+    """Runs the part of a stage's plan that the report does not have yet. `until`: a value of time.time()."""
     report = load(path)
     device, dry = torch.device(report["device"]), report["dry_run"]
     rows = rows_for(device)
@@ -329,16 +436,22 @@ def benchmark(path: Path, until: float) -> None:
         "anchors": rows.anchors,
     }
     if dry:
-        report["failed"].setdefault("", {})["pace-compile"] = "left out of a dry run: compiling takes minutes"
+        left_out = "left out of a dry run: compiling takes minutes"
+        report["failed"].setdefault("", {}).update({"pace-compile": left_out, "adamw-compile": left_out})
 
-    for key, (size, dtype, which) in plan(report).items():
+    def show() -> None:
+        write(path.with_suffix(".md"), as_markdown(report, rows, path.parent))
+
+    for key in plan(stage):
         if key in report["complete"] or time.time() > until:
             continue
+        size, dtype, which = key.split(":")
         title, shapes = sizes(report)[size]
 
         def progress(case: Case, key: str = key) -> None:
             report["cases"][key] = as_json(case)
             save(report, path)
+            show()
 
         def running(row: str, key: str = key) -> None:
             marker.write_text(f"{key}\n{row}", encoding="utf-8")
@@ -347,7 +460,7 @@ def benchmark(path: Path, until: float) -> None:
         excluded = report["failed"].get("", {}) | report["failed"].get(key, {})
         try:
             case = measure(
-                title if which == "main" else f"{title}, more rows",
+                title if which in ("main", "host") else f"{title}, {which}",
                 rows.set(which),
                 shapes,
                 getattr(torch, dtype),
@@ -370,8 +483,12 @@ def benchmark(path: Path, until: float) -> None:
             continue
         report["complete"][key] = "the time was up" if watch.is_late() else ""
         save(report, path)
-        write(path.with_suffix(".md"), as_markdown(report, rows))
+        show()
         print(f"\n{table(case, headings(rows))}", flush=True)
+    if stage == "host" and time.time() < until:
+        report["stages"].setdefault("host", {"summary": ""})["lines"] = profile(device, 4 if dry else 148)
+        save(report, path)
+        show()
 
 
 def follow(process: subprocess.Popen[bytes], marker: Path, until: float) -> str:
@@ -397,7 +514,7 @@ def follow(process: subprocess.Popen[bytes], marker: Path, until: float) -> str:
     return f"the process died of {signal.Signals(-code).name}" if code < 0 else f"the process ended with status {code}"
 
 
-def run_benchmark(path: Path, environment: Mapping[str, str], until: float) -> str:
+def run_benchmark(path: Path, environment: Mapping[str, str], until: float, stage: str) -> str:
     """A summary."""
     marker = path.with_suffix(".running")
     processes = 0
@@ -405,7 +522,8 @@ def run_benchmark(path: Path, environment: Mapping[str, str], until: float) -> s
         marker.unlink(missing_ok=True)
         processes += 1
         command = [sys.executable, str(Path(__file__).resolve()), "--go-on", str(path), "--until", str(until - ROUND_S)]
-        why = follow(subprocess.Popen(command, env=dict(environment)), marker, until)
+        command += ["--stages", stage]
+        why = follow(subprocess.Popen(command, env=dict(environment), preexec_fn=end_with_parent), marker, until)
         if not why or why == "the time was up":
             break
         if why == "lost":
@@ -421,32 +539,79 @@ def run_benchmark(path: Path, environment: Mapping[str, str], until: float) -> s
         save(report, path)
     marker.unlink(missing_ok=True)
     report = load(path)
-    done = sum(not why for why in report["complete"].values())
-    return f"{done} of {len(plan(report))} cases complete, in {processes} process{'es' * (processes > 1)}"
+    done = sum(report["complete"].get(key) == "" for key in plan(stage))
+    return f"{done} of {len(plan(stage))} cases complete, in {processes} process{'es' * (processes > 1)}"
 
 
-# ---- build and tests ----
+# ---- stages ----
+
+
+@dataclass
+class Run:
+    path: Path  # of the report
+    report: dict[str, Any]
+    environment: dict[str, str]
+    scratch: Path
+    build: bool
+    limit_s: float  # of each stage
+    start: float = 0.0  # of the stage
+
+    @property
+    def left_s(self) -> float:
+        return self.limit_s - (time.time() - self.start)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.report["device"])
+
+    def keep(self, name: str, stage: dict[str, Any]) -> None:
+        self.report["stages"][name] = stage
+        save(self.report, self.path)
+        write(self.path.with_suffix(".md"), as_markdown(self.report, rows_for(self.device), self.path.parent))
+
+    def tell(self, name: str) -> None:
+        print(f"{name}: {self.report['stages'][name]['summary']}", flush=True)
 
 
 def tail(text: str, lines: int = 15) -> str:
     return "\n".join(text.strip().splitlines()[-lines:])
 
 
-def run_limited(command: Sequence[str], cwd: Path, environment: Mapping[str, str], limit_s: float) -> tuple[str, str]:
-    """The status, "" on success, and the output. Processes that the command started end with it."""
+def end_with_parent() -> None:
+    """For a process to end when this one is killed, so that it does not keep the GPU."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def run_limited(
+    command: Sequence[str],
+    cwd: Path,
+    environment: Mapping[str, str],
+    limit_s: float,
+    progress: Callable[[str], object] = lambda said: None,
+) -> tuple[str, str]:
+    """The status, "" on success, and the output, which `progress` gets whenever there is more of it. Processes that the
+    command started end with it."""
+    until = time.monotonic() + max(limit_s, 1.0)
     with tempfile.TemporaryFile() as out:
+
+        def said() -> str:  # at no offset of its own: the process writes at that
+            return os.pread(out.fileno(), os.fstat(out.fileno()).st_size, 0).decode("utf-8", "replace")
+
         process = subprocess.Popen(
-            command, cwd=cwd, env=dict(environment), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            code = process.wait(max(limit_s, 1.0))
-            status = "" if code == 0 else f"exit status {code}"
-        except subprocess.TimeoutExpired:
+            command, cwd=cwd, env=dict(environment), stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=end_with_parent,
+        )  # fmt: skip
+        seen = ""
+        while (code := process.poll()) is None and time.monotonic() < until:
+            time.sleep(0.2)
+            if (now := said()) != seen:
+                progress(seen := now)
+        if code is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            status = f"not done within {limit_s:.0f} s"
-        out.seek(0)
-        return status, out.read().decode("utf-8", "replace")
+            return f"not done within {limit_s:.0f} s", said()
+        return "" if code == 0 else f"exit status {code}", said()
 
 
 def build(environment: Mapping[str, str], device: torch.device, limit_s: float) -> dict[str, Any]:
@@ -456,7 +621,7 @@ def build(environment: Mapping[str, str], device: torch.device, limit_s: float) 
     attempts: list[dict[str, str]] = [{}, {"PACE_CUDA": "0"}]
     if device.type == "cuda" and torch.version.hip is None and not environment.get("PACE_CUDA_ARCHS"):
         major, minor = torch.cuda.get_device_capability(device)
-        attempts.insert(0, {"PACE_CUDA_ARCHS": f"{major}.{minor}"})
+        attempts.insert(0, {"PACE_CUDA_ARCHS": f"{major}.{minor}", "PACE_CUDA_DEFINES": "-DPACE_VARIANTS"})
     said: list[str] = []
     output, failed = "", ""
     for attempt in attempts:
@@ -490,64 +655,168 @@ def lay_out(folder: Path) -> Path:
     return folder
 
 
-def test(environment: Mapping[str, str], cwd: Path, limit_s: float) -> dict[str, Any]:
-    """Runs tests/gpu. Tests that start after the limit skip themselves; one that hangs is ended some time later."""
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        xml = Path(folder) / "tests.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
-        command += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
-        # tests/conftest.py is about hypothesis, which need not be here.
-        command += ["--confcutdir", str(ROOT / "tests/gpu"), f"--junitxml={xml}", str(ROOT / "tests/gpu")]
-        limited = {**environment, "PACE_GPU_TEST_SECONDS": f"{0.9 * limit_s:.0f}"}
-        status, output = run_limited(command, cwd, limited, limit_s)
-        counts, failures, skipped = read_junit(xml) if xml.exists() else ({}, [], {})
-    took = time.monotonic() - start
-    said = ", ".join(f"{n} {what}" for what, n in counts.items()) or "no results"
-    summary = f"{said} in {took:.0f} s" + (f" ({status})" if status else "")
-    return {
-        "summary": summary,
-        "failed": status,
-        "seconds": took,
-        "counts": counts,
-        "failures": failures,
-        "skipped": skipped,
-        "output": tail(output, 60),
-    }
+def test(run: Run) -> None:
+    """Runs tests/gpu, and some once more for each of ALLOCATORS; the table is complete whenever there is more of it.
+    Tests that start after the limit skip themselves; one that hangs is ended some time later."""
+    command = [sys.executable, "-u", "-m", "pytest", "-vv", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+    # tests/conftest.py is about hypothesis, which need not be here.
+    command += ["--confcutdir", str(ROOT / "tests/gpu"), "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
+    said: dict[str, str] = {}  # by the allocator
+    failed: list[str] = []
+
+    def told(how: str, output: str) -> None:
+        said[how] = output
+        counts: Counter[str] = Counter()
+        stage: dict[str, Any] = {"lines": [["tests", *OUTCOMES]], "failures": [], "skipped": {}}
+        for how, output in said.items():
+            files, failures, skipped = read_tests(output)
+            for name, mine in files.items():
+                stage["lines"].append([f"{name} {how}".strip(), *(f"{mine[what]}" for what in OUTCOMES)])
+                counts += mine
+            stage["failures"] += failures
+            stage["skipped"] |= skipped
+        stage["summary"] = ", ".join(f"{counts[what]} {what}" for what in OUTCOMES) if counts else "no results"
+        stage["summary"] += "".join(f" ({why})" for why in failed)
+        run.keep("tests", stage | {"failed": ", ".join(failed), "counts": dict(counts)})
+
+    for how in ("", *ALLOCATORS):
+        left_s = run.left_s - (0.0 if how else (1.0 - TESTS_UNTIL) * run.limit_s)
+        if how and (left_s < 10.0 or run.device.type != "cuda"):
+            break
+        limited = {**run.environment, "PACE_GPU_TEST_SECONDS": f"{0.9 * left_s:.0f}", "COLUMNS": "400"}
+        limited |= {"PYTORCH_CUDA_ALLOC_CONF": how} if how else {}
+        chosen = ["-k", AGAIN] if how else []
+        arguments = [*command, *chosen, str(ROOT / "tests/gpu")]
+        status, output = run_limited(arguments, run.scratch / "path", limited, left_s, partial(told, how))
+        failed += [status] if status else []
+        told(how, output)
+        if status:
+            print(tail(output, 60), flush=True)
 
 
-def read_junit(xml: Path) -> tuple[dict[str, int], list[str], dict[str, int]]:
-    """How many passed, failed and skipped; those that failed and why; the reasons of skips, with their number."""
-    counts = {"passed": 0, "failed": 0, "skipped": 0}
-    failures: list[str] = []
-    skipped: dict[str, int] = {}
-    for case in ElementTree.parse(xml).iter("testcase"):
-        skip = case.find("skipped")
-        if skip is not None:
-            counts["skipped"] += 1
-            reason = skip.get("message", "")
-            skipped[reason] = skipped.get(reason, 0) + 1
-        elif (found := next((f for f in case if f.tag in ("failure", "error")), None)) is not None:
-            counts["failed"] += 1
-            said = found.get("message", "").strip()
-            failures.append(
-                f"{case.get('classname')}::{case.get('name')}: {said.splitlines()[0][:300] if said else ''}"
-            )
-        else:
-            counts["passed"] += 1
-    return counts, failures, skipped
+def read_tests(output: str) -> tuple[dict[str, Counter[str]], list[str], dict[str, int]]:
+    """What `pytest -vv` has said by now: by file how many passed, failed and were skipped; those that failed, and why,
+    if it has come so far; the reasons of skips, with their number."""
+    files: dict[str, Counter[str]] = {}
+    failures: dict[str, str] = {}
+    skipped: Counter[str] = Counter()
+    for line in output.splitlines():
+        if found := re.match(r"\S*?(\w+)\.py::(.+?) (PASSED|FAILED|ERROR|SKIPPED)(?: \((.*)\))?", line):
+            file, name, what, why = found.groups()
+            files.setdefault(file, Counter())[{"ERROR": "failed"}.get(what, what.lower())] += 1
+            skipped.update([why or ""] if what == "SKIPPED" else [])
+            failures |= {f"{file}::{name}": ""} if what in ("FAILED", "ERROR") else {}
+        elif found := re.match(r"(?:FAILED|ERROR) \S*?(\w+)\.py::(.+?) - (.*)", line):
+            failures[f"{found[1]}::{found[2]}"] = found[3][:300]
+    return files, [f"{name}: {why}" for name, why in failures.items()], dict(skipped)
+
+
+def correctness(run: Run) -> None:
+    if run.build:
+        stage = build(run.environment, run.device, BUILD_UNTIL * run.limit_s)
+        output = stage.pop("output")  # long, and full of this machine's paths
+        run.keep("build", stage)
+        run.tell("build")
+        if stage["failed"]:
+            print(tail(output), flush=True)
+    use_package(run)
+    test(run)
+    stage = run.report["stages"]["tests"]
+    for line in [*stage["failures"], *(f"skipped {n} × {why}" for why, n in stage["skipped"].items())]:
+        print(f"  {line}", flush=True)
+
+
+def timed_by(name: str) -> Callable[[Run], None]:
+    def stage(run: Run) -> None:
+        if name == "peers" and any(WHEELS.glob("*.whl")):
+            target = str(run.scratch / "peers")
+            command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--quiet", "--target", target]
+            status, output = run_limited([*command, *map(str, WHEELS.glob("*.whl"))], ROOT, run.environment, 120.0)
+            print(f"wheels: {tail(output) if status else 'installed'}", flush=True)
+            run.environment["PYTHONPATH"] += os.pathsep + target
+        run.keep(name, {"summary": "under way"})
+        summary = run_benchmark(run.path, run.environment, run.start + run.limit_s - RESERVE_S, name)
+        run.report |= load(run.path)
+        run.keep(name, run.report["stages"][name] | {"summary": summary, "seconds": time.time() - run.start})
+        rows = rows_for(run.device)
+        for key, case in cases_of(run.report, rows).items():
+            if key in plan(name) and key not in run.report["complete"]:  # its process was ended before it could say
+                print(f"\ncut off: {table(case, headings(rows))}")
+
+    return stage
+
+
+def training(run: Run) -> None:
+    sizes = ("tiny", "tiny-lora") if run.report["dry_run"] else ("gpt2", "gpt2-256", "lora")
+    said = []
+    for i, size in enumerate(sizes):
+        limit = run.left_s / (len(sizes) - i)
+        command = [sys.executable, str(ROOT / "bench/throughput.py"), "--device", str(run.device), "--size", size]
+        command += ["--out", str(run.path.parent), "--seconds", f"{limit - 2 * ROUND_S:.0f}"]
+        command += ["--rounds", "2", "--steps", "1"] if run.report["dry_run"] else []
+
+        def progress(output: str, size: str = size) -> None:
+            run.keep("training", {"summary": "; ".join([*said, f"{size}: under way"])})
+
+        status, output = run_limited(command, run.scratch / "path", run.environment, limit, progress)
+        print(tail(output, 40), flush=True)
+        said.append(f"{size}: {status or 'done'}")
+        run.keep("training", {"summary": "; ".join(said), "failed": status})
+
+
+def tuning(run: Run) -> None:
+    script = next(iter(sorted((ROOT / "research").glob("*tun*.py"))), None)
+    if script is None:
+        run.keep("tuning", {"summary": "skipped: research/ has no fine-tuning experiment"})
+        return
+    command = [sys.executable, str(script), "--out", str(run.path.parent)]
+    command += ["--quick"] if run.report["dry_run"] else ["--device", str(run.device)]
+
+    def keep(output: str, status: str = "under way", failed: str = "") -> None:
+        lines = [[script.name], *([line.replace("|", "/")] for line in output.splitlines()[-40:])]
+        run.keep("tuning", {"summary": status, "failed": failed, "lines": lines})
+
+    status, output = run_limited(command, run.scratch / "path", run.environment, run.left_s - RESERVE_S, keep)
+    keep(output, status or "done", status)
+
+
+RUNS: dict[str, Callable[[Run], None]] = {
+    "correctness": correctness,
+    **{name: timed_by(name) for name in OF_STAGE},
+    "training": training,
+    "tuning": tuning,
+}
+
+
+def use_package(run: Run) -> None:
+    """From here on processes import the package as it is built now, and the report tells its backends."""
+    if not (run.scratch / "path").exists():
+        run.environment["PYTHONPATH"] = str(lay_out(run.scratch / "path"))
+        sys.path.insert(0, run.environment["PYTHONPATH"])
+        described = "import json, pace_kernels.backend as b; print(json.dumps(b.describe()))"
+        command = [sys.executable, "-c", described]
+        status, output = run_limited(command, run.scratch / "path", run.environment, 60.0)
+        if status:
+            sys.exit(f"the package cannot be imported:\n{tail(output)}")
+        run.report["machine"] |= json.loads(output.splitlines()[-1])
+        print("\n".join(f"  {b}: {what}" for b, what in run.report["machine"]["backends"].items()), flush=True)
 
 
 # ---- the command ----
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    def stages(text: str) -> list[str]:
+        if unknown := set(text.split(",")) - set(STAGES):
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is none of {', '.join(STAGES)}")
+        return text.split(",")
+
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes: shows that the command works, no speed")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything (default: 540)")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds for each stage (default: 540)")
+    parser.add_argument("--stages", type=stages, help=f"of {','.join(STAGES)}, with commas between (default: all)")
     parser.add_argument("--no-build", action="store_true", help="with the extension that is there")
-    parser.add_argument("--no-tests", action="store_true")
     parser.add_argument(
         "--out", type=Path, help="folder of the results (default: bench/results; of a dry run: out/bench)"
     )
@@ -558,11 +827,31 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def begun(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The report: that of an earlier run on this machine, where stages are named, without theirs; or a new one."""
+    about = machine(arguments.device)
+    report: dict[str, Any] = {
+        "dry_run": arguments.dry_run,
+        "device": str(arguments.device),
+        "machine": about,
+        "budget_s": arguments.budget,
+        "stages": {},
+        "cases": {},  # key of PLAN -> what was measured
+        "complete": {},  # key -> "", or why it is not all that was meant
+        "failed": {},  # key -> row -> why it is not run any more; key "": in all cases
+    }
+    old = load(path) if arguments.stages and path.exists() else {"machine": {}}
+    if all(old["machine"].get(key) == about.get(key) for key in ("gpu", "cpu", "torch")):
+        again = {key for stage in arguments.stages if stage in OF_STAGE for key in plan(stage)}
+        for part in ("stages", "cases", "complete", "failed"):
+            report[part] = {key: value for key, value in old[part].items() if key not in again}
+    return report
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    start = time.time()
     arguments = parse_arguments(argv)
     if arguments.go_on:
-        benchmark(arguments.go_on, arguments.until)
+        benchmark(arguments.go_on, arguments.until, arguments.stages[0])
         return 0
     device = arguments.device
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -572,75 +861,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    about = machine(device)
-    name = f"gpu-{slug(about)}{'-dry-run' if arguments.dry_run else ''}"
+    name = f"gpu-{slug(machine(device))}{'-dry-run' if arguments.dry_run else ''}"
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out.resolve() / f"{name}.json"
-    report: dict[str, Any] = {
-        "dry_run": arguments.dry_run,
-        "device": str(device),
-        "machine": about,
-        "budget_s": arguments.budget,
-        "stages": {},
-        "cases": {},  # key of PLAN -> what was measured
-        "complete": {},  # key -> "", or why it is not all that was meant
-        "failed": {},  # key -> row -> why it is not run any more; key "": in all cases
-    }
+    report = begun(path, arguments)
     save(report, path)
-    print(f"{notice(report)}; {arguments.budget:.0f} s", flush=True)
-
+    stages = [stage for stage in STAGES if stage in (arguments.stages or STAGES)]
+    print(f"{notice(report)}; {arguments.budget:.0f} s for each of {', '.join(stages)}", flush=True)
+    start = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
         environment = {
             **os.environ,
             "PYTHONIOENCODING": "utf-8",
             # A dry run shares the CPU with whatever else there is: several threads would wait for each other.
             **({"OMP_NUM_THREADS": "1"} if arguments.dry_run else {}),
-            "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),  # empty: compile times are those of a first run
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "inductor"),  # empty: compile times are those of a first run
         }
-        if not arguments.no_build:
-            report["stages"]["build"] = build(environment, device, BUILD_UNTIL * arguments.budget)
-            print(f"build: {report['stages']['build']['summary']}", flush=True)
-            if report["stages"]["build"]["failed"]:
-                print(tail(report["stages"]["build"]["output"]), flush=True)
-            del report["stages"]["build"]["output"]  # long, and full of this machine's paths
-            save(report, path)
-        environment["PYTHONPATH"] = str(lay_out(scratch / "path"))
-        if not arguments.no_tests:
-            limit = TESTS_UNTIL * arguments.budget - (time.time() - start)
-            report["stages"]["tests"] = test(environment, scratch / "path", limit)
-            stage = report["stages"]["tests"]
-            print(f"tests: {stage['summary']}", flush=True)
-            for line in [*stage["failures"], *(f"skipped {n} × {why}" for why, n in stage["skipped"].items())]:
-                print(f"  {line}", flush=True)
-            if stage["failed"]:
-                print(stage["output"], flush=True)
-            del stage["output"]
-            save(report, path)
-        described = "import json, pace_kernels.backend as b; print(json.dumps(b.describe()))"
-        status, output = run_limited([sys.executable, "-c", described], scratch / "path", environment, 60.0)
-        if status:
-            print(f"the package cannot be imported:\n{tail(output)}", flush=True)
-            return 1
-        report["machine"] |= json.loads(output.splitlines()[-1])
-        save(report, path)
-        print("\n".join(f"  {b}: {what}" for b, what in report["machine"]["backends"].items()), flush=True)
-
-        summary = run_benchmark(path, environment, start + arguments.budget - RESERVE_S)
-        report = load(path)
-        report["stages"]["benchmark"] = {"summary": summary, "seconds": time.time() - start}
-        save(report, path)
-        sys.path.insert(0, str(scratch / "path"))
-        rows = rows_for(device)
-        for key, case in cases_of(report, rows).items():
-            if key not in report["complete"]:  # its process was ended before it could say
-                print(f"\ncut off: {table(case, headings(rows))}")
-        print(f"\nbenchmark: {summary}", flush=True)
-        write(path.with_suffix(".md"), as_markdown(report, rows))
-        print(f"{path}\n{path.with_suffix('.md')}\n{draw(report, rows, path.with_suffix('.webp'))}")
-        print(f"{time.time() - start:.0f} s in all")
-    bad = [stage for stage in report["stages"].values() if stage.get("failed")]
-    return 1 if bad or not any(not why for why in report["complete"].values()) else 0
+        run = Run(path, report, environment, Path(folder), not arguments.no_build, arguments.budget)
+        for stage in stages:
+            run.start = time.time()
+            if stage != "correctness":
+                use_package(run)
+            RUNS[stage](run)
+            run.tell("tests" if stage == "correctness" else stage)
+            if any("test_gpu_bits" in failure for failure in report["stages"].get("tests", {}).get("failures", [])):
+                print("weights or states have wrong bits: nothing else is measured", flush=True)
+                break
+        print(f"{path}\n{path.with_suffix('.md')}\n{draw(report, rows_for(device), path.with_suffix('.webp'))}")
+    print(f"{time.time() - start:.0f} s in all")
+    return 1 if any(stage.get("failed") for stage in report["stages"].values()) else 0
 
 
 if __name__ == "__main__":

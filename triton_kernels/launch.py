@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..definitions.kit import Definition
 from .coded import of_formats
@@ -46,6 +49,12 @@ class Summed:
     columns: int
     minima: int = 0
     maxima: int = 0
+
+    @functools.cache  # noqa: B019
+    def constants(self, width: int) -> dict[str, Any]:
+        """For rows of that width as the result."""
+        counted = {"COLUMNS": self.columns, "MINIMA": self.minima, "MAXIMA": self.maxima}
+        return {**counted, "WIDTH": self.width, "OUT_WIDTH": width}
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +140,36 @@ def compile_options(**options: Any) -> dict[str, Any]:
     return {"num_warps": 1, "enable_fp_fusion": False, **options}
 
 
-def launch(kernel: Any, programs: int, device: torch.device, options: dict[str, Any], **arguments: Any) -> None:
+# Of this version on, a compiled kernel is called with all arguments in their order, constants among them.
+_CALLS_COMPILED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
+# Compiled kernels, each with its constants, whose address is a part of its key.
+_compiled: dict[Hashable, tuple[Any, dict[str, Any]]] = {}
+
+
+def _kind(value: Any) -> Hashable:
+    """All of an argument by which Triton may specialize a kernel."""
+    if isinstance(value, Tensor):
+        small = torch.version.hip is None or value.untyped_storage().nbytes() < 2**31
+        return value.dtype, value.data_ptr() % 16 == 0, small
+    return None if value is None else (value == 1, value % 16 == 0, value.bit_length() > 31)
+
+
+def launch(
+    kernel: Any, programs: int, device: torch.device, options: dict[str, Any], constants: dict[str, Any], **given: Any
+) -> None:
+    """``constants`` is the same dict, unchanged, whenever ``kernel``, ``options`` and its values are the same: the
+    compiled kernel is known by it, and found without Triton's own search, which looks at each constant."""
     if programs == 0:
         return
     # Triton launches on the current device.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](**arguments, **compile_options(**options))
+        kinds = (_kind(value) for value in given.values() if type(value) is not float)
+        key = (id(kernel), id(constants), device, *kinds)
+        known = _compiled.get(key)
+        if known is not None:
+            values = constants | given
+            known[0][programs, 1, 1](*map(values.__getitem__, kernel.arg_names))
+            return
+        compiled = kernel[(programs,)](**given, **constants, **compile_options(**options))
+        if _CALLS_COMPILED and compiled is not None:  # the interpreter compiles nothing
+            _compiled[key] = compiled, constants

@@ -33,6 +33,8 @@ from .sweep import CHUNK, _sweep_kernel
 from .table import Plan, Uploads, plan, upload
 
 _hyper_options = Uploads(1 << 16)
+_NO_OPTIONS = dict.fromkeys(OPTIONS, 0.0)
+_NO_CONSTANTS: dict[str, Any] = {}
 
 # ---- layouts --------------------------------------------------------------------------------------------------------
 
@@ -54,10 +56,10 @@ class Staged:
     """Operands that can be swept as flat memory: dense, and with the strides of their parameter. Others are copied, and
     those that the kernel writes are copied back."""
 
-    def __init__(self, lists: dict[int, list[Tensor]], written: set[int]) -> None:
+    def __init__(self, lists: dict[int, list[Tensor]], written: set[int], contiguous: bool) -> None:
         self.columns = lists
         self._back: list[tuple[Tensor, Tensor]] = []
-        if all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists.values()):
+        if contiguous:
             return
         self.columns = {column: list(tensors) for column, tensors in lists.items()}
         for i, operands in enumerate(zip(*lists.values(), strict=True)):
@@ -84,16 +86,17 @@ class Staged:
 class Layout:
     plan: Plan
     staged: Staged
-    taken: list[float]  # step counts before the step, where they live on the CPU
+    taken: list[tuple[float, int]]  # step counts before the step, where they live on the CPU, each of how many tensors
 
 
 def _lay_out(rule: Rule, call: Call, flags: Any) -> Layout:
     """The checked addresses of all tensors. Tensors with the same step count come side by side."""
     taken = [0.0] * len(call.steps) if call.counts_on_device else counts_taken(call.steps)
     order = None
-    if len(list(groupby(taken))) > len(set(taken)):
+    runs = [(count, len(list(members))) for count, members in groupby(taken)]
+    if len(runs) > len(set(taken)):
         order = sorted(range(len(taken)), key=taken.__getitem__)
-        taken = [taken[i] for i in order]
+        runs = [(count, taken.count(count)) for count in sorted(set(taken))]
 
     def ordered(values: Any) -> Any:
         return (
@@ -102,7 +105,7 @@ def _lay_out(rule: Rule, call: Call, flags: Any) -> Layout:
 
     count = len(rule.definition.operands)
     formats: list[Any] = [None] * (rule.columns - table.OPERANDS.value)
-    lists, scales, written = {}, {}, set()
+    lists, scales, written, contiguous = {}, {}, set(), True
     for k, (operand, (reads, writes)) in enumerate(zip(rule.definition.operands, rule.in_play(flags), strict=True)):
         if not (reads or writes):
             continue
@@ -111,22 +114,23 @@ def _lay_out(rule: Rule, call: Call, flags: Any) -> Layout:
         others = None
         if operand.codec is not None:
             beside = call.beside.get(operand.symbol, [])
-            dtypes, others = check_coded(operand, tensors, beside, call.params, call.device)
+            dtypes, others, flat = check_coded(operand, tensors, beside, call)
         else:
-            dtypes = check_operands(operand.list, tensors, call.params, call.device, operand.role, writes)
+            dtypes, flat = check_operands(operand.list, tensors, call, operand.role, writes)
+        contiguous = contiguous and flat
         lists[column], formats[k] = ordered(tensors), ordered(dtypes)
         if others is not None:
             formats[count + k] = ordered(others)
             (scales if others == torch.uint8 else lists)[column + count] = ordered(beside)
         if writes:
             written |= {column, column + count}
-    staged = Staged(lists, written)
+    staged = Staged(lists, written, contiguous)
     columns = staged.columns | scales
     if call.counts_on_device:
         columns[table.STEP.value] = ordered(call.steps)
     if call.rows:
         columns[table.LAST_SCALARS.value] = ordered(call.rows)
-    return Layout(plan(columns, tuple(formats), call.device, CHUNK.value), staged, taken)
+    return Layout(plan(columns, tuple(formats), call.device, CHUNK.value), staged, runs)
 
 
 # ---- launches -------------------------------------------------------------------------------------------------------
@@ -144,30 +148,27 @@ def _each_step_count(rule: Rule, call: Call, layout: Layout, **tables: Any) -> N
         "clip_coef_ptr": given.get("clip_coef"),
         "found_inf_ptr": given["found_inf"],
         **tables,
-        **dict.fromkeys(OPTIONS, 0.0),
+        **_NO_OPTIONS,
         **dict(zip(OPTIONS, values, strict=False)),
-        **rule.scalar_constants(bool(call.rows), call.counts_on_device),
     }
+    constants = rule.scalar_constants(bool(call.rows), call.counts_on_device)
     at = 0
-    for steps_taken, members in groupby(layout.taken):
-        count = len(list(members))
+    for steps_taken, count in layout.taken:
         numbers = {"first": at, "count": count, "steps_taken": steps_taken}
-        launch(_scalars_kernel, -(-count // LANES.value), call.device, {}, **arguments, **numbers)
+        launch(_scalars_kernel, -(-count // LANES.value), call.device, {}, constants, **arguments, **numbers)
         at += count
 
 
 def _add_up(summed: Summed, rows: Tensor, result: Tensor, learn: int = 0, lr: float = 0.0, **tables: Any) -> None:
     """The sum of all rows into `result`, through rows of partial sums if they are many."""
-    arguments = {"learn": learn, "lr": lr, "COLUMNS": summed.columns, "WIDTH": summed.width, **tables}
-    arguments |= {"MINIMA": summed.minima, "MAXIMA": summed.maxima}
     last = False
     while not last:
         programs = max(1, -(-len(rows) // sums.ROWS_OF_A_PROGRAM.value))
         last = programs == 1
         out = result if last else rows.new_empty(programs, summed.width)
         launch(
-            sums._add_up_kernel, programs, rows.device, {"num_warps": 4}, rows_ptr=rows, out_ptr=out, count=len(rows),
-            OUT_WIDTH=out.shape[-1], **arguments,
+            sums._add_up_kernel, programs, rows.device, {"num_warps": 4}, summed.constants(out.shape[-1]),
+            rows_ptr=rows, out_ptr=out, count=len(rows), learn=learn, lr=lr, **tables,
         )  # fmt: skip
         rows = out
 
@@ -200,7 +201,7 @@ def _step(rule: Rule, *values: Any, **named: Any) -> None:
             rule.compiled_with(target_of(device)),
             rule.constants(part.formats, part.aligned, play.flags),
         )
-        launch(_sweep_kernel, part.blocks, device, options, first_block=part.first_block, **tables, **constants)
+        launch(_sweep_kernel, part.blocks, device, options, constants, first_block=part.first_block, **tables)
 
     layout.staged.write_back()
     if call.steps and not call.counts_on_device:
@@ -256,12 +257,14 @@ def mada_learn_(
         check_doubles("sums", row, 7, device)
     check_one("found_inf", found_inf, device)
     rows = sums[0] if len(sums) == 1 else torch.stack(sums) if sums else coefficients.new_empty(0)
-    kept = _hyper_options.get(device, tuple(values), lambda: upload(torch.tensor(values, dtype=torch.float64), device))
+    key = (coefficients.data_ptr(), *values)  # of these coefficients alone: see Uploads
+    kept = _hyper_options.get(device, key, lambda: upload(torch.tensor(values, dtype=torch.float64), device))
     launch(
         learn_kernel._mada_learn_kernel,
         1,
         device,
         {},
+        _NO_CONSTANTS,
         coefficients_ptr=coefficients,
         momenta_ptr=momenta,
         hypergradients_ptr=hypergradients,

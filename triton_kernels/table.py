@@ -34,9 +34,10 @@ class Uploads:
     ``limit`` bytes the least recently used are dropped.
 
     A captured graph may be replayed at any time, so tensors that a capture has used are never dropped. A capture takes
-    tensors made before it, since it begins when the device is idle. A tensor made within one is not reused: its copy is
-    part of that graph, and it holds nothing before a replay. Otherwise a table serves only the stream on which it was
-    made: a copy is ordered before the kernels of its own stream alone.
+    tensors made before it on any stream, so keys have the address of what is stepped: the step that made such a tensor
+    wrote there too, and whoever captures or replays a later one on another stream has waited for it. A tensor made
+    within one is not reused: its copy is part of that graph, and it holds nothing before a replay. Otherwise a table
+    serves only the stream on which it was made: a copy is ordered before the kernels of its own stream alone.
     """
 
     def __init__(self, limit: int) -> None:
@@ -220,6 +221,7 @@ def _make_plan(
         repeats = torch.tensor([programs[i] for i in order], dtype=torch.int64)
         return upload(torch.repeat_interleave(torch.tensor(order, dtype=torch.int32), repeats), device)
 
-    blocks = _blocks.get(device, (tuple(order), tuple(programs)), tensor_of_block)
+    key = (tuple(order), tuple(programs), tuple(addresses[OPERANDS.value]))
+    blocks = _blocks.get(device, key, tensor_of_block)
     uploaded = upload(table, device)
     return Plan(uploaded.tensor, blocks.tensor, parts, at, (uploaded, blocks))

@@ -28,7 +28,8 @@ Emit launcher(const Place& place) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(place.index, &stream));
   return [=](const KernelId& id, int64_t blocks, int threads, const void* parameters, size_t) {
     const char* const error = launch_kernel(id, blocks, threads, parameters, place.index, stream);
-    STD_TORCH_CHECK(error == nullptr, "pace_kernels: a CUDA kernel could not be launched: ", error);
+    STD_TORCH_CHECK(error == nullptr,
+                    "pace_kernels: a CUDA kernel could not be launched, or an earlier one failed: ", error);
   };
 }
 

@@ -1,6 +1,10 @@
 // The small kernels: scalars on the device, sums over blocks, learning; and the launch itself.
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 #include "sweep.cuh"
 
 namespace pace {
@@ -109,6 +113,24 @@ static const void* function_of(const KernelId& id) {
   return nullptr;
 }
 
+// Kernels are loaded when they are first asked for. That may allocate, which a capture forbids unless the thread says
+// that it knows better; so a step that a kernel has its first launch in can be captured.
+static cudaError_t load(const void* function, int32_t device) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int32_t>> loaded;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (loaded.count({function, device}) != 0) return cudaSuccess;
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode);
+  if (error != cudaSuccess) return error;
+  cudaFuncAttributes attributes;
+  error = cudaFuncGetAttributes(&attributes, function);
+  const cudaError_t after = cudaThreadExchangeStreamCaptureMode(&mode);
+  if (error == cudaSuccess) error = after;
+  if (error == cudaSuccess) loaded.emplace(function, device);
+  return error;
+}
+
 const char* launch_kernel(const KernelId& id, int64_t blocks, int threads, const void* parameters, int32_t device,
                           void* stream) {
   const void* function = nullptr;
@@ -118,6 +140,7 @@ const char* launch_kernel(const KernelId& id, int64_t blocks, int threads, const
 #undef FIND
   // torch's runtime has made the device current; this library's own, linked statically, must know it too.
   cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = load(function, device);
   if (error == cudaSuccess) {
     void* arguments[] = {const_cast<void*>(parameters)};
     error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),

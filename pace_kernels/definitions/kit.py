@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Operand:
     codec: str | None = None
     dither: int = 0
 
-    @property
+    @cached_property
     def beside(self) -> str | None:
         if self.codec in (None, "second", "gradient"):
             return None
@@ -107,15 +108,15 @@ class Definition:
     scaling: tuple[str, ...] = SCALING
     sums: int = field(default=0)  # of the terms that a step can sum over coordinates
 
-    @property
+    @cached_property
     def operands(self) -> tuple[Operand, ...]:
         return tuple(entry for entry in self.lists if isinstance(entry, Operand))
 
-    @property
+    @cached_property
     def rows(self) -> tuple[Row, ...]:
         return tuple(entry for entry in self.lists if isinstance(entry, Row))
 
-    @property
+    @cached_property
     def beside(self) -> tuple[str, ...]:
         """The lists of tensors stored beside operands, the last of the tensors. Rules do not see them: they see whole
         numbers."""
@@ -124,7 +125,7 @@ class Definition:
     def lists_of(self, *roles: str) -> tuple[str, ...]:
         return tuple(operand.list for operand in self.operands if operand.role in roles)
 
-    @property
+    @cached_property
     def optional_tensors(self) -> tuple[str, ...]:
         return (*(extra.name for extra in self.extras), "lr_tensor", *self.scaling)
 

@@ -155,12 +155,18 @@ def occupy(milliseconds: float) -> None:
 class Graph:
     """A captured call; on the CPU the call itself."""
 
-    def __init__(self, call: Callable[[], object]) -> None:
+    def __init__(self, call: Callable[[], object], bare: bool = False) -> None:
+        """`bare`: on the current stream, and nothing waits for the device before, as torch.cuda.graph does."""
         self.replay: Callable[[], object] = call
         if not DRY:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            if bare:
+                graph.capture_begin()
                 call()
+                graph.capture_end()
+            else:
+                with torch.cuda.graph(graph):
+                    call()
             self.replay = graph.replay
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import on_gpu
@@ -121,3 +124,54 @@ def test_gradients_may_be_allocated_within_the_capture(kind: str, backend: str) 
                     train()
         found.append(contents(params, optimizer))
     assert_same(*found)
+
+
+@both
+@on_gpu.each
+def test_a_bare_capture_right_behind_other_steps(kind: str, backend: str) -> None:
+    """The tables that it takes over are still on their way when it begins."""
+    found = []
+    for captured in (False, True):
+        params = on_gpu.parameters()
+        on_gpu.give(params, next(iter(gradients(1, torch.float32))))
+        optimizer = on_gpu.OPTIMIZERS[kind](params, lr=1e-2, capturable=True, backend=need(backend))
+        with on_gpu.beside():
+            on_gpu.occupy(20.0)
+            for _ in range(3):
+                optimizer.step()
+            step = on_gpu.Graph(optimizer.step, bare=True).replay if captured else optimizer.step
+            for _ in range(3):
+                step()
+        found.append(contents(params, optimizer))
+    assert_same(*found)
+
+
+FIRST = """
+import sys, torch
+sys.path[:0] = sys.argv[1:3]
+import on_gpu
+from pace_kernels import MADA, PACE
+for kind in (PACE, MADA):
+    found = []
+    for captured in (True, False):
+        params = on_gpu.parameters()
+        for param in params:
+            param.grad = torch.ones_like(param)
+        saved = kind(on_gpu.parameters(torch.device("cpu")), lr=1e-2, capturable=True)
+        on_gpu.give(saved.param_groups[0]["params"], [torch.ones(p.shape) for p in params])
+        saved.step()
+        optimizer = kind(params, lr=1e-2, capturable=True, backend=on_gpu.BACKENDS[0])
+        optimizer.load_state_dict(saved.state_dict())
+        step = on_gpu.Graph(optimizer.step).replay if captured else optimizer.step
+        found.append([on_gpu.contents(params, optimizer) for _ in range(2) if step() is None])
+    for replayed, stepped in zip(*found, strict=True):
+        on_gpu.assert_same(replayed, stepped)
+"""
+
+
+def test_a_kernel_may_have_its_first_launch_within_a_capture() -> None:
+    """After a checkpoint was loaded, in a process that has launched nothing yet: the captured steps come first."""
+    need(on_gpu.BACKENDS[0])
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    done = subprocess.run([sys.executable, "-c", FIRST, *folders], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]

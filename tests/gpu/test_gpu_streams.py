@@ -57,6 +57,24 @@ def test_memory_of_a_step_is_not_given_to_another_stream_too_early(kind: str, ba
 
 @both
 @each
+def test_a_pinned_coefficient_may_be_changed_right_after_the_step(kind: str, backend: str) -> None:
+    found = []
+    for late in (True, False):
+        params = on_gpu.parameters()
+        optimizer = on_gpu.OPTIMIZERS[kind](params, lr=1e-2, backend=need(backend))
+        coefficient = torch.full((), 0.5, pin_memory=not on_gpu.DRY)
+        for grads in gradients(4, torch.float32):
+            on_gpu.give(params, grads)
+            if late:
+                on_gpu.occupy(20.0)
+            optimizer.step(clip_coef=coefficient.fill_(0.5))
+            coefficient.fill_(100.0 if late else 0.5)
+        found.append(contents(params, optimizer))
+    assert_same(*found)
+
+
+@both
+@each
 @on_gpu.gpu_only
 def test_a_step_on_a_device_that_is_not_the_current_one(kind: str, backend: str) -> None:
     if torch.cuda.device_count() < 2:
