@@ -40,7 +40,7 @@ test: lint $(HEADERS)/.ready $(DOCS_VENV)/.ready $(if $(filter 1,$(CUDA)),$(CUDA
 test-full: export PACE_FULL = 1
 test-full: test
 
-# Linters, and the tests that need no other environment, no nvcc, no trainers and little time: 2 minutes on 2 cores.
+# Linters, and the tests that need no other environment, no nvcc, no trainers and little time.
 quick: lint
 	$(PYTEST) -m "not slow"
 

@@ -82,8 +82,14 @@ SOURCES = ["csrc/module.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("isa", "ops"
 HERE = os.path.dirname(os.path.abspath(__file__))
 # Library: why it is not built. Written into the package as _not_built.json, which pace_kernels/backend.py reads.
 not_built: dict[str, str] = {}
-# csrc/definitions.h, which says what the definitions in pace_kernels/definitions say.
+# csrc/definitions.h, which says what the definitions in pace_kernels/definitions say. A new one is as old as they are:
+# the tree of an archive that was just unpacked then compiles no CUDA kernel again that lies in its build folder.
+DEFINITIONS = os.path.join(HERE, "csrc", "definitions.h")
+IS_NEW = not os.path.exists(DEFINITIONS)
 runpy.run_path(os.path.join(HERE, "csrc", "definitions.py"))["write"]()
+if IS_NEW:
+    written_from = [f"{HERE}/csrc/definitions.py", *glob(f"{HERE}/pace_kernels/definitions/*.py")]
+    os.utime(DEFINITIONS, times=(max(map(os.path.getmtime, written_from)),) * 2)
 HEADERS = sorted(path for end in ("h", "cuh") for path in glob(f"csrc/**/*.{end}", root_dir=HERE, recursive=True))
 
 # Turing (T4), Ampere (A100; RTX 30), Hopper, Blackwell (B200; RTX 50), and PTX for what lies between (8.7, 11.0) and

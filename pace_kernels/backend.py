@@ -226,14 +226,19 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, wrapper: 
     if device.type == "cpu" and wanted and (_table()["cpu"].reason or "").startswith("PACE_CPU_ISA="):
         raise RuntimeError(f"the requested instruction set is not available: {_table()['cpu'].reason}")
     row = next(row for row in _table().values() if row.refusal(device, dtype) is None)
-    expected = _KERNELS.get(device.type, ()) if dtype != torch.float64 else ()
-    if torch.version.hip is not None:  # AMD GPUs have Triton's kernels alone
-        expected = tuple(name for name in expected if name != "cuda")
-    if expected and row.name != expected[0]:
-        passed = {other: _table()[other].refusal(device, dtype) for other in expected}
-        why = " ".join(f"Backend {other}: {reason}." for other, reason in passed.items() if reason)
+    if dtype != torch.float64 and (passed := passed_over(row, device, dtype)):
+        why = " ".join(f"Backend {other}: {reason}." for other, reason in passed.items())
         say_once(f"pace_kernels computes through {row.name}, more slowly. {why}")
     return row
+
+
+def passed_over(row: Backend, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """The kernels that one would expect on that device before those of ``row``, and why they can't compute there."""
+    expected = _KERNELS.get(device.type, ())
+    if torch.version.hip is not None:  # AMD GPUs have Triton's kernels alone
+        expected = tuple(name for name in expected if name != "cuda")
+    before = expected[: expected.index(row.name)] if row.name in expected else expected
+    return {other: why for other in before if (why := _table()[other].refusal(device, dtype)) is not None}
 
 
 @functools.cache

@@ -266,7 +266,8 @@ class KernelOptimizer(Fitting):
 
     def memory(self) -> Memory:
         """The bytes of weights, gradients and states by tensor on this rank, which states are compressed, and why the
-        others are not. Before the first step it reports what they will be. Printed, it is a summary.
+        others are not; which backend steps each tensor, and why not a faster one. Before the first step it reports what
+        they will be. Print it at the start of a run: it is a summary then.
 
         >>> optimizer = pace_kernels.PACE(torch.nn.Linear(64, 64).parameters(), state_bits=8)  # doctest: +SKIP
         >>> print(optimizer.memory())  # doctest: +SKIP

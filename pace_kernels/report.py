@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .backend import choose
+from .backend import choose, passed_over
 from .formats import BLOCK, dtype_of, formats_of, names_of, why_float32
 from .sharding import is_wrapper, local
 from .states import FLOATING
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class TensorMemory:
     """One parameter: its elements on this rank, and bytes; one that is lazy has none yet. ``backend`` is "none" where
-    nothing steps it: of lazy ones, and of frozen ones in a dtype that is not trained. ``states`` has a number of bytes
-    for each state that it has or, before its first step, will have. ``compressed``: whether states of it are, of at
-    least one kind. ``why_float32``: why they are not, although its group asks for it; None where it does not ask, and
-    where they are compressed. ``asked``: what the group asks to be compressed, "states" or "averages"; "" for
-    nothing."""
+    nothing steps it: of lazy ones, and of frozen ones in a dtype that is not trained. ``why_backend``: why it is not
+    the fastest one of its device; None where it is. ``states`` has a number of bytes for each state that it has or,
+    before its first step, will have. ``compressed``: whether states of it are, of at least one kind. ``why_float32``:
+    why they are not, although its group asks for it; None where it does not ask, and where they are compressed.
+    ``asked``: what the group asks to be compressed, "states" or "averages"; "" for nothing."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,6 +41,8 @@ class TensorMemory:
     why_float32: str | None
     compressed: bool = False
     asked: str = ""
+    device: str = "cpu"
+    why_backend: str | None = None
 
     @property
     def kept(self) -> str:
@@ -72,7 +74,9 @@ class Memory:
         return sum(sum(tensor.states.values()) for tensor in self.tensors)
 
     def __str__(self) -> str:
-        backends = ", ".join(sorted({tensor.backend for tensor in self.tensors} - {"none"})) or "none"
+        stepped = [tensor for tensor in self.tensors if tensor.backend != "none"]
+        reasons = [f", since {t.why_backend}" if t.why_backend else "" for t in stepped]
+        backends = Counter((t.backend, t.device + why) for t, why in zip(stepped, reasons, strict=True))
         by_state: Counter[str] = Counter()
         for tensor in self.tensors:
             by_state.update(tensor.states)
@@ -80,19 +84,17 @@ class Memory:
         each = (self.weights + self.gradients + self.states) / max(self.elements, 1)
         gradients = f"gradients {_size(self.gradients)}" if self.gradients else "without gradients"
         lines = [
-            f"{self.kind}: {self.elements:,} elements in {len(self.tensors)} tensors, backend {backends}",
+            f"{self.kind}: {self.elements:,} elements in {len(self.tensors)} tensors",
+            *(f"  {n} step{'s' * (n == 1)} by backend {name} on {where}" for (name, where), n in backends.items()),
             f"  weights {_size(self.weights)}, {gradients}, states {_size(self.states)}: {each:.2f} bytes an element",
             *([f"  {of_states}"] if of_states else []),
         ]
         plain = [(tensor.kept, tensor.why_float32) for tensor in self.tensors if tensor.why_float32 is not None]
         if any(tensor.compressed for tensor in self.tensors):
-            here = (tensor for tensor in self.tensors if not tensor.asked and tensor.backend != "none")
-            plain += [(tensor.kept, "the options of its group ask for that") for tensor in here]
+            plain += [(t.kept, "the options of its group ask for that") for t in stepped if not t.asked]
         for (kept, why), count in Counter(plain).most_common():
-            lines.append(
-                f"  {count} keep{'s' if count == 1 else ''} {kept}, {'' if count == 1 else 'each '}since {why}"
-            )
-        if idle := sum(tensor.backend == "none" for tensor in self.tensors):
+            lines.append(f"  {count} keep{'s' * (count == 1)} {kept}, {'' if count == 1 else 'each '}since {why}")
+        if idle := len(self.tensors) - len(stepped):
             lines.append(f"  {idle} {'is' if idle == 1 else 'are'} lazy, or frozen in a dtype that is not trained")
         return "\n".join(lines)
 
@@ -110,10 +112,20 @@ def _bytes(tensor: Tensor | None) -> int:
     return here.numel() * here.element_size()
 
 
-def _backend_of(optimizer: KernelOptimizer | PullReports, param: Tensor) -> str:
+def _backend_of(optimizer: KernelOptimizer | PullReports, param: Tensor) -> tuple[str, str | None]:
+    """Its name, and why it is not the fastest one there."""
     if is_lazy(param) or (not param.requires_grad and param.dtype not in FLOATING):
-        return "none"
-    return choose(optimizer._backend_name, param.device, param.dtype, is_wrapper(local(param))).name
+        return "none", None
+    wrapped = is_wrapper(local(param))
+    row = choose(optimizer._backend_name, param.device, param.dtype, wrapped)
+    if optimizer._backend_name is not None:
+        return row.name, "it was asked for by name"
+    if wrapped:
+        return row.name, "it wraps other tensors"
+    if param.dtype == torch.float64:
+        return row.name, "there are no kernels for float64"
+    passed = passed_over(row, param.device, param.dtype)
+    return row.name, "; ".join(f"{other} can't: {why}" for other, why in passed.items()) or None
 
 
 def memory_of(optimizer: KernelOptimizer | PullReports) -> Memory:
@@ -139,7 +151,7 @@ def memory_of(optimizer: KernelOptimizer | PullReports) -> Memory:
                     states[name] = here.numel() * size // (BLOCK if name.endswith("_scales") else 1)
             else:
                 states = {}
-            backend = _backend_of(optimizer, param)
+            backend, why_backend = _backend_of(optimizer, param)
             asked = "states" if wanted.state < 32 else "averages" if wanted.ema < 32 else ""
             asked = asked if backend != "none" else ""
             found.append(
@@ -155,6 +167,8 @@ def memory_of(optimizer: KernelOptimizer | PullReports) -> Memory:
                     why_float32(param) if asked else None,
                     bool(asked) and (formats.state < 32 or formats.ema < 32),
                     asked,
+                    str(param.device),
+                    why_backend,
                 )
             )
     return Memory(type(optimizer).__name__, tuple(found))

@@ -129,7 +129,11 @@ def bare(*dtypes: torch.dtype) -> list[Tensor]:
 SAID: dict[str, Any] = {  # the optimizer, what it says, and what it does not say
     "float64": (
         lambda: PACE(bare(torch.float64, torch.float64), state_bits=8),
-        ["2 keep float64 states, each since it is float64, for which there are no codes", "without gradients"],
+        [
+            "2 keep float64 states, each since it is float64, for which there are no codes",
+            "without gradients",
+            "2 step by backend torch on cpu, since there are no kernels for float64",
+        ],
         ["float32", "gradients 0"],
     ),
     "the average alone": (
@@ -149,7 +153,12 @@ SAID: dict[str, Any] = {  # the optimizer, what it says, and what it does not sa
         ["1 keeps float32 states, since the options of its group ask for that"],
         ["each since"],
     ),
-    "nobody asks": (lambda: PACE(bare(*[torch.float32] * 8)), ["weights 0.12 MiB", "backend"], ["keep"]),
+    "nobody asks": (lambda: PACE(bare(*[torch.float32] * 8)), ["weights 0.12 MiB", "8 step by backend"], ["keep"]),
+    "a backend by name": (
+        lambda: PACE(bare(torch.float32), backend="torch"),
+        ["1 steps by backend torch on cpu, since it was asked for by name"],
+        [],
+    ),
 }
 
 

@@ -121,18 +121,20 @@ def test_one_wheel_for_every_python_and_torch(tree: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.skipif(not products.FULL, reason="make test-full builds it")
-def test_the_wheel_with_cuda_kernels_is_one_file_of_8_mb(tree: Path, tmp_path: Path) -> None:
+def test_the_wheel_with_cuda_kernels_is_one_file_of_18_mb(tree: Path, tmp_path: Path) -> None:
     from emulated import build
 
     pytest.importorskip("auditwheel", reason="auditwheel is not installed")
     if (why := build.missing()) is not None:
         pytest.skip(why)
-    build.library()  # what nvcc compiles is not compiled again
+    build.library()
+    before = [path.stat().st_mtime_ns for path in build.objects()]
     made = TOOL["source_archive"](tmp_path, tree)
     plain = TOOL["wheel_of"](made, tmp_path / "plain", build.BUILD, python=str(build.PYTHON))
     wheel = TOOL["repaired"](plain, tmp_path / "dist")
     assert "-cp310-abi3-" in wheel.name and "manylinux_2_" in wheel.name
-    assert 4e6 < wheel.stat().st_size < 10e6
+    assert [path.stat().st_mtime_ns for path in build.objects()] == before  # not compiled again
+    assert 12e6 < wheel.stat().st_size < 24e6
     libraries = {name for name in zipfile.ZipFile(wheel).namelist() if ".so" in name}
     assert libraries == {"pace_kernels/_C.abi3.so", "pace_kernels/_cuda.abi3.so"}
 
@@ -240,13 +242,18 @@ def test_an_nvcc_of_another_major_is_told(tree: Path, tmp_path: Path) -> None:
 
 
 # Compilers that look at what they are given, and at the host's code alone. nvcc knows every GPU.
-CXX = """#!/bin/sh
+TOUCH = """#!/bin/sh
 for option; do
-  if [ "$option" = -c ]; then exec g++ -fsyntax-only "$@"; fi
   if [ "$last" = -o ]; then touch "$option"; fi
   last=$option
 done
 """
+CXX = TOUCH.replace(
+    "do\n",
+    """do
+  if [ "$option" = -c ]; then exec g++ -fsyntax-only "$@"; fi
+""",
+)
 NVCC = """#!/bin/sh
 root=$(dirname "$(dirname "$0")")
 case "$*" in
@@ -291,6 +298,24 @@ def test_the_sources_fit_the_oldest_torch(tree: Path, tmp_path: Path, version: s
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (tmp_path / "built").rglob("*.so")} == {"_C.abi3.so", "_cuda.abi3.so"}
     assert "contain the runtime of CUDA 13, which needs NVIDIA's driver 580 or later" in done.stderr
+
+
+def test_an_unpacked_archive_compiles_no_kernel_again(tree: Path, tmp_path: Path) -> None:
+    """csrc/definitions.h is in no archive: each tree writes its own, which must not look newer than the kernels."""
+    torch_of(tmp_path, "2.13.0+cu130", "13.0")
+    compiler = executable(tmp_path / "cxx", TOUCH)
+    environment = {"PYTHONPATH": str(tmp_path), "CXX": str(compiler), "CUDA_HOME": str(toolkit(tmp_path / "cuda"))}
+    environment |= {"PACE_CUDA": "1", "PATH": os.environ["PATH"]}
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "built")]
+    made = []
+    for changed in (None, None, "csrc/rules/pace.h"):
+        (tree / "csrc" / "definitions.h").unlink(missing_ok=True)
+        if changed is not None:
+            (tree / changed).touch()
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        made.append({path.name: path.stat().st_mtime_ns for path in (tmp_path / "built").rglob("*.command")})
+    assert made[0] == made[1] and {name for name in made[0] if made[0][name] != made[2][name]} >= {"pace.command"}
 
 
 def test_a_missing_compiler_is_no_obstacle(tree: Path) -> None:
@@ -353,6 +378,8 @@ def test_a_fall_from_cuda_to_triton_is_told_once(hip: str | None, monkeypatch: p
         for _ in range(2):
             row = backend.choose.__wrapped__(None, torch.device("cuda"), torch.float32)
             assert row.name == "triton"
+    passed = backend.passed_over(row, torch.device("cuda"), torch.float32)  # what memory() prints
+    assert passed == ({} if hip else {"cuda": "the CUDA extension is not built: no nvcc"})
     # Triton's kernels are all that an AMD GPU has: that is no fall.
     why = "Backend cuda: the CUDA extension is not built: no nvcc."
     expected = [] if hip else [f"pace_kernels computes through triton, more slowly. {why}"]

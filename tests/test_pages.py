@@ -3,6 +3,8 @@ somewhere, and what their tables say of names holds."""
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
 import re
 import subprocess
@@ -17,7 +19,7 @@ import pytest
 import torch
 
 import pace_kernels
-from pace_kernels import PACE, ScheduleFreeAdamW
+from pace_kernels import MADA, PACE, ScheduleFreeAdamW
 
 ROOT = Path(__file__).parents[1]
 WRITTEN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,6 +32,10 @@ def name_of(path: Path) -> str:
 
 def text_of(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
+
+
+def without_blocks(path: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
 
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -141,9 +147,7 @@ def test_each_check_belongs_to_a_block() -> None:
 
 
 def test_each_block_says_its_language() -> None:
-    assert {block.language for block in BLOCKS} <= {"python", "sh", "text"}, [
-        str(block) for block in BLOCKS if not block.language
-    ]
+    assert [str(block) for block in BLOCKS if block.language not in ("python", "sh", "text")] == []
     assert sum(block.language == "python" for block in BLOCKS) > 20
 
 
@@ -174,7 +178,7 @@ def test_commands_are_there() -> None:
 @each_page
 def test_lists_are_lists_on_the_site_too(page: Path) -> None:
     """GitHub takes a list behind a line of text, and one that is indented by 2; Python-Markdown takes neither."""
-    lines = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M).splitlines()
+    lines = without_blocks(page).splitlines()
     for before, line in zip(["", *lines], lines, strict=False):
         if found := re.match(r"( *)([-*]|\d+\.) ", line):
             assert len(found[1]) % 4 == 0, line
@@ -184,21 +188,21 @@ def test_lists_are_lists_on_the_site_too(page: Path) -> None:
 # ---- links ----
 
 
-def without_code(text: str) -> str:
-    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M))
+def without_code(page: Path) -> str:
+    return re.sub(r"`[^`\n]*`", "", without_blocks(page))
 
 
 def anchors(path: Path) -> set[str]:
     """Those of the headings, as GitHub and mkdocs.yml make them."""
-    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", path.read_text("utf-8"), flags=re.S | re.M), re.M)
+    titles = re.findall(r"^#+ (.*)$", without_blocks(path), re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @each_page
 def test_links_lead_somewhere(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)]*)\)", without_code(text).replace("[]", "[.]"))
-    assert not re.search(r"\]\[|^\[[^]]+\]:", without_code(text), re.M), "links are written in place"
+    text = without_code(page)
+    links = re.findall(r"\]\(([^)]*)\)", text.replace("[]", "[.]"))
+    assert not re.search(r"\]\[|^\[[^]]+\]:", text, re.M), "links are written in place"
     for link in links:
         if re.match(r"\w+:", link):
             assert re.fullmatch(r"https://[a-z0-9.-]+\.[a-z]{2,}(/[\w./~%#?=&-]*)?", link), link
@@ -212,10 +216,57 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @each_written
 def test_files_in_the_text_are_there(page: Path) -> None:
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    text = without_blocks(page)
     folders = "bench|csrc|docs|examples|pace_kernels|research|tests|tools|triton_kernels"
     for found in re.findall(rf"`((?:{folders})/[^\s`:,]+)", text):
         assert list(ROOT.glob(found.rstrip("/"))) or found == "csrc/definitions.h", found
+
+
+# Names in code that are not ours: of torch, trainers and files that they write; and, in the changelog, of what is gone.
+THEIRS = {"DefaultLoadPlanner", "FSDPStrategy", "allow_partial_load", "recipe_state"}
+GONE = {"MOVING", "swap_"}
+
+
+@functools.cache
+def names_in_code() -> set[str]:
+    """All words of the code but this file's, and the names of its files."""
+    ends = (".py", ".pyi", ".h", ".cuh", ".cu", ".cpp", ".yaml", ".toml")
+    tops = ("bench", "csrc", "examples", "pace_kernels", "research", "tests", "tools", "triton_kernels")
+    files = [ROOT / name for name in ("Makefile", "pyproject.toml", "setup.py")]
+    files += [path for top in tops for path in (ROOT / top).rglob("*") if path.suffix in ends]
+    texts = (path.read_text(encoding="utf-8") for path in files if path != Path(__file__))
+    return {path.stem for path in files}.union(*(re.findall(r"[A-Za-z_]\w*", text) for text in texts))
+
+
+@pytest.mark.parametrize("page", [*WRITTEN, ROOT / "CHANGELOG.md", ROOT / "tests/gpu/README.md"], ids=name_of)
+def test_names_in_the_text_are_there(page: Path) -> None:
+    """A word in code that has a capital letter or an underscore is a class, an option, a variable, a test, a file."""
+    text = without_blocks(page)
+    words = {word for span in re.findall(r"`([^`\n]+)`", text) for word in re.findall(r"[A-Za-z_]\w*", span)}
+    names = {word for word in words if len(word) > 1 and word[0] != "_" and ("_" in word or word[0].isupper())}
+    assert names - names_in_code() <= THEIRS | (GONE if page.name == "CHANGELOG.md" else set())
+
+
+@each_written
+def test_arguments_in_the_text_are_those_of_what_is_called(page: Path) -> None:
+    """Of `PACE(..., state_bits=8)` and the like, and of `optimizer.method(...)`."""
+    text = without_blocks(page)
+    for span in re.findall(r"`([^`\n]+)`", text):
+        try:
+            tree = ast.parse(span, mode="eval")
+        except SyntaxError:
+            continue  # a command, a fragment
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            where, _, method = name.rpartition(".")
+            owners = [PACE, MADA] if where == "optimizer" else [MADA] if where == "MADA" else [pace_kernels]
+            target = next((getattr(owner, method) for owner in owners if hasattr(owner, method)), None)
+            if not callable(target) or where not in ("", "MADA", "optimizer", "pace_kernels"):
+                continue  # of torch or a trainer, or not of these optimizers
+            known = set(inspect.signature(target).parameters)
+            if method == "preset":  # it passes the others on
+                known |= set(inspect.signature(MADA).parameters)
+            assert {word.arg for word in call.keywords} <= known | {None}, span
 
 
 def test_the_first_screen_is_short() -> None:
