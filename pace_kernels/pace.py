@@ -17,13 +17,16 @@ from .checks import Group, check_average_options, check_common_options, check_sw
 from .compressing import Compressing
 from .definitions import DEFINITIONS
 from .formats import beside, every_name, taken
+from .host_average import OPTION as EMA_DEVICE
+from .host_average import HostAverages, check_ema_device, check_works, is_away
 from .launching import Prepared, of_c
 from .ops import PACE_STATS
 from .options import make_plain, spelled
 from .plan import Plan
 from .planning import NO_ROLES
 from .sharding import Axes, gathered_rows, on_host
-from .states import Work
+from .states import Work, as_state
+from .torch_rules.common import at_hand
 from .torch_rules.pace import PaceOptions, average_weight, merge_stats
 from .whole import Call
 
@@ -65,6 +68,9 @@ class PACE(Compressing):
         ema_update_freq: n ≥ 1: the average moves at every n-th step of a parameter; in between it pulls, but stays
             unchanged.
         log_stats: whether each step leaves the statistics of ``get_step_stats()``, computed in the same pass.
+        ema_device: "cpu" keeps the average in host memory (docs/offload.md): 4 bytes per parameter less on a GPU. For
+            ``lambda_pullback=0``, ``ema_bits=32``. The weights are copied every ``ema_update_freq`` steps. None: on the
+            parameter's device.
         pullback_from: "weights" measures the pullback from the weights before the step, as above; "step" from the
             stepped ones: x₊ = x' + Λ (e − x').
         state_bits: bits per element of m and v: 32; 16, bfloat16; 8, codes with one power of two per 32 elements. Below
@@ -112,10 +118,12 @@ class PACE(Compressing):
     _OPERATOR = "pace_step_"
     _STATE_TENSORS = every_name("exp_avg", "exp_avg_sq", "ema")
     _OWN_OPTION = "log_stats"
-    _ONLY_OPTIONS = ("log_stats",)
+    _ONLY_OPTIONS = ("log_stats", EMA_DEVICE)
 
     _step_stats: list[tuple[Tensor, Axes]]  # of the last step
     _new_stats: list[tuple[Tensor, Axes]]  # of the step that is being taken
+    _averages: HostAverages | None = None  # those in host memory, once a step has found some
+    _skips = False  # whether the step that is being taken is left undone, as far as the host knows
     _said = False  # whether get_step_stats() said that it has nothing to tell
 
     @spelled()
@@ -137,6 +145,7 @@ class PACE(Compressing):
         log_stats: bool = False,
         *,
         pullback_from: Literal["weights", "step"] = "weights",
+        ema_device: Literal["cpu"] | None = None,
         state_bits: Literal[32, 16, 8] = 32,
         ema_bits: Literal[32, 24, 16, 8] | None = None,
         master_weight_bits: Literal[24, 32] | None = None,
@@ -164,6 +173,7 @@ class PACE(Compressing):
             "ema_update_freq": ema_update_freq,
             "log_stats": log_stats,
             "pullback_from": pullback_from,
+            EMA_DEVICE: ema_device,
             "state_bits": state_bits,
             "ema_bits": ema_bits,
             "master_weight_bits": master_weight_bits,
@@ -183,13 +193,70 @@ class PACE(Compressing):
         check_common_options(group, DEFINITIONS[self._OPERATOR].options)
         check_average_options(group)
         check_switch("log_stats", group["log_stats"])
+        check_ema_device(group)
         self._check_formats(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if self.param_groups[-1][EMA_DEVICE] is None:  # as with the options of formats, for older checkpoints
+            del self.param_groups[-1][EMA_DEVICE]
 
     def _merged(self, saved: Group, group: Group) -> Group:
         # Of MADA: other rules than AdamW's have states of other names, but for Yogi's, which c mixes in.
         if saved.get("c", 1.0) != 1.0:
             raise ValueError(f"c is {saved['c']!r} in a checkpoint of MADA: PACE is AdamW, where it is 1.0")
-        return super()._merged(saved, group)
+        options = super()._merged(saved, group)
+        options.pop(EMA_DEVICE, None)  # where states lie is the constructor's
+        return options | {k: v for k, v in group.items() if k == EMA_DEVICE}
+
+    def _translated_state(self, saved: dict[str, Any], param: Tensor, group: Group, *rest: Any) -> dict[str, Tensor]:
+        state = super()._translated_state(saved, param, group, *rest)
+        if is_away(group) and "ema" in state:
+            state["ema"] = state["ema"].cpu()
+        return state
+
+    # ---- averages in host memory -----------------------------------------------------------------------------------
+
+    def _require_whole(self, what: str) -> None:
+        if self._averages is not None:
+            self._averages.worker.join()
+        super()._require_whole(what)
+
+    def _separated(self, works: list[Work]) -> list[Work]:
+        parts = super()._separated(works)
+        check_works(parts, parts is not works)
+        return parts
+
+    def _initial(self, name: str, param: Tensor, group: Group, *rest: Any) -> Tensor:
+        first = super()._initial(name, param, group, *rest)
+        return first.cpu() if name == "ema" and is_away(group) else first
+
+    def _states(self, work: Work) -> dict[str, list[Tensor]]:
+        states = super()._states(work)
+        if is_away(work.group):
+            for i, average in enumerate(states.pop("ema")):
+                if not average.is_cpu:  # it was on the device before, or converted there
+                    work.put(i, "ema", average.cpu())
+        elif self._averages is not None:
+            for i, average in enumerate(states.get("ema", ())):
+                if average.device != work.device:
+                    states["ema"][i] = as_state(work.owners[i], average)
+                    work.put(i, "ema", states["ema"][i])
+        return states
+
+    def _again(self, scaling: dict[str, Tensor]) -> bool:
+        if self._averages is not None:
+            found_inf = scaling.get("found_inf")
+            self._skips = found_inf is not None and at_hand(found_inf) and bool(found_inf)
+        return super()._again(scaling)
+
+    def _move_averages(self, group: Group, params: list[Tensor], states: list[dict[str, Any]]) -> None:
+        if is_away(group):
+            if self._averages is None:
+                self._averages = HostAverages()
+            self._averages.move(group, params, states)
+
+    # ---- the step --------------------------------------------------------------------------------------------------
 
     def _state_tensors(self, group: Group) -> tuple[str, ...]:
         moment = ("exp_avg",) if group["betas"][0] != 0.0 else ()
@@ -211,6 +278,9 @@ class PACE(Compressing):
         self._new_stats = []
         super()._launch_all(prepared)
         self._step_stats = self._new_stats
+        for work, _ in prepared:
+            if not work.left_undone() and is_away(work.group):
+                self._move_averages(work.group, work.owners, [self.state[owner] for owner in work.owners])
 
     def _option_numbers(self, group: Group) -> Group:
         record = self._record(group)
@@ -226,6 +296,12 @@ class PACE(Compressing):
 
     def _taken_by(self, plan: Plan) -> None:
         self._step_stats = plan.left
+        if self._averages is not None and not self._skips:
+            begin = 0
+            for part in plan.parts:
+                end = begin + len(part.dicts)
+                self._move_averages(part.group, plan.owners[begin:end], part.dicts)
+                begin = end
 
     def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> Call:
         group, device = work.group, work.device
@@ -235,6 +311,8 @@ class PACE(Compressing):
             dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
             stats = torch.empty(len(PACE_STATS), dtype=dtype, device=device)
             self._new_stats.append((stats, work.axes))
+        if is_away(group):
+            states = {name: column for name, column in states.items() if name != "ema"}
         return partial(
             of_c(work.backend.op(self._OPERATOR)),
             work.params,
@@ -292,3 +370,4 @@ class PACE(Compressing):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._step_stats = []
+        self._averages = None  # what it still does is for states of before
