@@ -14,24 +14,21 @@ from torch.optim.optimizer import ParamsT
 
 from .backend import BackendName
 from .checks import Group, check_average_options, check_common_options, check_switch, check_torchs_options
-from .compressing import Compressing
 from .definitions import DEFINITIONS
 from .formats import beside, every_name, taken
-from .host_average import OPTION as EMA_DEVICE
-from .host_average import HostAverages, check_ema_device, check_works, is_away
+from .host_average import HostAveraging, check_ema_device
 from .launching import Prepared, of_c
 from .ops import PACE_STATS
 from .options import make_plain, spelled
 from .plan import Plan
 from .planning import NO_ROLES
 from .sharding import Axes, gathered_rows, on_host
-from .states import Work, as_state
-from .torch_rules.common import at_hand
+from .states import EMA_DEVICE, Work, is_away
 from .torch_rules.pace import PaceOptions, average_weight, merge_stats
 from .whole import Call
 
 
-class PACE(Compressing):
+class PACE(HostAveraging):
     """AdamW whose weights are pulled toward their own moving average, in one pass over memory.
 
     ::
@@ -122,8 +119,6 @@ class PACE(Compressing):
 
     _step_stats: list[tuple[Tensor, Axes]]  # of the last step
     _new_stats: list[tuple[Tensor, Axes]]  # of the step that is being taken
-    _averages: HostAverages | None = None  # those in host memory, once a step has found some
-    _skips = False  # whether the step that is being taken is left undone, as far as the host knows
     _said = False  # whether get_step_stats() said that it has nothing to tell
 
     @spelled()
@@ -196,67 +191,11 @@ class PACE(Compressing):
         check_ema_device(group)
         self._check_formats(group)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        if self.param_groups[-1][EMA_DEVICE] is None:  # as with the options of formats, for older checkpoints
-            del self.param_groups[-1][EMA_DEVICE]
-
     def _merged(self, saved: Group, group: Group) -> Group:
         # Of MADA: other rules than AdamW's have states of other names, but for Yogi's, which c mixes in.
         if saved.get("c", 1.0) != 1.0:
             raise ValueError(f"c is {saved['c']!r} in a checkpoint of MADA: PACE is AdamW, where it is 1.0")
-        options = super()._merged(saved, group)
-        options.pop(EMA_DEVICE, None)  # where states lie is the constructor's
-        return options | {k: v for k, v in group.items() if k == EMA_DEVICE}
-
-    def _translated_state(self, saved: dict[str, Any], param: Tensor, group: Group, *rest: Any) -> dict[str, Tensor]:
-        state = super()._translated_state(saved, param, group, *rest)
-        if is_away(group) and "ema" in state:
-            state["ema"] = state["ema"].cpu()
-        return state
-
-    # ---- averages in host memory -----------------------------------------------------------------------------------
-
-    def _require_whole(self, what: str) -> None:
-        if self._averages is not None:
-            self._averages.worker.join()
-        super()._require_whole(what)
-
-    def _separated(self, works: list[Work]) -> list[Work]:
-        parts = super()._separated(works)
-        check_works(parts, parts is not works)
-        return parts
-
-    def _initial(self, name: str, param: Tensor, group: Group, *rest: Any) -> Tensor:
-        first = super()._initial(name, param, group, *rest)
-        return first.cpu() if name == "ema" and is_away(group) else first
-
-    def _states(self, work: Work) -> dict[str, list[Tensor]]:
-        states = super()._states(work)
-        if is_away(work.group):
-            for i, average in enumerate(states.pop("ema")):
-                if not average.is_cpu:  # it was on the device before, or converted there
-                    work.put(i, "ema", average.cpu())
-        elif self._averages is not None:
-            for i, average in enumerate(states.get("ema", ())):
-                if average.device != work.device:
-                    states["ema"][i] = as_state(work.owners[i], average)
-                    work.put(i, "ema", states["ema"][i])
-        return states
-
-    def _again(self, scaling: dict[str, Tensor]) -> bool:
-        if self._averages is not None:
-            found_inf = scaling.get("found_inf")
-            self._skips = found_inf is not None and at_hand(found_inf) and bool(found_inf)
-        return super()._again(scaling)
-
-    def _move_averages(self, group: Group, params: list[Tensor], states: list[dict[str, Any]]) -> None:
-        if is_away(group):
-            if self._averages is None:
-                self._averages = HostAverages()
-            self._averages.move(group, params, states)
-
-    # ---- the step --------------------------------------------------------------------------------------------------
+        return super()._merged(saved, group)
 
     def _state_tensors(self, group: Group) -> tuple[str, ...]:
         moment = ("exp_avg",) if group["betas"][0] != 0.0 else ()
@@ -278,9 +217,6 @@ class PACE(Compressing):
         self._new_stats = []
         super()._launch_all(prepared)
         self._step_stats = self._new_stats
-        for work, _ in prepared:
-            if not work.left_undone() and is_away(work.group):
-                self._move_averages(work.group, work.owners, [self.state[owner] for owner in work.owners])
 
     def _option_numbers(self, group: Group) -> Group:
         record = self._record(group)
@@ -295,13 +231,8 @@ class PACE(Compressing):
         return plan
 
     def _taken_by(self, plan: Plan) -> None:
+        super()._taken_by(plan)
         self._step_stats = plan.left
-        if self._averages is not None and not self._skips:
-            begin = 0
-            for part in plan.parts:
-                end = begin + len(part.dicts)
-                self._move_averages(part.group, plan.owners[begin:end], part.dicts)
-                begin = end
 
     def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> Call:
         group, device = work.group, work.device
@@ -311,7 +242,7 @@ class PACE(Compressing):
             dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
             stats = torch.empty(len(PACE_STATS), dtype=dtype, device=device)
             self._new_stats.append((stats, work.axes))
-        if is_away(group):
+        if is_away(group):  # a plan's states have it
             states = {name: column for name, column in states.items() if name != "ema"}
         return partial(
             of_c(work.backend.op(self._OPERATOR)),
@@ -370,4 +301,3 @@ class PACE(Compressing):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._step_stats = []
-        self._averages = None  # what it still does is for states of before

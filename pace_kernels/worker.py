@@ -1,7 +1,6 @@
-"""A thread that works beside training: on averages in host memory, on steps of offloaded parameters.
+"""A thread that computes in host memory while training goes on.
 
-It lives while there are jobs, so that an idle optimizer has none: it can be copied, forked and dropped, and a process
-ends when the jobs are done.
+It lives as long as there are jobs: an idle optimizer has none, so that it can be copied, forked and dropped.
 """
 
 from __future__ import annotations
@@ -13,76 +12,73 @@ from collections.abc import Callable
 
 import torch
 
+Job = Callable[[], object]
+
 
 class Worker:
-    """Makes calls one after the other, in a thread of its own. The first exception drops the calls behind it, and is
-    raised by the next :meth:`join`."""
+    """Does jobs one after the other, in a thread of its own. ``failed`` is the first exception, after which no job is
+    done."""
 
     def __init__(self) -> None:
-        self._start()
+        self._begin()
 
-    def _start(self) -> None:
+    def _begin(self) -> None:
         self._changed = threading.Condition()
-        self._jobs: deque[Callable[[], object]] = deque()
+        self._jobs: deque[Job] = deque()
         self._runs = False
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self._pid = os.getpid()
+        self._process = os.getpid()
+        self.failed: BaseException | None = None
 
-    def submit(self, job: Callable[[], object]) -> None:
-        self._check_process()
+    def submit(self, job: Job) -> None:
+        self.look()
         with self._changed:
-            if self._error is not None:  # join() raises it; what follows an error is not done
-                return
-            self._jobs.append(job)
-            if not self._runs:
-                # Not a daemon: an interpreter that ends waits for it, instead of stopping it within a step.
-                self._thread = threading.Thread(target=self._run, name="pace_kernels")
-                self._thread.start()
-                self._runs = True
+            if self.failed is None:
+                self._jobs.append(job)
+            idle = not self._runs
+        if idle:
+            try:
+                # Not a daemon: an interpreter that ends waits for it, instead of stopping it within a job.
+                threading.Thread(target=self._run, name="pace_kernels").start()
+            except RuntimeError:  # an interpreter that ends starts no thread, nor does a system without more of them
+                self._run()
 
     def join(self) -> None:
-        """Waits until all is done; raises what a job has raised, once."""
-        if threading.current_thread() is self._thread:  # a job may call what joins
-            return
-        self._check_process()
+        """Waits until all is done."""
+        self.look()
+        self._run()  # a job whose thread was not started, because a signal came in between
         with self._changed:
             self._changed.wait_for(lambda: not self._runs)
-            error, self._error = self._error, None
-        if error is not None:
-            raise error
 
-    def _check_process(self) -> None:
+    def look(self) -> None:
         """In a forked process there is no thread, and the lock may be held by one that is not there."""
-        if self._pid != os.getpid():
-            pending = self._runs
-            self._start()
-            if pending:
-                raise RuntimeError(
-                    "the process was forked while an optimizer worked in host memory, and the copy has a part of that: "
-                    "fork after optimizer.state_dict(), which waits, or load a checkpoint here"
+        if self._process != os.getpid():
+            lost = self._runs or self._jobs
+            self._begin()
+            if lost:
+                self.failed = RuntimeError(
+                    "the process was forked while a thread worked in host memory, which the new one does not have: "
+                    "fork after optimizer.state_dict(), which waits for it"
                 )
 
     def _run(self) -> None:
-        with torch.no_grad():
-            while True:
-                with self._changed:
-                    if not self._jobs:
-                        self._runs = False
-                        self._changed.notify_all()
-                        return
-                    job = self._jobs.popleft()
-                try:
+        try:
+            with self._changed:
+                if self._runs:
+                    return
+                self._runs = True
+            with torch.no_grad():
+                while (job := self._next()) is not None:
                     job()
-                except BaseException as error:
-                    with self._changed:
-                        self._error = error
-                        self._jobs.clear()
-                finally:
-                    del job  # it holds tensors
+        except BaseException as error:
+            with self._changed:
+                self.failed, self._runs = error, False
+                self._jobs.clear()
+                self._changed.notify_all()
 
-    def __deepcopy__(self, memo: object) -> Worker:
-        return Worker()
-
-    def __reduce__(self) -> tuple[type[Worker], tuple[()]]:
-        return Worker, ()
+    def _next(self) -> Job | None:
+        with self._changed:
+            if self._jobs:
+                return self._jobs.popleft()
+            self._runs = False
+            self._changed.notify_all()
+            return None
