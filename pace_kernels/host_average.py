@@ -27,7 +27,7 @@ from .launching import RESIZED, Prepared
 from .memory import aligned, are_twins
 from .plan import Plan
 from .sharding import is_sharded, is_wrapper
-from .states import EMA_DEVICE, Work, as_state, is_away
+from .states import EMA_DEVICE, Work, is_away
 from .torch_rules.common import at_hand
 from .whole import UnderWay
 from .worker import Worker
@@ -125,7 +125,7 @@ class HostAverages:
             x = weight_in(param, state) if REMAINDER in state else aligned(param.detach())
             lane = lanes.setdefault(x.device, lane_of(x.device))
             kept = self._staged.get(state["ema"])
-            if kept is None or (kept.dtype, kept.shape, kept.stride()) != (x.dtype, x.shape, x.stride()):
+            if kept is None or (kept.dtype, kept.shape) != (x.dtype, x.shape):
                 kept = self._staged[state["ema"]] = lane.host(x)
             lane.copy(x, kept)
             _, weights, averages, counts = calls.setdefault((id(group), x.dtype), (group, [], [], []))
@@ -164,6 +164,7 @@ class HostAveraging(Compressing):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_host", HostAverages()).forget()
+        self._host.used = any(map(is_away, self.param_groups))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -201,19 +202,19 @@ class HostAveraging(Compressing):
         return first.cpu() if name == "ema" and is_away(group) else first
 
     def _states(self, work: Work) -> dict[str, list[Tensor]]:
+        away = is_away(work.group)
         if self._host.used:
             self._host.join()  # options or parameters changed, and averages with them; the next steps go by a plan
+            for state in () if away else filter(None, map(self.state.get, work.owners)):
+                if "ema" in state and state["ema"].device != work.device:
+                    state["ema"] = state["ema"].to(work.device)
         states = super()._states(work)
-        away = is_away(work.group)
-        for i, (average, owner) in enumerate(zip(states.get("ema", ()), work.owners, strict=False)):
-            if away and average.shape != owner.shape:  # as _mend() does where an operator refuses it
+        for i, (average, owner) in enumerate(zip(states.pop("ema"), work.owners, strict=True) if away else ()):
+            if average.shape != owner.shape:  # as _mend() does where an operator refuses it
                 say_once(RESIZED)
                 work.put(i, "ema", self._initial("ema", owner, work.group, work.records[i]))
-            elif average.device != (_CPU if away else work.device):  # the option was changed, or it was converted there
-                states["ema"][i] = average.cpu() if away else as_state(owner, average)
-                work.put(i, "ema", states["ema"][i])
-        if away:
-            del states["ema"]
+            elif not average.is_cpu:  # it was there before, or was converted there
+                work.put(i, "ema", average.cpu())
         return states
 
     def _again(self, scaling: dict[str, Tensor]) -> bool:
