@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import pace_kernels
 from pace_kernels import PACE, host_average
-from pace_kernels.lanes import Lane
+from pace_kernels.lanes import Lane, lane_of
 
 X = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
 
@@ -351,3 +351,25 @@ def test_an_average_of_another_shape_starts_anew() -> None:
     optimizer.step()
     optimizer.state_dict()
     assert state["ema"].shape == (5,) and not torch.equal(state["ema"], torch.ones(5))
+
+
+def test_of_a_gpu_the_event_stands_behind_the_copies_of_its_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    class Fake:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            told.append((args, options))
+
+        record = synchronize = copy_ = __init__
+
+    monkeypatch.setattr(torch.cuda, "Event", Fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    lane = lane_of(torch.device("cuda", 1))
+    lane.copy("weights", Fake())  # type: ignore[arg-type]
+    lane.block(lane.event())
+    assert told[1:] == [
+        (("weights",), {"non_blocking": True}),
+        ((), {"blocking": True}),
+        (("stream of cuda:1",), {}),
+        ((), {}),
+    ]
