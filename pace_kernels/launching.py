@@ -32,7 +32,7 @@ ASKEW = (
     "the addresses of some parameters are no multiple of their element size: pace_kernels steps them through copies, "
     "which is slower. Clone them once"
 )
-_RESIZED = "a parameter has another shape than its average: the average starts anew at the weights"
+RESIZED = "a parameter has another shape than its average: the average starts anew at the weights"
 
 
 def of_c(function: Any) -> Any:
@@ -157,7 +157,7 @@ class Launching(Checkpoints):
                     for name in (*parts_of("ema"), HASH):  # as that of a parameter at rest; the step makes a new one
                         state.pop(name, None)
                     mended = True
-                    say_once(_RESIZED)
+                    say_once(RESIZED)
         return mended
 
     def _launch_all(self, prepared: Prepared) -> None:

@@ -14,21 +14,21 @@ from torch.optim.optimizer import ParamsT
 
 from .backend import BackendName
 from .checks import Group, check_average_options, check_common_options, check_switch, check_torchs_options
-from .compressing import Compressing
 from .definitions import DEFINITIONS
 from .formats import beside, every_name, taken
+from .host_average import HostAveraging, check_ema_device
 from .launching import Prepared, of_c
 from .ops import PACE_STATS
 from .options import make_plain, spelled
 from .plan import Plan
 from .planning import NO_ROLES
 from .sharding import Axes, gathered_rows, on_host
-from .states import Work
+from .states import EMA_DEVICE, Work, is_away
 from .torch_rules.pace import PaceOptions, average_weight, merge_stats
 from .whole import Call
 
 
-class PACE(Compressing):
+class PACE(HostAveraging):
     """AdamW whose weights are pulled toward their own moving average, in one pass over memory.
 
     ::
@@ -65,6 +65,9 @@ class PACE(Compressing):
         ema_update_freq: n ≥ 1: the average moves at every n-th step of a parameter; in between it pulls, but stays
             unchanged.
         log_stats: whether each step leaves the statistics of ``get_step_stats()``, computed in the same pass.
+        ema_device: "cpu" keeps the average in host memory (docs/offload.md): 4 bytes per parameter less on a GPU. For
+            ``lambda_pullback=0``, ``ema_bits=32``. The weights are copied every ``ema_update_freq`` steps. None: on the
+            parameter's device.
         pullback_from: "weights" measures the pullback from the weights before the step, as above; "step" from the
             stepped ones: x₊ = x' + Λ (e − x').
         state_bits: bits per element of m and v: 32; 16, bfloat16; 8, codes with one power of two per 32 elements. Below
@@ -112,7 +115,7 @@ class PACE(Compressing):
     _OPERATOR = "pace_step_"
     _STATE_TENSORS = every_name("exp_avg", "exp_avg_sq", "ema")
     _OWN_OPTION = "log_stats"
-    _ONLY_OPTIONS = ("log_stats",)
+    _ONLY_OPTIONS = ("log_stats", EMA_DEVICE)
 
     _step_stats: list[tuple[Tensor, Axes]]  # of the last step
     _new_stats: list[tuple[Tensor, Axes]]  # of the step that is being taken
@@ -137,6 +140,7 @@ class PACE(Compressing):
         log_stats: bool = False,
         *,
         pullback_from: Literal["weights", "step"] = "weights",
+        ema_device: Literal["cpu"] | None = None,
         state_bits: Literal[32, 16, 8] = 32,
         ema_bits: Literal[32, 24, 16, 8] | None = None,
         master_weight_bits: Literal[24, 32] | None = None,
@@ -164,6 +168,7 @@ class PACE(Compressing):
             "ema_update_freq": ema_update_freq,
             "log_stats": log_stats,
             "pullback_from": pullback_from,
+            EMA_DEVICE: ema_device,
             "state_bits": state_bits,
             "ema_bits": ema_bits,
             "master_weight_bits": master_weight_bits,
@@ -183,6 +188,7 @@ class PACE(Compressing):
         check_common_options(group, DEFINITIONS[self._OPERATOR].options)
         check_average_options(group)
         check_switch("log_stats", group["log_stats"])
+        check_ema_device(group)
         self._check_formats(group)
 
     def _merged(self, saved: Group, group: Group) -> Group:
@@ -225,6 +231,7 @@ class PACE(Compressing):
         return plan
 
     def _taken_by(self, plan: Plan) -> None:
+        super()._taken_by(plan)
         self._step_stats = plan.left
 
     def _launch(self, work: Work, states: dict[str, list[Tensor]]) -> Call:
@@ -235,6 +242,8 @@ class PACE(Compressing):
             dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
             stats = torch.empty(len(PACE_STATS), dtype=dtype, device=device)
             self._new_stats.append((stats, work.axes))
+        if is_away(group):  # a plan's states have it
+            states = {name: column for name, column in states.items() if name != "ema"}
         return partial(
             of_c(work.backend.op(self._OPERATOR)),
             work.params,

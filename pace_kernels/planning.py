@@ -71,7 +71,7 @@ def _end_stale(phase: str, info: dict[str, int]) -> None:
         return
     for optimizer in list(WITH_PLANS.values()):
         plans = optimizer._plans_held()
-        with contextlib.suppress(AttributeError, KeyError):  # of groups or states that are being replaced
+        with contextlib.suppress(AttributeError, KeyError, RuntimeError):  # of groups or states that change now
             if plans.next is not None and all(plan.is_of(optimizer) for plan in [plans.next, *plans.by_mask.values()]):
                 continue
         plans.end()

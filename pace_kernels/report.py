@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from .backend import choose, passed_over
 from .formats import BLOCK, dtype_of, formats_of, names_of, why_float32
 from .sharding import is_wrapper, local
-from .states import FLOATING
+from .states import FLOATING, is_away
 
 if TYPE_CHECKING:
     from .optimizer import KernelOptimizer
@@ -28,7 +28,8 @@ class TensorMemory:
     the fastest one of its device; None where it is. ``states`` has a number of bytes for each state that it has or,
     before its first step, will have. ``compressed``: whether states of it are, of at least one kind. ``why_float32``:
     why they are not, although its group asks for it; None where it does not ask, and where they are compressed.
-    ``asked``: what the group asks to be compressed, "states" or "averages"; "" for nothing."""
+    ``asked``: what the group asks to be compressed, "states" or "averages"; "" for nothing.
+    ``host``: bytes in host memory, by ``ema_device``: of its average, and of the copy of its weights."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,6 +44,7 @@ class TensorMemory:
     asked: str = ""
     device: str = "cpu"
     why_backend: str | None = None
+    host: int = 0
 
     @property
     def kept(self) -> str:
@@ -73,6 +75,11 @@ class Memory:
     def states(self) -> int:
         return sum(sum(tensor.states.values()) for tensor in self.tensors)
 
+    @property
+    def host(self) -> int:
+        """Bytes in host memory, by ``ema_device``: of averages, which ``states`` has too, and of copies of weights."""
+        return sum(tensor.host for tensor in self.tensors)
+
     def __str__(self) -> str:
         stepped = [tensor for tensor in self.tensors if tensor.backend != "none"]
         reasons = [f", since {t.why_backend}" if t.why_backend else "" for t in stepped]
@@ -81,13 +88,15 @@ class Memory:
         for tensor in self.tensors:
             by_state.update(tensor.states)
         of_states = ", ".join(f"{name} {_size(count)}" for name, count in by_state.items() if count)
-        each = (self.weights + self.gradients + self.states) / max(self.elements, 1)
+        away = sum(tensor.states.get("ema", 0) for tensor in self.tensors if tensor.host)
+        each = (self.weights + self.gradients + self.states - away) / max(self.elements, 1)
         gradients = f"gradients {_size(self.gradients)}" if self.gradients else "without gradients"
         lines = [
             f"{self.kind}: {self.elements:,} elements in {len(self.tensors)} tensors",
             *(f"  {n} step{'s' * (n == 1)} by backend {name} on {where}" for (name, where), n in backends.items()),
             f"  weights {_size(self.weights)}, {gradients}, states {_size(self.states)}: {each:.2f} bytes an element",
             *([f"  {of_states}"] if of_states else []),
+            *([f"  in host memory: averages {_size(away)}, copies {_size(self.host - away)}"] if away else []),
         ]
         plain = [(tensor.kept, tensor.why_float32) for tensor in self.tensors if tensor.why_float32 is not None]
         if any(tensor.compressed for tensor in self.tensors):
@@ -151,6 +160,7 @@ def memory_of(optimizer: KernelOptimizer | PullReports) -> Memory:
                     states[name] = here.numel() * size // (BLOCK if name.endswith("_scales") else 1)
             else:
                 states = {}
+            copied = 4 if formats.weight else param.element_size()
             backend, why_backend = _backend_of(optimizer, param)
             asked = "states" if wanted.state < 32 else "averages" if wanted.ema < 32 else ""
             asked = asked if backend != "none" else ""
@@ -169,6 +179,7 @@ def memory_of(optimizer: KernelOptimizer | PullReports) -> Memory:
                     asked,
                     str(param.device),
                     why_backend,
+                    states["ema"] + copied * elements if is_away(group) and "ema" in states else 0,
                 )
             )
     return Memory(type(optimizer).__name__, tuple(found))

@@ -23,7 +23,13 @@ CODED_FORMAT = 2
 GROUP_STATE: Group = {"swapped": False, "format_version": FORMAT, "skipped_steps": None, "state_names": None}
 FLOAT32_LAST = 2**24  # float32 counts to here: with one more it is the same number
 LAST_STEP = 2**53  # and float64 to here
+EMA_DEVICE = "ema_device"  # an option, which stands only in groups whose averages are in host memory
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def is_away(group: Group) -> bool:
+    """Whether the group's averages are in host memory."""
+    return group.get(EMA_DEVICE) is not None
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

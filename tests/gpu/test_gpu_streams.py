@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import on_gpu
 import pytest
 import torch
@@ -92,3 +94,25 @@ def test_a_step_on_a_device_that_is_not_the_current_one(kind: str, backend: str)
         found.append(contents(params, optimizer) | {f"average {i}": a for i, a in enumerate(averages)})
     if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
         assert_same(found[0], found[1])
+
+
+@both
+@pytest.mark.parametrize("bits", (None, 32))
+def test_an_average_in_host_memory_is_that_of_weights_that_are_written_soon(backend: str, bits: int | None) -> None:
+    """The copies come late, and the weights change right behind them."""
+    found = []
+    for away in (None, "cpu"):
+        params = on_gpu.parameters(dtype=torch.float32 if bits is None else torch.bfloat16)
+        options: dict[str, Any] = {"lambda_pullback": 0.0, "ema_device": away, "master_weight_bits": bits}
+        optimizer = on_gpu.OPTIMIZERS["PACE"](params, lr=1e-2, backend=need(backend), **options)
+        with on_gpu.beside():
+            for grads in gradients(6, params[0].dtype):
+                on_gpu.give(params, grads)
+                on_gpu.occupy(5.0)
+                optimizer.step()
+                with torch.no_grad():
+                    torch._foreach_mul_(params, 1.5)
+        optimizer.state_dict()
+        found.append(contents(params, optimizer))
+        assert not away or all(state["ema"].is_cpu for state in optimizer.state.values())
+    assert_same(found[0], found[1])
