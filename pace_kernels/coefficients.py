@@ -33,7 +33,8 @@ from .ops import COEFFICIENTS, DONE, HYPERGRADIENTS, NO_GRADIENT, REDO
 from .sharding import all_reduce_, is_sharded, local, reduce_
 from .states import Work, moved
 from .torch_rules.common import by_graph, has_values
-from .torch_rules.mada import MadaMoments, MadaOptions, caught_up
+from .torch_rules.mada import MadaMoments, caught_up
+from .torch_rules.mada_scalars import MadaOptions
 from .whole import Call, at_once
 
 # Of each set of coefficients that took part in a step: a group that has it, the step's scaling, rows of sums.

@@ -215,8 +215,8 @@ def test_variants_that_are_to_be_measured_do_not_spill(tmp_path: Path) -> None:
     """They are compiled for `make gpu` alone."""
     nvcc = build.run([build.PYTHON, "-c", FIND_NVCC], cwd=build.ROOT).split()[-1]
     flags = [*build.SETTINGS["NVCC_FLAGS"], "-gencode=arch=compute_90,code=sm_90", "-DPACE_VARIANTS", "-Xptxas=-v"]
-    said = build.run(["sh", "-c", '"$@" 2>&1', "sh", nvcc, *flags, "-c", "csrc/cuda/pace.cu", "-o", str(tmp_path / "o")],
-                     cwd=build.ROOT)  # fmt: skip
+    command = [nvcc, *flags, "-c", "csrc/cuda/pace.cu", "-o", str(tmp_path / "o")]
+    said = build.run(["sh", "-c", '"$@" 2>&1', "sh", *command], cwd=build.ROOT)
     found = re.findall(r"function '(\S+)' .*\n.*\n +(\d+) bytes stack.*\n.*Used (\d+) registers", said)
     bound = {name: (int(stack), int(registers)) for name, stack, registers in found if "PaceTight" in name}
     assert len(bound) == 5 * 12 and {stack for stack, _ in bound.values()} == {0}
