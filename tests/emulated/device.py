@@ -139,14 +139,17 @@ def _operand(name: str, tensor: Any, written: bool) -> Iterator[Operand]:
 
 def translated(parameters: bytes, operands: list[Operand]) -> bytes:
     """A launch's parameters with the addresses that the operands have in the interpreter's memory, sorted by
-    address. No count, and no float64 but a subnormal, looks like an address."""
+    address. Tensors are passed by where they begin, or one more (`StepAddress`), workspaces by any place in them.
+    Not any number in such a range is an address: padding has what was on the stack, of other addresses too, and a
+    switch beside it would be changed with it."""
     words = np.frombuffer(parameters + bytes(-len(parameters) % 8), np.uint64).copy()
     starts = np.array([operand.address for operand in operands], np.uint64)
-    ends = starts + np.array([operand.size for operand in operands], np.uint64)
+    sizes = np.array([operand.size if operand.name == "workspace" else 2 for operand in operands], np.uint64)
     there = np.array([operand.there for operand in operands], np.uint64)
     if starts.size:
         k = np.searchsorted(starts, words, "right").astype(np.int64) - 1
-        inside = (k >= 0) & (words < ends[np.maximum(k, 0)])
+        known = np.maximum(k, 0)
+        inside = (k >= 0) & (words - starts[known] < sizes[known])
         words[inside] += there[k[inside]] - starts[k[inside]]
     return words.tobytes()[: len(parameters)]
 
