@@ -147,7 +147,7 @@ def memory_of(optimizer: KernelOptimizer | PullReports) -> Memory:
                     states[name] = here.numel() * size // (BLOCK if name.endswith("_scales") else 1)
             else:
                 states = {}
-            copied = 4 if formats.weight else param.element_size()
+            copied = 4 if formats.weight else param.dtype.itemsize
             backend = _backend_of(optimizer, param)
             asked = "states" if wanted.state < 32 else "averages" if wanted.ema < 32 else ""
             asked = asked if backend != "none" else ""
