@@ -4,6 +4,7 @@ somewhere, and what their tables say of names holds."""
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
 import re
@@ -131,6 +132,23 @@ def test_a_block_runs_alone(block: Block, tmp_path: Path, monkeypatch: pytest.Mo
     exec(SAME, names)
     for check in checks(block):
         assert eval(check, names), check
+
+
+def test_the_script_that_resumes_ends_as_one_that_was_not_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = next(block.code for block in BLOCKS if block.page == "docs/checkpoints.md" and "start" in block.code)
+    stopped = code.replace("    optimizer.zero_grad()", "    assert step < 25\n    optimizer.zero_grad()")
+    shipped = []
+    for folder, scripts in (("whole", [code]), ("resumed", [stopped, code])):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        for script in scripts:
+            torch.manual_seed(0)
+            with pytest.raises(AssertionError) if script is stopped else contextlib.nullcontext():
+                exec(script, {})
+        shipped.append(torch.load("averaged.pt"))
+    assert all(torch.equal(shipped[0][name], shipped[1][name]) for name in ("weight", "bias"))
 
 
 def run_apart(block: Block) -> None:
