@@ -106,8 +106,9 @@ class HostAverages:
             ) from self._worker.failed
 
     def join(self) -> None:
-        self._worker.join()
-        self._moving.clear()
+        if self.used:
+            self._worker.join()
+            self._moving.clear()
 
     def move(self, stepped: list[Stepped]) -> None:
         """After a step of these."""

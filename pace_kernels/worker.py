@@ -26,6 +26,7 @@ class Worker:
         self._changed = threading.Condition()
         self._jobs: deque[Job] = deque()
         self._runs = False
+        self._thread = 0  # the one that does them
         self._process = os.getpid()
         self.failed: BaseException | None = None
 
@@ -43,9 +44,13 @@ class Worker:
                 self._run()
 
     def join(self) -> None:
-        """Waits until all is done."""
+        """Waits until all is done. Raises RuntimeError in a signal's handler that interrupts a job of this thread,
+        which would wait for itself."""
         self.look()
-        self._run()  # a job whose thread was not started, because a signal came in between
+        if self._runs and self._thread == threading.get_ident():
+            raise RuntimeError("in the middle of a move of averages in host memory, which a signal interrupted")
+        if self._jobs and not self._runs:
+            self._run()  # a job whose thread was not started, because a signal came in between
         with self._changed:
             self._changed.wait_for(lambda: not self._runs)
 
@@ -65,7 +70,7 @@ class Worker:
             with self._changed:
                 if self._runs:
                     return
-                self._runs = True
+                self._runs, self._thread = True, threading.get_ident()
             with torch.no_grad():
                 while (job := self._next()) is not None:
                     job()
