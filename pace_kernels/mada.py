@@ -305,6 +305,8 @@ class MADA(MadaPlans):
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if group["hyper_order"] == "algorithm":
+            del group["hyper_order"]
         try:
             check_start(group)
             check_sharing(self.param_groups)

@@ -35,7 +35,7 @@ _BOUNDS = {"beta1": (0.01, 0.99), "beta2": (0.501, 0.999), "beta3": (0.0, 0.99)}
 # hypergradients in the order of COEFFICIENTS, and a step count. They are options, so that checkpoints carry them; with
 # coefficients="global" all groups have the same ones.
 LEARNED = ("coefficient_values", "coefficient_momenta", "hypergradients", "hyper_step")
-LEARNING = ("learn", "hyper_lr", "hyper_momentum", "hyper_clip", "hyper_warmup", "hyper_order", "bounds")
+LEARNING = ("learn", "hyper_lr", "hyper_momentum", "hyper_clip", "hyper_warmup", "bounds")
 # The options of groups that no other optimizer has, and what the groups hold of MADA. "last_options" is in checkpoints
 # alone: what the step to redo was taken with, where options were changed since. "frozen": the values of freeze().
 MADA_ONLY = (
@@ -44,6 +44,7 @@ MADA_ONLY = (
     "coefficients",
     *COEFFICIENTS,
     *LEARNING,
+    "hyper_order",  # stands only in groups where it is "published": flattened checkpoints of before have no key for it
     *LEARNED,
     "last_options",
     "frozen",
@@ -192,8 +193,8 @@ def _check_hyper_options(group: Group) -> None:
     if clip != math.inf:
         check_number("hyper_clip", clip, "> 0", lambda a: a > 0)
     check_count("hyper_warmup", warmup, 0)
-    check_word("hyper_order", group["hyper_order"], ("algorithm", "published"))
-    if group["hyper_order"] == "published":
+    check_word("hyper_order", group.get("hyper_order", "algorithm"), ("algorithm", "published"))
+    if group.get("hyper_order") == "published":
         # Its two passes would round and dither codes twice; a captured graph keeps gradients in their places.
         for name, allowed in {"capturable": (False,), "state_bits": (32,), "ema_bits": (None, 32)}.items():
             text = f'{" or ".join(map(str, allowed))} with hyper_order="published"'
@@ -214,8 +215,8 @@ def check_sharing(groups: list[Group], start: bool = True) -> None:
     for group in groups[1:]:
         mode = group["coefficients"]
         require(mode == first["coefficients"], "coefficients", "the same in all groups", mode)
-        order = group["hyper_order"]
-        require(order == first["hyper_order"], "hyper_order", "the same in all groups", order)
+        order = group.get("hyper_order", "algorithm")
+        require(order == first.get("hyper_order", "algorithm"), "hyper_order", "the same in all groups", order)
         if mode == "group":
             continue
         for name in LEARNING:
@@ -254,7 +255,7 @@ def state_tensors(group: Group) -> tuple[str, ...]:
 
 def learns_first(group: Group) -> bool:
     """Whether the group's coefficients move before its weights do."""
-    return bool(group["learn"]) and group["hyper_order"] == "published"
+    return bool(group["learn"]) and group.get("hyper_order") == "published"
 
 
 def learn_options(group: Group) -> dict[str, Any]:
