@@ -266,10 +266,10 @@ class Coefficients(Compressing):
                 call()
                 lr = work.group["lr"]
                 sums[-1:].copy_(moved(lr, work.device) if isinstance(lr, Tensor) else torch.tensor(lr))  # as of a step
-                skipped = work.scaling.get("found_inf")
+                skipped = moved(work.scaling["found_inf"], work.device) if "found_inf" in work.scaling else None
                 for row in states["last_scalars"]:
                     done = row[:1].clamp(max=DONE)
-                    row[:1].copy_(done if skipped is None else done.where(moved(skipped, row.device) == 0, row[:1]))
+                    row[:1].copy_(done if skipped is None else done.where(skipped == 0, row[:1]))
             at_once(self._learning())
         self._sums = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from .states import PLAIN, Work
 class Compressing(KernelOptimizer):
     """An optimizer with the options of formats. Not for direct use."""
 
+    # Options that stand only in groups where they are not at these defaults; formats.py says why.
+    _UNSAID: Mapping[str, Any] = OPTIONS
+    # Those by which states lie where they do: the constructor's, whatever a checkpoint says.
+    _LIE_BY: tuple[str, ...] = tuple(OPTIONS)
+
     def __init__(self, params: Any, defaults: dict[str, Any], backend: str | None) -> None:
         super().__init__(params, defaults, backend)
         warn_if_idle(self.param_groups)
@@ -24,7 +30,7 @@ class Compressing(KernelOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for name, default in OPTIONS.items():  # formats.py says why
+        for name, default in self._UNSAID.items():
             if group[name] == default:
                 del group[name]
 
@@ -71,8 +77,8 @@ class Compressing(KernelOptimizer):
 
     def _merged(self, saved: Group, group: Group) -> Group:
         options = super()._merged(saved, group)
-        options = {k: v for k, v in options.items() if k not in OPTIONS}  # how states lie is the constructor's
-        return options | {k: v for k, v in group.items() if k in OPTIONS}
+        options = {k: v for k, v in options.items() if k not in self._LIE_BY}
+        return options | {k: v for k, v in group.items() if k in self._LIE_BY}
 
     def _asked_of(self, group: Group, param: Tensor) -> Any:
         """The formats of a parameter of this group."""

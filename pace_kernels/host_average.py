@@ -21,7 +21,7 @@ from .compressing import Compressing
 from .conversions import weight_in
 from .definitions import PULLBACK
 from .definitions.kit import AVERAGING
-from .formats import REMAINDER, asked
+from .formats import OPTIONS, REMAINDER, asked
 from .lanes import Lane, lane_of
 from .launching import RESIZED, Prepared
 from .memory import aligned, are_twins
@@ -156,6 +156,9 @@ class HostAverages:
 class HostAveraging(Compressing):
     """An optimizer with the option ``ema_device``. Not for direct use."""
 
+    _UNSAID = {**OPTIONS, EMA_DEVICE: None}  # noqa: RUF012
+    _LIE_BY = (*OPTIONS, EMA_DEVICE)
+
     _skips = False  # whether the step that is being taken is left undone
 
     def __init__(self, params: Any, defaults: dict[str, Any], backend: str | None) -> None:
@@ -167,17 +170,7 @@ class HostAveraging(Compressing):
         self.__dict__.setdefault("_host", HostAverages()).forget()
         self._host.used = any(map(is_away, self.param_groups))
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        if self.param_groups[-1][EMA_DEVICE] is None:  # as with the options of formats, for older checkpoints
-            del self.param_groups[-1][EMA_DEVICE]
-
     # ---- checkpoints ------------------------------------------------------------------------------------------------
-
-    def _merged(self, saved: Group, group: Group) -> Group:
-        options = super()._merged(saved, group)
-        options.pop(EMA_DEVICE, None)  # where states lie is the constructor's
-        return options | {k: v for k, v in group.items() if k == EMA_DEVICE}
 
     def _translated_state(self, saved: dict[str, Any], param: Tensor, group: Group, *rest: Any) -> dict[str, Tensor]:
         state = super()._translated_state(saved, param, group, *rest)

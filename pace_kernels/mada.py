@@ -15,7 +15,7 @@ from .backend import BackendName
 from .checks import Group, check_torchs_options, require
 from .conversions import state_in
 from .fitting import NO_STATE
-from .formats import beside, every_name, parts_of, taken
+from .formats import OPTIONS, beside, every_name, parts_of, taken
 from .launching import Prepared, of_c
 from .mada_options import (
     LEARNED,
@@ -151,6 +151,7 @@ class MADA(MadaPlans):
     _STATE_ROWS = {"last_scalars": len(LAST_SCALARS)}  # noqa: RUF012
     _OWN_OPTION = "learn"
     _ONLY_OPTIONS = MADA_ONLY
+    _UNSAID = {**OPTIONS, "hyper_order": "algorithm"}  # noqa: RUF012
     _BOOKS = frozenset({*LEARNED, "last_options", "frozen"})
 
     _built = True  # whether all groups of the constructor are there
@@ -305,8 +306,6 @@ class MADA(MadaPlans):
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if group["hyper_order"] == "algorithm":
-            del group["hyper_order"]
         try:
             check_start(group)
             check_sharing(self.param_groups)
