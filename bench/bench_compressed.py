@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import QUICK_SIZES, SIZES, adamw_held, adamw_moved
+from bench_step import QUICK_SIZES, SIZES, adamw_held, adamw_moved, optimizer
 from harness import BandwidthProbe, Case, ColdWalk, Contender, Row, as_json, machine, measure, save, table
 from torch import nn
 from torch.optim import AdamW
@@ -36,17 +36,19 @@ FORMATS: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-def stepping(
-    build: Callable[..., torch.optim.Optimizer], float32: bool = False, **options: Any
-) -> Callable[[list[nn.Parameter]], Contender]:
-    def make(parameters: list[nn.Parameter]) -> Contender:
+Make = Callable[[list[nn.Parameter]], Contender]
+
+
+def of_copies(make: Make, float32: bool = False) -> Make:
+    """Of weights of its own, as what is in codes would be told from others' writes; or of float32 ones."""
+
+    def build(parameters: list[nn.Parameter]) -> Contender:
         own = [nn.Parameter(p.detach().float() if float32 else p.detach().clone()) for p in parameters]
         for mine, given in zip(own, parameters, strict=True):
             mine.grad = given.grad.float() if float32 else given.grad
-        made = build(own, **options)
-        return Contender(made.step, lambda: made.state)
+        return make(own)
 
-    return make
+    return build
 
 
 def named(options: dict[str, Any]) -> str:
@@ -54,21 +56,34 @@ def named(options: dict[str, Any]) -> str:
 
 
 ROWS = [
-    Row(FLOAT32, "PACE, float32 weights", stepping(pace_kernels.PACE, True), lambda _: 36, lambda _: 12, scratch=8),
+    Row(
+        FLOAT32,
+        "PACE, float32 weights",
+        of_copies(optimizer(pace_kernels.PACE), True),
+        lambda _: 36,
+        lambda _: 12,
+        scratch=8,
+    ),
     Row(
         REFERENCE,
         "AdamW fused, float32 weights",
-        stepping(AdamW, True, fused=True),
+        of_copies(optimizer(AdamW, fused=True), True),
         lambda _: 28,
         lambda _: 8,
         scratch=8,
     ),
-    Row("adamw-fused-bfloat16", "AdamW fused, bfloat16 weights", stepping(AdamW, fused=True), adamw_moved, adamw_held),
+    Row(
+        "adamw-fused-bfloat16",
+        "AdamW fused, bfloat16 weights",
+        of_copies(optimizer(AdamW, fused=True)),
+        adamw_moved,
+        adamw_held,
+    ),
     *(
         Row(
             key,
             named(options),
-            stepping(pace_kernels.PACE, **options),
+            of_copies(optimizer(pace_kernels.PACE, **options)),
             lambda _, b=held: round(6 + 2 * b, 1),
             lambda _, b=held: b,
         )

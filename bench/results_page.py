@@ -10,6 +10,7 @@ between the comments `<!-- results: NAME -->` and `<!-- end -->` are written too
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import statistics
 import sys
@@ -127,16 +128,17 @@ def storage(kept: dict[str, Any], path: Path) -> str:
     return f"{experiment.render(kept)}\n\n{picture(image, 'losses of averages and of whole optimizers in formats')}"
 
 
-def strength(kept: dict[str, Any], path: Path) -> str:
-    import strength as experiment
+def tables_of(module: str) -> Callable[[dict[str, Any], Path], str]:
+    """An experiment of research/ that has tables alone."""
 
-    return experiment.render(kept)
+    def rendered(kept: dict[str, Any], path: Path) -> str:
+        text: str = importlib.import_module(module).render(kept)
+        return text
+
+    return rendered
 
 
-def protocol(kept: dict[str, Any], path: Path) -> str:
-    import protocol as experiment
-
-    return experiment.render(kept)
+protocol = tables_of("protocol")
 
 
 def demo(kept: dict[str, Any], path: Path) -> str:
@@ -359,7 +361,7 @@ SECTIONS = (
         "Fine-tuning by the protocol", "protocol-finetuning.json", "python research/protocol.py --fine-tuning", protocol
     ),
     Section("Fine-tuning SmolLM2", "protocol-smollm.json", "python research/protocol.py --smollm", protocol),
-    Section("PACE's strength", "strength.json", "python research/strength.py", strength),
+    Section("PACE's strength", "strength.json", "python research/strength.py", tables_of("strength")),
     Section("MADA at small scale", "mada.json", "python research/mada.py --out bench/results", mada),
     Section("Quality of compressed states", "storage.json", "python research/storage.py --out bench/results", storage),
     Section("The demo", "demo.json", "make demo; cp out/results.json bench/results/demo.json", demo),

@@ -23,7 +23,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ QUICK = Plan(3, 2, 2, 1, 1, [0.5], [0, 1], [2, 3])
 Cell = dict[str, float]
 
 
-def draw(count: int, rates: Sequence[float] = (5e-4, 0.032)) -> list[Cell]:
+def draw(count: int, rates: Sequence[float] = tuple(Plan().rates)) -> list[Cell]:
     """A Latin hypercube. random.Random(15).random() is the same in every version of Python."""
     generator = random.Random(15)
 
@@ -172,9 +172,20 @@ lm.OPTIMIZERS |= {
 }
 
 
-def corpus(plan: Plan) -> Corpus:
-    texts = {"training": lm.corpus, "fine-tuning": finetuning.shakespeare}
-    return texts.get(plan.task, finetuning.tokens)()
+@dataclass(frozen=True)
+class Task:
+    file: str  # of its runs
+    corpus: Callable[[], Corpus]
+    training: type[lm.Training] = lm.Training
+    unit: str = "byte"
+
+
+# By the name in a plan. Texts are looked up when they are needed.
+TASKS = {
+    "training": Task("protocol.json", lambda: lm.corpus()),
+    "fine-tuning": Task("protocol-finetuning.json", lambda: finetuning.shakespeare()),
+    "SmolLM2-135M": Task("protocol-smollm.json", lambda: finetuning.tokens(), finetuning.SmolLM, "token"),
+}
 
 
 def part(name: str, held_out: torch.Tensor) -> torch.Tensor:
@@ -195,8 +206,8 @@ def train(plan: Plan, cells: Sequence[Cell], spec: Spec) -> dict[str, Any]:
     optimizer, options, beside, judged = trajectory(spec["trajectory"], cell)
     common = {"optimizer": optimizer, "lr": cell["lr"] * spec["factor"], "seed": spec["seed"]}
     start = finetuning.start(plan.start) if plan.start else None
-    kind = lm.Training if plan.task in ("training", "fine-tuning") else finetuning.SmolLM
-    training = kind(common | {"options": options, "averages": beside}, start, corpus(plan))
+    task = TASKS[plan.task]
+    training = task.training(common | {"options": options, "averages": beside}, start, task.corpus())
     training.validation = training.evenly(part(spec["text"], training.text.validation), plan.windows)
 
     def go(schedule: str, first: int, last: int) -> bool:
@@ -283,7 +294,7 @@ def about(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
     names = ("model", "batch", "gradient_norm", "warmup_share", "decay_share")
     common = lm.about()
     task = {name: common["task"][name] for name in names}
-    text = corpus(plan)
+    text = TASKS[plan.task].corpus()
     described = {"description": text.description, "sha256": text.sha256()}
     return {"corpus": described, "task": task, "plan": plan.listed(), "cells": list(cells)}
 
@@ -377,13 +388,12 @@ def render(kept: Mapping[str, Any]) -> str:
         tested = spread(tests(kept, each)) if counts[2] == each.counts[2] else "–"
         validation = "–" if each.chosen is None else f"{each.validation:.4f}"
         lines.append(f"| {schedule} | {method} | {shares} | {settings(plan, cells, each)} | {validation} | {tested} |")
-    unit = "token" if plan.task == SMOLLM.task else "byte"
     seconds = sorted(run["seconds"] for run in kept["runs"].values())
     parts = [
         f"**{'Complete' if there == total else 'Incomplete'}: {there} of {total} losses "
         f"({100 * there / total:.1f} %), from {len(kept['runs'])} runs.** `research/PROTOCOL.md` says what is compared "
         "and what it decides; nothing is decided by a comparison that lacks a seed. "
-        f"Validation and test: {plan.windows:,} windows each, nats per {unit}; {plan.steps:,} steps.",
+        f"Validation and test: {plan.windows:,} windows each, nats per {TASKS[plan.task].unit}; {plan.steps:,} steps.",
     ]
     starts = {run["result"]["start"] for run in kept["runs"].values() if "start" in run["result"]}
     if len(starts) > 1:
@@ -421,14 +431,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few short runs, into out/quick")
     arguments = parser.parse_args(argv)
     plan = FINE_TUNING if arguments.fine_tuning else SMOLLM if arguments.smollm else Plan()
-    name = {"training": "protocol", "fine-tuning": "protocol-finetuning"}.get(plan.task, "protocol-smollm") + ".json"
     if arguments.quick:
         plan = dataclasses.replace(QUICK, task=plan.task, start=2 if plan.start else 0, rates=plan.rates)
     if arguments.cells:
         for index, cell in enumerate(draw(plan.cells, plan.rates)):
             print(index, ", ".join(f"{name} {value:g}" for name, value in cell.items()))
         return 0
-    path = (arguments.out or (Path("out/quick") if arguments.quick else RESULTS)) / name
+    path = (arguments.out or (Path("out/quick") if arguments.quick else RESULTS)) / TASKS[plan.task].file
     if arguments.add:
         add(path, arguments.add, plan)
     print(render(go_on(path, plan, 0 if arguments.add else arguments.minutes, arguments.processes)))

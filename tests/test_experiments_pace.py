@@ -12,24 +12,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from experiments import imported
 
 import pace_kernels
-
-FOLDER = Path(__file__).parents[1] / "research"
 
 
 @pytest.fixture
 def pace(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import lm
-    import pace
-
-    monkeypatch.setattr(lm, "VALIDATION_WINDOWS", 2)
-    yield pace
-    for name in set(sys.modules) - before:  # `pace`, `lm`, `runs` are names that others may have
-        if getattr(sys.modules[name], "__file__", None) and FOLDER in Path(sys.modules[name].__file__ or "").parents:
-            del sys.modules[name]
+    with imported("pace", monkeypatch) as found:
+        yield found
 
 
 def test_all_stages_and_resuming(

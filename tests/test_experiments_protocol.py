@@ -16,23 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "research"
+from experiments import imported
 
 
 @pytest.fixture
 def protocol(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import lm
-    import protocol
-
-    monkeypatch.setattr(lm, "VALIDATION_WINDOWS", 2)
-    yield protocol
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) and FOLDER in Path(sys.modules[name].__file__ or "").parents:
-            del sys.modules[name]
+    with imported("protocol", monkeypatch) as found:
+        yield found
 
 
 def invented(plan: Any, cells: Any, spec: dict[str, Any]) -> dict[str, Any]:

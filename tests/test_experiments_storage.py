@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,22 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-
-FOLDER = Path(__file__).parents[1] / "research"
+from experiments import imported
 
 
 @pytest.fixture
 def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import lm
-    import storage
-
-    monkeypatch.setattr(lm, "VALIDATION_WINDOWS", 2)
-    yield storage
-    for name in set(sys.modules) - before:  # `storage`, `lm`, `runs` are names that others may have
-        if getattr(sys.modules[name], "__file__", None) and FOLDER in Path(sys.modules[name].__file__ or "").parents:
-            del sys.modules[name]
+    with imported("storage", monkeypatch) as found:
+        yield found
 
 
 def test_all_parts(storage: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,22 +9,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-
-FOLDER = Path(__file__).parents[1] / "research"
+from experiments import imported
 
 
 @pytest.fixture
 def strength(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import lm
-    import strength
-
-    monkeypatch.setattr(lm, "VALIDATION_WINDOWS", 2)
-    yield strength
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) and FOLDER in Path(sys.modules[name].__file__ or "").parents:
-            del sys.modules[name]
+    with imported("strength", monkeypatch) as found:
+        yield found
 
 
 def test_every_setting(strength: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

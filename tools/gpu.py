@@ -157,18 +157,6 @@ def of_buckets(make: Make) -> Make:
     return build
 
 
-def of_copies(make: Make) -> Make:
-    """Of weights of its own, as what is in codes would be told from others' writes."""
-
-    def build(parameters: list[nn.Parameter]) -> Contender:
-        own = [nn.Parameter(p.detach().clone()) for p in parameters]
-        for mine, p in zip(own, parameters, strict=True):
-            mine.grad = p.grad
-        return make(own)
-
-    return build
-
-
 def of_variant(make: Make) -> Make:
     """Of the kernels that csrc/cuda/pace.cu has under PACE_VARIANTS."""
 
@@ -193,7 +181,7 @@ def compiled_adamw(parameters: list[nn.Parameter]) -> Contender:
 
 
 def rows_for(device: torch.device) -> Rows:
-    from bench_compressed import FORMATS, named
+    from bench_compressed import FORMATS, named, of_copies
     from bench_peers import ROWS as PEERS
     from bench_peers import guarded, of
     from bench_step import (
