@@ -98,7 +98,7 @@ class HostAverages:
 
     def check(self, what: str) -> None:
         """Raises RuntimeError if averages are not those of the weights, nor will be."""
-        if self.broken:
+        if self.used and self.broken:
             why = self._worker.failed or "a step was interrupted, or is under way"
             raise RuntimeError(
                 f"{what}: the average in host memory is not that of the weights ({why}). After an exception, load the "

@@ -327,6 +327,23 @@ def test_a_handler_within_a_move_of_its_own_thread_is_refused() -> None:
     assert refused == [True] and worker.failed is None
 
 
+def test_without_the_option_nothing_asks_for_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled steps would trace it, and warn that the number of the process can't be."""
+
+    def asked(_: Worker) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Worker, "look", asked)
+    model = nn.Linear(4, 1)
+    optimizer = PACE(model.parameters())
+    for _ in range(3):
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+    with optimizer.averaged():
+        pass
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
 @pytest.mark.parametrize("late", ("", "import atexit; atexit.register(optimizer.step)"))
 def test_a_process_ends_when_the_average_is_moved(late: str) -> None:
     code = f"""
