@@ -250,7 +250,7 @@ class Coefficients(Compressing):
         """The first of two passes, for hyper_order="published": by the operator itself with a learning rate of 0, which
         leaves weights and averages as they are. It brings moments up to date, so that the second pass redoes nothing,
         and sums the hypergradients, by which the coefficients move then."""
-        if not prepared:
+        if not prepared and self._ranks() is None:
             return
         for work, _ in prepared:
             if by_graph(work.device):

@@ -343,7 +343,8 @@ class MADA(MadaPlans):
     def _launch_all(self, prepared: Prepared) -> None:
         self._sums = []
         try:
-            self._learn_first([(work, states) for work, states in prepared if learns_first(work.group)])
+            if any(map(learns_first, self.param_groups)):
+                self._learn_first([(work, states) for work, states in prepared if work.group["learn"]])
             super()._launch_all(prepared)
         finally:
             self._sums = []
@@ -384,4 +385,4 @@ class MADA(MadaPlans):
                 now = {**record, **work.changes[i]} if i in work.changes else record
                 turned.append((record, {"last_grad": now["older_grad"], "older_grad": now["last_grad"]}))
         changed = [each(dict.update, *zip(*turned, strict=True))] if turned else []
-        return changed if learns_first(self.param_groups[0]) else [*changed, *self._learning()]
+        return changed if any(map(learns_first, self.param_groups)) else [*changed, *self._learning()]

@@ -413,7 +413,28 @@ def test_a_bad_gradient_on_one_rank_leaves_the_step_undone_on_all(rule: str, wor
     assert run(world, check_one_bad_rank, rule) == [(True, 1, True)] * world
 
 
-def check_one_bad_rank_of_zero() -> tuple[int, dict[str, float]]:
+def check_absent(order: str) -> Any:
+    """One rank has no gradient in a step, then none has."""
+    params = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3))]
+    groups: list[Any] = [{"params": params[:1], "learn": ()}, {"params": params[1:]}]
+    options: Any = {"coefficients": "group", "hyper_process_group": "world", "hyper_order": order}
+    optimizer = MADA(groups, lr=1e-2, hyper_warmup=1, **options)
+    for t in range(5):
+        for p in params:
+            p.grad = None if t == 3 or (t == 2 and torch.distributed.get_rank() == 0) else torch.ones_like(p) / (t + 1)
+        optimizer.step()
+    return optimizer.coefficients, optimizer.param_groups[1]["hyper_step"].item()
+
+
+@pytest.mark.parametrize("order", ["algorithm", "published"])
+def test_a_rank_without_gradients_learns_with_the_others(order: str) -> None:
+    """It takes part in their sums: without it they would wait forever."""
+    here, there = run(2, check_absent, order)
+    assert here == there and here[0][0]["gamma"] == 1.0 != here[0][1]["gamma"]
+    assert here[1] == 4  # of 5 steps, of which one had no gradients
+
+
+def check_one_bad_rank_of_zero(order: str) -> tuple[int, dict[str, float]]:
     """A gradient that is not finite, of a parameter that one rank holds: all leave the step undone."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
     from torch.nn.parallel import DistributedDataParallel
@@ -426,6 +447,7 @@ def check_one_bad_rank_of_zero() -> tuple[int, dict[str, float]]:
         skip_nonfinite=True,
         hyper_process_group="world",
         hyper_warmup=1,
+        hyper_order=order,
     )
     for t in range(6):
         set_grads(model, t)
@@ -435,9 +457,10 @@ def check_one_bad_rank_of_zero() -> tuple[int, dict[str, float]]:
     return optimizer.optim.skipped_steps, optimizer.optim.coefficients
 
 
+@pytest.mark.parametrize("order", ["algorithm", "published"])
 @pytest.mark.parametrize("world", WORLDS)
-def test_ranks_of_zero_redundancy_leave_a_step_undone_together(world: int) -> None:
-    results = run(world, check_one_bad_rank_of_zero)
+def test_ranks_of_zero_redundancy_leave_a_step_undone_together(world: int, order: str) -> None:
+    results = run(world, check_one_bad_rank_of_zero, order)
     assert all(result == results[0] for result in results)
     assert results[0][0] == 2 and results[0][1]["gamma"] != 1.0
 
