@@ -28,7 +28,6 @@ from triton.backends.compiler import GPUTarget
 from pace_kernels.ops import PACE_STATS
 from pace_kernels.torch_rules import codes
 
-PACE_LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "emas", "steps")
 # Whole programs, a few groups of 16, groups and a rest, a rest alone, one element, none.
 SIZES = (2 * 4096, 3 * 1024 + 48, 1234, 11, 1, 0)
 
