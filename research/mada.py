@@ -1,7 +1,7 @@
 """MADA beside the optimizers that it contains, at a scale that two cores can repeat: what holds of its paper here?
 
-    python research/mada.py            runs what is missing (25 minutes on 2 cores), tables, figures
-    python research/mada.py --render   tables and figures of what is there
+    python research/mada.py            runs what is missing (25 minutes on 2 cores), tables, a figure
+    python research/mada.py --render   tables and figure of what is there
     python research/mada.py --time     times and memory, on an idle machine
     python research/mada.py --quick    few and short runs into out/quick, to see that it works
 
@@ -665,7 +665,7 @@ def time_table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# --- figures ---
+# --- the figure ---
 
 
 def draw_losses(axes: Axes, found: Found, start: str) -> None:
@@ -718,60 +718,18 @@ def draw_grid(axes: Axes, found: Found) -> None:
     axes.set_yticks(range(len(betas1)), [f"{beta:g}" for beta in betas1])
 
 
-def draw_coefficients(axes: Axes, found: Found, task: str, start: str) -> None:
-    """A line for each seed, from where the coefficient starts; labels at the mean of their ends."""
-    axes.set_title(f"MADA's coefficients, {TASKS[task].split()[0]}, {start} start")
-    axes.set(xlabel="step", ylim=(-0.03, 1.16))  # room for labels of those that end near 1
-    axes.set_yticks([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    betas = start_options("MADA", start)["betas"]
-    begins = {"beta1": betas[0], "beta2": betas[1], "beta3": 0.9, "rho": 0.0, "c": 1.0, "gamma": 1.0}
-    results = found.results(task, start, "MADA")
-    if not results:
-        return
-    lines = []
-    for name, color in zip(COEFFICIENTS, plots.PALETTE, strict=True):
-        for result in results:
-            values = [begins[name], *result["series"][name]]
-            axes.plot([0, *result["steps"]], values, color=color, linewidth=1.2, alpha=0.85)
-        end = statistics.mean(result["series"][name][-1] for result in results)
-        lines.append((SYMBOLS[name], [max(result["steps"][-1] for result in results)], [end], color))
-    plots.label_line_ends(axes, lines)
-
-
-def draw_digits(axes: Axes, found: Found) -> None:
-    axes.set_title("CNN on digits: test accuracy")
-    names = found.optimizers("digits")[::-1]
-    for y, name in enumerate(names):
-        results = found.results("digits", "good", name)
-        if not results:
-            continue
-        values = [100 * result["accuracy"][-1] for result in results]
-        axes.plot(values, [y] * len(values), "o", markersize=6, alpha=0.6, color=COLORS[name], markeredgewidth=0)
-        axes.vlines(statistics.mean(values), y - 0.3, y + 0.3, color=COLORS[name], linewidth=2)
-    axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="%, a dot for each seed, a line for their mean", ylim=(-0.6, len(names) - 0.4))
-    axes.grid(axis="y", visible=False)
-
-
-def draw(kept: Mapping[str, Any], folder: Path) -> list[Path]:
+def draw(kept: Mapping[str, Any], path: Path) -> None:
     found = Found(kept)
     figure, (good, poor, grid) = plots.new_figure([5.0, 5.0, 4.0], height=4.2)
     draw_losses(good, found, "good")
     draw_losses(poor, found, "poor")
     draw_grid(grid, found)
-    plots.save(figure, folder / "mada.webp", colors=32)
-    figure, (good, poor, digits_, accuracy) = plots.new_figure([4.6, 4.6, 4.6, 4.2], height=4.0)
-    draw_coefficients(good, found, "language", "good")
-    draw_coefficients(poor, found, "language", "poor")
-    draw_coefficients(digits_, found, "digits", "good")
-    draw_digits(accuracy, found)
-    plots.save(figure, folder / "mada-coefficients.webp")
-    return [folder / "mada.webp", folder / "mada-coefficients.webp"]
+    plots.save(figure, path, colors=20)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="folder of mada.json and the figures (out/experiments)")
+    parser.add_argument("--out", type=Path, help="folder of mada.json and the figure (out/experiments)")
     parser.add_argument("--quick", action="store_true", help="few and short runs, into out/quick")
     parser.add_argument("--render", action="store_true", help="runs nothing")
     parser.add_argument("--time", action="store_true", help="times the optimizers, for which the machine must be idle")
@@ -788,7 +746,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not kept["runs"]:
         raise SystemExit(f"{path} has no runs")
     print(render(kept))
-    print("written: " + ", ".join(map(str, [path, *draw(kept, folder)])))
+    draw(kept, path.with_suffix(".webp"))
+    print(f"written: {path} and {path.with_suffix('.webp')}")
 
 
 if __name__ == "__main__":
