@@ -119,18 +119,12 @@ def throughput(kept: dict[str, Any], path: Path) -> str:
 def record(kept: dict[str, Any], path: Path) -> str:
     """Tables of an experiment whose script is gone, as it made them."""
     tables = (f"{table['title']}\n\n{table_of(table)}" for table in kept["tables"])
-    return "\n\n".join([f"{kept['made']} {kept['by']}.", *tables])
+    said = "\n".join(f"- {sentence}" for sentence in kept.get("said", ()))
+    return "\n\n".join([f"{kept['made']} {kept['by']}.", *tables, said])
 
 
 def table_of(kept: dict[str, Any]) -> str:
     return markdown_table([kept["heads"], *kept["rows"]])
-
-
-def mada(kept: dict[str, Any], path: Path) -> str:
-    import mada as experiment
-
-    experiment.draw(kept, path.with_suffix(".webp"))
-    return f"{experiment.render(kept)}\n\n{picture(path.with_suffix('.webp'), 'losses, and the grid of starts')}"
 
 
 def tables_of(module: str) -> Callable[[dict[str, Any], Path], str]:
@@ -351,7 +345,7 @@ SECTIONS = (
     Section("Fine-tuning SmolLM2", "protocol-smollm.json", "python research/protocol.py --smollm", protocol),
     Section("PACE's strength", "strength.json", "python research/strength.py", tables_of("strength")),
     Section("PACE before the protocol", "pace.json", "git show 02a36d1:research/pace.py", record),
-    Section("MADA at small scale", "mada.json", "python research/mada.py --out bench/results", mada),
+    Section("MADA before the protocol", "mada.json", "git show 02a36d1:research/mada.py", record),
     Section("Quality of compressed states", "storage.json", "python research/storage.py --out bench/results", storage),
     Section("The demo", "demo.json", "make demo; cp out/results.json bench/results/demo.json", demo),
     Section("Adam at the wrong end", "convex.json", "python research/convex.py --out bench/results", convex),
