@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
+import re
 import shutil
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -195,12 +196,19 @@ class Case:
         return rows if len(rows) <= 1500 else [rows[i] for i in rng.choice(len(rows), 1500, replace=False)]
 
 
-def binary(opcode: str, type_: str, function: Callable[[int, int], int], out: str | None = None) -> Case:
-    return Case(f"{opcode}.{type_}", (type_, type_), out or type_, function)
-
-
-def unary(opcode: str, type_: str, function: Callable[[int], int], out: str | None = None) -> Case:
-    return Case(f"{opcode}.{type_}", (type_,), out or type_, function)
+def table(types: str, text: str, values: list[list[Any]] | None = None) -> list[Case]:
+    """For each of ``types`` a case of each line: instruction; types of its operands; type of its result; what is
+    expected of a, b and c. T is the type, W its double width, n its number of bits."""
+    cases = []
+    for T in types.split():
+        known = {**globals(), "T": T, "n": width(T)}
+        kind = {"T": T, "W": f"{T[0]}{2 * width(T)}"}
+        for line in text.strip().splitlines():
+            instruction, operands, result, expected = re.split(r"\s{2,}", line.strip())
+            kinds = tuple(kind.get(each, each) for each in operands.split())
+            reference = eval(f"lambda {', '.join('abc'[: len(kinds)])}: {expected}", known)
+            cases.append(Case(instruction.replace(".T", f".{T}"), kinds, kind.get(result, result), reference, values))
+    return cases
 
 
 def truncated(a: int, b: int) -> int:
@@ -239,146 +247,107 @@ def packed(element: str, function: Callable[..., Any]) -> Callable[..., int]:
     return reference
 
 
+def unordered(holds: Callable[..., bool], if_nan: bool) -> Callable[..., bool]:
+    return lambda a, b: if_nan if math.isnan(a) or math.isnan(b) else holds(a, b)
+
+
+ORDER: dict[str, Callable[[Any, Any], bool]] = {
+    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
+}  # fmt: skip
+
 INTEGER_CASES = [
+    *table("s16 u16 s32 u32 s64 u64", """
+        add.T       T T    T  a + b
+        sub.T       T T    T  a - b
+        mul.lo.T    T T    T  a * b
+        mul.hi.T    T T    T  a * b >> n
+        div.T       T T    T  truncated(a, b) if b else -1
+        rem.T       T T    T  a - b * truncated(a, b) if b else a
+        min.T       T T    T  min(a, b)
+        max.T       T T    T  max(a, b)
+        mad.lo.T    T T T  T  a * b + c
+        shr.T       T u32  T  a >> min(b, n)
+    """),
+    *table("s16 u16 s32 u32", """
+        mul.wide.T  T T    W  a * b
+        mad.wide.T  T T W  W  a * b + c
+    """),
+    *table("s32 u64", "mad.hi.T  T T T  T  (a * b >> n) + c"),
+    *table("b16 b32 b64", """
+        and.T       T T    T  a & b
+        or.T        T T    T  a | b
+        xor.T       T T    T  a ^ b
+        not.T       T      T  ~a
+        shl.T       T u32  T  a << b if b < n else 0
+    """),
+    *table("b32 b64", """
+        popc.T      T      u32  a.bit_count()
+        clz.T       T      u32  n - a.bit_length()
+    """),
+    *table("s32 s64", """
+        neg.T       T      T  -a
+        abs.T       T      T  abs(a)
+    """),
     *[
         case
-        for type_, bits in ((f"{kind}{bits}", bits) for bits in (16, 32, 64) for kind in "su")
-        for case in (
-            binary("add", type_, lambda a, b: a + b),
-            binary("sub", type_, lambda a, b: a - b),
-            binary("mul.lo", type_, lambda a, b: a * b),
-            binary("mul.hi", type_, lambda a, b, bits=bits: a * b >> bits),
-            binary("div", type_, lambda a, b: truncated(a, b) if b else -1),
-            binary("rem", type_, lambda a, b: a - b * truncated(a, b) if b else a),
-            binary("min", type_, min),
-            binary("max", type_, max),
-            Case(f"mad.lo.{type_}", (type_,) * 3, type_, lambda a, b, c: a * b + c),
-            Case(f"shr.{type_}", (type_, "u32"), type_, lambda a, b, bits=bits: a >> min(b, bits)),
-        )
+        for type_ in ("u32", "s32", "u64", "s64")
+        for case in table(type_, "bfe.T  T u32 u32  T  bit_field(a, b, c, n, T[0] == 's')",
+                          [values_of(type_), [0, 1, 5, 31, 32, 63, 64, 256 + 3], [0, 1, 4, 31, 32, 33, 64, 255]])
     ],
-    *[
-        case
-        for type_ in ("s16", "u16", "s32", "u32")
-        for case in (
-            binary("mul.wide", type_, lambda a, b: a * b, f"{type_[0]}{2 * width(type_)}"),
-            Case(
-                f"mad.wide.{type_}",
-                (type_, type_, f"{type_[0]}{2 * width(type_)}"),
-                f"{type_[0]}{2 * width(type_)}",
-                lambda a, b, c: a * b + c,
-            ),
-        )
-    ],
-    *[
-        case
-        for type_, bits in (("b16", 16), ("b32", 32), ("b64", 64))
-        for case in (
-            binary("and", type_, lambda a, b: a & b),
-            binary("or", type_, lambda a, b: a | b),
-            binary("xor", type_, lambda a, b: a ^ b),
-            unary("not", type_, lambda a: ~a),
-            Case(f"shl.{type_}", (type_, "u32"), type_, lambda a, b, n=bits: a << b if b < n else 0),
-        )
-    ],
-    *[
-        case
-        for n in (32, 64)
-        for case in (
-            unary("popc", f"b{n}", lambda a: a.bit_count(), "u32"),
-            unary("clz", f"b{n}", lambda a, n=n: n - a.bit_length(), "u32"),
-            unary("neg", f"s{n}", lambda a: -a),
-            unary("abs", f"s{n}", abs),
-            *(
-                Case(
-                    f"bfe.{kind}{n}",
-                    (f"{kind}{n}", "u32", "u32"),
-                    f"{kind}{n}",
-                    lambda a, b, c, n=n, kind=kind: bit_field(a, b, c, n, kind == "s"),
-                    [values_of(f"{kind}{n}"), [0, 1, 5, 31, 32, 63, 64, 256 + 3], [0, 1, 4, 31, 32, 33, 64, 255]],
-                )
-                for kind in "us"
-            ),
-        )
-    ],
-    Case("mad.hi.s32", ("s32",) * 3, "s32", lambda a, b, c: (a * b >> 32) + c),
-    Case("mad.hi.u64", ("u64",) * 3, "u64", lambda a, b, c: (a * b >> 64) + c),
-    Case("prmt.b32", ("u32",) * 3, "u32", lambda a, b, c: permuted(a, b, c & 0xFFFF)),
-    Case(
-        "max.u16x2",
-        ("u16x2", "u16x2"),
-        "u16x2",
-        packed("u16", max),
-        [[0x00010002, 0xFFFF0000, 0x8000007F], [0x00020001, 0x7FFF0001]],
-    ),
+    *table("u32", "prmt.b32  T T T  T  permuted(a, b, c & 0xFFFF)"),
+    *table("u16x2", "max.T  T T  T  packed('u16', max)(a, b)",
+           [[0x00010002, 0xFFFF0000, 0x8000007F], [0x00020001, 0x7FFF0001]]),
     # Selections, comparisons and their combinations.
-    Case("selp.b32", ("u32", "u32", "pred"), "u32", lambda a, b, c: a if c else b),
-    Case("mov.b32 %o, %a; selp.b32 %o, %o, %b, %pc;", ("u32", "u32", "pred"), "u32", lambda a, b, c: a if c else b),
-    Case("mov.b32 %o, %b; selp.b32 %o, %a, %o, %pc;", ("u32", "u32", "pred"), "u32", lambda a, b, c: a if c else b),
+    *table("u32", """
+        selp.b32                                      T T pred  T     a if c else b
+        mov.b32 %o, %a; selp.b32 %o, %o, %b, %pc;     T T pred  T     a if c else b
+        mov.b32 %o, %b; selp.b32 %o, %a, %o, %pc;     T T pred  T     a if c else b
+        setp.lo.s32                                   T T       pred  a < b
+        setp.hs.u32                                   T T       pred  a >= b
+        mov.u32 %o, 7; @%pa mov.u32 %o, %b;           pred T    T     b if a else 7
+        mov.u32 %o, 7; @!%pa add.u32 %o, %b, 1;       pred T    T     7 if a else b + 1
+    """),
     *[
         Case(f"setp.{name}.{type_}", (type_, type_), "pred", function)
         for type_ in ("s16", "u32", "s32", "s64", "u64")
-        for name, function in {
-            "eq": lambda a, b: a == b,
-            "ne": lambda a, b: a != b,
-            "lt": lambda a, b: a < b,
-            "le": lambda a, b: a <= b,
-            "gt": lambda a, b: a > b,
-            "ge": lambda a, b: a >= b,
-        }.items()
+        for name, function in ORDER.items()
     ],
-    Case("setp.lo.s32", ("u32", "u32"), "pred", lambda a, b: a < b),
-    Case("setp.hs.u32", ("u32", "u32"), "pred", lambda a, b: a >= b),
-    *[
-        Case(f"setp.lt.{name}.s32 %p, %a, %b, {c};", ("s32", "s32", "pred"), "pred", function)
-        for c, flip in (("%pc", 0), ("!%pc", 1))
-        for name, function in {
-            "and": lambda a, b, c, flip=flip: a < b and bool(c ^ flip),
-            "or": lambda a, b, c, flip=flip: a < b or bool(c ^ flip),
-            "xor": lambda a, b, c, flip=flip: (a < b) != bool(c ^ flip),
-        }.items()
-    ],
-    Case("setp.lt.and.s32 %q|%p, %a, %b, %pc;", ("s32", "s32", "pred"), "pred", lambda a, b, c: a >= b and bool(c)),
-    Case("and.pred", ("pred", "pred"), "pred", lambda a, b: a & b),
-    Case("xor.pred", ("pred", "pred"), "pred", lambda a, b: a ^ b),
-    Case("not.pred", ("pred",), "pred", lambda a: 1 - a),
-    Case("mov.u32 %o, 7; @%pa mov.u32 %o, %b;", ("pred", "u32"), "u32", lambda a, b: b if a else 7),
-    Case("mov.u32 %o, 7; @!%pa add.u32 %o, %b, 1;", ("pred", "u32"), "u32", lambda a, b: 7 if a else b + 1),
+    *table("s32", """
+        setp.lt.and.s32 %p, %a, %b, %pc;              T T pred  pred  a < b and c
+        setp.lt.or.s32 %p, %a, %b, %pc;               T T pred  pred  a < b or c
+        setp.lt.xor.s32 %p, %a, %b, %pc;              T T pred  pred  (a < b) != c
+        setp.lt.and.s32 %p, %a, %b, !%pc;             T T pred  pred  a < b and not c
+        setp.lt.or.s32 %p, %a, %b, !%pc;              T T pred  pred  a < b or not c
+        setp.lt.xor.s32 %p, %a, %b, !%pc;             T T pred  pred  (a < b) == c
+        setp.lt.and.s32 %q|%p, %a, %b, %pc;           T T pred  pred  a >= b and c
+    """),
+    *table("pred", """
+        and.T       T T    T  a & b
+        xor.T       T T    T  a ^ b
+        not.T       T      T  1 - a
+    """),
     # Literals, vectors in braces, registers of two names in nested scopes.
-    Case("add.s32 %o, %a, -5;", ("s32",), "s32", lambda a: a - 5),
-    Case("xor.b32 %o, %a, 0xFF00FF00;", ("u32",), "u32", lambda a: a ^ 0xFF00FF00),
-    Case("add.u32 %o, %a, 0b101; add.u32 %o, %o, 010;", ("u32",), "u32", lambda a: a + 5 + 8),
-    Case("mov.b32 {%h0, %h1}, %a; mov.b32 %o, {%h1, %h0};", ("u32",), "u32", lambda a: a >> 16 | (a & 0xFFFF) << 16),
-    Case("mov.b64 {_, %r1}, %a; mov.u32 %o, %r1;", ("u64",), "u32", lambda a: a >> 32),
+    *table("u32", """
+        xor.b32 %o, %a, 0xFF00FF00;                                 T    T  a ^ 0xFF00FF00
+        add.u32 %o, %a, 0b101; add.u32 %o, %o, 010;                 T    T  a + 5 + 8
+        mov.b32 {%h0, %h1}, %a; mov.b32 %o, {%h1, %h0};             T    T  a >> 16 | (a & 0xFFFF) << 16
+        mov.b64 {_, %r1}, %a; mov.u32 %o, %r1;                      u64  T  a >> 32
+    """),
     Case(
         "mov.u32 %o, 1; { .reg .b32 %o; mov.u32 %o, %a; { .reg .b32 %x; mov.u32 %x, %o; } } add.u32 %o, %o, %a;",
-        ("u32",),
-        "u32",
-        lambda a: a + 1,
+        ("u32",), "u32", lambda a: a + 1,
     ),
     # Narrow loads and conversions extend by the sign of the type into a wider register.
-    Case("cvt.s32.s8", ("u32",), "s32", lambda a: (a & 255) - 256 * (a >> 7 & 1)),
-    Case("cvt.s8.s32", ("u32",), "s32", lambda a: (a & 255) - 256 * (a >> 7 & 1)),
-    Case("cvt.u8.u32", ("u32",), "u32", lambda a: a & 255),
-    Case("cvt.u64.u32", ("u32",), "u64", lambda a: a),
-    Case("cvt.s64.s32", ("s32",), "s64", lambda a: a),
-    Case("cvt.u32.u64", ("u64",), "u32", lambda a: a),
-]
-
-
-def float_cases(type_: str) -> list[Case]:
-    exact = {
-        "add": ("%a, %b", lambda a, b: a + b),
-        "sub": ("%a, %b", lambda a, b: a - b),
-        "mul": ("%a, %b", lambda a, b: a * b),
-        "fma": ("%a, %b, %c", lambda a, b, c: a * b + c),
-        "div": ("%a, %b", lambda a, b: a / b),
-        "rcp": ("%a", lambda a: 1 / a),
-        "sqrt": ("%a", square_root),
-    }
-    return [
-        Case(f"{opcode}.rn.{type_} %o, {operands};", (type_,) * operands.count("%"), type_, exactly(f, type_))
-        for opcode, (operands, f) in exact.items()
-    ]
+    *table("s32", """
+        add.s32 %o, %a, -5;  T    T    a - 5
+        cvt.s32.s8           u32  T    (a & 255) - 256 * (a >> 7 & 1)
+        cvt.s8.s32           u32  T    (a & 255) - 256 * (a >> 7 & 1)
+        cvt.u8.u32           u32  u32  a & 255
+        cvt.u64.u32          u32  u64  a
+        cvt.s64.s32          T    s64  a
+        cvt.u32.u64          u64  u32  a
+    """),
+]  # fmt: skip
 
 
 def smallest(a: float, b: float) -> float:
@@ -395,85 +364,55 @@ def or_nan(function: Callable[[float, float], float]) -> Callable[[float, float]
     return lambda a, b: math.nan if math.isnan(a) or math.isnan(b) else function(a, b)
 
 
-def unordered(function: Callable[[float, float], bool], if_nan: bool) -> Callable[[float, float], bool]:
-    return lambda a, b: if_nan if math.isnan(a) or math.isnan(b) else function(a, b)
-
-
-ORDER: dict[str, Callable[[Any, Any], bool]] = {
-    "eq": lambda a, b: a == b,
-    "ne": lambda a, b: a != b,
-    "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
-    "gt": lambda a, b: a > b,
-    "ge": lambda a, b: a >= b,
-}
-
-
 PAIRS = [
     [0x3F8000003F000000, 0xC0000000BF800000, 0x0000000133800001],
     [0x3E0000003F800000, 0x4000000040400000],
     [0x3F80000133800000, 0x80000000C0400000],
 ]
+EXACT: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv,
+    "fma": lambda a, b, c: a * b + c, "rcp": lambda a: 1 / a, "sqrt": square_root,
+}  # fmt: skip
+OPERANDS = {"fma": 3, "rcp": 1, "sqrt": 1}
+
+
+def rounded(opcode: str, type_: str, values: list[list[Any]] | None = None) -> Case:
+    """The operation, rounded once."""
+    name, n = opcode.partition(".")[0], OPERANDS.get(opcode.partition(".")[0], 2)
+    if type_ == "f32x2":
+        reference: Callable[..., Any] = packed("f32", exactly(EXACT[name], "f32"))
+    else:
+        reference = exactly(EXACT[name], type_, ftz=".ftz" in opcode)
+    return Case(f"{opcode}.{type_}", (type_,) * n, type_, reference, values and values[:n])
+
+
 FLOAT_CASES = [
-    *float_cases("f32"),
-    *float_cases("f64"),
+    *[rounded(f"{name}.rn", type_) for type_ in ("f32", "f64") for name in EXACT],
+    *[rounded(f"{name}.rn.ftz", "f32") for name in ("add", "mul", "fma", "div")],
+    *[rounded(f"{name}.rn", "f32x2", PAIRS) for name in ("add", "mul", "fma")],
+    *table("f32 f64", """
+        min.T  T T  T  smallest(a, b)
+        max.T  T T  T  largest(a, b)
+        abs.T  T    T  abs(a)
+        neg.T  T    T  -a
+    """),
     *[
-        Case(
-            f"{opcode}.rn.ftz.f32 %o, {operands};",
-            ("f32",) * operands.count("%"),
-            "f32",
-            exactly(function, "f32", ftz=True),
-        )
-        for opcode, operands, function in (
-            ("add", "%a, %b", lambda a, b: a + b),
-            ("mul", "%a, %b", lambda a, b: a * b),
-            ("fma", "%a, %b, %c", lambda a, b, c: a * b + c),
-            ("div", "%a, %b", lambda a, b: a / b),
-        )
-    ],
-    *[
-        Case(f"{opcode}.rn.f32x2", ("f32x2",) * n, "f32x2", packed("f32", exactly(function, "f32")), PAIRS[:n])
-        for opcode, n, function in (
-            ("add", 2, lambda a, b: a + b),
-            ("mul", 2, lambda a, b: a * b),
-            ("fma", 3, lambda a, b, c: a * b + c),
-        )
-    ],
-    *[
-        Case(f"{opcode}.{type_}", (type_, type_), type_, function)
-        for type_ in ("f32", "f64")
-        for opcode, function in (("min", smallest), ("max", largest))
-    ],
-    Case("min.NaN.f32", ("f32", "f32"), "f32", or_nan(smallest)),
-    Case("max.NaN.f32", ("f32", "f32"), "f32", or_nan(largest)),
-    *[
-        Case(f"{opcode}.{type_}", (type_,), type_, function)
-        for type_ in ("f32", "f64")
-        for opcode, function in (("abs", abs), ("neg", lambda a: -a))
-    ],
-    Case("copysign.f32", ("f32", "f32"), "f32", lambda a, b: math.copysign(b, a)),
-    *[
-        Case(
-            f"setp.{name}{u}.{type_}",
-            (type_, type_),
-            "pred",
-            unordered(function, name == "ne" if not u else True) if u else unordered(function, False),
-        )
+        Case(f"setp.{name}{u}.{type_}", (type_, type_), "pred", unordered(function, u == "u"))
         for type_ in ("f32", "f64", "bf16")
         for u in ("", "u")
         for name, function in ORDER.items()
     ],
-    Case("setp.num.f32", ("f32", "f32"), "pred", unordered(lambda a, b: True, False)),
-    Case("setp.nan.f64", ("f64", "f64"), "pred", unordered(lambda a, b: False, True)),
-    Case("setp.eq.ftz.f32", ("f32", "f32"), "pred", lambda a, b: flushed(a) == flushed(b)),
-    Case(
-        "add.f32 %o, %a, 0f3FC00000;",
-        ("f32",),
-        "f32",
-        exactly(lambda a: a + Fraction(3, 2) if isinstance(a, Fraction) else a + 1.5, "f32"),
-    ),
-    Case("mul.f64 %o, %a, 0dBFF8000000000000;", ("f64",), "f64", lambda a: a * -1.5),
-]
+    *table("f32", """
+        min.NaN.f32                T T      T     or_nan(smallest)(a, b)
+        max.NaN.f32                T T      T     or_nan(largest)(a, b)
+        copysign.f32               T T      T     math.copysign(b, a)
+        setp.num.f32               T T      pred  not (math.isnan(a) or math.isnan(b))
+        setp.nan.f64               f64 f64  pred  math.isnan(a) or math.isnan(b)
+        setp.eq.ftz.f32            T T      pred  flushed(a) == flushed(b)
+        add.f32 %o, %a, 0f3FC00000;          T    T    exactly(operator.add, T)(a, 1.5)
+        mul.f64 %o, %a, 0dBFF8000000000000;  f64  f64  a * -1.5
+    """),
+]  # fmt: skip
 
 INTEGRAL: dict[str, Callable[[Fraction], int]] = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}
 
@@ -499,33 +438,10 @@ def converted(format_: str) -> Callable[[float], float]:
 NARROWED = [*SINGLES, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-11, 1 + 2.0**-8 + 2.0**-20, -65519.0, 65520.0, 2.0**-25]
 NARROWED += [3.3895313892515355e38, 1.1 * 2.0**-133, -0.3333333432674408, 1 + 2.0**-10 + 2.0**-11]
 NARROWED = [float(np.float32(x)) for x in NARROWED]
-WIDE = [
-    *NARROWED,
-    1 + 2.0**-24,
-    1 + 3 * 2.0**-24,
-    1 + 2.0**-24 + 2.0**-50,
-    2.0**-150,
-    2.0**-150 * (1 + 2.0**-40),
-    1e-50,
-]
-WIDE += [3.4028235677973366e38, 3.4028235677973362e38, -1e300]
-STEPS = [
-    0.0,
-    -0.0,
-    0.5,
-    -0.5,
-    1.5,
-    2.5,
-    -2.5,
-    0.49999997,
-    127.5,
-    128.0,
-    -129.0,
-    255.5,
-    2.0**31 - 64,
-    2.0**31,
-    -(2.0**31),
-]
+WIDE = [*NARROWED, 1 + 2.0**-24, 1 + 3 * 2.0**-24, 1 + 2.0**-24 + 2.0**-50, 2.0**-150, 2.0**-150 * (1 + 2.0**-40)]
+WIDE += [1e-50, 3.4028235677973366e38, 3.4028235677973362e38, -1e300]
+STEPS = [0.0, -0.0, 0.5, -0.5, 1.5, 2.5, -2.5, 0.49999997, 127.5, 128.0, -129.0, 255.5, 2.0**31 - 64]
+STEPS += [2.0**31, -(2.0**31)]
 STEPS += [2.0**32, 2.0**63, 2.0**64, -(2.0**63), -(2.0**64), 1e30, math.inf, -math.inf, math.nan, 1e-40]
 STEPS = [float(np.float32(x)) for x in STEPS]
 COUNTS = {
@@ -548,37 +464,28 @@ def integral(mode: str) -> Callable[[float], float]:
 
 
 CONVERSIONS = [
-    *[Case(f"cvt.rn.{to}.f32", ("f32",), to, converted(to), [NARROWED]) for to in ("f16", "bf16")],
-    *[Case(f"cvt.rn.{to}.f64", ("f64",), to, converted(to), [WIDE]) for to in ("f16", "f32")],
-    Case("cvt.f64.f32", ("f32",), "f64", lambda a: a),
-    Case("cvt.f32.f16", ("f16",), "f32", lambda a: a),
-    Case("cvt.f32.bf16", ("bf16",), "f32", lambda a: a),
-    Case("cvt.ftz.f64.f32", ("f32",), "f64", flushed),
+    *table("f16 bf16", "cvt.rn.T.f32  f32  T  converted(T)(a)", [NARROWED]),
+    *table("f16 f32", "cvt.rn.T.f64  f64  T  converted(T)(a)", [WIDE]),
+    *table("f16 bf16", "cvt.f32.T  T  f32  a"),
+    *table("f32", """
+        cvt.f64.T      T  f64  a
+        cvt.ftz.f64.T  T  f64  flushed(a)
+    """),
     *[Case(f"cvt.rn.{to}x2.f32", ("f32", "f32"), f"{to}x2", pair_of(to), [NUMBERS, NUMBERS]) for to in ("f16", "bf16")],
     *[
-        Case(f"cvt.{mode}.{type_}.{type_}", (type_,), type_, integral(mode), [STEPS])
-        for type_ in ("f32", "f64")
+        case
         for mode in INTEGRAL
-    ],
-    *[
-        Case(f"cvt.{mode}.{to}.{origin}", (origin,), to, to_integer(mode, to), [STEPS])
-        for origin in ("f32", "f64")
         for to in ("s32", "u32", "s64", "u64", "s16")
-        for mode in INTEGRAL
+        for case in table("f32 f64", f"cvt.{mode}.{to}.T  T  {to}  to_integer('{mode}', '{to}')(a)", [STEPS])
     ],
-    Case("cvt.rzi.ftz.s32.f32", ("f32",), "s32", to_integer("rzi", "s32"), [STEPS]),
+    *table("f32", "cvt.rzi.ftz.s32.T  T  s32  to_integer('rzi', 's32')(a)", [STEPS]),
+    *[case for mode in INTEGRAL for case in table("f32 f64", f"cvt.{mode}.T.T  T  T  integral('{mode}')(a)", [STEPS])],
     *[
-        Case(
-            f"cvt.rn.{to}.{origin}",
-            (origin,),
-            to,
-            lambda a, to=to: round_fraction(Fraction(a), to),
-            [COUNTS[origin]],
-        )
-        for origin in COUNTS
-        for to in ("f32", "f64")
+        case
+        for origin, counts in COUNTS.items()
+        for case in table("f32 f64", f"cvt.rn.T.{origin}  {origin}  T  round_fraction(Fraction(a), T)", [counts])
     ],
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [*INTEGER_CASES, *FLOAT_CASES, *CONVERSIONS], ids=lambda case: case.text[:60])
@@ -682,17 +589,22 @@ def kernel(body: str, parameters: str = ".param .u64 out", before: str = "") -> 
 def launch(
     body: str,
     threads: int = 64,
-    size: int | None = None,
+    size: int | np.ndarray | None = None,
     grid: int = 1,
     before: str = "",
     parameters: str = ".param .u64 out",
     arguments: tuple[Any, ...] = (),
+    source: np.ndarray | None = None,
     **options: Any,
 ) -> tuple[np.ndarray, dict[str, Any]]:
+    """What it left at ``out``, of ``size`` words or like an array, and its statistics. ``source`` may be read at
+    [in]; the addresses of both are among the statistics."""
     memory = Memory()
-    out = memory.upload(np.zeros(size or threads, np.uint32))
+    out = memory.upload(size if isinstance(size, np.ndarray) else np.zeros(size or threads, np.uint32))
+    if source is not None:
+        parameters, arguments = f"{parameters}, .param .u64 in", (memory.upload(source, readonly=True), *arguments)
     stats = run(kernel(body, parameters, before), "test", grid, threads, [out, *arguments], memory, **options)
-    return memory.download(out), stats
+    return memory.download(out), {**stats, "addresses": [out, *arguments]}
 
 
 def test_special_registers() -> None:
@@ -947,37 +859,30 @@ COPIES = {
 @pytest.mark.parametrize("copy", COPIES)
 @pytest.mark.parametrize("predicate", ["", "setp.lt.u32 %p0, %i, 100; "])
 def test_vector_copies_and_their_counts(copy: str, predicate: str) -> None:
-    memory = Memory()
     data = np.random.default_rng(0).integers(0, 2**32, 256, dtype=np.uint32)
-    out, source = memory.upload(np.zeros_like(data)), memory.upload(data, readonly=True)
-    body = predicate + COPY.replace("{copy}", copy)
-    stats = run(kernel(body, ".param .u64 out, .param .u64 in"), None, 1, 64, [out, source], memory)
-    assert (memory.download(out) == data).all()
+    found, stats = launch(predicate + COPY.replace("{copy}", copy), size=np.zeros_like(data), source=data)
+    out, source = stats["addresses"]
+    assert (found == data).all()
     assert stats["ld_bytes_by_width"] == {COPIES[copy]: 1024}
     assert stats["ld_bytes"] == stats["st_bytes"] == 1024
     assert stats["ld_bytes_by_buffer"] == {source: 1024} and stats["st_bytes_by_buffer"] == {out: 1024}
 
 
 def test_eight_wide_load() -> None:
-    memory = Memory()
-    data = np.arange(64, dtype=np.uint32)
-    out, source = memory.upload(np.zeros(8, np.uint32)), memory.upload(data)
     body = """ld.param.u64 %l1, [in]; mul.wide.u32 %l2, %i, 32; add.s64 %l1, %l1, %l2;
     ld.global.v8.b32 {%r0, %r1, %r2, %r3, %r4, %r5, %r6, %r7}, [%l1]; add.u32 %r0, %r0, %r7;
     st.global.u32 [%out], %r0;"""
-    stats = run(kernel(body, ".param .u64 out, .param .u64 in"), "test", 1, 8, [out, source], memory)
-    assert memory.download(out).tolist() == [16 * i + 7 for i in range(8)]
+    out, stats = launch(body, 8, source=np.arange(64, dtype=np.uint32))
+    assert out.tolist() == [16 * i + 7 for i in range(8)]
     assert stats["ld_bytes_by_width"] == {32: 256}
 
 
 def test_narrow_loads_extend() -> None:
-    memory = Memory()
-    out, source = memory.upload(np.zeros(64, np.int32)), memory.upload(np.arange(64, dtype=np.uint8) * 4)
     body = """ld.param.u64 %l1, [in]; cvt.u64.u32 %l2, %i; add.s64 %l1, %l1, %l2;
     ld.global.s8 %r0, [%l1]; ld.global.u8 %r1, [%l1]; mad.lo.s32 %r0, %r1, 1000, %r0; st.global.u32 [%out], %r0;"""
-    run(kernel(body, ".param .u64 out, .param .u64 in"), "test", 1, 64, [out, source], memory)
     b = np.arange(64) * 4
-    assert (memory.download(out) == b * 1000 + (b ^ 128) - 128).all()
+    out, _ = launch(body, size=np.zeros(64, np.int32), source=b.astype(np.uint8))
+    assert (out == b * 1000 + (b ^ 128) - 128).all()
 
 
 def test_scattered_accesses_of_many_buffers() -> None:
@@ -1086,16 +991,13 @@ def test_memory_keeps_dtype_shape_and_neighbours() -> None:
 
 
 def test_bfloat16_as_its_bits() -> None:
-    memory = Memory()
     x = np.random.default_rng(0).standard_normal(64).astype(np.float32)
     bits = (x.view(np.uint32) >> 16).astype(np.uint16)
-    out, source = memory.upload(np.zeros(64, np.uint16)), memory.upload(bits)
     body = """ld.param.u64 %l1, [in]; mad.wide.u32 %l1, %i, 2, %l1; mad.wide.u32 %l2, %i, 2, %l0;
     ld.global.nc.b16 %h0, [%l1]; cvt.f32.bf16 %f0, %h0; add.f32 %f0, %f0, %f0; cvt.rn.bf16.f32 %h1, %f0;
     st.global.b16 [%l2], %h1;"""
-    run(kernel(body, ".param .u64 out, .param .u64 in"), "test", 1, 64, [out, source], memory)
-    doubled = (memory.download(out).astype(np.uint32) << 16).view(np.float32)
-    assert (doubled == 2 * (bits.astype(np.uint32) << 16).view(np.float32)).all()
+    out, _ = launch(body, size=np.zeros(64, np.uint16), source=bits)
+    assert ((out.astype(np.uint32) << 16).view(np.float32) == 2 * (bits.astype(np.uint32) << 16).view(np.float32)).all()
 
 
 FUNCTION = """
@@ -1271,44 +1173,6 @@ def test_parse() -> None:
 # What compilers emit.
 
 CUDA = r"""
-#include <cuda_bf16.h>
-struct Tensor { float* p; const __nv_bfloat16* g; float* m; float* v; long long n; };
-struct Table { double lr, beta1, beta2, eps, step; Tensor tensors[500]; };
-
-__device__ float adam(float p, float g, float& m, float& v, float b1, float b2, float eps, float size, float scale) {
-  m = __fadd_rn(__fmul_rn(b1, m), __fmul_rn(1.0f - b1, g));
-  v = __fadd_rn(__fmul_rn(b2, v), __fmul_rn(__fmul_rn(1.0f - b2, g), g));
-  return __fsub_rn(p, __fdiv_rn(__fmul_rn(size, m), __fadd_rn(__fsqrt_rn(__fmul_rn(v, scale)), eps)));
-}
-
-// One block a tensor; whole vectors first, then what is left.
-extern "C" __global__ void __launch_bounds__(128) adam_table(const __grid_constant__ Table t) {
-  const Tensor& x = t.tensors[blockIdx.x];
-  const float size = float(t.lr / (1.0 - pow(t.beta1, t.step))), scale = float(1.0 / (1.0 - pow(t.beta2, t.step)));
-  const float b1 = float(t.beta1), b2 = float(t.beta2), eps = float(t.eps);
-  const long long vectors = x.n / 4;
-  for (long long i = threadIdx.x; i < vectors; i += blockDim.x) {
-    float4 p = reinterpret_cast<float4*>(x.p)[i], m = reinterpret_cast<float4*>(x.m)[i];
-    float4 v = reinterpret_cast<float4*>(x.v)[i];
-    uint2 g = __ldg(reinterpret_cast<const uint2*>(x.g) + i);
-    float2 a = __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&g.x));
-    float2 b = __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&g.y));
-    p.x = adam(p.x, a.x, m.x, v.x, b1, b2, eps, size, scale);
-    p.y = adam(p.y, a.y, m.y, v.y, b1, b2, eps, size, scale);
-    p.z = adam(p.z, b.x, m.z, v.z, b1, b2, eps, size, scale);
-    p.w = adam(p.w, b.y, m.w, v.w, b1, b2, eps, size, scale);
-    __stcs(reinterpret_cast<float4*>(x.p) + i, p);
-    reinterpret_cast<float4*>(x.m)[i] = m;
-    reinterpret_cast<float4*>(x.v)[i] = v;
-  }
-  for (long long i = 4 * vectors + threadIdx.x; i < x.n; i += blockDim.x) {
-    float m = x.m[i], v = x.v[i];
-    x.p[i] = adam(x.p[i], __bfloat162float(x.g[i]), m, v, b1, b2, eps, size, scale);
-    x.m[i] = m;
-    x.v[i] = v;
-  }
-}
-
 // Sums over a warp by shuffles of doubles, over a block by shared memory, over the grid by the last block to finish.
 extern "C" __global__ void total(const float* x, double* parts, unsigned* ticket, double* out, int n) {
   __shared__ double warps[4];
@@ -1354,45 +1218,6 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         check=True,
     )
     return (folder / "kernels.ptx").read_text()
-
-
-def test_nvcc_adam_over_a_table_of_tensors(compiled: str) -> None:
-    """Bit for bit what numpy's float32 gives, and not a byte more than the formula needs."""
-    rng = np.random.default_rng(0)
-    memory = Memory()
-    lr, beta1, beta2, eps, step = 1e-2, 0.9, 0.99, 1e-8, 7.0
-    table = struct.pack("<5d", lr, beta1, beta2, eps, step)
-    tensors = []
-    for n in (1, 3, 4, 127, 1024, 4099):
-        p, g, m = (rng.standard_normal(n).astype(np.float32) for _ in range(3))
-        v = rng.random(n).astype(np.float32)
-        g_bits = (g.view(np.uint32) >> 16).astype(np.uint16)
-        addresses = [memory.upload(a, readonly=a is g_bits) for a in (p, g_bits, m, v)]
-        tensors.append((addresses, p, g_bits, m, v))
-        table += struct.pack("<4Qq", *addresses, n)
-    table = table.ljust(40 + 500 * 40, b"\0")
-    for options in ({}, {"warp_serial": np.random.default_rng(1), "order": np.random.default_rng(2)}):
-        for addresses, p, _, m, v in tensors:
-            for address, array in zip(addresses[::2] + addresses[3:], (p, m, v), strict=True):
-                memory.write(address, array)
-        stats = run(compiled, "adam_table", len(tensors), 128, [table], memory, **options)
-        f = np.float32
-        b1, b2 = f(beta1), f(beta2)
-        size, scale = f(lr / (1.0 - beta1**step)), f(1.0 / (1.0 - beta2**step))
-        loads = stats["ld_bytes_by_buffer"]
-        for addresses, p, g_bits, m, v in tensors:
-            g = (g_bits.astype(np.uint32) << 16).view(np.float32)
-            m = b1 * m + (f(1) - b1) * g
-            v = b2 * v + (f(1) - b2) * g * g
-            p = p - size * m / (np.sqrt(v * scale) + f(eps))
-            for address, expected in zip(addresses[::2] + addresses[3:], (p, m, v), strict=True):
-                assert np.array_equal(memory.download(address), expected)
-                assert loads[address] == stats["st_bytes_by_buffer"][address] == expected.nbytes
-            assert loads[addresses[1]] == g_bits.nbytes
-    vectors = sum(len(p) // 4 for _, p, *_ in tensors)
-    rest = sum(len(p) % 4 for _, p, *_ in tensors)
-    assert stats["st_bytes_by_width"] == {16: 3 * 16 * vectors, 4: 3 * 4 * rest}
-    assert stats["ld_bytes_by_width"] == {16: 3 * 16 * vectors, 8: 8 * vectors, 4: 3 * 4 * rest, 2: 2 * rest}
 
 
 @pytest.mark.parametrize("options", [{}, {"warp_serial": 1}, {"order": 2}, {"warp_serial": 3, "order": 4}])
