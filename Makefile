@@ -28,7 +28,7 @@ NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 
 CSRC := $(shell find csrc -not -name definitions.h -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(CSRC) $(shell find tests -name '*.cpp')
 
-.PHONY: demo quick test test-full lint format bench bench-peers convex theory pace protocol mada storage results roofline occupancy gpu gpu-wheels wheel docs clean
+.PHONY: demo quick test test-full lint format bench bench-peers convex theory protocol storage results roofline occupancy gpu gpu-wheels wheel docs clean
 
 demo: $(VENV)/.bench
 	$(BIN)/python examples/train_lm.py
@@ -68,18 +68,10 @@ convex: $(VENV)/.bench
 theory: $(VENV)/.bench
 	$(BIN)/python research/theory.py
 
-# PACE beside AdamW + EMA and schedule-free AdamW, into out/experiments: 40 minutes on 2 cores; what is done is kept.
-pace: $(VENV)/.bench
-	$(BIN)/python research/pace.py
-
 # Goes on with research/PROTOCOL.md for MINUTES, into bench/results; at most 12 hours of a core in all. Then: make results.
 MINUTES ?= 50
 protocol: $(VENV)/.bench
 	$(BIN)/python research/protocol.py --minutes $(MINUTES)
-
-# MADA beside the optimizers that it contains, into out/experiments: 25 minutes on 2 cores; what is done is kept.
-mada: $(VENV)/.bench
-	$(BIN)/python research/mada.py
 
 # What compressed states cost in quality, into out/experiments: 35 minutes on a busy core; what is done is kept.
 storage: $(VENV)/.bench

@@ -824,9 +824,10 @@ def markdown(case: Case, anchors: Mapping[str, str]) -> str:
 
 def as_json(case: Case) -> dict[str, Any]:
     def by_round(samples: Mapping[int, float]) -> list[float | None]:
-        """In milliseconds, in the order of the rounds; null is a round in which the row was not timed."""
+        """In milliseconds, in the order of the rounds; null is a round in which the row was not timed.
+        Five digits: rounds differ in the second or third."""
         last = max(samples, default=-1)
-        return [significant(1e3 * samples[i]) if i in samples else None for i in range(last + 1)]
+        return [significant(1e3 * samples[i], 5) if i in samples else None for i in range(last + 1)]
 
     rows = []
     for result in case.results:

@@ -24,7 +24,7 @@ import torch
 BENCH = Path(__file__).resolve().parent
 sys.path[:0] = [str(BENCH.parent / folder) for folder in ("bench", "examples", "research", "tools")]
 
-from harness import Case, from_json, load, markdown, pack, quartiles  # noqa: E402
+from harness import Case, from_json, load, markdown, markdown_table, pack, quartiles  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -49,27 +49,37 @@ def drawn(cases: Sequence[Case]) -> list[Case]:
     return [case for case in cases if case.dtype == torch.float32]
 
 
+def beside(cases: Sequence[Case], keys: Sequence[str], ours: str = "pace") -> str:
+    """These rows, a column for each case: milliseconds, × ours, the share of the bandwidth at which this process read
+    and wrote memory in place; on a GPU the milliseconds of the host as well."""
+    on_gpu = bool(cases[0].copy_samples)
+    what = "ms, × PACE, share of the in-place bandwidth" + ", ms of the host" * on_gpu
+    lines = [[what, *(f"{case.title}, {str(case.dtype).removeprefix('torch.')}" for case in cases)]]
+    for key in keys:
+        line, name = [], key
+        for case in cases:
+            result = case.result(key)
+            if result is None or not result.samples:
+                line.append("–")
+                continue
+            name, ratio = result.row.name, case.against(result, ours)
+            ms = 1e3 * quartiles(result.samples)[1]
+            parts = [f"{ms:,.{2 if ms < 10 else 1 if ms < 1000 else 0}f}", "–" if ratio is None else f"{ratio:.2f}"]
+            parts.append(f"{100 * case.share(result):.0f} %")
+            line.append("; ".join([*parts, *([f"{1e3 * quartiles(result.host_samples)[1]:.2f}"] * on_gpu)]))
+        lines.append([name, *line])
+    return markdown_table(lines)
+
+
 def step(kept: dict[str, Any], path: Path) -> str:
     import bench_step
 
     rows = {row.key: row for row in bench_step.ROWS}
     shapes = {title: shapes for title, shapes in bench_step.SIZES.values()}
     cases = [from_json(saved, rows, shapes[saved["title"]]) for saved in kept["cases"]]
-    image = path.with_suffix(".webp")
-    about = kept["machine"]
-    bench_step.draw(drawn(cases), image, machine_line(about))
-    heads = {bench_step.REFERENCE: "/ AdamW fused", bench_step.OURS: "/ PACE"}
-    notes = [f"- {row.name}: {row.note}" for row in rows.values() if row.note]
-    telemetry = []
-    for case in cases:
-        stats = case.result("pace-stats")
-        if stats is not None and (cost := case.against(stats, bench_step.OURS)) is not None:
-            name = f"{case.title}, {str(case.dtype).removeprefix('torch.')}"
-            telemetry.append(f"- `log_stats=True` on {name}: {cost:.2f} × PACE without it")
-    parts = [machine_line(about), *(markdown(case, heads) for case in cases), "\n".join(notes)]
-    if telemetry:
-        parts.append("What telemetry costs, which rides in the pass:\n\n" + "\n".join(telemetry))
-    return "\n\n".join([*parts, picture(image, "time of one optimizer step")])
+    keys = ("pace", "pace-stats", "adamw-fused", "adamw-foreach", "adamw-ema", "pace-eager", "pace-compile", "mada",
+            "mada-adamw", "pullback-adamw")  # fmt: skip
+    return f"{machine_line(kept['machine'])}\n\n{beside(cases, keys)}"
 
 
 def peers(kept: dict[str, Any], path: Path) -> str:
@@ -77,23 +87,27 @@ def peers(kept: dict[str, Any], path: Path) -> str:
 
     cases, image = [command.case_of(saved, kept) for saved in kept["cases"]], path.with_suffix(".webp")
     command.draw(drawn(cases), image, command.where(kept), command.ROWS, command.OUR_KEYS)
-    return f"{command.render(kept)}\n\n{picture(image, 'time of a step, ours and others')}"
+    keys = ("pace", "adamw-fused", "adamw-ema", "deepspeed", "schedulefree", "heavyball", "bnb-8bit", "mada",
+            "mada-autograd", "pullback-adamw")  # fmt: skip
+    versions = ", ".join(f"{name} {found}" for name, found in kept["packages"].items() if found)
+    said = (
+        f"{command.where(kept)}. {versions}. Where not all rows fit into memory together, they take turns in several "
+        "waves with PACE in each: ratios are of the same minutes, milliseconds of two rows may not be. Weight decay: "
+        f"{kept['weight_decay']}. The picture has all rows; the JSON file has their samples, states and peaks."
+    )
+    return f"{said}\n\n{beside(cases, keys)}\n\n{picture(image, 'time of a step, ours and others')}"
 
 
 def gpu(kept: dict[str, Any], path: Path) -> str:
     import gpu as command
 
-    rows = command.rows_for(torch.device("cuda"))
-    cases = command.cases_of(kept, rows)
-    image = path.with_suffix(".webp")
-    in_float32 = {key: saved for key, saved in kept["cases"].items() if saved["dtype"] == "float32"}
-    command.draw(kept | {"cases": in_float32}, rows, image)
+    cases = command.cases_of(kept, command.rows_for(torch.device("cuda")))
     stages = [f"- {name}: {stage['summary']}" for name, stage in kept["stages"].items()]
     stages += [f"    - failed: `{name}`" for name in kept["stages"].get("tests", {}).get("failures", [])]
     shown = [key for key in ("gpt2:float32:main", "gpt2:bfloat16:main", "1.7b:bfloat16:main") if key in cases]
-    parts = [command.notice(kept), "\n".join(stages), *kept.get("notes", [])]
-    parts += [markdown(cases[key], command.headings(rows)) for key in shown]
-    return "\n\n".join([*parts, picture(image, "steps on a GPU")])
+    keys = list(dict.fromkeys(result.row.key for key in shown for result in cases[key].results))
+    table = beside([cases[key] for key in shown], keys, keys[0])
+    return "\n\n".join([command.notice(kept), "\n".join(stages), *kept.get("notes", []), table])
 
 
 def throughput(kept: dict[str, Any], path: Path) -> str:
@@ -102,30 +116,15 @@ def throughput(kept: dict[str, Any], path: Path) -> str:
     return command.as_markdown(kept)
 
 
-def pace(kept: dict[str, Any], path: Path) -> str:
-    import pace as experiment
-
-    experiment.draw(kept, path.parent)
-    sweep, curves = path.with_name("pace-sweep.webp"), path.with_name("pace-curves.webp")
-    return "\n\n".join(
-        [experiment.render(kept), picture(sweep, "sweep"), picture(curves, "curves, budgets, clamped coordinates")]
-    )
+def record(kept: dict[str, Any], path: Path) -> str:
+    """Tables of an experiment whose script is gone, as it made them."""
+    tables = (f"{table['title']}\n\n{table_of(table)}" for table in kept["tables"])
+    said = "\n".join(f"- {sentence}" for sentence in kept.get("said", ()))
+    return "\n\n".join([f"{kept['made']} {kept['by']}.", *tables, said])
 
 
-def mada(kept: dict[str, Any], path: Path) -> str:
-    import mada as experiment
-
-    experiment.draw(kept, path.parent)
-    images = sorted(path.parent.glob("mada*.webp"))
-    return "\n\n".join([experiment.render(kept), *(picture(image, image.stem) for image in images)])
-
-
-def storage(kept: dict[str, Any], path: Path) -> str:
-    import storage as experiment
-
-    image = path.with_suffix(".webp")
-    experiment.draw(kept, image)
-    return f"{experiment.render(kept)}\n\n{picture(image, 'losses of averages and of whole optimizers in formats')}"
+def table_of(kept: dict[str, Any]) -> str:
+    return markdown_table([kept["heads"], *kept["rows"]])
 
 
 def tables_of(module: str) -> Callable[[dict[str, Any], Path], str]:
@@ -138,7 +137,7 @@ def tables_of(module: str) -> Callable[[dict[str, Any], Path], str]:
     return rendered
 
 
-protocol = tables_of("protocol")
+protocol, storage = tables_of("protocol"), tables_of("storage")
 
 
 def demo(kept: dict[str, Any], path: Path) -> str:
@@ -212,7 +211,7 @@ def host(kept: dict[str, Any], path: Path) -> str:
             for count in counts:
                 found = row[count]
                 low, middle, high = found["against_adamw_fused"]
-                ratio = "" if low == high else f", {middle:.2f} ({low:.2f} to {high:.2f})"  # to itself
+                ratio = "" if low == high else f", {middle:.2f}"  # to itself
                 cells.append(f"{found['microseconds'][1]:,.1f}{ratio}")
             lines.append(f"| {name} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
@@ -285,23 +284,7 @@ def peers_of_docs(folder: Path) -> str:
 
 
 def pace_of_docs(folder: Path) -> str:
-    """Losses on the seeds that have chosen nothing; bold where one is better than AdamW + EMA by Student's t."""
-    import pace as experiment
-
-    kept, size = load(folder / "pace.json"), experiment.FULL
-    by = {(c.method, c.schedule): experiment.of_seeds(kept, size, c) for c in experiment.best_cells(kept, size)}
-    lines = [f"| | {' | '.join(experiment.METHODS)} |", f"| --- |{' --- |' * len(experiment.METHODS)}"]
-    for schedule in size.schedules:
-        cells = []
-        for method in experiment.METHODS:
-            losses = by.get((method, schedule))
-            text = experiment.spread(losses) if losses else ""
-            if losses and method != "AdamW + EMA":
-                found = experiment.paired(losses, by["AdamW + EMA", schedule])
-                text = f"**{text}**" if experiment.verdict(*found) == "better" else text
-            cells.append(text)
-        lines.append(f"| {schedule} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return table_of(load(folder / "pace.json")["tables"][0])
 
 
 COSTS = {
@@ -355,14 +338,14 @@ SECTIONS = (
     ),
     Section("Steps on a GPU", "gpu-*.json", "make gpu", gpu),
     Section("Whole training steps", "throughput-*.json", "python bench/throughput.py --out bench/results", throughput),
-    Section("PACE at small scale", "pace.json", "python research/pace.py --out bench/results", pace),
     Section("PACE by the protocol", "protocol.json", "python research/protocol.py --minutes 50", protocol),
     Section(
         "Fine-tuning by the protocol", "protocol-finetuning.json", "python research/protocol.py --fine-tuning", protocol
     ),
     Section("Fine-tuning SmolLM2", "protocol-smollm.json", "python research/protocol.py --smollm", protocol),
     Section("PACE's strength", "strength.json", "python research/strength.py", tables_of("strength")),
-    Section("MADA at small scale", "mada.json", "python research/mada.py --out bench/results", mada),
+    Section("PACE before the protocol", "pace.json", "git checkout 02a36d1; make pace", record),
+    Section("MADA before the protocol", "mada.json", "git checkout 02a36d1; make mada", record),
     Section("Quality of compressed states", "storage.json", "python research/storage.py --out bench/results", storage),
     Section("The demo", "demo.json", "make demo; cp out/results.json bench/results/demo.json", demo),
     Section("Adam at the wrong end", "convex.json", "python research/convex.py --out bench/results", convex),

@@ -64,11 +64,8 @@ def about() -> dict[str, Any]:
 
 
 def factor(schedule: str, step: int, steps: int) -> float:
-    """Of the learning rate at a step, counted from 1. "power" falls from the first step on, as PACE's averaging weight
-    does, and warms up as the others do."""
+    """Of the learning rate at a step, counted from 1."""
     warmup = max(1, round(WARMUP_SHARE * steps))
-    if schedule == "power":
-        return min(1.0, step / warmup) * (1 + step) ** -POWER
     if step <= warmup:
         return step / warmup
     if schedule == "constant":

@@ -34,8 +34,7 @@ import finetuning
 import harness
 import lm
 import torch
-from pace import spread
-from runs import CRITICAL, Spec, complete, done, load, provenance, result, save
+from runs import CRITICAL, Spec, complete, done, load, provenance, result, save, spread
 from train_lm import Corpus
 
 import pace_kernels

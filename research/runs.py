@@ -10,11 +10,13 @@ from __future__ import annotations
 import collections
 import datetime
 import json
+import math
 import multiprocessing
 import os
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +89,17 @@ def provenance(kept: Mapping[str, Any]) -> str:
     """In a sentence, how many runs were made where and when."""
     counts = collections.Counter(run["made"] for run in kept["runs"].values())
     return "; ".join(f"{count} runs: {where}" for where, count in sorted(counts.items())) + ". One thread a run."
+
+
+def spread(losses: Sequence[float]) -> str:
+    """Mean and standard deviation of those that are finite, and how many diverged."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    diverged = sum(map(math.isinf, losses))
+    lost = f"{diverged} of {len(losses)} diverged" if diverged else ""
+    if not finite:
+        return lost or "–"
+    deviation = f" ± {statistics.stdev(finite):.4f}" if len(finite) > 1 else ""
+    return f"{statistics.mean(finite):.4f}{deviation}" + (f" ({lost})" if lost else "")
 
 
 def _alone() -> None:

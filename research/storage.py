@@ -1,7 +1,7 @@
 """What compressed states cost in quality, on the small language model of lm.py (0.12 M parameters).
 
-    python research/storage.py             what is not run yet, then tables and a figure; 35 minutes on a busy core
-    python research/storage.py --render    tables and figure from what is there
+    python research/storage.py             what is not run yet, then tables; 35 minutes on a busy core
+    python research/storage.py --render    tables from what is there
     python research/storage.py --quick     a few short runs into out/quick, to see that it works
 
 This text is the protocol. It was written, and committed, before the runs.
@@ -58,9 +58,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import lm
-import plots
 import torch
-from matplotlib.axes import Axes
 from runs import Spec, complete, done, load, provenance, result
 from torch import Tensor, nn
 
@@ -573,50 +571,9 @@ def render(kept: Mapping[str, Any], size: Size = FULL) -> str:
     return "\n\n".join([f"{provenance(kept)} The protocol: `research/storage.py`.", *(t(kept, size) for t in tables)])
 
 
-# ---- the figure ----
-
-
-def draw(kept: Mapping[str, Any], path: Path, size: Size = FULL) -> None:
-    figure, (averages, whole) = plots.new_figure([6.2, 3.4], 3.4)
-    draw_averages(averages, *of_averages(kept, size))
-    draw_whole(whole, kept, size)
-    plots.save(figure, path, colors=16)
-
-
-def draw_averages(axes: Axes, steps: Sequence[int], losses: Mapping[str, list[list[float]]]) -> None:
-    axes.set_yscale("symlog", linthresh=BAND)
-    axes.axhspan(-BAND, BAND, color=plots.GRID)
-    axes.grid(False)
-    lines = []
-    for k, (name, its) in enumerate((name, its) for name, its in losses.items() if name != REFERENCE):
-        found = [difference(a, b) for a, b in zip(its, losses[REFERENCE], strict=True)]
-        means = [mean for mean, _ in found]
-        color = plots.PALETTE[1 + k] if name in OURS else plots.PALETTE[0]
-        style = "-" if name in OURS else ":"
-        axes.errorbar(steps, means, [ERRORS * error for _, error in found], fmt="o" + style, color=color, markersize=3)
-        lines.append((name, steps, means, color))
-    axes.set(title="Loss of an average − float32's, nats", xlabel="step", xticks=steps)
-    plots.label_line_ends(axes, lines)
-
-
-def draw_whole(axes: Axes, kept: Mapping[str, Any], size: Size) -> None:
-    control = of_whole(kept, size, CONTROL)
-    names = [name for name in WHOLE if name != CONTROL]
-    for k, name in enumerate(names):
-        its = of_whole(kept, size, name)
-        mean, error = difference(its, control)
-        color = plots.PALETTE[1] if name.startswith("master") else plots.PALETTE[0]
-        axes.plot([a - b for a, b in zip(its, control, strict=True)], [k] * len(its), "|", color=color)
-        axes.errorbar([mean], [k + 0.25], xerr=[ERRORS * error], fmt="o", color=color, markersize=3)
-    axes.axvline(0, color=plots.INK, linewidth=0.8)
-    axes.set_yticks(range(len(names)), [name.replace(", ", ",\n", 1) for name in names])
-    axes.invert_yaxis()
-    axes.set(title="PACE − the control, nats")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="folder of storage.json and the figure (out/experiments)")
+    parser.add_argument("--out", type=Path, help="folder of storage.json (out/experiments)")
     parser.add_argument("--quick", action="store_true", help="a few short runs, into out/quick")
     parser.add_argument("--render", action="store_true", help="runs nothing")
     parser.add_argument("--processes", type=int, help="at once (as many as there are cores); 0: in this one")
@@ -625,7 +582,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = arguments.out or Path("out/quick" if arguments.quick else "out/experiments")
     path = folder / "storage.json"
     kept = load(path) if arguments.render else run_all(path, size, arguments.processes)
-    draw(kept, path.with_suffix(".webp"), size)
     print(render(kept, size))
     return 0
 

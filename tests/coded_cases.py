@@ -4,16 +4,18 @@ asked for, and gradients of every size for them."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import mada_cases
 import pullback_cases
+import pytest
 import torch
 from torch import Tensor
 
 from pace_kernels import MADA as MadaOptimizer
-from pace_kernels.definitions import MADA, PULLBACK, SCHEDULE_FREE
+from pace_kernels.definitions import MADA, PACE, PULLBACK, SCHEDULE_FREE
 from pace_kernels.definitions.kit import Definition
 from pace_kernels.mada_options import state_tensors, step_options
 from pace_kernels.ops import HYPERGRADIENTS, LAST_SCALARS, NO_GRADIENT
@@ -114,6 +116,37 @@ class Lists:
         return [t.view(torch.uint8) for t in settled]
 
 
+PACE_OPTIONS: dict[str, Any] = {
+    "lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.01, "lambda_pullback": 1.0,
+    "clamp_pullback": True, "beta_ema": 0.01, "ema_kappa": 0.5, "ema_rho": 0.0, "ema_gamma": 1.0, "ema_update_freq": 1,
+    "pullback_from_step": False, "maximize": False, "capturable": False,
+}  # fmt: skip
+
+
+class Pace(Lists):
+    """``ema_bits``: None leaves out the average, and the pull. A ``beta1`` of 0 among the options leaves out m."""
+
+    definition = PACE
+
+    def __init__(
+        self,
+        weights: str,
+        state_bits: int,
+        ema_bits: int | None,
+        shapes: Any = SHAPES,
+        seed: int = 0,
+        v_bits: int | None = None,
+        **options: Any,
+    ) -> None:
+        bits = {"m": state_bits, "v": v_bits or state_bits} | ({} if ema_bits is None else {"e": ema_bits})
+        if options.get("beta1") == 0.0:
+            del bits["m"]
+        super().__init__(weights, bits, shapes, seed)
+        self.options = PACE_OPTIONS | {"stochastic_rounding": weights == "dithered"} | options
+        if ema_bits is None:
+            self.options["lambda_pullback"] = 0.0
+
+
 class Mada(Lists):
     """``case``: a name of mada_cases. ``ema_bits``: None leaves out an average that nothing pulls toward."""
 
@@ -198,10 +231,15 @@ class Pullback(Lists):
 
 
 OPS = torch.ops.pace_kernels
-KERNELS = {Mada: OPS.mada_step_.default, ScheduleFree: OPS.schedule_free_step_.default, Pullback: OPS.pullback_.default}
+KERNELS = {kind: getattr(OPS, kind.definition.op).default for kind in (Pace, Mada, ScheduleFree, Pullback)}
 
 # The common formats of each optimizer, and what they are called with.
 COMMON: dict[str, Callable[..., Lists]] = {
+    "PACE": lambda **o: Pace("32", 8, 8, **o),
+    "PACE, 16 bits": lambda **o: Pace("24", 8, 16, **o),
+    "PACE, 24 bits": lambda **o: Pace("dithered", 16, 24, **o),
+    "PACE, float32 weights": lambda **o: Pace("float32", 8, 24, **o),
+    "PACE, float16 weights": lambda **o: Pace("float16", 16, 8, **o),
     "MADA": lambda **o: Mada("pulled", "32", 8, 8, **o),
     "MADA, 16 bits": lambda **o: Mada("all, maximum", "24", 16, 24, **o),
     "MADA, roles stay": lambda **o: Mada("capturable", "dithered", 8, None, **o),
@@ -215,3 +253,70 @@ COMMON: dict[str, Callable[..., Lists]] = {
     "pullback, 16 bits": lambda **o: Pullback("from the step", "float32", 16, **o),
     "pullback, 24 bits": lambda **o: Pullback("constant", "float16", 24, **o),
 }
+
+
+# ---- refusals ----
+
+
+def given(name: str, *tensors: Tensor) -> Callable[[Lists], None]:
+    """These in the list of that name, or beside the operands."""
+
+    def change(call: Lists) -> None:
+        (call.lists if name in call.lists else call.beside)[name] = list(tensors)  # type: ignore[index]
+
+    return change
+
+
+def no_blocks(call: Lists) -> None:
+    for name, tensors in (call.lists | call.beside).items():
+        if tensors and tensors[0].shape == (64, 32):
+            given(name, tensors[0][:1, :31])(call)
+
+
+FLOATS, BYTES, REST = (torch.zeros(64, 32, dtype=dtype) for dtype in (torch.float32, torch.uint8, torch.int16))
+SCALES, TURNED = torch.zeros(64, dtype=torch.uint8), torch.zeros(32, 64, dtype=torch.uint8).t()
+# What every backend says of a call with one parameter of 64 × 32, which of COMMON it is, and what is wrong with it.
+REFUSED: list[tuple[str, str, Callable[[Lists], None]]] = [
+    ("remainders has 2 tensors, params has 1", "PACE", given("remainders", REST, REST)),
+    ("params[0] must be bfloat16, with remainders", "PACE", given("params", FLOATS.half())),
+    ("remainders[0] must be int16 or int8", "PACE", given("remainders", REST.int())),
+    ("remainders[0] has shape (32, 64), its parameter has (64, 32)", "PACE", given("remainders", REST.view(32, 64))),
+    ("exp_avgs[0] must be float32 or bfloat16 without exp_avg_scales", "PACE", given("exp_avg_scales")),
+    ("exp_avg_sqs[0] must be uint8, with exp_avg_sq_scales", "PACE", given("exp_avg_sqs", FLOATS)),
+    ("exp_avg_sqs[0] and its parameter must be contiguous", "PACE", given("exp_avg_sqs", TURNED)),
+    ("exp_avgs[0] and its parameter must be contiguous", "PACE", given("params", TURNED.bfloat16())),
+    ("emas[0] must be float32 without ema_scales", "PACE", given("ema_scales")),
+    ("emas[0] must be int8, int16 or bfloat16, with ema_scales", "PACE", given("emas", FLOATS)),
+    ("ema_scales[0] must be contiguous, uint8, with an element for 32", "PACE", given("ema_scales", SCALES[1:])),
+    ("ema_scales[0] must be int8", "PACE, 24 bits", given("ema_scales", REST)),
+    ("params[0] must have a multiple of 32 elements, with exp_avg_scales", "PACE", no_blocks),
+    ("exp_avg_diffs[0] must be float32 or bfloat16 without exp_avg_diff_scales", "MADA", given("exp_avg_diff_scales")),
+    ("exp_avg_lions[0] must be uint8, with exp_avg_lion_scales", "MADA", given("exp_avg_lions", FLOATS)),
+    ("exp_avg_lion_scales[0] must be contiguous, uint8", "MADA", given("exp_avg_lion_scales", SCALES[1:])),
+    ("exp_avg_lion_scales has 2 tensors, params has 1", "MADA", given("exp_avg_lion_scales", SCALES, SCALES)),
+    ("second_exp_avg_sqs[0] must be float32 or bfloat16", "MADA", given("second_exp_avg_sqs", BYTES)),
+    ("last_grads[0] must be float32 or bfloat16", "MADA", given("last_grads", FLOATS.half())),
+    ("older_grads[0] must be float32 or bfloat16", "MADA", given("older_grads", FLOATS.half())),
+    ("zs[0] must be float32 without z_scales", "schedule-free", given("z_scales")),
+    ("zs[0] must be int8, int16 or bfloat16, with z_scales", "schedule-free", given("zs", BYTES)),
+    ("remainders[0] must be int16 or int8", "schedule-free", given("remainders", BYTES)),
+    ("befores must not be empty where emas are int8 or int16", "pullback", given("befores")),
+    ("emas[0] must be float32 without ema_scales", "pullback", given("ema_scales")),
+]
+each_refusal = pytest.mark.parametrize(("message", "name", "change"), REFUSED, ids=[f"{n}: {m}" for m, n, _ in REFUSED])
+
+
+def assert_refused(
+    function_of: Callable[[Lists], Any], message: str, name: str, change: Callable[[Lists], None]
+) -> None:
+    """By ``function_of`` the call, before anything is written."""
+    call = COMMON[name](shapes=((64, 32),))
+    change(call)
+
+    def refused(*lists: list[Tensor], **named: Any) -> None:
+        before = [t.clone() for t in call.everything()]
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            function_of(call)(*lists, **named)
+        assert all(map(torch.equal, before, call.everything()))
+
+    call.take(refused, [torch.zeros_like(p) for p in call.lists["params"]])

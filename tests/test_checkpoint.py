@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -19,16 +20,17 @@ from pace_kernels import MADA, PACE
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def model_of(dtype: torch.dtype, seed: int = 0) -> torch.nn.Module:
+def model_of(dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
     return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.Linear(5, 2)).to(dtype)
 
 
-def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range, flip: bool = False) -> None:
     for t in steps:
         generator = torch.Generator().manual_seed(t)
         for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            p.grad = -grad if flip else grad
         optimizer.step()
 
 
@@ -39,18 +41,55 @@ def through_a_file(value: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
-def assert_same(a: torch.nn.Module, oa: PACE, b: torch.nn.Module, ob: PACE) -> None:
+def assert_same(a: torch.nn.Module, oa: Any, b: torch.nn.Module, ob: Any) -> None:
+    """Of MADA its coefficients too, and what they are learned by."""
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         assert torch.equal(p, q)
         assert oa.state[p].keys() == ob.state[q].keys()
         for key, value in oa.state[p].items():
             other = ob.state[q][key]
             assert torch.equal(value, other) and value.dtype == other.dtype and value.device == other.device, key
+    if isinstance(oa, MADA):
+        assert oa.coefficients == ob.coefficients and oa.hypergradients == ob.hypergradients
+        for ga, gb in zip(oa.param_groups, ob.param_groups, strict=True):
+            for name in ("coefficient_momenta", "hyper_step"):
+                assert ga[name] is gb[name] is None or torch.equal(ga[name], gb[name])
 
 
-def resume(saved_model: dict[str, Any], saved: dict[str, Any], dtype: torch.dtype, **options: Any) -> tuple[Any, PACE]:
+INSIDE = {"beta3": 0.4, "rho": 0.35, "c": 0.6, "gamma": 0.7, "lr": 1e-2, "hyper_warmup": 2}
+
+
+def groups_of(model: torch.nn.Module) -> list[dict[str, Any]]:
+    return [{"params": list(model[0].parameters())}, {"params": list(model[1].parameters()), "lr": 3e-3}]
+
+
+def shared(optimizer: MADA) -> bool:
+    first, *others = optimizer.param_groups
+    return all(g["coefficient_values"] is first["coefficient_values"] for g in others)
+
+
+LEARNING = {**INSIDE, "use_ema_eval": True, "hyper_momentum": 0.3}
+KINDS: dict[str, Any] = {
+    "PACE": lambda model, **o: PACE(model.parameters(), **{"lr": 1e-2, **o}),
+    "MADA": lambda model, **o: MADA(groups_of(model), **{**LEARNING, **o}),
+    "MADA by groups": lambda model, **o: MADA(groups_of(model), coefficients="group", **{**LEARNING, **o}),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def goes_on_as(model: torch.nn.Module, optimizer: Any, other: torch.nn.Module, resumed: Any, steps: range) -> None:
+    """The two are the same, and stay it."""
+    assert_same(model, optimizer, other, resumed)
+    train(model, optimizer, steps)
+    train(other, resumed, steps)
+    assert_same(model, optimizer, other, resumed)
+
+
+def resume(
+    saved_model: dict[str, Any], saved: dict[str, Any], dtype: torch.dtype, kind: str = "PACE", **options: Any
+) -> tuple[Any, Any]:
     model = model_of(dtype, seed=9)
-    optimizer = PACE(model.parameters(), **options)
+    optimizer = KINDS[kind](model, **options)
     optimizer.load_state_dict(saved)
     model.load_state_dict(saved_model)
     return model, optimizer
@@ -65,31 +104,27 @@ def test_save_load_go_on(dtype: torch.dtype, options: dict[str, Any], memory_for
     train(model, optimizer, range(4))
     other, resumed = resume(*through_a_file([model.state_dict(), optimizer.state_dict()]), dtype, lr=5.0)
     assert resumed.param_groups[0]["lr"] == 1e-2
-    assert_same(model, optimizer, other, resumed)
-    train(model, optimizer, range(4, 7))
-    train(other, resumed, range(4, 7))
-    assert_same(model, optimizer, other, resumed)
+    goes_on_as(model, optimizer, other, resumed, range(4, 7))
 
 
+@every_kind
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("model_saved_swapped", [True, False])
-def test_saved_while_swapped(dtype: torch.dtype, model_saved_swapped: bool) -> None:
+def test_saved_while_swapped(dtype: torch.dtype, model_saved_swapped: bool, kind: str) -> None:
     model = model_of(dtype)
-    optimizer = PACE(model.parameters(), lr=1e-2)
+    optimizer = KINDS[kind](model)
     train(model, optimizer, range(4))
     live = copy.deepcopy(model.state_dict())
     optimizer.eval()
     average = copy.deepcopy(model.state_dict())
     saved = through_a_file([average if model_saved_swapped else live, optimizer.state_dict()])
-    other, resumed = resume(*saved, dtype)
+    other, resumed = resume(*saved, dtype, kind, lr=5.0)
+    assert kind == "PACE" or shared(resumed) == (kind == "MADA")
     with pytest.raises(RuntimeError, match="weights are swapped in"):
         resumed.step()
     optimizer.train()
     resumed.train()
-    assert_same(model, optimizer, other, resumed)
-    train(model, optimizer, range(4, 7))
-    train(other, resumed, range(4, 7))
-    assert_same(model, optimizer, other, resumed)
+    goes_on_as(model, optimizer, other, resumed, range(4, 7))
     with resumed.averaged(), optimizer.averaged():
         assert_same(model, optimizer, other, resumed)
 
@@ -97,13 +132,13 @@ def test_saved_while_swapped(dtype: torch.dtype, model_saved_swapped: bool) -> N
 def test_saved_while_swapped_by_a_helper_that_drops_the_live_weights() -> None:
     """Flattened distributed checkpoints keep only what a fresh optimizer has: not `live`. That is said, instead of
     going on from the average."""
-    model = model_of(torch.float32)
+    model = model_of()
     optimizer = PACE(model.parameters())
     train(model, optimizer, range(3))
     optimizer.eval()
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
     saved = get_optimizer_state_dict(model, optimizer, options=flat)
-    other = model_of(torch.float32)
+    other = model_of()
     with pytest.raises(ValueError, match=r"saved between eval\(\) and train\(\)"):
         set_optimizer_state_dict(other, PACE(other.parameters()), saved, options=flat)
     optimizer.train()
@@ -128,7 +163,7 @@ def test_states_stay_float32_although_torch_casts_them() -> None:
 
 
 def test_a_checkpoint_moves_between_dtypes() -> None:
-    model = model_of(torch.float32)
+    model = model_of()
     optimizer = PACE(model.parameters())
     train(model, optimizer, range(3))
     other = model_of(torch.float64)
@@ -142,7 +177,7 @@ def test_a_checkpoint_moves_between_dtypes() -> None:
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
 @pytest.mark.parametrize("how", [{"foreach": True}, {"fused": True}, {"capturable": False}], ids=str)
 def test_an_adamw_checkpoint_loads(kind: type[torch.optim.Optimizer], how: dict[str, Any]) -> None:
-    model = model_of(torch.float32)
+    model = model_of()
     adamw = kind(model.parameters(), lr=3e-3, betas=(0.8, 0.95), weight_decay=0.0, **how)
     train(model, adamw, range(5))
     other, resumed = resume(model.state_dict(), through_a_file(adamw.state_dict()), torch.float32, lambda_pullback=0.3)
@@ -164,7 +199,7 @@ def test_an_adamw_checkpoint_loads(kind: type[torch.optim.Optimizer], how: dict[
 
 
 def test_what_cannot_carry_over_from_adam_is_said() -> None:
-    model = model_of(torch.float32)
+    model = model_of()
     adam = torch.optim.Adam(model.parameters(), weight_decay=0.1, amsgrad=True)
     train(model, adam, range(2))
     with pytest.warns(UserWarning) as said:
@@ -190,12 +225,12 @@ def published(model: torch.nn.Module, optimizer: PACE, live: list[torch.Tensor])
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_checkpoint_of_the_published_pace_loads(swapped: bool) -> None:
-    model = model_of(torch.float32)
+    model = model_of()
     optimizer = PACE(model.parameters(), lr=1e-2)
     train(model, optimizer, range(4))
     live = [p.detach().clone() for p in model.parameters()]
     theirs = through_a_file(published(model, optimizer, live))
-    other = model_of(torch.float32, seed=5)
+    other = model_of(seed=5)
     if swapped:  # they save the average as the model, and the weights as theta
         other.load_state_dict(optimizer.ema_state_dict(model))
     else:
@@ -206,19 +241,16 @@ def test_a_checkpoint_of_the_published_pace_loads(swapped: bool) -> None:
         with pytest.raises(RuntimeError, match="weights are swapped in"):
             resumed.step()
         resumed.train()
-    assert_same(model, optimizer, other, resumed)
-    train(model, optimizer, range(4, 6))
-    train(other, resumed, range(4, 6))
-    assert_same(model, optimizer, other, resumed)
+    goes_on_as(model, optimizer, other, resumed, range(4, 6))
 
 
 def test_a_published_checkpoint_without_its_model_is_pointed_out() -> None:
-    model = model_of(torch.float32)
+    model = model_of()
     optimizer = PACE(model.parameters())
     train(model, optimizer, range(2))
     theirs = published(model, optimizer, [p.detach().clone() for p in model.parameters()])
     with pytest.warns(UserWarning, match="load the model first") as said:
-        PACE(model_of(torch.float32, seed=3).parameters()).load_state_dict(theirs)
+        PACE(model_of(seed=3).parameters()).load_state_dict(theirs)
     assert said[0].filename == __file__
 
 
@@ -242,7 +274,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_state_that_does_not_fit_changes_nothing(how: str) -> None:
-    model = model_of(torch.float32)
+    model = model_of()
     optimizer = PACE(model.parameters())
     train(model, optimizer, range(3))
     change, message = BROKEN[how]
@@ -250,11 +282,8 @@ def test_a_state_that_does_not_fit_changes_nothing(how: str) -> None:
     twin, kept = copy.deepcopy((model, optimizer))
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(saved)
-    assert_same(model, optimizer, twin, kept)
     assert optimizer.param_groups[0]["eps"] == 1e-8
-    train(model, optimizer, range(3, 5))
-    train(twin, kept, range(3, 5))
-    assert_same(model, optimizer, twin, kept)
+    goes_on_as(model, optimizer, twin, kept, range(3, 5))
 
 
 def test_load_hooks_see_the_checkpoint_as_saved_and_the_state_as_loaded() -> None:
@@ -275,10 +304,11 @@ def test_load_hooks_see_the_checkpoint_as_saved_and_the_state_as_loaded() -> Non
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True])
-def test_the_dry_step_of_the_distributed_helper_leaves_no_trace(tensor_lr: bool) -> None:
+@every_kind
+def test_the_dry_step_of_the_distributed_helper_leaves_no_trace(kind: str, tensor_lr: bool) -> None:
     lr = torch.tensor(1e-2) if tensor_lr else 1e-2
-    model, fresh = model_of(torch.float32), model_of(torch.float32)
-    optimizer, undisturbed = PACE(model.parameters(), lr=lr), PACE(fresh.parameters(), lr=lr)
+    model, fresh = model_of(), model_of()
+    optimizer, undisturbed = KINDS[kind](model, lr=lr), KINDS[kind](fresh, lr=lr)
     before = copy.deepcopy(model.state_dict())
     saved = get_optimizer_state_dict(model, optimizer)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -300,24 +330,38 @@ def test_the_dry_step_of_the_distributed_helper_leaves_no_trace(tensor_lr: bool)
     assert_same(model, optimizer, fresh, undisturbed)
 
 
-def test_save_and_load_through_the_distributed_helper() -> None:
-    model = model_of(torch.float32)
-    optimizer = PACE(model.parameters(), lr=1e-2)
-    train(model, optimizer, range(3))
-    saved = get_optimizer_state_dict(model, optimizer)
-    other = model_of(torch.float32)
+@every_kind
+def test_save_and_load_through_the_distributed_helper(kind: str) -> None:
+    model = model_of()
+    optimizer = KINDS[kind](model)
+    train(model, optimizer, range(4))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    other = model_of(seed=3)
     other.load_state_dict(model.state_dict())
-    resumed = PACE(other.parameters(), lr=1.0)
+    resumed = KINDS[kind](other, lr=1.0)
     set_optimizer_state_dict(other, resumed, saved)
-    assert_same(model, optimizer, other, resumed)
-    train(model, optimizer, range(3, 5))
-    train(other, resumed, range(3, 5))
-    assert_same(model, optimizer, other, resumed)
+    assert kind == "PACE" or shared(resumed) == (kind == "MADA")
+    goes_on_as(model, optimizer, other, resumed, range(4, 7))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"])
+@every_kind
+def test_pickle_and_deepcopy(kind: str, how: Any) -> None:
+    model = model_of()
+    optimizer = KINDS[kind](model)
+    train(model, optimizer, range(4))
+    other, twin = how((model, optimizer))
+    kept = copy.deepcopy(optimizer.state_dict())
+    train(other, twin, range(4, 5))  # nothing is shared but what the groups of one share
+    assert str(optimizer.state_dict()) == str(kept)
+    assert kind == "PACE" or shared(twin) == (kind == "MADA")
+    train(model, optimizer, range(4, 5))
+    goes_on_as(model, optimizer, other, twin, range(5, 8))
 
 
 def test_steps_with_a_learning_rate_of_zero_are_counted() -> None:
     """As a warm-up begins: the moments move, the weights do not."""
-    model = model_of(torch.float32)
+    model = model_of()
     before = copy.deepcopy(model.state_dict())
     optimizer = PACE(model.parameters(), lr=0.0)
     train(model, optimizer, range(2))

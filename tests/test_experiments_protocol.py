@@ -67,6 +67,36 @@ def test_one_run_with_two_ends_is_two_runs(protocol: ModuleType, name: str) -> N
     assert both["constant"] != both["wsd"] and all(map(math.isfinite, both["constant"]))
 
 
+def test_schedules(protocol: ModuleType) -> None:
+    lm = sys.modules["lm"]
+    for schedule in protocol.SCHEDULES:
+        rates = [lm.factor(schedule, step, 100) for step in range(1, 101)]
+        assert rates[:10] == [(i + 1) / 10 for i in range(10)] and max(rates) == 1.0
+    ends = {"constant": 1.0, "cosine": 0.1, "wsd": 0.0, "cosine to 0": 0.0, "linear to 0": 0.0}
+    assert {name: pytest.approx(lm.factor(name, 100, 100)) for name in ends} == ends
+    assert lm.factor("wsd", 80, 100) == 1.0 and lm.factor("wsd", 90, 100) == 0.5
+
+
+def test_a_branch_leaves_its_trunk_as_it_was(protocol: ModuleType) -> None:
+    lm = sys.modules["lm"]
+    losses = []
+    for branches in (False, True):
+        training = lm.Training({"optimizer": "AdamW", "lr": 1e-3, "seed": 3, "averages": ["EMA 0.9"]})
+        for _ in range(3):
+            training.step(1.0)
+        if branches:
+            restore = training.snapshot()
+            training.step(0.5)
+            restore()
+        losses.append([training.step(1.0), training.losses()])
+    assert losses[0] == losses[1]
+
+
+def test_one_seed_that_diverged_is_not_left_out(protocol: ModuleType) -> None:
+    assert protocol.spread([0.1, math.inf, 0.1]) == "0.1000 ± 0.0000 (1 of 3 diverged)"
+    assert protocol.spread([math.inf]) == "1 of 1 diverged" and protocol.spread([math.nan]) == "–"
+
+
 def test_validation_and_test_share_no_text(protocol: ModuleType) -> None:
     lm = sys.modules["lm"]
     held_out = lm.corpus().validation

@@ -5,57 +5,18 @@ from __future__ import annotations
 import copy
 import gc
 import math
-import pickle
 import weakref
 from typing import Any
 
 import pytest
 import torch
-from test_checkpoint import through_a_file
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from test_checkpoint import INSIDE, assert_same, groups_of, model_of, shared, train
 
 from pace_kernels import MADA, PACE, backends
 
 BACKENDS = [name for name, row in backends().items() if row.available]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-INSIDE = {"beta3": 0.4, "rho": 0.35, "c": 0.6, "gamma": 0.7, "lr": 1e-2, "hyper_warmup": 2}
 NAMES = ("beta1", "beta2", "beta3", "rho", "c", "gamma")
-
-
-def model_of(dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.Linear(5, 2)).to(dtype)
-
-
-def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range, flip: bool = False) -> None:
-    for t in steps:
-        generator = torch.Generator().manual_seed(t)
-        for p in model.parameters():
-            grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-            p.grad = -grad if flip else grad
-        optimizer.step()
-
-
-def groups_of(model: torch.nn.Module) -> list[dict[str, Any]]:
-    return [{"params": list(model[0].parameters())}, {"params": list(model[1].parameters()), "lr": 3e-3}]
-
-
-def assert_same(a: torch.nn.Module, oa: MADA, b: torch.nn.Module, ob: MADA) -> None:
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        assert torch.equal(p, q)
-        assert oa.state[p].keys() == ob.state[q].keys()
-        for key, value in oa.state[p].items():
-            other = ob.state[q][key]
-            assert torch.equal(value, other) and value.dtype == other.dtype, key
-    assert oa.coefficients == ob.coefficients and oa.hypergradients == ob.hypergradients
-    for ga, gb in zip(oa.param_groups, ob.param_groups, strict=True):
-        for name in ("coefficient_momenta", "hyper_step"):
-            assert ga[name] is gb[name] is None or torch.equal(ga[name], gb[name])
-
-
-def shared(optimizer: MADA) -> bool:
-    first, *others = optimizer.param_groups
-    return all(g["coefficient_values"] is first["coefficient_values"] for g in others)
 
 
 # ---- the coefficients ----
@@ -289,30 +250,6 @@ def test_as_adamw_with_a_pullback_it_is_pace() -> None:
 # ---- checkpoints ----
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("coefficients", ["global", "group"])
-@pytest.mark.parametrize("swapped", [False, True])
-def test_save_load_go_on(dtype: torch.dtype, coefficients: str, swapped: bool) -> None:
-    options = {**INSIDE, "coefficients": coefficients, "use_ema_eval": True, "hyper_momentum": 0.3}
-    model = model_of(dtype)
-    optimizer = MADA(groups_of(model), **options)
-    train(model, optimizer, range(5))
-    if swapped:
-        optimizer.eval()
-    saved_model, saved = through_a_file([model.state_dict(), optimizer.state_dict()])
-    other = model_of(dtype, seed=9)
-    resumed = MADA(groups_of(other), **{**options, "lr": 5.0, "rho": 0.9})
-    resumed.load_state_dict(saved)
-    other.load_state_dict(saved_model)
-    assert shared(resumed) == (coefficients == "global")
-    optimizer.train()
-    resumed.train()
-    assert_same(model, optimizer, other, resumed)
-    train(model, optimizer, range(5, 9))
-    train(other, resumed, range(5, 9))
-    assert_same(model, optimizer, other, resumed)
-
-
 def test_a_checkpoint_brings_its_own_way_of_learning() -> None:
     model = model_of()
     optimizer = MADA(groups_of(model), coefficients="group", **INSIDE)
@@ -378,58 +315,6 @@ def test_checkpoints_that_do_not_fit_change_nothing() -> None:
             optimizer.load_state_dict(broken(change))
         after = optimizer.state_dict()
         assert str(before) == str(after)
-
-
-def test_the_dry_step_of_the_distributed_helper_leaves_no_trace() -> None:
-    a, b = model_of(), model_of()
-    dry, plain = MADA(groups_of(a), use_ema_eval=True, **INSIDE), MADA(groups_of(b), use_ema_eval=True, **INSIDE)
-    rates = [g["lr"] for g in dry.param_groups]
-    for group in dry.param_groups:
-        group["lr"] = 0.0
-    for p in a.parameters():
-        p.grad = torch.zeros_like(p)
-    dry.step()
-    assert len(dry.state) == 4
-    for group, lr in zip(dry.param_groups, rates, strict=True):
-        group["lr"] = lr
-    with torch.no_grad():
-        for p, q in zip(a.parameters(), b.parameters(), strict=True):
-            p.add_(1.0)
-            q.add_(1.0)
-    train(a, dry, range(4))
-    train(b, plain, range(4))
-    assert_same(a, dry, b, plain)
-
-
-@pytest.mark.parametrize("coefficients", ["global", "group"])
-def test_save_and_load_through_the_distributed_helper(coefficients: str) -> None:
-    model = model_of()
-    optimizer = MADA(groups_of(model), coefficients=coefficients, **INSIDE)
-    train(model, optimizer, range(4))
-    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
-    other = model_of(seed=3)
-    other.load_state_dict(model.state_dict())
-    resumed = MADA(groups_of(other), coefficients=coefficients, **INSIDE)
-    set_optimizer_state_dict(other, resumed, saved)
-    assert shared(resumed) == (coefficients == "global")
-    train(model, optimizer, range(4, 7))
-    train(other, resumed, range(4, 7))
-    assert_same(model, optimizer, other, resumed)
-
-
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"])
-def test_pickle_and_deepcopy(how: Any) -> None:
-    model = model_of()
-    optimizer = MADA(groups_of(model), **INSIDE)
-    train(model, optimizer, range(4))
-    other, twin = how((model, optimizer))
-    assert (
-        shared(twin)
-        and twin.param_groups[0]["coefficient_values"] is not optimizer.param_groups[0]["coefficient_values"]
-    )
-    train(model, optimizer, range(4, 8))
-    train(other, twin, range(4, 8))
-    assert_same(model, optimizer, other, twin)
 
 
 # ---- the rest of torch.optim ----

@@ -230,24 +230,6 @@ def test_weights_changed_in_place_are_noticed_by_autograd() -> None:
         loss.backward()
 
 
-def test_pickle_and_deepcopy() -> None:
-    p = param(30, 3)
-    optimizer = PACE([p], lr=1e-2, backend="torch")
-    run(optimizer, [p], range(3))
-    for restored in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
-        (q,) = restored.param_groups[0]["params"]
-        assert q is not p
-        expected = copy.deepcopy((p, optimizer.state[p]))
-        run(restored, [q], range(3, 6))
-        assert not torch.equal(q, p)  # nothing is shared
-        assert torch.equal(expected[0], p) and same(expected[1], optimizer.state[p])
-        twin_p = torch.nn.Parameter(p.detach().clone())
-        twin = PACE([twin_p], lr=1e-2, backend="torch")
-        twin.load_state_dict(optimizer.state_dict())
-        run(twin, [twin_p], range(3, 6))
-        assert torch.equal(q, twin_p)
-
-
 def test_no_reference_cycle_keeps_the_memory() -> None:
     p = param(3)
     optimizer = PACE([p])

@@ -49,24 +49,6 @@ def test_the_tables_of_the_pages_are_those_of_the_json(results_page: ModuleType)
     assert sorted(found) == sorted(results_page.TABLES)
 
 
-def test_bold_is_what_is_better_than_the_average_of_adamw(
-    results_page: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import pace
-
-    losses = {
-        "AdamW": [2.0, 2.1, 2.2], "AdamW + EMA": [1.9, 2.0, 2.1], "PACE": [1.9, 2.2, 1.8],
-        "PACE, default λ": [1.7, 1.81, 1.9], "schedule-free": [1.8, 1.91, 2.0],
-    }  # fmt: skip
-    cells = [pace.Cell(method, "constant", {"seed": 0}, "live", 0.0) for method in losses]
-    monkeypatch.setattr(pace, "best_cells", lambda kept, size: cells)
-    monkeypatch.setattr(pace, "of_seeds", lambda kept, size, cell: losses[cell.method])
-    (tmp_path / "pace.json").write_text("{}")
-    (row,) = [line for line in results_page.pace_of_docs(tmp_path).splitlines() if line.startswith("| constant")]
-    bold = [method for method, text in zip(pace.METHODS, row.split(" | ")[1:], strict=True) if "**" in text]
-    assert bold == ["PACE, default λ", "schedule-free"]
-
-
 def test_what_is_not_measured_is_said_to_be_missing(results_page: ModuleType, tmp_path: Path) -> None:
     text = results_page.page(tmp_path)
     assert text.count("Not measured yet.") == len(results_page.SECTIONS)

@@ -15,7 +15,6 @@ from pace_kernels import PACE, backends
 
 CASES = Path(__file__).parent / "test_triton_interpreted.py"
 CODED = Path(__file__).parent / "test_triton_coded.py"
-CODED_RULES = Path(__file__).parent / "test_triton_coded_rules.py"
 
 
 def in_the_interpreter(cases: Path, *choices: str) -> None:
@@ -39,11 +38,7 @@ def test_in_the_interpreter() -> None:
 
 
 def test_codes_in_the_interpreter() -> None:
-    in_the_interpreter(CODED, "test")
-
-
-def test_codes_of_the_other_rules_in_the_interpreter() -> None:
-    in_the_interpreter(CODED_RULES, "test_mada", "not test_mada")
+    in_the_interpreter(CODED, "test_mada or test_pace", "not (test_mada or test_pace)")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

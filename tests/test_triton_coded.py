@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,17 +13,32 @@ import torch
 if not os.environ.get("TRITON_INTERPRET"):
     pytest.skip("test_triton.py runs these in Triton's interpreter", allow_module_level=True)
 
+from coded_cases import (
+    AVERAGES,
+    COMMON,
+    ITERATES,
+    KERNELS,
+    PLAIN,
+    STATES,
+    WEIGHTS,
+    Lists,
+    Mada,
+    Pace,
+    Pullback,
+    ScheduleFree,
+    assert_refused,
+    each_refusal,
+)
 from pace_kernels.triton_kernels import ops
 from products import pairs_and_seed
-from test_coded import AVERAGES, NATIVE, STATES, WEIGHTS, Call
 from test_triton_interpreted import launches as launches
-from torch import Tensor
 
 from pace_kernels import PACE
 from pace_kernels.ops import PACE_STATS
 from pace_kernels.torch_rules import codes
 
-# A block of the unaligned kernel is 512 elements: one and a part, a code block, nothing.
+TRITON = {kind: getattr(ops, kind.definition.op) for kind in KERNELS}
+# A block of PACE's kernel is 512 elements where it is not aligned, of MADA's 256: some and a part, 32, nothing.
 SHAPES = ((17, 32), (1, 32), (0, 32))
 HOW: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -33,158 +47,173 @@ HOW: dict[str, dict[str, Any]] = {
     "resting": {"ema_update_freq": 2, "lambda_pullback": 0.0},
     "no first moment": {"beta1": 0.0, "pullback_from_step": True},
 }
+# Each of the other rules' flags is on in one of these and off in another; a case takes about half a second.
+MADA_CASES = (
+    *("all, inside", "all, maximum", "hyperadam", "fixed, inside", "averaged Lion", "pulled, every third step"),
+    "capturable",
+)
+PULLBACK_CASES = (
+    *("default", "from the step, narrow moment", "constant", "average every third step, no pull", "everything"),
+    *("capturable constant",),
+)
 
 
 def both(
-    case: Any, steps: int, shapes: Any = SHAPES, change: Callable[[Call], None] | None = None, **options: Any
-) -> None:
-    """Steps by the kernel of the CPU and here: the same bits in every tensor of the call."""
-    ours, theirs = Call(*case, shapes), Call(*case, shapes)
+    make: Callable[[], Lists], steps: range = range(2, 5), change: Callable[[Lists], None] | None = None, **options: Any
+) -> Lists:
+    """Steps by the kernel of the CPU and here: the same bits in every tensor of the call. The third step's gradients
+    have what is not finite, the fourth's are 0. Hypergradients have the same terms, in sums of another order."""
+    ours, theirs = make(), make()
     for call in (ours, theirs) if change else ():
         change(call)
-    for step in range(steps):
-        grads = ours.gradients(step + 1)
-        for call, function in ((ours, ops.pace_step_), (theirs, NATIVE)):
-            changed = options if case[2] is not None else options | {"lambda_pullback": 0.0}
-            call.take(function, [g.clone() for g in grads], **changed)
+    for step in steps:
+        grads = ours.gradients(step)
+        for call, functions in ((ours, TRITON), (theirs, KERNELS)):
+            call.take(functions[type(call)], [g.clone() for g in grads], **options)
         for k, (a, b) in enumerate(zip(ours.everything(), theirs.everything(), strict=True)):
             assert torch.equal(a, b), (step, k)
+        for name, sums in ours.extras.items():
+            torch.testing.assert_close(sums, theirs.extras[name], rtol=1e-4, atol=1e-8, equal_nan=True)
+    return ours
 
 
-CASES = pairs_and_seed(WEIGHTS, STATES, AVERAGES, HOW, sample=8)
+@pytest.mark.parametrize(
+    ("weights", "state_bits", "ema_bits", "how"), pairs_and_seed(WEIGHTS, STATES, AVERAGES, HOW, sample=8)
+)
+def test_pace(weights: str, state_bits: int, ema_bits: int | None, how: str) -> None:
+    both(lambda: Pace(weights, state_bits, ema_bits, SHAPES, **HOW[how]), range(1, 5))
 
 
-@pytest.mark.parametrize(("weights", "states", "average", "how"), CASES)
-def test_the_bits_of_the_cpu(weights: str, states: int, average: int | None, how: str) -> None:
-    both((weights, states, average), 4, **HOW[how])
+@pytest.mark.parametrize(
+    ("case", "weights", "state_bits", "ema_bits"), pairs_and_seed(MADA_CASES, WEIGHTS, STATES, AVERAGES, sample=2)
+)
+def test_mada(case: str, weights: str, state_bits: int, ema_bits: int | None) -> None:
+    both(lambda: Mada(case, weights, state_bits, ema_bits, SHAPES))
 
 
-def aligned(call: Call) -> None:
+@pytest.mark.parametrize(("weights", "state_bits", "z_bits"), pairs_and_seed(WEIGHTS, STATES, ITERATES, sample=4))
+def test_schedule_free(weights: str, state_bits: int, z_bits: int) -> None:
+    both(lambda: ScheduleFree(weights, state_bits, z_bits, SHAPES))
+
+
+@pytest.mark.parametrize(("case", "weights", "ema_bits"), pairs_and_seed(PULLBACK_CASES, PLAIN, ITERATES, sample=4))
+def test_the_pullback(case: str, weights: str, ema_bits: int) -> None:
+    both(lambda: Pullback(case, weights, ema_bits, SHAPES))
+
+
+def on_the_device(call: Lists) -> None:
+    """Step counts that differ, one of them beyond what float32 counts; learning rate, scaling and schedule in
+    tensors."""
+    call.options["capturable"] = True
+    call.extras["lr_tensor"] = torch.tensor(0.02)
+    if "grad_scale" in call.definition.scaling:
+        call.extras |= {"grad_scale": torch.tensor(3.0), "clip_coef": torch.tensor(0.7)}
+    call.extras["found_inf"] = torch.zeros(())
+    if isinstance(call, ScheduleFree):
+        call.extras["schedule"] = torch.tensor([7.0, 0.2], dtype=torch.float64)
+    call.steps[:] = [torch.tensor(4.0), torch.tensor(2.0**33 + 5, dtype=torch.float64), torch.tensor(9.0)]
+
+
+@pytest.mark.parametrize("name", ["PACE", "MADA", "Lion", "schedule-free", "pullback"])
+def test_counts_and_scaling_on_the_device(name: str) -> None:
+    both(lambda: COMMON[name](shapes=SHAPES), range(1, 3), on_the_device)
+
+
+def test_counts_that_differ_on_the_host() -> None:
+    def counted(call: Lists) -> None:
+        call.steps[:] = [torch.tensor(4.0), torch.tensor(2.0**33 + 5, dtype=torch.float64), torch.tensor(9.0)]
+
+    both(lambda: COMMON["PACE, 16 bits"](shapes=SHAPES), range(1, 3), counted)
+
+
+def aligned(call: Lists) -> None:
     """At multiples of 64 bytes, where torch allocates."""
-    for tensors in (*call.lists, *(side for side in call.beside.values() if side)):
+    for tensors in (*call.lists.values(), *(side for side in call.beside.values() if side)):
         tensors[:] = [t.clone() for t in tensors]
 
 
-@pytest.mark.parametrize("case", [("32", 8, 8), ("24", 8, 16), ("dithered", 16, 24)], ids=str)
-def test_aligned_in_several_programs(case: Any, launches: Any) -> None:
-    """A program has 4,096 elements, a block 2,048."""
-    both(case, 2, ((131, 64), (2, 32)), aligned)
-    assert launches == {"_scalars_kernel": 2, "_sweep_kernel": 2}
-
-
-def test_step_counts_that_differ() -> None:
-    def counted(call: Call) -> None:
-        for step, taken in zip(call.steps, (4.0, 9.0, 4.0), strict=True):
-            step.fill_(taken)
-        call.steps[1] = torch.tensor(2.0**33 + 5, dtype=torch.float64)
-
-    both(("24", 8, 8), 2, change=counted)
-    both(("24", 8, 8), 2, change=counted, capturable=True)
+@pytest.mark.parametrize(
+    "name", ["PACE", "PACE, 16 bits", "PACE, 24 bits", "MADA, 16 bits", "schedule-free", "pullback"]
+)
+def test_aligned_in_several_programs(name: str, launches: Any) -> None:
+    """A program has 4,096 elements, a block 512 (MADA) to 2,048."""
+    call = both(lambda: COMMON[name](shapes=((66, 64), (2, 32))), range(1, 3), aligned)
+    learns = isinstance(call, Mada)
+    assert launches == {"_scalars_kernel": 2, "_sweep_kernel": 2} | ({"_add_up_kernel": 2} if learns else {})
 
 
 def test_tensors_of_any_size_where_nothing_is_in_blocks() -> None:
     """Two groups of 16 and a rest, a rest alone; and strides of their own, which are copied."""
 
-    def strided(call: Call) -> None:
+    def strided(call: Lists) -> None:
         call.params[0] = torch.stack([call.params[0]] * 2, dim=-1)[..., 0]
 
-    both(("24", 16, 24), 3, ((37,), (5,)))
-    both(("32", 32, 32), 2, ((37,), (5,)), strided)
-    both(("dithered", 16, 24), 2, ((6, 7), (5,)), strided)
+    shapes = ((37,), (5,))
+    both(lambda: Pace("24", 16, 24, shapes), range(1, 4))
+    both(lambda: Pace("32", 32, 32, shapes), range(1, 3), strided)
+    both(lambda: Pace("dithered", 16, 24, ((6, 7), (5,))), range(1, 3), strided)
+    both(lambda: Mada("capturable", "24", 16, 24, shapes), range(1, 3))
+    both(lambda: ScheduleFree("dithered", 16, 24, shapes), range(1, 3), strided)
+    both(lambda: Pullback("default", "bfloat16", 24, shapes), range(1, 3), strided)
 
 
-def test_formats_that_differ_between_tensors(launches: Any) -> None:
-    def mixed(call: Call) -> None:
-        call.params[1] = call.params[1].float()
-        call.lists[0][2] = call.lists[0][2].float()
+@pytest.mark.parametrize("rule", ["PACE", "MADA"])
+def test_formats_that_differ_between_tensors(rule: str, launches: Any) -> None:
+    shapes = ((3, 32), (2, 32), (1, 32))
 
-    both(("dithered", 16, 8), 2, ((3, 32), (2, 32), (1, 32)), mixed)
+    def mixed(call: Lists) -> None:
+        places = {"PACE": (("params", 1), ("exp_avgs", 2)), "MADA": (("last_grads", 0), ("second_exp_avg_sqs", 1))}
+        for name, i in places[rule]:
+            call.lists[name][i] = call.lists[name][i].float()
+
+    if rule == "PACE":
+        both(lambda: Pace("dithered", 16, 8, shapes), range(1, 3), mixed)
+    else:
+        both(lambda: Mada("all, inside", "dithered", 8, None, shapes), range(1, 3), mixed)
     assert launches["_sweep_kernel"] == 6
 
 
-def test_statistics_and_nothing_where_a_gradient_is_not_finite() -> None:
+@pytest.mark.parametrize("name", ["PACE", "MADA, roles stay", "schedule-free, 8 bits", "pullback, 16 bits"])
+def test_nothing_happens_where_a_gradient_is_not_finite(name: str) -> None:
+    call = both(lambda: COMMON[name](shapes=SHAPES), range(1, 2))
+    grads = call.gradients(1)
+    if isinstance(call, Pullback):  # its base has stepped nevertheless
+        call.lists["befores"] = [p.clone() for p in call.params]
+    before = [t.clone() for t in call.everything()]
+    arguments = [(call.lists | {"grads": grads})[entry.list] for entry in call.definition.lists]
+    call.extras["found_inf"] = torch.ones(())
+    stats = torch.ones(len(PACE_STATS), dtype=torch.float64)
+    if name == "PACE":
+        call.extras["stats"] = stats
+    TRITON[type(call)](*arguments, call.steps, **call.extras, **call.beside, **call.options | {"capturable": True})
+    assert all(torch.equal(a, b) for a, b in zip(call.everything(), before, strict=True))
+    if name == "PACE":
+        assert stats.tolist() == [torch.inf if entry.endswith("_min") else 0.0 for entry in PACE_STATS]
+
+
+@pytest.mark.parametrize("name", ["PACE", "pullback", "pullback, 24 bits"])
+def test_statistics(name: str) -> None:
     found = []
-    for function in (ops.pace_step_, NATIVE):
-        call, stats = Call("32", 8, 8, SHAPES), torch.zeros(len(PACE_STATS), dtype=torch.float64)
-        grads = call.gradients(0)
-        call.take(function, grads, stats=stats)
-        before = [t.clone() for t in call.everything()]
-        found.append((stats.clone(), before))
-        call.take(function, grads, stats=stats, found_inf=torch.ones(()), capturable=True)
-        assert all(torch.equal(a, b) for a, b in zip(call.everything(), before, strict=True))
-        assert stats.tolist() == [torch.inf if name.endswith("_min") else 0.0 for name in PACE_STATS]
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=80 * 2**-24, atol=0)
-    assert found[0][0][0] == 17 * 32 + 32
-    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+    for functions in (TRITON, KERNELS):
+        call = COMMON[name](shapes=SHAPES)
+        call.extras["stats"] = torch.zeros(len(PACE_STATS), dtype=torch.float64)
+        call.take(functions[type(call)], call.gradients(1))
+        found.append(call.extras["stats"])
+    torch.testing.assert_close(*found, rtol=80 * 2**-24, atol=0.0)
+    assert found[0][0] == 17 * 32 + 32
 
 
-def short(tensors: list[Tensor] | None) -> list[Tensor]:
-    assert tensors is not None
-    return tensors[:-1]
-
-
-# By the sentence of both kernels: a case, and what is wrong with it.
-REFUSED: dict[str, tuple[Any, Callable[[Call], None]]] = {
-    "remainders has 2 tensors, params has 3": (
-        ("32", 8, 8), lambda c: c.beside.update(remainders=short(c.beside["remainders"]))
-    ),
-    "params[0] must be bfloat16, with remainders": (
-        ("32", 32, 32), lambda c: c.params.__setitem__(0, c.params[0].half())
-    ),
-    "remainders[1] must be int16 or int8": (
-        ("32", 32, 32), lambda c: c.beside["remainders"].__setitem__(1, c.beside["remainders"][1].int())
-    ),
-    "remainders[0] has shape (32, 17), its parameter has (17, 32)": (
-        ("24", 32, 32), lambda c: c.beside["remainders"].__setitem__(0, c.beside["remainders"][0].view(32, 17))
-    ),
-    "exp_avgs[0] must be float32 or bfloat16 without exp_avg_scales": (
-        ("32", 8, 8), lambda c: c.beside.update(exp_avg_scales=None)
-    ),
-    "exp_avg_sqs[0] must be uint8, with exp_avg_sq_scales": (
-        ("32", 8, 8), lambda c: c.lists[1].__setitem__(0, c.lists[1][0].float())
-    ),
-    "emas[0] must be float32 without ema_scales": (("32", 8, 8), lambda c: c.beside.update(ema_scales=None)),
-    "emas[2] must be int8, int16 or bfloat16, with ema_scales": (
-        ("32", 8, 8), lambda c: c.lists[2].__setitem__(2, c.lists[2][2].float())
-    ),
-    "ema_scales[1] must be int8": (
-        ("32", 8, 24), lambda c: c.beside["ema_scales"].__setitem__(1, c.beside["ema_scales"][1].short())
-    ),
-    "ema_scales[0] must be contiguous, uint8, with an element for 32 of its codes": (
-        ("32", 8, 8), lambda c: c.beside["ema_scales"].__setitem__(0, c.beside["ema_scales"][0][1:])
-    ),
-    "exp_avg_sqs[0] and its parameter must be contiguous, with exp_avg_sq_scales": (
-        ("float32", 8, None),
-        lambda c: (c.lists[0].clear(), c.params.__setitem__(0, torch.empty(32, 17).t().copy_(c.params[0]))),
-    ),
-    "params[1] must have a multiple of 32 elements, with exp_avg_scales": (
-        ("32", 8, None),
-        lambda c: [
-            tensors.__setitem__(1, tensors[1][:, :31])
-            for tensors in (c.params, c.beside["remainders"], *c.lists[:2])
-        ],
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("message", REFUSED)
-def test_what_does_not_fit_is_refused_before_anything_is_written(message: str) -> None:
-    case, change = REFUSED[message]
-    for function in (NATIVE, ops.pace_step_):
-        call = Call(*case, SHAPES)
-        change(call)
-        options = {"beta1": 0.0} if not call.lists[0] else {}
-        before = [t.clone() for t in call.everything()]
-        with pytest.raises(RuntimeError, match=re.escape(message)):
-            call.take(function, [torch.zeros_like(p) for p in call.params], **options)
-        assert all(torch.equal(a, b) for a, b in zip(call.everything(), before, strict=True))
+@each_refusal
+def test_what_does_not_fit_is_refused_before_anything_is_written(message: str, name: str, change: Any) -> None:
+    """As on the CPU."""
+    assert_refused(lambda call: TRITON[type(call)], message, name, change)
 
 
 def test_scales_and_rests_of_averages_are_not_mixed() -> None:
     """The CPU has both in one call."""
-    grid, apart = Call("32", 8, 8, SHAPES), Call("32", 8, 24, SHAPES)
+    grid, apart = Pace("32", 8, 8, SHAPES), Pace("32", 8, 24, SHAPES)
     grid.beside["ema_scales"][1] = apart.beside["ema_scales"][1]
-    grid.lists[2][1] = apart.lists[2][1]
+    grid.lists["emas"][1] = apart.lists["emas"][1]
     with pytest.raises(RuntimeError, match="ema_scales must all be of one dtype where some are uint8"):
         grid.take(ops.pace_step_, grid.gradients(0))
 

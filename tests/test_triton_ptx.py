@@ -16,10 +16,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("in Triton's interpreter there is nothing to compile", allow_module_level=True)
 
-from coded_cases import COMMON, KERNELS, Mada, Pullback, ScheduleFree
+from coded_cases import COMMON, KERNELS
 from pace_kernels.triton_kernels import aot, ops, table
 from ptx import Memory, run
-from test_coded import Call as CodedCall
 from test_mada_native import LEARN, LISTS
 from test_mada_native import OPTIONS as MADA_OPTIONS
 from test_native import OPTIONS as PACE_OPTIONS
@@ -28,7 +27,6 @@ from triton.backends.compiler import GPUTarget
 from pace_kernels.ops import PACE_STATS
 from pace_kernels.torch_rules import codes
 
-PACE_LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "emas", "steps")
 # Whole programs, a few groups of 16, groups and a rest, a rest alone, one element, none.
 SIZES = (2 * 4096, 3 * 1024 + 48, 1234, 11, 1, 0)
 
@@ -170,41 +168,16 @@ def test_pace(gpu: Gpu, dtype: torch.dtype, form: str) -> None:
         assert gpu.bytes == steps * bytes_of(ours, (*moved, "grads"), moved, warps=8)
 
 
-# Whole programs, code blocks beyond them, one block, none.
-IN_BLOCKS = ((128, 64), (33, 96), (1, 32), (0, 32))
-
-
-@on((90, "aligned"), (80, "misaligned"))
-def test_pace_in_codes(gpu: Gpu, form: str) -> None:
-    """Weights of 32 bits in two parts, moments and averages in a byte each, gradients in bfloat16."""
-    ours, theirs = (CodedCall("32", 8, 8, IN_BLOCKS) for _ in range(2))
-    if form == "aligned":
-        for call in (ours, theirs):
-            for tensors in (*call.lists, *filter(None, call.beside.values())):
-                tensors[:] = [t.clone() for t in tensors]
-    steps = 2
-    for step in range(steps):
-        grads = [g.bfloat16() for g in ours.gradients(2 * step + 1)]
-        gpu.call(ops.pace_step_, ours.params, grads, *ours.lists, ours.steps, **ours.beside, **ours.options)
-        theirs.take(torch.ops.pace_kernels.pace_step_.default, grads)
-        for k, (a, b) in enumerate(zip(ours.everything(), theirs.everything(), strict=True)):
-            assert torch.equal(a, b), (step, k)
-    assert gpu.launches["_sweep_kernel"] == gpu.launches["_scalars_kernel"] == steps
-    if form == "aligned":
-        # 16.19 bytes an element. Each scale is read by the four threads of its block at once, which is counted as four.
-        n, read, written = sum(p.numel() for p in ours.params), 9, 7
-        assert gpu.bytes == steps * (n * (read + written) + (4 + 1) * 3 * n // codes.BLOCK)
-
-
 # Bytes an element that a step reads and writes, operands that have scales, and threads that share a code block's.
-MOVED = {"MADA": (17, 13, 5, 8), "schedule-free": (9, 7, 2, 4), "pullback": (9, 3, 1, 4)}
-STEP = {Mada: ops.mada_step_, ScheduleFree: ops.schedule_free_step_, Pullback: ops.pullback_}
+MOVED = {"PACE": (9, 7, 3, 4), "MADA": (17, 13, 5, 8), "schedule-free": (9, 7, 2, 4), "pullback": (9, 3, 1, 4)}
 
 
-@pytest.mark.parametrize("name", [*MOVED, "MADA, roles stay", "schedule-free, 8 bits", "pullback, 16 bits"])
-def test_other_rules_in_codes(gpu: Gpu, name: str) -> None:
-    """MADA with everything learned and an average that pulls, schedule-free, the pullback: aligned as torch allocates;
-    and others of each, of no alignment."""
+@pytest.mark.parametrize(
+    "name", [*MOVED, "PACE, 16 bits", "MADA, roles stay", "schedule-free, 8 bits", "pullback, 16 bits"]
+)
+def test_codes(gpu: Gpu, name: str) -> None:
+    """PACE, MADA with everything learned and an average that pulls, schedule-free, the pullback: aligned as torch
+    allocates; and others of each, of no alignment."""
     shapes = ((66, 64), (1, 32), (0, 32))  # two programs, one code block, none
     ours, theirs = (COMMON[name](shapes=shapes) for _ in range(2))
     for call in (ours, theirs) if name in MOVED else ():
@@ -213,7 +186,7 @@ def test_other_rules_in_codes(gpu: Gpu, name: str) -> None:
     for step in range(2):
         gpu.bytes = 0
         grads = ours.gradients(2 * step + 1)
-        ours.take(lambda *lists, **o: gpu.call(STEP[type(ours)], *lists, **o), grads)
+        ours.take(lambda *lists, **o: gpu.call(getattr(ops, ours.definition.op), *lists, **o), grads)
         theirs.take(KERNELS[type(theirs)], [g.clone() for g in grads])
         for k, (a, b) in enumerate(zip(ours.everything(), theirs.everything(), strict=True)):
             assert torch.equal(a, b), (step, k)

@@ -160,26 +160,15 @@ def _in_spaces(
     return finish
 
 
-def _elements(ins: Instruction) -> tuple[str, int, int]:
-    """The type of an element, how many there are, and how many bytes that is."""
-    if ins.type == "b128":
-        return "b64", 2 * ins.vector, 16 * ins.vector
-    return ins.type, ins.vector, SIZES[ins.type] * ins.vector
-
-
-@instruction("ld", "ldu")
+@instruction("ld")
 def make_load(builder: Builder, ins: Instruction) -> Step:
-    type_, count, width = _elements(ins)
-    size = SIZES[type_]
+    type_, count, size = ins.type, ins.vector, SIZES[ins.type]
     signed = type_[0] == "s"
     register_type = type_ if signed else f"b{8 * size}"
     target = ins.operands[0]
     # One element with braces around registers is packed from them.
     names = split_operands(target[1:-1]) if ins.vector > 1 else [target]
-    if ins.type == "b128":
-        destinations = [builder.write(name, "b64", part) for name in names for part in range(2)]
-    else:
-        destinations = [builder.write(name, register_type) for name in names]
+    destinations = [builder.write(name, register_type) for name in names]
     if len(destinations) != count:
         raise builder.error()
 
@@ -201,19 +190,15 @@ def make_load(builder: Builder, ins: Instruction) -> Step:
 
         return step
 
-    return _in_spaces(builder, ins, ins.operands[1], size, width, write=False)(make)
+    return _in_spaces(builder, ins, ins.operands[1], size, size * count, write=False)(make)
 
 
 @instruction("st")
 def make_store(builder: Builder, ins: Instruction) -> Step:
-    type_, count, width = _elements(ins)
-    size = SIZES[type_]
+    type_, count, size = ins.type, ins.vector, SIZES[ins.type]
     source = ins.operands[1]
     names = split_operands(source[1:-1]) if ins.vector > 1 else [source]
-    if ins.type == "b128":
-        sources = [builder.read(name, "b64", part) for name in names for part in range(2)]
-    else:
-        sources = [builder.read(name, type_) for name in names]
+    sources = [builder.read(name, type_) for name in names]
     if len(sources) != count:
         raise builder.error()
     dtype = DTYPES[type_]
@@ -233,7 +218,7 @@ def make_store(builder: Builder, ins: Instruction) -> Step:
 
         return step
 
-    return _in_spaces(builder, ins, ins.operands[0], size, width, write=True)(make)
+    return _in_spaces(builder, ins, ins.operands[0], size, size * count, write=True)(make)
 
 
 _AT = {
@@ -294,31 +279,6 @@ def make_atomic(builder: Builder, ins: Instruction) -> Step:
     return _in_spaces(builder, ins, target, size, size, write=True)(make)
 
 
-@instruction("cp")
-def make_async_copy(builder: Builder, ins: Instruction) -> Step:
-    """Copies at once: that a wait is missing does not show."""
-    if ins.modifiers[:2] in (("async", "commit_group"), ("async", "wait_group"), ("async", "wait_all")):
-        return _nothing
-    if ins.modifiers[0] != "async" or ins.modifiers[1] not in ("ca", "cg"):
-        raise builder.error()
-    width = int(ins.operands[2], 0)
-    size = None
-    if len(ins.operands) > 3 and not ins.has("L2::cache_hint"):
-        size = builder.read(ins.operands[3], "u32")
-    source, destination = builder.address(ins.operands[1]), builder.address(ins.operands[0])
-
-    def step(lanes: Lanes) -> None:
-        array, index = _locate_global(lanes, source, 1, width, ins.text, write=False, counted=True)
-        if isinstance(index, int):
-            index = index + _ramp(lanes.count, width)
-        shared, target = _locate_shared(lanes, destination, 1, width, ins.text)
-        limit = width if size is None else lanes.values[size]
-        for byte in range(width):
-            shared[target + byte] = np.where(byte < limit, array[index + byte], 0)
-
-    return step
-
-
 @instruction("cvta")
 def make_convert_address(builder: Builder, ins: Instruction) -> Step:
     window = np.uint64(_WINDOWS.get(ins.space, 0))
@@ -334,21 +294,6 @@ def make_convert_address(builder: Builder, ins: Instruction) -> Step:
             np.bitwise_and(address, low, lanes.values[result])
         else:
             np.bitwise_or(address, window, lanes.values[result])
-
-    return step
-
-
-@instruction("isspacep")
-def make_is_space(builder: Builder, ins: Instruction) -> Step:
-    space = ins.space
-    source, result = builder.read(ins.operands[1], "u64"), builder.write(ins.operands[0], "pred")
-
-    def step(lanes: Lanes) -> None:
-        window = np.asarray(lanes.values[source]) >> np.uint64(32)
-        if space == "global":
-            lanes.values[result][...] = window > max(_SPACES)
-        else:
-            lanes.values[result][...] = window == np.uint64(_WINDOWS[space] >> 32)
 
     return step
 

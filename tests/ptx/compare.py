@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import floats
-from .dtypes import DTYPES, FLOATS, SIZES
+from .dtypes import FLOATS
 from .parser import Instruction
 from .program import Builder, Step
 from .table import instruction
@@ -104,22 +104,6 @@ def _set_integer_predicate(builder: Builder, ins: Instruction, name: str, result
     return step
 
 
-@instruction("set")
-def make_set(builder: Builder, ins: Instruction) -> Step:
-    name, *rest = (m for m in ins.modifiers[:-2] if m != "ftz")
-    result_type = ins.modifiers[-2]
-    if rest:
-        raise builder.error()
-    compared = _compared(builder, ins, name)
-    destination = builder.write(ins.operands[0], result_type)
-    true = DTYPES[result_type].type(1) if result_type == "f32" else ~DTYPES[result_type].type(0)
-
-    def step(lanes: Lanes) -> None:
-        lanes.values[destination][...] = np.where(compared(lanes), true, DTYPES[result_type].type(0))
-
-    return step
-
-
 @instruction("selp")
 def make_select(builder: Builder, ins: Instruction) -> Step:
     type_ = ins.type
@@ -136,19 +120,5 @@ def make_select(builder: Builder, ins: Instruction) -> Step:
         else:
             result[...] = values[second]
             np.copyto(result, values[first], where=holds)
-
-    return step
-
-
-@instruction("slct")
-def make_select_by_sign(builder: Builder, ins: Instruction) -> Step:
-    type_, tested = ins.modifiers[-2:]
-    first, second = (builder.read(operand, f"b{8 * SIZES[type_]}") for operand in ins.operands[1:3])
-    third = builder.read(ins.operands[3], tested)
-    destination = builder.write(ins.operands[0], f"b{8 * SIZES[type_]}")
-
-    def step(lanes: Lanes) -> None:
-        values = lanes.values
-        values[destination][...] = np.where(values[third] >= 0, values[first], values[second])
 
     return step

@@ -13,7 +13,7 @@ DTYPES |= {name: np.dtype(code) for name, code in {"f16": "f2", "f32": "f4", "f6
 DTYPES["bf16"] = np.dtype("u2")  # numpy has no bfloat16: its bits
 SIZES: dict[str, int] = {
     **{name: dtype.itemsize for name, dtype in DTYPES.items()},
-    **{"f16x2": 4, "bf16x2": 4, "u16x2": 4, "s16x2": 4, "f32x2": 8, "tf32": 4, "b128": 16},
+    **{"u16x2": 4, "s16x2": 4, "f32x2": 8},
 }
 FLOATS = frozenset({"f16", "bf16", "f32", "f64"})
 UNSIGNED: dict[int, np.dtype] = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}

@@ -142,7 +142,6 @@ class Machine:
         # Registers begin with a pattern, not with zeros: a read before the first write shows.
         storage = [_register(type_, self.lanes) for type_ in program.storage]
         self._bases = {number: storage[where] for number, where in enumerate(program.stored_at)}
-        self.carry = np.zeros(self.lanes, np.uint64)
         self.full = Lanes(self, self.lanes, self._slot_values(), self._bases)
         self._ranges: dict[tuple[int, int], Lanes] = {(0, self.lanes): self.full}
         self.counters = np.zeros(self.lanes, np.int32)

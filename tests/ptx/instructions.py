@@ -14,10 +14,14 @@ if TYPE_CHECKING:
     from .executor import Lanes
 
 
+# Modifiers that change a result, and that no kernel had yet.
+_UNKNOWN = {"cc", "pack", "relu", "rs", "sat", "satfinite", "xorsign"}
+
+
 def build_step(builder: Builder, instruction: Instruction, predicate: int | None) -> Step:
     """An instruction that is not known, or not in this form, raises when a kernel gets to it: many never do."""
     try:
-        if instruction.opcode not in MAKERS:
+        if instruction.opcode not in MAKERS or _UNKNOWN.intersection(instruction.modifiers):
             raise builder.error()
         step = _chain(builder, MAKERS[instruction.opcode](builder, instruction))
     except PtxError as error:

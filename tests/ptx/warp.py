@@ -85,32 +85,6 @@ def make_vote(builder: Builder, ins: Instruction) -> Step:
     return step
 
 
-@instruction("match")
-def make_match(builder: Builder, ins: Instruction) -> Step:
-    """For each lane, the mask of those with the same value."""
-    every = ins.has("all")
-    targets = [t.strip() for t in ins.operands[0].split("|")]
-    source, members = builder.read(ins.operands[1], ins.type), builder.read(ins.operands[2], "b32")
-    result = builder.write(targets[0], "b32")
-    agree = builder.write(targets[1], "pred") if len(targets) > 1 else None
-
-    def step(lanes: Lanes) -> None:
-        lanes.machine.check_members(lanes, lanes.values[members], ins.text)
-        value = np.broadcast_to(lanes.values[source], lanes.count)
-        masks = np.zeros(lanes.count, np.uint32)
-        for distinct in np.unique(value):
-            same = value == distinct
-            masks[same] = lanes.machine.active(lanes, same)[same]
-        if every:
-            whole = masks == lanes.machine.active(lanes)
-            masks = np.where(whole, masks, 0).astype(np.uint32)
-            if agree is not None:
-                lanes.values[agree][...] = whole
-        lanes.values[result][...] = masks
-
-    return step
-
-
 @instruction("redux")
 def make_reduce(builder: Builder, ins: Instruction) -> Step:
     type_ = ins.type
@@ -147,22 +121,5 @@ def make_warp_barrier(builder: Builder, ins: Instruction) -> Step:
 
     def step(lanes: Lanes) -> None:
         lanes.machine.check_members(lanes, lanes.values[members], ins.text)
-
-    return step
-
-
-@instruction("elect")
-def make_elect(builder: Builder, ins: Instruction) -> Step:
-    """The lowest running lane."""
-    leader, elected = (t.strip() for t in ins.operands[0].split("|"))
-    members = builder.read(ins.operands[1], "b32")
-    result, predicate = builder.write(leader, "b32"), builder.write(elected, "pred")
-
-    def step(lanes: Lanes) -> None:
-        lanes.machine.check_members(lanes, lanes.values[members], ins.text)
-        mask = lanes.machine.active(lanes)
-        lowest = np.bitwise_count((mask & -mask) - np.uint32(1))
-        lanes.values[result][...] = lowest
-        lanes.values[predicate][...] = lanes.lane == lowest
 
     return step
