@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -211,7 +212,8 @@ class Pullback(PullReports):
     def step(self, closure: Callable[[], Any] | None = None, *, clip_coef: None = None) -> Any:  # type: ignore[override]
         """The base's step, then the pull and the average. ``closure`` recomputes the loss; its value is returned.
         A ``clip_coef``, as :meth:`PACE.step` takes it, is refused (TypeError): bases do not scale gradients."""
-        self.clip_coef = clip_coef
+        if clip_coef is not None:
+            raise TypeError(_NO_CLIP_COEF)
         # A subclass with a step of its own has torch's hooks around that one.
         if type(self).step is Pullback.step and is_observed(self):
             return self._observed_step(*(() if closure is None else (closure,)))
@@ -245,15 +247,17 @@ class Pullback(PullReports):
 
     def _again(self) -> bool:
         """Takes the step by the plan of the last one; False where it does not fit, and nothing has changed."""
-        scratch, scaled = self._scratch, hasattr(self, "grad_scale") or hasattr(self, "found_inf")
+        scratch = self._scratch
         plan = scratch.step_plans.next
-        if plan is None or self._unfinished or scaled or scratch.unsure or torch._C._len_torch_dispatch_stack():
+        if plan is None or self._unfinished or scratch.unsure or torch._C._len_torch_dispatch_stack():
+            return False
+        if hasattr(self, "grad_scale") or hasattr(self, "found_inf"):
             return False
         if not plan.fits(self):
             scratch.step_plans.end()
             return False
         scratch.step_plans.vain = 0
-        self._around_the_base({}, plan.written(), plan.aside, plan.pulls, plan.rest, plan=plan)
+        self._around_the_base({}, plan.written, plan.aside, plan.pulls, plan.rest, plan=plan)
         return True
 
     @_disable_dynamo
@@ -275,12 +279,12 @@ class Pullback(PullReports):
         written += (next(iter(entry.values())) for entry in entries)
         # Bases take a state that is not empty for one of theirs, so one with nothing but ours is kept aside.
         aside = [(p, self.base.state[p]) for pull in pulls for p in pull.hidden]
-        self._around_the_base(scaling, written, aside, pulls, rest, found_inf, dry=dry)
+        self._around_the_base(scaling, partial(versions, written), aside, pulls, rest, found_inf, dry=dry)
 
     def _around_the_base(
         self,
         scaling: dict[str, Any],
-        written: list[Any],
+        written: Callable[[], list[int]],
         aside: list[tuple[Tensor, Group]],
         pulls: list[Pull],
         rest: list[Tensor],
@@ -289,19 +293,20 @@ class Pullback(PullReports):
         dry: bool = False,
         plan: PullPlan | None = None,
     ) -> None:
-        """The base's step, of which ``written`` tells whether it wrote anything, and what follows it."""
-        before = versions(written)
+        """The base's step, of which the versions ``written`` tell whether it wrote anything, and what follows it."""
+        before, marks = written(), self._unfinished
         try:
-            with self._under_way():
-                error = self._base_step(scaling, pulls if plan is None else [], aside)
-                if error is None and (plan is None or not plan.taken(self)):
-                    error = None if plan is None else self._missing(pulls)
-                    if error is None:
-                        self._finish(pulls, rest, found_inf, dry)
+            marks.append("step")
+            error = self._base_step(scaling, pulls if plan is None else [], aside)
+            if error is None and (plan is None or not plan.taken(self)):
+                error = None if plan is None else self._missing(pulls)
+                if error is None:
+                    self._finish(pulls, rest, found_inf, dry)
+            marks.clear()
         except BaseException:
             self._put_back_states(aside)  # the exception may have come while it was done
-            if versions(written) == before and self._weights_are_as_copied(pulls):  # nothing was written
-                self._unfinished.clear()
+            if written() == before and self._weights_are_as_copied(pulls):  # nothing was written
+                marks.clear()
             raise
         if error is not None:
             raise error
