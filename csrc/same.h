@@ -12,11 +12,8 @@ namespace pace {
 // once for each type: that is half the time.
 class Getter {
  public:
-  explicit Getter(const char* name) : name_(PyUnicode_InternFromString(name)) {}
-  ~Getter() {
-    Py_XDECREF(member_);
-    Py_XDECREF(name_);
-  }
+  explicit Getter(PyObject* name) : name_(name) {}
+  ~Getter() { Py_XDECREF(member_); }
   Getter(const Getter&) = delete;
   Getter& operator=(const Getter&) = delete;
 
@@ -101,7 +98,10 @@ inline PyObject* gradients(PyObject*, PyObject* const* arguments, Py_ssize_t cou
   const Py_ssize_t n = PyList_Size(params);
   if (n != PyList_Size(unused) || n != PyList_Size(trained)) Py_RETURN_NONE;
   PyObject* const found = PyList_New(n);
-  Getter grad("grad"), requires_grad("requires_grad");
+  static PyObject *const grad_name = PyUnicode_InternFromString("grad"), *const requires_grad_name =
+                                                                             PyUnicode_InternFromString(
+                                                                                 "requires_grad");
+  Getter grad(grad_name), requires_grad(requires_grad_name);
   for (Py_ssize_t i = 0; found != nullptr && i < n; ++i) {
     PyObject* const param = PyList_GetItem(params, i);
     PyObject* const its = grad(param);
@@ -117,13 +117,13 @@ inline PyObject* gradients(PyObject*, PyObject* const* arguments, Py_ssize_t cou
   return found;
 }
 
-// holds_states(state, keys, entries, dicts, values): whether the dict `state` has these keys and entries, and the
+// holds_states(keys, entries, dicts, values, state): whether the dict `state` has these keys and entries, and the
 // dicts, some of the entries, have these values one after the other; Ellipsis is any value.
 inline PyObject* holds_states(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 5 || !PyDict_Check(arguments[0])) Py_RETURN_FALSE;
-  if (!takes("holds_states", arguments + 1, count - 1, 4)) return nullptr;
-  PyObject *const state = arguments[0], *const keys = arguments[1], *const entries = arguments[2];
-  PyObject *const dicts = arguments[3], *const values = arguments[4];
+  if (!takes("holds_states", arguments, count - 1, 4)) return nullptr;
+  PyObject *const keys = arguments[0], *const entries = arguments[1], *const dicts = arguments[2];
+  PyObject *const values = arguments[3], *const state = arguments[4];
+  if (!PyDict_Check(state)) Py_RETURN_FALSE;
   if (PyDict_Size(state) != PyList_Size(keys) || PyList_Size(keys) != PyList_Size(entries)) Py_RETURN_FALSE;
   PyObject *key = nullptr, *value = nullptr;
   for (Py_ssize_t at = 0, k = 0; PyDict_Next(state, &at, &key, &value); ++k) {
@@ -156,19 +156,26 @@ inline PyObject* put(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-// versions(tensors, dicts): the versions of the tensors, and of the first value of each dict.
+// versions(tensors, dicts): the versions of the tensors, and of the first value of each dict; None: it has none.
 inline PyObject* versions(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (!takes("versions", arguments, count, 2)) return nullptr;
   PyObject *const tensors = arguments[0], *const dicts = arguments[1];
   const Py_ssize_t n = PyList_Size(tensors), all = n + PyList_Size(dicts);
   PyObject* const found = PyList_New(all);
-  Getter version("_version");
+  static PyObject* const name = PyUnicode_InternFromString("_version");
+  Getter version(name);
   for (Py_ssize_t i = 0; found != nullptr && i < all; ++i) {
     PyObject *key = nullptr, *of = i < n ? PyList_GetItem(tensors, i) : PyList_GetItem(dicts, i - n);
     if (Py_ssize_t at = 0; i >= n && !(PyDict_Check(of) && PyDict_Next(of, &at, &key, &of))) of = Py_None;
     Py_INCREF(of);
-    PyObject* const its = version(of);
+    PyObject* its = version(of);
     Py_DECREF(of);
+    if (its == nullptr &&
+        (PyErr_ExceptionMatches(PyExc_AttributeError) || PyErr_ExceptionMatches(PyExc_RuntimeError))) {
+      PyErr_Clear();  // no tensor, or one of inference mode
+      its = Py_None;
+      Py_INCREF(its);
+    }
     if (its == nullptr || PyList_SetItem(found, i, its) != 0) return Py_DECREF(found), nullptr;
   }
   return found;

@@ -288,11 +288,12 @@ class KernelOptimizer(Fitting):
         pass, so that clipping by :func:`pace_kernels.clip_coefficient` costs no pass of its own; the gradients
         themselves stay unchanged. The step does not read the coefficient back from its device.
         """
+        observed = is_observed(self)
         # A subclass with a step of its own has torch's hooks around that one.
-        if type(self).step is KernelOptimizer.step and is_observed(self):
+        if observed and type(self).step is KernelOptimizer.step:
             given: dict[str, Any] = {} if clip_coef is None else {"clip_coef": clip_coef}
             return self._observed_step(*(() if closure is None else (closure,)), **given)
-        if closure is None and self._plans.next is not None and not torch.compiler.is_compiling():
+        if closure is None and not observed and self._plans.next is not None:
             scales = clip_coef is not None or self._plans.clip_coef is not None
             scales = scales or hasattr(self, "found_inf") or hasattr(self, "grad_scale")
             if self._again(self._scaling(clip_coef) if scales else {}):

@@ -160,6 +160,8 @@ class Plan:
         self.backend = works[0].backend
         self.held = self.backend.new_plan()
         self.step = partial(of_c(self.backend.op("plan_step_")), self.held.handle)
+        self.gradients = partial(self.held.gradients, params, self.unused, self.trained)
+        self.holds = partial(self.held.holds_states, self.keys, self.states, self.dicts, self.values)
         self.device = self.params[0].device
         self.on_gpu = self.device.type == "cuda"
         self.stream = stream_of(self.device)
@@ -185,7 +187,7 @@ class Plan:
     def has_its_states(self, state: Any) -> bool:
         """Whether the optimizer's states are those of the plan. This hashes no tensor, which would take 90 ns each."""
         return (
-            self.held.holds_states(state, self.keys, self.states, self.dicts, self.values)
+            self.holds(state)
             and not (self.at_rest and any(map(has_average, self.at_rest)))
             and not (self.wrappers and any(map(operator.is_not, map(_local, self.wrappers), self.locals)))
         )

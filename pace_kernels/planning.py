@@ -34,7 +34,7 @@ from .states import Work, moved
 from .torch_rules.common import at_hand
 from .whole import at_once
 
-_increment_version = torch.autograd.graph.increment_version
+increment_version = torch._C._increment_version  # without the line of Python around it
 _is_profiling = torch._C._autograd._profiler_enabled
 NO_ROLES: Mapping[str, str] = {}
 
@@ -160,7 +160,7 @@ class Planning(Launching):
             return False
         if plan.beside and not all(map(operator.eq, map(self._left.get, plan.beside), map(version_of, plan.lie))):
             return False  # the usual step says that weights were edited
-        grads = plan.held.gradients(plan.all_params, plan.unused, plan.trained)
+        grads = plan.gradients()
         try:
             if grads is None or not plan.has_its_states(self.state):
                 return False
@@ -180,9 +180,9 @@ class Planning(Launching):
         if plan.lie:  # before: a handler in between must not find new weights of an old version
             ahead = [version_of(param) + 1 for param in plan.lie]
             self._left.update(zip(plan.beside, ahead, strict=True))
-        _increment_version(plan.params)
+        increment_version(plan.params)
         if plan.sharded:
-            _increment_version(plan.owners)
+            increment_version(plan.owners)
         try:
             options = plan.with_options(changes) if changes else ()
             if then is not None:

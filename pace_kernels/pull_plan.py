@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from .checks import Group, check_lr
 from .definitions import DEFINITIONS
 from .editing import version_of
 from .plan import CAPTURED, check_dicts, numbers_of, stream_of
-from .planning import swaps_parameters
+from .planning import increment_version, swaps_parameters
 from .pulls import STEP, SWAPPED, Moves, Pull, Row, ahead, versions
 from .sharding import PLAIN, is_sharded, local
 
@@ -67,6 +68,7 @@ class PullPlan:
 
     def __init__(self, optimizer: Pulling, pulls: list[Pull], rest: list[Tensor], rows: list[Row]) -> None:
         base = optimizer.base
+        self.sets_grad_mode = type(base).__module__.startswith("torch.optim")  # in its step, as all of torch do
         self.pulls, self.rest, self.rows = pulls, rest, rows
         self.seen = [_looked_at(group, list(group["params"])) for group in base.param_groups]
         self.all_params = [param for _, params, _ in self.seen for param in params]
@@ -119,6 +121,10 @@ class PullPlan:
             extras = [None if row is None else row.stats, None]
             tensors = list(chain.from_iterable(lists))
             add(self.held.handle, _DEFINITION.op, tensors, list(map(len, lists)), extras, numbers)
+        # The versions that tell whether the base wrote anything: of weights, and of the first tensor of each state.
+        self.written = partial(self.held.versions, self.all_params, self.dicts)
+        self.gradients = partial(self.held.gradients, self.all_params, self.unused, self.trained)
+        self.holds = partial(self.held.holds_states, self.keys, self.states, self.dicts, self.values)
         self.moves = Moves(versions(self.counts))
         lying = [pull for pull in pulls if pull.formats.on_grid]
         self.beside = [owner for pull in lying for owner in pull.owners]
@@ -175,7 +181,7 @@ class PullPlan:
         return all(ahead(ours, theirs) == offsets for ours, theirs, offsets in self.counted)
 
     def _has_its_states(self, state: dict[Any, Any]) -> bool:
-        return self.held.holds_states(state, self.keys, self.states, self.dicts, self.values) and not (
+        return self.holds(state) and not (
             self.wrappers and any(map(operator.is_not, map(_local, self.wrappers), self.locals))
         )
 
@@ -184,12 +190,9 @@ class PullPlan:
         changed = self.held.changed_groups(optimizer.base.param_groups, self.seen)
         return changed is not None and self._has_its_states(optimizer.base.state)
 
-    def _options_now(self, optimizer: Pulling) -> Sequence[float] | None:
-        """The options to pass, if some changed; None if the plan does not fit."""
+    def _options_now(self, optimizer: Pulling, changed: Sequence[int]) -> Sequence[float] | None:
+        """The options to pass, where those of some groups changed; None if the plan does not fit."""
         groups = optimizer.base.param_groups
-        changed: Sequence[int] | None = self.held.changed_groups(groups, self.seen)
-        if not changed:
-            return changed
         if any(group[SWAPPED] or not _is_at_hand(group.get("lr")) for group in groups):
             return None
         for pull in self.pulls:
@@ -209,13 +212,15 @@ class PullPlan:
     def fits(self, optimizer: Pulling) -> bool:
         """Whether the plan fits; if so, the weights are copied, and nothing else is written. A plan that does not fit
         must be dropped."""
+        base = optimizer.base
         try:
-            options = self._options_now(optimizer)
-            if options is None:
-                return False
+            options = self.held.changed_groups(base.param_groups, self.seen)
+            if options:
+                options = self._options_now(optimizer, options)
             if (
-                self.held.gradients(self.all_params, self.unused, self.trained) is None
-                or not self._has_its_states(optimizer.base.state)
+                options is None
+                or self.gradients() is None
+                or not self._has_its_states(base.state)
                 or (self.counts and versions(self.counts) != self.moves.seen)
                 or (self.on_gpu and stream_of(self.device) != self.stream)
                 or (self.lie and list(map(optimizer._left.get, self.beside)) != list(map(version_of, self.lie)))
@@ -226,24 +231,17 @@ class PullPlan:
             return False  # the usual step says why
         return True
 
-    def written(self) -> list[int]:
-        """The versions that tell whether the base wrote anything: of weights, and of the first tensor of each state."""
-        try:
-            return self.held.versions(self.all_params, self.dicts)  # type: ignore[no-any-return]
-        except (AttributeError, RuntimeError):  # as in `versions`
-            return versions([*self.all_params, *map(next, map(iter, map(dict.values, self.dicts)))])
-
     def taken(self, optimizer: Pulling) -> bool:
         """Pulls, after the base's step; False if that left other states than before."""
         if not self._has_its_states(optimizer.base.state):
             return False
         # A base may set lr in its step, also within the tensor that it is.
         changed = self.held.changed_groups(optimizer.base.param_groups, self.seen)
-        if changed is None or not all(_is_at_hand(pull.group.get("lr")) for pull in self.pulls if changed):
+        if changed is None or (changed and not all(_is_at_hand(pull.group.get("lr")) for pull in self.pulls)):
             return False
-        torch.autograd.graph.increment_version(self.params)
+        increment_version(self.params)
         if self.sharded:
-            torch.autograd.graph.increment_version(self.owners)
+            increment_version(self.owners)
         try:
             options = self._changed_numbers(optimizer) if changed else ()
         except (TypeError, ValueError):  # the usual way says why

@@ -214,17 +214,12 @@ class Pullback(PullReports):
         A ``clip_coef``, as :meth:`PACE.step` takes it, is refused (TypeError): bases do not scale gradients."""
         if clip_coef is not None:
             raise TypeError(_NO_CLIP_COEF)
+        observed = is_observed(self)
         # A subclass with a step of its own has torch's hooks around that one.
-        if type(self).step is Pullback.step and is_observed(self):
+        if observed and type(self).step is Pullback.step:
             return self._observed_step(*(() if closure is None else (closure,)))
-        if closure is None and self._scratch.step_plans.next is not None and not torch.compiler.is_compiling():
-            enabled = torch.is_grad_enabled()
-            torch._C._set_grad_enabled(False)  # as a context it takes 2 µs
-            try:
-                if self._again():
-                    return None
-            finally:
-                torch._C._set_grad_enabled(enabled)
+        if closure is None and not observed and self._scratch.step_plans.next is not None and self._again():
+            return None
         return self._unobserved_step(closure)
 
     # torch's own wrapper, of hooks and a profiler's range, takes 12 µs: here it is around what needs it.
@@ -257,7 +252,8 @@ class Pullback(PullReports):
             scratch.step_plans.end()
             return False
         scratch.step_plans.vain = 0
-        self._around_the_base({}, plan.written, plan.aside, plan.pulls, plan.rest, plan=plan)
+        around = self._around_the_base if plan.sets_grad_mode else torch.no_grad()(self._around_the_base)
+        around({}, plan.written, plan.aside, plan.pulls, plan.rest, plan=plan)
         return True
 
     @_disable_dynamo
@@ -299,9 +295,10 @@ class Pullback(PullReports):
             marks.append("step")
             error = self._base_step(scaling, pulls if plan is None else [], aside)
             if error is None and (plan is None or not plan.taken(self)):
-                error = None if plan is None else self._missing(pulls)
-                if error is None:
-                    self._finish(pulls, rest, found_inf, dry)
+                with torch.no_grad():
+                    error = None if plan is None else self._missing(pulls)
+                    if error is None:
+                        self._finish(pulls, rest, found_inf, dry)
             marks.clear()
         except BaseException:
             self._put_back_states(aside)  # the exception may have come while it was done
@@ -329,11 +326,12 @@ class Pullback(PullReports):
             for name, value in scaling.items():
                 setattr(self.base, name, value)
             self.base.step()
-            return self._missing(pulls)
+            return self._missing(pulls) if pulls else None
         finally:
             for name in scaling:
                 self.base.__dict__.pop(name, None)
-            self._put_back_states(aside)
+            if aside:
+                self._put_back_states(aside)
 
     def _put_back_states(self, aside: list[tuple[Tensor, Group]]) -> None:
         for p, ours in aside:
