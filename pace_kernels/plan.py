@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import operator
 from collections.abc import Sequence
 from functools import partial
@@ -35,7 +34,7 @@ CAPTURED = -1
 
 def numbers_of(definition: Definition, given: Group) -> list[float]:
     """Options as plans take them: None is NaN."""
-    given = {o.name: json.loads(o.default.lower()) for o in definition.options if o.default is not None} | given
+    given = definition.defaults | given
     names = [option.name for option in definition.options] + ["capturable"]
     return [_NOT_A_NUMBER if (value := given[name]) is None else float(value) for name in names]
 

@@ -30,7 +30,8 @@ _DEFINITION = DEFINITIONS["pullback_"]
 def _looked_at(group: Group, params: list[Any]) -> list[Any]:
     """A group as Plan.changed_groups takes it: without its values if they may hold other numbers later, as lists and
     tensors do."""
-    steady = not any(isinstance(value, list | Tensor) for name, value in group.items() if name != "params")
+    kinds = {type(value) for name, value in group.items() if name != "params"}
+    steady = not any(issubclass(kind, list | Tensor) for kind in kinds)
     return [group, params, list(dict.values(group)) if steady else None]
 
 
