@@ -14,14 +14,12 @@ from torch._compile import _disable_dynamo
 from .backend import BackendName, requested
 from .checks import Group
 from .formats import HASH, has_average, parts_of
-from .optimizer import KernelOptimizer
 from .options import shown, spelled
 from .planning import is_observed
 from .pull_plan import PullPlan
 from .pull_reports import PullReports
-from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, STEP, SWAPPED, Pull, Scratch, count_of, is_fake, versions
+from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, SWAPPED, Pull, Scratch, versions
 from .second_moments import refuse
-from .sharding import agree, axes, local
 from .states import FORMAT
 
 _OWN = "states and weights are those of the wrapped optimizer; ema_bits says how the average lies"
@@ -362,35 +360,6 @@ class Pullback(PullReports):
                     state.pop(name, None)
                 state[AT_REST] = True
         self._plan(pulls, parts, rest)
-
-    def _is_dry_run(self) -> bool:
-        """torch.distributed.checkpoint creates empty states by a first step with zero gradients and lr = 0. No average
-        counts it, and the first real step starts all of them anew."""
-        groups = self.base.param_groups
-        owners = [p for group in groups for p in group["params"] if p.grad is not None]
-        if not owners or any(is_fake(local(p)) for p in owners):
-            return False
-        if not all("lr" in group and KernelOptimizer._lr_is_zero(group["lr"]) for group in groups):
-            return False
-        # All ranks have to take the step for the same: on some of them a shard may have no gradient but zeros.
-        zero: dict[Any, bool] = {}
-        for p in owners:
-            grad = local(p.grad)
-            values = grad._values() if grad.layout is torch.sparse_coo else grad
-            key = (p.device, axes(p))
-            zero[key] = zero.get(key, True) and not bool(values.any())
-        return all([agree(value, device, over) for (device, over), value in zero.items()])
-
-    def _forget_dry_run(self) -> None:
-        if not self._scratch.unsure or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            return
-        for p, state in list(self.base.state.items()):
-            if STEP in state and count_of(state[STEP]) == 0:
-                for name in (*parts_of(AVERAGE), HASH, STEP):
-                    state.pop(name, None)
-                if not state:
-                    del self.base.state[p]
-        self._scratch.unsure = False
 
     # ---- copies ----------------------------------------------------------------------------------------------------
 
