@@ -33,6 +33,7 @@ struct Call {
 
   std::array<TensorList, D::kOperands> lists;
   TensorList rows, steps;
+  TensorList others;  // of a pullback's plan: the step counts of the optimizer whose step it follows, on the host
   std::array<TensorList, D::kOperands> beside;  // what lies beside coded operands; as a rule nothing
   std::array<std::optional<Tensor>, D::kExtras> extras;
   std::optional<Tensor> lr;  // in place of the option, on the device of the parameters

@@ -30,6 +30,8 @@ class Part {
   virtual void take(const Tensor* fresh) = 0;
   virtual void prepare(const GradScaling& scaling) = 0;
   virtual void replace_options(const Numbers& options) = 0;
+  // Raises where another optimizer's step counts are not as far before ours as the call's options say.
+  virtual void check_counts() const = 0;
   // Into the weights of before another optimizer's step, where the part keeps them.
   virtual void copy_weights() = 0;
   // After `prepare`; `skip`: found_inf says that the step is to be left undone, as far as the host knows.
@@ -50,14 +52,31 @@ class PartOfCall : public Part {
 
   // From here on `check_kept` can tell what has changed.
   void keep() override {
-    for (const TensorList& list : call_.lists) keep(list, true);
-    keep(call_.rows, false);
-    keep(call_.steps, false);
-    for (const TensorList& list : call_.beside) keep(list, true);
+    for (const TensorList& list : call_.lists)
+      for (size_t i = 0; i < list.size(); ++i) keep(list, i, true);
+    for (const TensorList& list : call_.beside)
+      for (size_t i = 0; i < list.size(); ++i) keep(list, i, true);
+    for (const TensorList* list : {&call_.rows, &call_.steps, &call_.others})
+      for (size_t i = 0; i < list->size(); ++i) keep(*list, i, false);
     for (const auto& extra : call_.extras) {
       if (extra) kept_.add(*extra, false);
     }
     if (call_.lr) kept_.add(*call_.lr, false);
+    for (size_t i = 0; i < call_.others.size(); ++i) {
+      check_step("others", i, call_.others[i], kCpu);
+      check_step("steps", i, call_.steps[i], kCpu);
+      pairs_.emplace_back(call_.steps[i], call_.others[i]);
+    }
+  }
+
+  void check_counts() const override {
+    if constexpr (std::is_same_v<D, PullbackDefinition>) {
+      const double ahead = static_cast<double>(call_.options.step_offset);
+      for (size_t i = 0; i < pairs_.size(); ++i) {
+        const auto& [ours, theirs] = pairs_[i];
+        STD_TORCH_CHECK(theirs.value() - ours.value() == ahead, entry("others", i), " counts otherwise than before");
+      }
+    }
   }
 
   void check_kept() const override { STD_TORCH_CHECK(kept_.same(), "a tensor of the plan lies elsewhere now"); }
@@ -87,11 +106,12 @@ class PartOfCall : public Part {
   const int fresh_;
 
  private:
-  void keep(const TensorList& list, bool shaped) {
-    for (const Tensor& t : list) kept_.add(t, shaped);
+  void keep(const TensorList& list, size_t i, bool shaped) {
+    if (i < list.size()) kept_.add(list[i], shaped);
   }
 
   Memory kept_;
+  std::vector<std::pair<Count, Count>> pairs_;  // ours, and those of the other optimizer
 };
 
 // The operand that comes with each step anew: the gradients; −1: there are none.
@@ -136,7 +156,7 @@ class PlansOf {
                                                             : nullptr;
     STD_TORCH_CHECK(make != nullptr, "there is no rule ", rule);
     const auto plan = plan_of(handle);
-    plan->parts.push_back(make(std::move(tensors), lengths, extras, options));
+    make(*plan, std::move(tensors), lengths, extras, options);
   }
 
   // `options`: learn, clip and warmup, then rates, momenta, lower and upper bounds of each coefficient.
@@ -175,19 +195,20 @@ class PlansOf {
   }
 
   // What is done before another optimizer's step: all that the plan's own may refuse, and copies of the weights.
-  static void before(int64_t handle, Tensor like, std::vector<double> options) {
+  static void before(int64_t handle, const std::vector<double>& options) {
     const auto plan = plan_of(handle);
-    const typename Device::Guard guard(Device::place_of("like", like));
+    const typename Device::Guard guard(plan->place);
     replace_options(*plan, options);
     for (const auto& part : plan->parts) part->check_kept();
+    for (const auto& part : plan->parts) part->check_counts();
     for (const auto& part : plan->parts) part->prepare({});
     for (const auto& part : plan->parts) part->copy_weights();
   }
 
-  static void step(int64_t handle, Tensor like, TensorList fresh, std::vector<double> options,
-                   std::optional<Tensor> grad_scale, std::optional<Tensor> clip_coef, std::optional<Tensor> found_inf) {
+  static void step(int64_t handle, TensorList fresh, std::vector<double> options, std::optional<Tensor> grad_scale,
+                   std::optional<Tensor> clip_coef, std::optional<Tensor> found_inf) {
     const auto plan = plan_of(handle);
-    const Place place = Device::place_of("like", like);
+    const Place place = plan->place;
     const typename Device::Guard guard(place);
     replace_options(*plan, options);
     const GradScaling scaling{std::move(grad_scale), std::move(clip_coef), std::move(found_inf)};
@@ -220,6 +241,7 @@ class PlansOf {
   struct Plan {
     std::vector<std::unique_ptr<Part>> parts;
     std::vector<LearnArguments> learning;
+    Place place = kCpu;  // of all parts
   };
 
   static std::shared_ptr<Plan> plan_of(int64_t handle) {
@@ -229,11 +251,11 @@ class PlansOf {
     return found->second;
   }
 
-  // The lists of a call, one after the other but for the fresh one; those beside them last, all or none.
+  // The lists of a call, one after the other but for the fresh one; those beside them last, all or none; behind these,
+  // of a pullback, the step counts of the other optimizer.
   template <class D>
-  static std::unique_ptr<Part> make_part(TensorList tensors, const std::vector<int64_t>& lengths,
-                                         const std::vector<std::optional<Tensor>>& extras,
-                                         const std::vector<double>& options) {
+  static void make_part(Plan& plan, TensorList tensors, const std::vector<int64_t>& lengths,
+                        const std::vector<std::optional<Tensor>>& extras, const std::vector<double>& options) {
     constexpr int kFresh = fresh_operand<D>();
     Call<D> call;
     size_t list = 0, at = 0;
@@ -256,6 +278,10 @@ class PlansOf {
     for (size_t k = 0; k < D::kOperands && list < lengths.size(); ++k) {
       if (D::kLists[k].beside != nullptr) next(call.beside[k]);
     }
+    if (std::is_same_v<D, PullbackDefinition> && list < lengths.size()) {
+      next(call.others);
+      if (!call.others.empty()) check_length("others", call.others, call.params());
+    }
     STD_TORCH_CHECK(list == lengths.size() && at == tensors.size(), "the lengths of lists do not add up");
     STD_TORCH_CHECK(!call.params().empty(), "a plan needs parameters");
     STD_TORCH_CHECK(extras.size() == D::kExtras + 1, D::kOp, " has ", D::kExtras + 1, " extra tensors, got ",
@@ -266,10 +292,13 @@ class PlansOf {
     call.options.visit(numbers);
     numbers.check_done(D::kOp);
     const Place place = Device::place_of("params[0]", call.params()[0]);
+    STD_TORCH_CHECK(plan.parts.empty() || plan.place.holds(call.params()[0]), "params[0] must be ", plan.place.tensor(),
+                    ", as those of the plan's other parts");
+    plan.place = place;
     const typename Device::Guard guard(place);
     auto part = Device::part(std::move(call), place, kFresh);
     part->keep();
-    return part;
+    plan.parts.push_back(std::move(part));
   }
 
   // `options`: those of all parts one after the other, where some changed since the last step; otherwise none.
@@ -288,16 +317,22 @@ class PlansOf {
 // The life of a plan, which the Python object Plan of the library's module owns (plan_type.h).
 int64_t new_plan();
 void drop_plan(int64_t handle);
+// Its calls without tensors.
+void plan_before(int64_t handle, const std::vector<double>& options);
+void plan_step(int64_t handle, const std::vector<double>& options);
 
 // In a library's file of operators, once.
-#define PACE_PLANS_OF(Device)                                \
-  int64_t new_plan() { return PlansOf<Device>::add_plan(); } \
-  void drop_plan(int64_t handle) { PlansOf<Device>::drop(handle); }
+#define PACE_PLANS_OF(Device)                                                                                        \
+  int64_t new_plan() { return PlansOf<Device>::add_plan(); }                                                         \
+  void drop_plan(int64_t handle) { PlansOf<Device>::drop(handle); }                                                  \
+  void plan_before(int64_t handle, const std::vector<double>& options) { PlansOf<Device>::before(handle, options); } \
+  void plan_step(int64_t handle, const std::vector<double>& options) {                                               \
+    PlansOf<Device>::step(handle, {}, options, {}, {}, {});                                                          \
+  }
 
 #define PACE_IMPLEMENT_PLANS(m, Device)                                   \
   m.impl("plan_add_", TORCH_BOX(&pace::PlansOf<Device>::add));            \
   m.impl("plan_learn_", TORCH_BOX(&pace::PlansOf<Device>::add_learning)); \
-  m.impl("plan_before_", TORCH_BOX(&pace::PlansOf<Device>::before));      \
   m.impl("plan_step_", TORCH_BOX(&pace::PlansOf<Device>::step))
 
 }  // namespace pace

@@ -119,6 +119,11 @@ def plain_number(value: Any) -> Any:
         return math.inf
 
 
+def lr_is_zero(lr: float | Tensor) -> bool:
+    """True only if that is known without waiting for a device."""
+    return (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) == 0.0
+
+
 def check_lr(lr: object) -> None:
     if isinstance(lr, Tensor):
         require(lr.numel() == 1, "lr", "a number or a tensor with one element", lr)

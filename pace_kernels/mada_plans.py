@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from .mada_checkpoints import MadaCheckpoints
 from .mada_options import LEARNED, learns_first
@@ -30,10 +31,10 @@ class MadaPlans(MadaCheckpoints):
         turned = [] if works[0].on_device else [r for part in plan.parts for r in part.dicts if "older_grad" in r]
         if turned:
             other = self._learning_plan(works, mask, {"last_grad": "older_grad", "older_grad": "last_grad"})
-            pairs = [(record["last_grad"], record["older_grad"]) for record in turned]
-            there = [{"last_grad": older, "older_grad": last} for last, older in pairs]
-            back = [{"last_grad": last, "older_grad": older} for last, older in pairs]
-            plan.turned, other.turned = (turned, there), (turned, back)
+            names = ["last_grad", "older_grad"]
+            there, back = ([record[name] for record in turned for name in order] for order in (names[::-1], names))
+            plan.then = partial(plan.held.put, turned, names, there)
+            other.then = partial(plan.held.put, turned, names, back)
             plan.after = other
         return plan
 

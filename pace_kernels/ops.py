@@ -81,16 +81,15 @@ _LIBRARY.define(
 # module.
 # plan_add_ adds a part, which is a call of `rule`: its lists one after the other without the gradients (lists beside
 # others last, if any), the lengths of all of them, the optional tensors up to lr_tensor, the options as numbers.
-# plan_before_ copies the weights before a pullback's base steps, after all the checks of plan_step_. plan_learn_ adds
-# the mada_learn_ of such parts. plan_step_ takes the gradients of all parts one after the other, checks that all its
-# memory is where it was, and takes the step, or raises with nothing changed; `options` are those of all parts if some
-# changed, or none. Their schemas mark nothing as written: they are not for tracing, the operators above are.
+# plan_learn_ adds the mada_learn_ of such parts. plan_step_ takes the gradients of all parts one after the other,
+# checks that all its memory is where it was, and takes the step, or raises with nothing changed; `options` are those of
+# all parts if some changed, or none. A pullback takes no gradients: its plan's calls are methods of Plan (plan_type.h).
+# The schemas mark nothing as written: they are not for tracing, the operators above are.
 for _schema in (
     "plan_add_(int plan, str rule, Tensor[] tensors, int[] lengths, Tensor?[] extras, float[] options) -> ()",
     "plan_learn_(int plan, Tensor[] learned, int[] parts, float[] options) -> ()",
-    "plan_before_(int plan, Tensor like, float[] options) -> ()",
-    "plan_step_(int plan, Tensor like, Tensor[] fresh, float[] options, Tensor? grad_scale=None, "
-    "Tensor? clip_coef=None, Tensor? found_inf=None) -> ()",
+    "plan_step_(int plan, Tensor[] fresh, float[] options, Tensor? grad_scale=None, Tensor? clip_coef=None, "
+    "Tensor? found_inf=None) -> ()",
 ):
     _LIBRARY.define(_schema)
 

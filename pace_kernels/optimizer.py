@@ -6,10 +6,7 @@ average is in averaging.py, states are in fitting.py, checkpoints in checkpoints
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from functools import partial
-from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -19,16 +16,15 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
 from .backend import choose, requested
-from .checks import Group, check_lr, check_number, overlaps_itself, require
-from .fitting import Fitting
+from .checks import Group, check_lr, check_number, lr_is_zero, overlaps_itself, require
 from .formats import HASH, REMAINDER, asked, formats_of, whole_name
 from .memory import check_whole
+from .nonfinite import SkippingNonfinite
 from .options import Record, check_given, check_spelling, make_plain, shown
 from .planning import Plans, is_observed
 from .report import Memory, memory_of
 from .sharding import (
     Axes,
-    all_reduce_,
     axes,
     is_partial,
     is_sharded,
@@ -36,7 +32,6 @@ from .sharding import (
     local,
     local_as,
     reduce_,
-    unwrapped,
 )
 from .states import FLOATING, GROUP_STATE, PLAIN, Formats, Work, moved, state_dtype
 from .torch_rules.common import by_graph, has_values
@@ -47,7 +42,7 @@ _NO_AXES: Axes = ()
 _HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 
 
-class KernelOptimizer(Fitting):
+class KernelOptimizer(SkippingNonfinite):
     """Base class; not for direct use."""
 
     # True with fused=True, as in torch.optim: torch.amp.GradScaler then sets the attributes grad_scale and found_inf
@@ -288,11 +283,12 @@ class KernelOptimizer(Fitting):
         pass, so that clipping by :func:`pace_kernels.clip_coefficient` costs no pass of its own; the gradients
         themselves stay unchanged. The step does not read the coefficient back from its device.
         """
+        observed = is_observed(self)
         # A subclass with a step of its own has torch's hooks around that one.
-        if type(self).step is KernelOptimizer.step and is_observed(self):
+        if observed and type(self).step is KernelOptimizer.step:
             given: dict[str, Any] = {} if clip_coef is None else {"clip_coef": clip_coef}
             return self._observed_step(*(() if closure is None else (closure,)), **given)
-        if closure is None and self._plans.next is not None and not torch.compiler.is_compiling():
+        if closure is None and not observed and self._plans.next is not None:
             scales = clip_coef is not None or self._plans.clip_coef is not None
             scales = scales or hasattr(self, "found_inf") or hasattr(self, "grad_scale")
             if self._again(self._scaling(clip_coef) if scales else {}):
@@ -338,59 +334,11 @@ class KernelOptimizer(Fitting):
         self._find_nonfinite(works)
         self._run(works)
 
-    def _find_nonfinite(self, works: list[Work]) -> None:
-        """With ``skip_nonfinite``, skips the whole step if a gradient of such a group is not finite on any rank, as if
-        a gradient scaler had found it, and counts it. Nothing waits for a device."""
-        self._nonfinite, self._counting = None, []
-        watched = [work for work in works if work.group["skip_nonfinite"]]
-        ranks = self._ranks() if any(group["skip_nonfinite"] for group in self.param_groups) else None
-        if not watched and ranks is None:
-            return
-        found = [self._largest(work) for work in watched] or [torch.zeros((), device="cpu")]
-        reduce_(((value, work.axes) for value, work in zip(found, watched, strict=False)), "MAX")
-        home = found[0].device
-        bad = torch.stack([moved(value, home) for value in found]).max()
-        if ranks is not None:
-            all_reduce_([bad], ranks, "MAX")
-        self._nonfinite = bad
-        for scaling in {id(work.scaling): work.scaling for work in works}.values():
-            if "found_inf" in scaling:
-                bad = torch.maximum(bad, (moved(scaling["found_inf"], home) != 0).to(bad.dtype).reshape(()))
-        count = next((g["skipped_steps"] for g in self.param_groups if g["skipped_steps"] is not None), None)
-        count = torch.zeros((), dtype=torch.int64, device="cpu") if count is None else count
-        check_whole((count,))
-        count = moved(count, home)
-        others = [group for group in self.param_groups if group["skipped_steps"] is not count]
-        self._counting = [partial(count.add_, bad.to(torch.int64))]  # once the step is taken
-        self._counting.append(each(dict.__setitem__, others, repeat("skipped_steps"), repeat(count)))
-        for work in works:
-            work.scaling["found_inf"] = moved(bad, work.device)
-
-    def _ranks(self) -> Any:
-        """A process group whose ranks hold other parameters than this one, as plain tensors, or None."""
-        return None
-
-    @staticmethod
-    def _largest(work: Work) -> Tensor:
-        """1 if a gradient of the work is not finite, otherwise 0; float32. It reads each gradient once."""
-        check_whole(work.grads)
-        grads = [grad for grad in work.grads if grad.numel() > 0]
-        if not grads:
-            return torch.zeros((), dtype=torch.float32, device=work.device)
-        largest = torch.stack([part for norm in torch._foreach_norm(grads, math.inf) for part in unwrapped(norm)])
-        return (~largest.isfinite()).any().to(torch.float32)
-
-    @property
-    def skipped_steps(self) -> int:
-        """How many steps ``skip_nonfinite`` skipped. Reading waits for the device."""
-        counts = [group["skipped_steps"] for group in self.param_groups if group["skipped_steps"] is not None]
-        return int(counts[0]) if counts else 0
-
     def _is_dry_run(self, works: list[Work]) -> bool:
         """torch.distributed.checkpoint creates empty states by a first step with zero gradients and lr = 0. Such a step
         leaves everything as a real first step expects it, and is not counted. If a warm-up starts at lr = 0, this check
         waits for the device once."""
-        if not works or not all(self._lr_is_zero(group["lr"]) for group in self.param_groups):
+        if not works or not all(lr_is_zero(group["lr"]) for group in self.param_groups):
             return False
         if not all(has_values(grad) for work in works for grad in work.grads):
             return False  # there is nothing to tell it by
@@ -401,11 +349,6 @@ class KernelOptimizer(Fitting):
         rows = [(row, over) for row, over in sharded if over]
         reduce_(rows, "MAX")
         return not (any(moves) or any(bool(row) for row, _ in rows))
-
-    @staticmethod
-    def _lr_is_zero(lr: float | Tensor) -> bool:
-        """True only if that is known without waiting for a device."""
-        return (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) == 0.0
 
     def _forget_dry_run(self) -> None:
         """Drops the states of a dry run, so that averages start at the weights as they are now."""

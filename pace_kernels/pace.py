@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 from .backend import BackendName
 from .checks import Group, check_average_options, check_common_options, check_switch, check_torchs_options
 from .definitions import DEFINITIONS
+from .definitions.kit import average_weight
 from .formats import beside, every_name, taken
 from .host_average import HostAveraging, check_ema_device
 from .launching import Prepared, of_c
@@ -24,7 +25,7 @@ from .plan import Plan
 from .planning import NO_ROLES
 from .sharding import Axes, gathered_rows, on_host
 from .states import EMA_DEVICE, Work, is_away
-from .torch_rules.pace import PaceOptions, average_weight, merge_stats
+from .torch_rules.pace import PaceOptions, merge_stats
 from .whole import Call
 
 

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import json
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -21,6 +20,7 @@ from .launching import of_c
 from .sharding import is_sharded
 from .states import Work
 from .torch_rules.common import at_hand
+from .whole import Call
 
 if TYPE_CHECKING:
     from .planning import Planning
@@ -34,9 +34,15 @@ CAPTURED = -1
 
 def numbers_of(definition: Definition, given: Group) -> list[float]:
     """Options as plans take them: None is NaN."""
-    given = {o.name: json.loads(o.default.lower()) for o in definition.options if o.default is not None} | given
+    given = definition.defaults | given
     names = [option.name for option in definition.options] + ["capturable"]
     return [_NOT_A_NUMBER if (value := given[name]) is None else float(value) for name in names]
+
+
+def check_dicts(*given: Any) -> None:
+    """Raises RuntimeError if something is no dict, or gives other values than those that C finds in it."""
+    if not all(getattr(type(one), "__getitem__", None) is dict.__getitem__ for one in given):
+        raise RuntimeError("a state is no dict, and comparisons in C know no other")
 
 
 def stream_of(device: torch.device) -> int:
@@ -75,20 +81,25 @@ class _Options:
 
     def __init__(self, group: Group) -> None:
         self.group, self.params = group, list(group["params"])
-        self.names, self.values = list(group), list(group.values())
+        self.names, self.values = list(dict.keys(group)), list(dict.values(group))  # as C finds them
         # What may change and stay the same object: lists by their copies, and a learning rate that is a tensor.
         self.lists = {k: list(v) for k, v in group.items() if type(v) is list and k != "params"}
         self.lr = _may_change(group["lr"])
         self.lr_away = isinstance(group["lr"], Tensor) and not self.lr  # on a device: an operand of the plan
-        self.size, self.steady = len(group), not self.lists and not self.lr
+        self.seen: list[Any] = [group, self.params, None]  # as Plan.changed_groups takes it
+        self._steady()
+
+    def _steady(self) -> None:
+        """Tells whether comparing objects is enough."""
+        self.seen[2] = None if self.lists or self.lr else self.values
 
     def changed(self) -> Sequence[str] | None:
         """The names of options that were replaced or edited; None if the group has other names than before, or its lr
         on a device was replaced."""
         group = self.group
-        if list(group) != self.names:
+        if list(dict.keys(group)) != self.names:
             return None
-        same = map(operator.is_, group.values(), self.values)
+        same = map(operator.is_, dict.values(group), self.values)
         found = [name for name, kept in zip(self.names, same, strict=True) if not kept]
         if self.lr_away and "lr" in found:
             return None
@@ -104,7 +115,7 @@ class _Options:
                 self.lists[name] = list(value)
             if name == "lr":
                 self.lr = _may_change(value)
-        self.steady = not self.lists and not self.lr
+        self._steady()
 
 
 # A group's dict, the names of its options that changed, and the operator's names and values of them.
@@ -121,7 +132,8 @@ class Plan:
         definition = DEFINITIONS[optimizer._OPERATOR]
         self.options = [_Options(group) for group in optimizer.param_groups]
         self.all_params = params = [param for options in self.options for param in options.params]
-        self.requires_grad = list(map(_requires_grad, params))
+        self.seen = [options.seen for options in self.options]
+        self.trained = list(map(_requires_grad, params))
         self.owners = [owner for work in works for owner in work.owners]
         self.params = [param for work in works for param in work.params]
         # Parameters beside which averages lie, and their local parts.
@@ -130,7 +142,7 @@ class Plan:
         self.lie = [param for work in lying for param in work.params]
         self.sharded = any(map(is_sharded, self.owners))
         self.placed = list(map(_placed, self.owners)) if self.sharded else []
-        self.mask = mask
+        self.mask, self.unused = mask, list(mask)
         self.parts = [_Part(definition, work, *row) for work, row in zip(works, rows, strict=True)]
         self.keys, self.states = list(optimizer.state), list(optimizer.state.values())
         # Of parameters that do not train: a step that finds an average there drops it.
@@ -146,12 +158,15 @@ class Plan:
         self.takes_all = self.order == list(range(len(params))) and not self.sharded
         self.backend = works[0].backend
         self.held = self.backend.new_plan()
-        self.step = partial(of_c(self.backend.op("plan_step_")), self.held.handle, self.params[0])
+        self.step = partial(of_c(self.backend.op("plan_step_")), self.held.handle)
+        self.gradients = partial(self.held.gradients, params, self.unused, self.trained)
+        self.holds = partial(self.held.holds_states, self.keys, self.states, self.dicts, self.values)
         self.device = self.params[0].device
+        self.on_gpu = self.device.type == "cuda"
         self.stream = stream_of(self.device)
         self.on_device = any(work.on_device for work in works)
         self.after: Plan | None = None
-        self.turned: tuple[list[dict[str, Any]], list[dict[str, Any]]] | None = None  # states, and what they get
+        self.then: Call | None = None  # what follows the step, in the same call of C
         self.left: list[Any] = []  # what get_step_stats() reads
         add = self.backend.op("plan_add_")
         count = len(definition.lists) + 1
@@ -168,16 +183,12 @@ class Plan:
                 lists, tensors = [*lists, *beside], chain(tensors, *beside)
             add(self.held.handle, definition.op, list(tensors), list(map(len, lists)), extras, part.numbers)
 
-    def has_its_states(self, state: Mapping[Tensor, Any]) -> bool:
+    def has_its_states(self, state: Any) -> bool:
         """Whether the optimizer's states are those of the plan. This hashes no tensor, which would take 90 ns each."""
         return (
-            len(state) == len(self.keys)
-            and all(map(operator.is_, state, self.keys))
-            and all(map(operator.is_, state.values(), self.states))
-            and sum(map(len, self.dicts)) == len(self.values)
-            and all(map(operator.is_, chain.from_iterable(map(dict.values, self.dicts)), self.values))
-            and not any(map(has_average, self.at_rest))
-            and all(map(operator.is_, map(_local, self.wrappers), self.locals))
+            self.holds(state)
+            and not (self.at_rest and any(map(has_average, self.at_rest)))
+            and not (self.wrappers and any(map(operator.is_not, map(_local, self.wrappers), self.locals)))
         )
 
     def with_options(self, changes: list[Change]) -> list[float]:
@@ -192,7 +203,7 @@ class Plan:
     def can_skip(self, found_inf: Tensor) -> bool:
         """Whether a step by this plan can be skipped: by the host, or by the device if only its memory depends on
         that."""
-        return at_hand(found_inf) or (self.on_device and self.turned is None)
+        return at_hand(found_inf) or (self.on_device and self.then is None)
 
     def learn(self, learned: list[Tensor], parts: list[int], options: Group) -> None:
         """Adds what ``mada_learn_`` does after the step."""
@@ -211,11 +222,5 @@ class Plan:
 
     def is_of(self, optimizer: Planning) -> bool:
         """Whether parameters and states are those of the plan."""
-        groups = [(group, group["params"]) for group in optimizer.param_groups]
-        return (
-            len(groups) == len(self.options)
-            and all(group is kept.group for (group, _), kept in zip(groups, self.options, strict=True))
-            and all(len(now) == len(kept.params) for (_, now), kept in zip(groups, self.options, strict=True))
-            and all(map(operator.is_, chain.from_iterable(now for _, now in groups), self.all_params))
-            and self.has_its_states(optimizer.state)
-        )
+        changed = self.held.changed_groups(optimizer.param_groups, self.seen)
+        return changed is not None and self.has_its_states(optimizer.state)

@@ -16,7 +16,7 @@ import operator
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -28,15 +28,13 @@ from .editing import version_of
 from .formats import names_of
 from .launching import Launching, Prepared
 from .options import Record
-from .plan import CAPTURED, Change, Plan, stream_of
+from .plan import CAPTURED, Change, Plan, check_dicts, stream_of
 from .sharding import PLAIN, is_sharded, local
 from .states import Work, moved
 from .torch_rules.common import at_hand
-from .whole import at_once, each
+from .whole import at_once
 
-_grad = operator.attrgetter("grad")
-_requires_grad = operator.attrgetter("requires_grad")
-_increment_version = torch.autograd.graph.increment_version
+increment_version = torch._C._increment_version  # without the line of Python around it
 _is_profiling = torch._C._autograd._profiler_enabled
 NO_ROLES: Mapping[str, str] = {}
 
@@ -155,41 +153,40 @@ class Planning(Launching):
         if len(plans.by_mask) > 1:
             params = [param for group in self.param_groups for param in group["params"]]
             plan = plans.by_mask.get(tuple(param.grad is None for param in params), plan)
-        if plan.device.type == "cuda" and stream_of(plan.device) != plan.stream:
+        if plan.on_gpu and stream_of(plan.device) != plan.stream:
             return False
         changes = self._changes_since(plan)
         if changes is None:
             return False
         if plan.beside and not all(map(operator.eq, map(self._left.get, plan.beside), map(version_of, plan.lie))):
             return False  # the usual step says that weights were edited
-        grads = list(map(_grad, plan.all_params))
+        grads = plan.gradients()
         try:
-            if (
-                tuple(map(operator.is_, grads, repeat(None))) != plan.mask
-                or list(map(_requires_grad, plan.all_params)) != plan.requires_grad
-                or not plan.has_its_states(self.state)
-            ):
+            if grads is None or not plan.has_its_states(self.state):
                 return False
             fresh = grads if plan.takes_all else plan.fresh(grads)
         except (AttributeError, KeyError):  # a state is gone, or a gradient is no DTensor
             return False
-        found_inf = scaling.get("found_inf")
-        if fresh is None or (found_inf is not None and not plan.can_skip(found_inf)):
+        if fresh is None:
             return False
-        turned = None if found_inf is not None and at_hand(found_inf) and bool(found_inf) else plan.turned
+        then = plan.then
         if scaling:
+            found_inf = scaling.get("found_inf")
+            if found_inf is not None and not plan.can_skip(found_inf):
+                return False
+            if found_inf is not None and at_hand(found_inf) and bool(found_inf):
+                then = None
             scaling = {name: moved(value, plan.device) for name, value in scaling.items()}
-        # Before: a handler in between must not find new weights of an old version.
-        ahead = [version_of(param) + 1 for param in plan.lie]
-        if ahead:
+        if plan.lie:  # before: a handler in between must not find new weights of an old version
+            ahead = [version_of(param) + 1 for param in plan.lie]
             self._left.update(zip(plan.beside, ahead, strict=True))
-        _increment_version(plan.params)
+        increment_version(plan.params)
         if plan.sharded:
-            _increment_version(plan.owners)
+            increment_version(plan.owners)
         try:
             options = plan.with_options(changes) if changes else ()
-            if turned:
-                at_once([partial(plan.step, fresh, options, **scaling), each(dict.update, *turned)])
+            if then is not None:
+                at_once([partial(plan.step, fresh, options, **scaling), then])
             else:
                 plan.step(fresh, options, **scaling)
         except (RuntimeError, TypeError, NotImplementedError):
@@ -205,9 +202,9 @@ class Planning(Launching):
                 self._record(kept.group).forget(other)
             kept.keep(names)
         self._taken_by(plan)
-        if (now := list(map(version_of, plan.lie))) != ahead:  # views of one tensor count their writes together
+        if plan.lie and (now := list(map(version_of, plan.lie))) != ahead:  # views count their writes together
             self._left.update(zip(plan.beside, now, strict=True))
-        if turned and plan.after is not None:
+        if then is not None and plan.after is not None:
             following, plan.after = plan.after, None
             following.after = plan
             plans.by_mask[plan.mask] = plan = following
@@ -219,20 +216,13 @@ class Planning(Launching):
 
     def _changes_since(self, plan: Plan) -> list[Change] | None:
         """The options that changed since the plan's last step; None if the plan does not fit."""
-        groups = self.param_groups
-        if len(groups) != len(plan.options):
+        places = plan.held.changed_groups(self.param_groups, plan.seen)
+        if places is None:
             return None
         changes: list[Change] = []
-        for group, kept in zip(groups, plan.options, strict=True):
-            params = group["params"]
-            if group is not kept.group or len(params) != len(kept.params):
-                return None
-            if not all(map(operator.is_, params, kept.params)):
-                return None
-            if kept.steady and len(group) == kept.size and all(map(operator.is_, group.values(), kept.values)):
-                continue
+        for kept in map(plan.options.__getitem__, places):
             names = kept.changed()
-            numbers = None if names is None else self._scheduled(group, names)
+            numbers = None if names is None else self._scheduled(kept.group, names)
             if names is None or numbers is None:
                 return None
             if names:
@@ -285,8 +275,7 @@ class Planning(Launching):
         counts: list[Tensor] = []
         for work in works:
             work.records = [self.state[owner] for owner in work.owners]
-            if not all(isinstance(record, dict) for record in work.records):
-                raise RuntimeError("a state is no dict, and comparisons in C know no other")
+            check_dicts(self.state, *self.param_groups, *work.records)
             names = ("step", *names_of(work.formats, self._state_tensors(work.group)))
             now = tuple(roles.get(name, name) for name in names)
             columns = [[record[name] for record in work.records] for name in now]

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from .checks import Group
 from .conversions import in_floats
+from .definitions.kit import average_weight
 from .formats import CODED, HASH, parts_of
 from .pull_stats import Averager, statistics
 from .pullback_checkpoints import PullbackCheckpoints
 from .pulls import AVERAGE, FORMAT_VERSION, LIVE, OURS, STEP
 from .report import Memory, memory_of
 from .states import FORMAT
-from .torch_rules.pace import average_weight
 from .torch_rules.pullback import PullbackOptions
 
 

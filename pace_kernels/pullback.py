@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,14 +14,12 @@ from torch._compile import _disable_dynamo
 from .backend import BackendName, requested
 from .checks import Group
 from .formats import HASH, has_average, parts_of
-from .optimizer import KernelOptimizer
 from .options import shown, spelled
 from .planning import is_observed
 from .pull_plan import PullPlan
 from .pull_reports import PullReports
-from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, STEP, SWAPPED, Pull, Scratch, count_of, is_fake, versions
+from .pulls import AT_REST, AVERAGE, FORMAT_VERSION, SWAPPED, Pull, Scratch, versions
 from .second_moments import refuse
-from .sharding import agree, axes, local
 from .states import FORMAT
 
 _OWN = "states and weights are those of the wrapped optimizer; ema_bits says how the average lies"
@@ -211,18 +210,14 @@ class Pullback(PullReports):
     def step(self, closure: Callable[[], Any] | None = None, *, clip_coef: None = None) -> Any:  # type: ignore[override]
         """The base's step, then the pull and the average. ``closure`` recomputes the loss; its value is returned.
         A ``clip_coef``, as :meth:`PACE.step` takes it, is refused (TypeError): bases do not scale gradients."""
-        self.clip_coef = clip_coef
+        if clip_coef is not None:
+            raise TypeError(_NO_CLIP_COEF)
+        observed = is_observed(self)
         # A subclass with a step of its own has torch's hooks around that one.
-        if type(self).step is Pullback.step and is_observed(self):
+        if observed and type(self).step is Pullback.step:
             return self._observed_step(*(() if closure is None else (closure,)))
-        if closure is None and self._scratch.step_plans.next is not None and not torch.compiler.is_compiling():
-            enabled = torch.is_grad_enabled()
-            torch._C._set_grad_enabled(False)  # as a context it takes 2 µs
-            try:
-                if self._again():
-                    return None
-            finally:
-                torch._C._set_grad_enabled(enabled)
+        if closure is None and not observed and self._scratch.step_plans.next is not None and self._again():
+            return None
         return self._unobserved_step(closure)
 
     # torch's own wrapper, of hooks and a profiler's range, takes 12 µs: here it is around what needs it.
@@ -245,15 +240,18 @@ class Pullback(PullReports):
 
     def _again(self) -> bool:
         """Takes the step by the plan of the last one; False where it does not fit, and nothing has changed."""
-        scratch, scaled = self._scratch, hasattr(self, "grad_scale") or hasattr(self, "found_inf")
+        scratch = self._scratch
         plan = scratch.step_plans.next
-        if plan is None or self._unfinished or scaled or scratch.unsure or torch._C._len_torch_dispatch_stack():
+        if plan is None or self._unfinished or scratch.unsure or torch._C._len_torch_dispatch_stack():
+            return False
+        if hasattr(self, "grad_scale") or hasattr(self, "found_inf"):
             return False
         if not plan.fits(self):
             scratch.step_plans.end()
             return False
         scratch.step_plans.vain = 0
-        self._around_the_base({}, plan.written(), plan.aside, plan.pulls, plan.rest, plan=plan)
+        around = self._around_the_base if plan.sets_grad_mode else torch.no_grad()(self._around_the_base)
+        around({}, plan.written, plan.aside, plan.pulls, plan.rest, plan=plan)
         return True
 
     @_disable_dynamo
@@ -275,12 +273,12 @@ class Pullback(PullReports):
         written += (next(iter(entry.values())) for entry in entries)
         # Bases take a state that is not empty for one of theirs, so one with nothing but ours is kept aside.
         aside = [(p, self.base.state[p]) for pull in pulls for p in pull.hidden]
-        self._around_the_base(scaling, written, aside, pulls, rest, found_inf, dry=dry)
+        self._around_the_base(scaling, partial(versions, written), aside, pulls, rest, found_inf, dry=dry)
 
     def _around_the_base(
         self,
         scaling: dict[str, Any],
-        written: list[Any],
+        written: Callable[[], list[int]],
         aside: list[tuple[Tensor, Group]],
         pulls: list[Pull],
         rest: list[Tensor],
@@ -289,19 +287,21 @@ class Pullback(PullReports):
         dry: bool = False,
         plan: PullPlan | None = None,
     ) -> None:
-        """The base's step, of which ``written`` tells whether it wrote anything, and what follows it."""
-        before = versions(written)
+        """The base's step, of which the versions ``written`` tell whether it wrote anything, and what follows it."""
+        before, marks = written(), self._unfinished
         try:
-            with self._under_way():
-                error = self._base_step(scaling, pulls if plan is None else [], aside)
-                if error is None and (plan is None or not plan.taken(self)):
+            marks.append("step")
+            error = self._base_step(scaling, pulls if plan is None else [], aside)
+            if error is None and (plan is None or not plan.taken(self)):
+                with torch.no_grad():
                     error = None if plan is None else self._missing(pulls)
                     if error is None:
                         self._finish(pulls, rest, found_inf, dry)
+            marks.clear()
         except BaseException:
             self._put_back_states(aside)  # the exception may have come while it was done
-            if versions(written) == before and self._weights_are_as_copied(pulls):  # nothing was written
-                self._unfinished.clear()
+            if written() == before and self._weights_are_as_copied(pulls):  # nothing was written
+                marks.clear()
             raise
         if error is not None:
             raise error
@@ -324,11 +324,12 @@ class Pullback(PullReports):
             for name, value in scaling.items():
                 setattr(self.base, name, value)
             self.base.step()
-            return self._missing(pulls)
+            return self._missing(pulls) if pulls else None
         finally:
             for name in scaling:
                 self.base.__dict__.pop(name, None)
-            self._put_back_states(aside)
+            if aside:
+                self._put_back_states(aside)
 
     def _put_back_states(self, aside: list[tuple[Tensor, Group]]) -> None:
         for p, ours in aside:
@@ -359,35 +360,6 @@ class Pullback(PullReports):
                     state.pop(name, None)
                 state[AT_REST] = True
         self._plan(pulls, parts, rest)
-
-    def _is_dry_run(self) -> bool:
-        """torch.distributed.checkpoint creates empty states by a first step with zero gradients and lr = 0. No average
-        counts it, and the first real step starts all of them anew."""
-        groups = self.base.param_groups
-        owners = [p for group in groups for p in group["params"] if p.grad is not None]
-        if not owners or any(is_fake(local(p)) for p in owners):
-            return False
-        if not all("lr" in group and KernelOptimizer._lr_is_zero(group["lr"]) for group in groups):
-            return False
-        # All ranks have to take the step for the same: on some of them a shard may have no gradient but zeros.
-        zero: dict[Any, bool] = {}
-        for p in owners:
-            grad = local(p.grad)
-            values = grad._values() if grad.layout is torch.sparse_coo else grad
-            key = (p.device, axes(p))
-            zero[key] = zero.get(key, True) and not bool(values.any())
-        return all([agree(value, device, over) for (device, over), value in zero.items()])
-
-    def _forget_dry_run(self) -> None:
-        if not self._scratch.unsure or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            return
-        for p, state in list(self.base.state.items()):
-            if STEP in state and count_of(state[STEP]) == 0:
-                for name in (*parts_of(AVERAGE), HASH, STEP):
-                    state.pop(name, None)
-                if not state:
-                    del self.base.state[p]
-        self._scratch.unsure = False
 
     # ---- copies ----------------------------------------------------------------------------------------------------
 

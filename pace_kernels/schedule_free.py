@@ -255,7 +255,7 @@ class ScheduleFreeAdamW(Compressing):
             changes.append((kept, names, {**numbers, **now}))
             groups.append(kept.group)
             counted.append(dict(zip(_COUNTED, turn, strict=True)))
-        plan.turned = groups, counted
+        plan.then = each(dict.update, groups, counted)
         return changes
 
     def _afterwards(self, prepared: Prepared) -> list[Call]:

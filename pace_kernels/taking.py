@@ -11,18 +11,18 @@ from torch import Tensor
 
 from .averaging import Averaging
 from .backend import backends, choose
-from .checks import Group, check_average_options, check_defined, check_lr, require
+from .checks import Group, check_average_options, check_defined, check_lr, lr_is_zero, require
 from .conversions import as_coded, converted, new_state, scales_shape
 from .definitions.pullback import PULLBACK
 from .formats import CODED, HASH, PARTS, check_format_options, dtype_of, formats_of, is_beside, names_of, parts_of
 from .formats import OPTIONS as FORMAT_OPTIONS
 from .memory import aligned, check_whole
 from .options import check_spelling
-from .pulls import AT_REST, AVERAGE, LIVE, OPTIONS, OURS, STEP, Own, Pull, Scratch, count_of
+from .pulls import AT_REST, AVERAGE, LIVE, OPTIONS, OURS, STEP, Own, Pull, Scratch, count_of, is_fake
 from .saved import saved_dtypes
 from .second_moments import SecondMoment, lacks, require_second_moment, second_moment_of
 from .sharding import PLAIN as PLAIN_KINDS
-from .sharding import Axes, axes, is_sharded, is_wrapper, local, placed_alike
+from .sharding import Axes, agree, axes, is_sharded, is_wrapper, local, placed_alike
 from .states import PLAIN, Formats, as_state, state_dtype
 
 _NO_AXES: Axes = ()
@@ -223,6 +223,37 @@ class Taking(Averaging):
             v = torch.view_as_real(v) if v.is_complex() else torch.stack([v, v], -1)
         real = param.dtype.to_real()
         return v if v.dtype is real or v.dtype is torch.float32 else v.to(state_dtype(param).to_real())
+
+    # ---- steps that count for nothing --------------------------------------------------------------------------------
+
+    def _is_dry_run(self) -> bool:
+        """torch.distributed.checkpoint creates empty states by a first step with zero gradients and lr = 0. No average
+        counts it, and the first real step starts all of them anew."""
+        groups = self.base.param_groups
+        owners = [p for group in groups for p in group["params"] if p.grad is not None]
+        if not owners or any(is_fake(local(p)) for p in owners):
+            return False
+        if not all("lr" in group and lr_is_zero(group["lr"]) for group in groups):
+            return False
+        # All ranks have to take the step for the same: on some of them a shard may have no gradient but zeros.
+        zero: dict[Any, bool] = {}
+        for p in owners:
+            grad = local(p.grad)
+            values = grad._values() if grad.layout is torch.sparse_coo else grad
+            key = (p.device, axes(p))
+            zero[key] = zero.get(key, True) and not bool(values.any())
+        return all([agree(value, device, over) for (device, over), value in zero.items()])
+
+    def _forget_dry_run(self) -> None:
+        if not self._scratch.unsure or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return
+        for p, state in list(self.base.state.items()):
+            if STEP in state and count_of(state[STEP]) == 0:
+                for name in (*parts_of(AVERAGE), HASH, STEP):
+                    state.pop(name, None)
+                if not state:
+                    del self.base.state[p]
+        self._scratch.unsure = False
 
 
 def _fits(name: str, value: Any, formats: Formats, owner: Tensor, param: Tensor) -> bool:

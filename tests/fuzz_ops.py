@@ -614,9 +614,11 @@ def by_plan(name: str) -> Callable[..., None]:
             kept, lists = [*kept, *itertools.chain(*filled)], (*lists, *filled)
         plan = _C.Plan()
         torch.ops.pace_kernels.plan_add_(plan.handle, name, kept, list(map(len, lists)), list(extras), numbers)
-        torch.ops.pace_kernels.plan_step_(
-            plan.handle, lists[0][0], grads, [], **dict(zip(definition.scaling, scaling, strict=False))
-        )
+        if not grads and all(value is None for value in scaling):
+            plan.step([])
+            return
+        named = dict(zip(definition.scaling, scaling, strict=False))
+        torch.ops.pace_kernels.plan_step_(plan.handle, grads, [], **named)
 
     return function
 

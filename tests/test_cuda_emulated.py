@@ -191,7 +191,7 @@ def test_a_pullback_is_planned_too() -> None:
                     param.grad = grad
                 optimizer.step()
         if on is not None:
-            assert on.calls["pullback_"] == 1 and on.calls["plan_before_"] == on.calls["plan_step_"] == 3, on.calls
+            assert on.calls["pullback_"] == 1 and on.calls["Plan.before"] == on.calls["Plan.step"] == 3, on.calls
         runs.append((params, optimizer.base))
     assert_same_bits(*runs)
 

@@ -53,8 +53,8 @@ def test_every_operator_is_fuzzed() -> None:
         for n in torch._C._dispatch_get_all_op_names()
         if n.startswith("pace_kernels::")
     }
-    # plan_learn_ takes what mada_learn_ takes, by the same checks, and plan_before_ nothing that plan_step_ does not.
-    assert {*fuzz_ops.OPERATORS, "plan_add_", "plan_step_", "plan_before_", "plan_learn_"} == registered
+    # plan_learn_ takes what mada_learn_ takes, by the same checks.
+    assert {*fuzz_ops.OPERATORS, "plan_add_", "plan_step_", "plan_learn_"} == registered
 
 
 EMAS = [a.name for a in torch.ops.pace_kernels.pullback_.default._schema.arguments].index("emas")

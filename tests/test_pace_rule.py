@@ -11,7 +11,8 @@ from pace_bound import Reference
 from pace_cases import CASES, assert_same_bits, gradients, weights
 
 from pace_kernels import PACE, backends
-from pace_kernels.torch_rules.pace import PaceOptions, pace_rule, pace_scalars
+from pace_kernels.definitions.pace import pace_scalars
+from pace_kernels.torch_rules.pace import PaceOptions, pace_rule
 
 STEPS = 40
 BACKENDS = [name for name, row in backends().items() if row.available]

@@ -881,7 +881,7 @@ def test_a_plan_stays_on_the_stream_that_it_was_made_on(name: str, monkeypatch: 
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index, now=now: now, raising=False)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda its=capturing: its)
         for plan in filter(None, (pair.optimizer._plans.next, pair.optimizer._plans.next.after)):
-            plan.device, plan.stream = torch.device("cuda", 0), 7
+            plan.device, plan.on_gpu, plan.stream = torch.device("cuda", 0), True, 7
         assert pair.step() is taken
     monkeypatch.setattr("pace_kernels.planning.stream_of", lambda device: CAPTURED)
     pair = Pair(BUILDS[name])

@@ -30,9 +30,10 @@ from triton.runtime import interpreter
 
 from pace_kernels import MADA, PACE, backends
 from pace_kernels.backend import choose
+from pace_kernels.definitions.pace import pace_scalars
 from pace_kernels.ops import PACE_STATS
 from pace_kernels.torch_rules import mada as torch_mada
-from pace_kernels.torch_rules.pace import PaceOptions, pace_scalars
+from pace_kernels.torch_rules.pace import PaceOptions
 
 
 def _call(function: Any, *arguments: Any, **named: Any) -> Any:

@@ -7,9 +7,11 @@ csrc/rules, triton_kernels, torch_rules. Nothing here needs torch: setup.py read
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,11 @@ class Definition:
         return tuple(operand.list for operand in self.operands if operand.role in roles)
 
     @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """The values of the options that the schema has a default of."""
+        return {o.name: json.loads(o.default.lower()) for o in self.options if o.default is not None}
+
+    @cached_property
     def optional_tensors(self) -> tuple[str, ...]:
         return (*(extra.name for extra in self.extras), "lr_tensor", *self.scaling)
 
@@ -164,3 +171,33 @@ PACE_STATS = (
     *("count", "raw_sum", "raw_min", "raw_max", "effective_sum", "effective_min", "effective_max"),
     *("lambda_sum", "lambda_min", "lambda_max", "clipped", "adam_sq", "pullback_sq", "update_sq"),
 )
+
+
+# ---- the numbers of a step, in float64; csrc/scalars.h and triton_kernels compute the same ones ----------------------
+
+# A number, or a tensor without dimensions where the step count or the learning rate is one.
+Scalar: TypeAlias = Any
+# The options of an operator, by name.
+Options: TypeAlias = Any
+
+
+def at_least(value: Scalar, low: Scalar) -> Scalar:
+    return value.clamp(min=low) if hasattr(value, "clamp") else max(value, low)
+
+
+def gain_weight(o: Options, t: Scalar) -> Scalar:
+    """w_t in the gain; 1 without a decay exponent. ``o`` are the options of any rule that averages."""
+    if o.ema_kappa is None:
+        return 1.0
+    return at_least((1.0 + o.ema_gamma * at_least(t - o.ema_rho, 0.0)) ** -o.ema_kappa, 1e-4)
+
+
+def average_weight(o: Options, t: Scalar) -> Scalar:
+    """w_t in the average; beta_ema without a decay exponent."""
+    return o.beta_ema if o.ema_kappa is None else gain_weight(o, t)
+
+
+def average_moves(o: Options, t: Scalar) -> Scalar:
+    """1 or 0, as a number of t's kind."""
+    moves = t % o.ema_update_freq == 0
+    return moves.to(t.dtype) if hasattr(moves, "to") else float(moves)

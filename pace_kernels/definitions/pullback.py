@@ -1,5 +1,8 @@
 """The average and the pullback behind another optimizer's step. The rule: csrc/rules/pullback.h."""
 
+import math
+from typing import NamedTuple
+
 from .kit import (
     AVERAGING,
     BELOW_ONE,
@@ -13,6 +16,11 @@ from .kit import (
     Extra,
     Operand,
     Option,
+    Options,
+    Scalar,
+    average_moves,
+    average_weight,
+    gain_weight,
 )
 
 PULLBACK = Definition(
@@ -41,3 +49,36 @@ PULLBACK = Definition(
     extras=(Extra("stats", len(PACE_STATS), written=True),),
     scaling=("found_inf",),
 )
+
+
+def pulls(o: Options) -> bool:
+    """Whether the weights move."""
+    return bool(o.lambda_pullback if o.gain is None else o.gain)
+
+
+class PullbackScalars(NamedTuple):
+    """The scalars of one tensor's step; the fields of ``PullbackScalars`` in csrc/rules/pullback.h."""
+
+    inv_bias2: Scalar
+    eps: float
+    gain: Scalar
+    gain_cap: float
+    weight: Scalar
+    moves: Scalar
+
+
+def pullback_gain(o: Options, t: Scalar) -> Scalar:
+    """The gain, without the factor 1 / D if there is a second moment."""
+    gain: Scalar = o.lr * o.lambda_pullback * gain_weight(o, t) if o.gain is None else o.gain
+    return gain
+
+
+def pullback_scalars(o: Options, t: Scalar) -> PullbackScalars:
+    return PullbackScalars(
+        inv_bias2=1.0 / (1.0 - o.beta2 ** (t + o.step_offset)),
+        eps=o.eps,
+        gain=pullback_gain(o, t),
+        gain_cap=1.0 if o.clamp_pullback else math.inf,
+        weight=average_weight(o, t),
+        moves=average_moves(o, t),
+    )

@@ -1,6 +1,8 @@
 """Schedule-free AdamW: gradients at y, between the steps z and their weighted mean. The rule:
 csrc/rules/schedule_free.h."""
 
+from typing import NamedTuple
+
 from .kit import (
     AT_LEAST_ONE,
     BELOW_ONE,
@@ -12,6 +14,8 @@ from .kit import (
     Extra,
     Operand,
     Option,
+    Options,
+    Scalar,
 )
 
 # The numbers of the tensor `schedule`, in place of the options of these names where only the device knows them.
@@ -41,3 +45,32 @@ SCHEDULE_FREE = Definition(
     flags=("increment",),
     extras=(Extra("schedule", len(SCHEDULE), written=False),),
 )
+
+
+class ScheduleFreeScalars(NamedTuple):
+    """The scalars of one tensor's step; the fields of ``ScheduleFreeScalars`` in csrc/rules/schedule_free.h."""
+
+    grad_factor: Scalar
+    beta2: float
+    one_minus_beta2: float
+    inv_bias2: Scalar
+    eps: float
+    weight_decay: float
+    share: Scalar
+    y_size: Scalar
+    z_size: Scalar
+
+
+def schedule_free_scalars(o: Options, t: Scalar, factor: Scalar = 1.0) -> ScheduleFreeScalars:
+    """``factor`` multiplies the gradient: clip coefficient / gradient scale."""
+    return ScheduleFreeScalars(
+        grad_factor=-factor if o.maximize else factor,
+        beta2=o.beta2,
+        one_minus_beta2=1.0 - o.beta2,
+        inv_bias2=1.0 / (1.0 - o.beta2**t),
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        share=o.share,
+        y_size=o.lr * (1.0 - o.beta1 * (1.0 - o.share)),
+        z_size=o.lr,
+    )

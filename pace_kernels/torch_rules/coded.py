@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..definitions.kit import Definition, Operand
+from ..definitions.kit import Definition, Operand, Scalar
 from . import codes
 from .codes import E_CODES, M_CODE, V_CODE
-from .common import Keep, Scalar
+from .common import Keep
 
 
 class Averaging(NamedTuple):

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..definitions.kit import Definition
+from ..definitions.kit import Definition, Options, Scalar
 
-# A number on the host, or a 0-dimensional tensor where the step count or the learning rate is one (capturable).
-Scalar: TypeAlias = "float | Tensor"
 Scalars = TypeVar("Scalars", bound=tuple[Any, ...])
-# The options of an operator, by name: options_type() makes their class.
-Options: TypeAlias = Any
 
 # Elements a row of a sum. A sum over less than torch's grain of 32,768 elements is done by one thread.
 _ROW = 16384
@@ -45,8 +40,8 @@ def check_steps(steps: Sequence[Tensor]) -> None:
 def options_type(definition: Definition) -> Any:
     """A dataclass of the operator's options, by the names that its definition has for them."""
     fields = [
-        (option.name, Any, dataclasses.field(default=json.loads(option.default.lower())))
-        if option.default is not None
+        (option.name, Any, dataclasses.field(default=definition.defaults[option.name]))
+        if option.name in definition.defaults
         else (option.name, Any)
         for option in definition.options
     ]
@@ -128,10 +123,6 @@ def rounded(scalars: Scalars, dtype: torch.dtype) -> Scalars:
     return type(scalars)(*fields)
 
 
-def at_least(value: Scalar, low: Scalar) -> Scalar:
-    return value.clamp(min=low) if isinstance(value, Tensor) else max(value, low)
-
-
 def square_root(a: Tensor) -> Tensor:
     """The root, rounded correctly as in the kernels. torch's float32 root on a CPU is MKL's, which may be a unit off. A
     root taken in float64 and then rounded to float32 is right, since 53 bits are at least 2 × 24 + 2. XLA's float32
@@ -195,7 +186,7 @@ class Begun:
         self.factor = grad_factor(grad_scale, clip_coef)
         self.device, self.dtype = place(states)
         counts = [] if self.keep.all else counted(steps, self.keep, options["capturable"])
-        o = kind(**options | {name: value for name, value in given.items() if value is not None})
+        o = kind(**options | {name: number(value) for name, value in given.items() if value is not None})
         tensors = tensors or any(isinstance(value, Tensor) for value in given.values())
         self.o, self.counts = computed_there(o, counts, self.device, tensors)
 

@@ -49,24 +49,22 @@ import torch
 from torch import Tensor
 
 from ..definitions import MADA
-from ..definitions.mada import COEFFICIENTS, DONE, NO_GRADIENT, REDO
+from ..definitions.kit import Options, Scalar
+from ..definitions.mada import COEFFICIENTS, DONE, NO_GRADIENT, REDO, MadaScalars, mada_scalars
+from ..definitions.pace import PaceScalars, pace_scalars
 from .coded import Averaging, Coded
 from .common import (
     Begun,
     Keep,
-    Options,
-    Scalar,
     at_hand,
     averaged,
     by_graph,
     data,
     fixed_order_sum,
-    number,
     rounded,
     square_root,
 )
-from .mada_scalars import MadaOptions, MadaScalars, coefficients_of, last_step, mada_scalars
-from .pace import PaceScalars, pace_scalars
+from .mada_scalars import MadaOptions, coefficients_of, last_step
 
 
 class MadaMoments(NamedTuple):
@@ -253,7 +251,7 @@ def mada_step_(
     learned = None if coefficients is None else _numbers(coefficients)
     begun = Begun(MadaOptions, options, steps, states, {"lr": lr_tensor}, tensors=learned is not None, **scaling)
     o, keep, counts, device = begun.o, begun.keep, begun.counts, begun.device
-    q, lr = coefficients_of(o, learned), number(o.lr)
+    q, lr = coefficients_of(o, learned), o.lr
     pulls = begun.scalars(lambda t: pace_scalars(o, t, begun.factor))
     scalars = begun.scalars(lambda t: mada_scalars(o, t, lr, q))
     roles_stay = o.capturable or by_graph(device)  # of tensors that change places, a graph of its own is made

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..definitions import MADA
-from ..definitions.mada import COEFFICIENTS, DONE
-from .common import Options, Scalar, options_type
-from .pace import gain_weight
+from ..definitions.kit import Options, Scalar
+from ..definitions.mada import COEFFICIENTS, DONE, MadaScalars, mada_factors, mada_scalars
+from .common import options_type
 
 # A parameter group's options, by the names of the operator ``mada_step_``. The coefficients here are the fixed ones;
 # where a bit of ``learn`` is set, the coefficient is read from a tensor.
@@ -23,82 +22,6 @@ def coefficients_of(o: Options, learned: Sequence[Scalar] | None) -> list[Scalar
     """β1, β2, β3, ρ, c, γ, each learned or fixed."""
     fixed: list[Scalar] = [getattr(o, name) for name in COEFFICIENTS]
     return fixed if learned is None else [learned[k] if o.learn >> k & 1 else fixed[k] for k in range(len(fixed))]
-
-
-class MadaScalars(NamedTuple):
-    """The scalars of one tensor's step; the fields of ``MadaScalars`` in csrc/rules/mada.h."""
-
-    beta1: Scalar
-    one_minus_beta1: Scalar
-    beta2: Scalar
-    one_minus_beta2: Scalar
-    beta3: Scalar
-    one_minus_beta3: Scalar
-    lion_beta1: Scalar
-    one_minus_lion_beta1: Scalar
-    lion_beta2: Scalar
-    one_minus_lion_beta2: Scalar
-    rho: Scalar
-    one_minus_rho: Scalar
-    c: Scalar
-    one_minus_c: Scalar
-    mean_new: Scalar
-    mean_old: Scalar
-    eps: Scalar
-    inv_eps: Scalar
-    inv_bias1: Scalar
-    inv_bias2: Scalar
-    adam_size: Scalar
-    lion_size: Scalar
-    bias1_slope: Scalar
-    bias2_slope: Scalar
-    square_slope: Scalar
-    pull_gain: Scalar
-    gain_cap: Scalar
-    second_max: bool
-
-
-def mada_scalars(o: Options, t: Scalar, lr: Scalar, q: Sequence[Scalar]) -> MadaScalars:
-    beta1, beta2, beta3, rho, c, gamma = q
-    bias1, bias2 = 1.0 - beta1**t, 1.0 - beta2**t
-    return MadaScalars(
-        beta1=beta1,
-        one_minus_beta1=1.0 - beta1,
-        beta2=beta2,
-        one_minus_beta2=1.0 - beta2,
-        beta3=beta3,
-        one_minus_beta3=1.0 - beta3,
-        lion_beta1=o.lion_beta1,
-        one_minus_lion_beta1=1.0 - o.lion_beta1,
-        lion_beta2=o.lion_beta2,
-        one_minus_lion_beta2=1.0 - o.lion_beta2,
-        rho=rho,
-        one_minus_rho=1.0 - rho,
-        c=c,
-        one_minus_c=1.0 - c,
-        mean_new=1.0 / t,
-        mean_old=(t - 1.0) / t,
-        eps=o.eps,
-        inv_eps=1.0 / o.eps,
-        inv_bias1=1.0 / bias1,
-        inv_bias2=1.0 / bias2,
-        adam_size=lr * gamma,
-        lion_size=lr * (1.0 - gamma),
-        bias1_slope=t * beta1 ** (t - 1.0) / bias1,
-        bias2_slope=t * beta2 ** (t - 1.0),
-        square_slope=2.0 * rho * (1.0 - beta2) / bias2,
-        pull_gain=lr * o.lambda_pullback * gain_weight(o, t) if o.pullback_from_step else 0.0,
-        gain_cap=1.0 if o.clamp_pullback else math.inf,
-        second_max=o.second_max,
-    )
-
-
-def mada_factors(t: Scalar, lr: Scalar, q: Sequence[Scalar]) -> list[Scalar]:
-    """The factors common to all coordinates: h_q is the factor of q times the sum of the terms."""
-    beta1, beta2, _, rho, _, gamma = q
-    bias1, bias2 = 1.0 - beta1**t, 1.0 - beta2**t
-    A, square = lr * gamma, rho * (1.0 - beta2)
-    return [-A / bias1, A / bias2, A, A / bias2, A * square / bias2, lr]
 
 
 def no_step(o: Options) -> MadaScalars:

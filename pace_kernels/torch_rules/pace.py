@@ -25,16 +25,13 @@ import torch
 from torch import Tensor
 
 from ..definitions import PACE
-from ..definitions.kit import PACE_STATS
+from ..definitions.kit import PACE_STATS, Options, Scalar, gain_weight
+from ..definitions.pace import PaceScalars, pace_scalars
 from .coded import Averaging, Coded
 from .common import (
     Begun,
     Keep,
-    Options,
-    Scalar,
-    at_least,
     averaged,
-    number,
     options_type,
     rounded,
     square_root,
@@ -42,26 +39,6 @@ from .common import (
 
 # A parameter group's options, by the names of the operator ``pace_step_``, with the meaning of ``PACE``'s.
 PaceOptions = options_type(PACE)
-
-
-class PaceScalars(NamedTuple):
-    """The scalars of one tensor's step; the fields of ``PaceScalars`` in csrc/rules/pace.h."""
-
-    grad_factor: Scalar
-    beta1: float
-    one_minus_beta1: float
-    beta2: float
-    one_minus_beta2: float
-    inv_bias2: Scalar
-    eps: float
-    decay: Scalar
-    shrink: Scalar
-    step_size: Scalar
-    gain: Scalar
-    gain_cap: float
-    weight: Scalar
-    from_step: bool
-    moves: Scalar
 
 
 class PaceStep(NamedTuple):
@@ -77,47 +54,6 @@ class PaceStep(NamedTuple):
     adamw: Tensor
     pullback: Tensor
     update: Tensor
-
-
-def gain_weight(o: Options, t: Scalar) -> Scalar:
-    """w_t in the gain; 1 without a decay exponent. ``o`` are the options of any rule that averages."""
-    if o.ema_kappa is None:
-        return 1.0
-    return at_least((1.0 + o.ema_gamma * at_least(t - o.ema_rho, 0.0)) ** -o.ema_kappa, 1e-4)
-
-
-def average_weight(o: Options, t: Scalar) -> Scalar:
-    """w_t in the average; beta_ema without a decay exponent."""
-    return o.beta_ema if o.ema_kappa is None else gain_weight(o, t)
-
-
-def average_moves(o: Options, t: Scalar) -> Scalar:
-    """1 or 0, as a number of t's kind."""
-    if isinstance(t, Tensor):
-        return (torch.remainder(t, o.ema_update_freq) == 0).to(t.dtype)
-    return float(t % o.ema_update_freq == 0)
-
-
-def pace_scalars(o: Options, t: Scalar, factor: Scalar = 1.0) -> PaceScalars:
-    """``factor`` multiplies the gradient: clip coefficient / gradient scale. MADA has these options too."""
-    lr = number(o.lr)
-    return PaceScalars(
-        grad_factor=-factor if o.maximize else factor,
-        beta1=o.beta1,
-        one_minus_beta1=1.0 - o.beta1,
-        beta2=o.beta2,
-        one_minus_beta2=1.0 - o.beta2,
-        inv_bias2=1.0 / (1.0 - o.beta2**t),
-        eps=o.eps,
-        decay=1.0 - lr * o.weight_decay,
-        shrink=lr * o.weight_decay,
-        step_size=lr / (1.0 - o.beta1**t),
-        gain=lr * o.lambda_pullback * gain_weight(o, t),
-        gain_cap=1.0 if o.clamp_pullback else math.inf,
-        weight=average_weight(o, t),
-        from_step=o.pullback_from_step,
-        moves=average_moves(o, t),
-    )
 
 
 def pace_rule(
@@ -154,7 +90,7 @@ class StatsScalars(NamedTuple):
 
 def stats_scalars(o: Options, t: Scalar) -> StatsScalars:
     w = gain_weight(o, t)
-    return StatsScalars(w, number(o.lr) * o.lambda_pullback * w)
+    return StatsScalars(w, o.lr * o.lambda_pullback * w)
 
 
 def summed_stats(step: PaceStep, scalars: StatsScalars) -> Tensor:

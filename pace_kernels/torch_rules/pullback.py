@@ -15,56 +15,24 @@ The operations and their order are those of ``csrc/rules/pullback.h``, one round
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..definitions import PULLBACK
+from ..definitions.kit import Options, Scalar, gain_weight
+from ..definitions.pullback import PullbackScalars, pullback_gain, pullback_scalars, pulls
 from .coded import Averaging, Coded
-from .common import Begun, Options, Scalar, averaged, number, options_type, rounded, square_root
-from .pace import PaceStep, StatsScalars, average_moves, average_weight, gain_weight, summed_stats, write_stats
+from .common import Begun, averaged, options_type, rounded, square_root
+from .pace import PaceStep, StatsScalars, summed_stats, write_stats
 
 # A parameter group's options, by the names of the operator ``pullback_``, with the meaning of ``Pullback``'s.
 PullbackOptions = options_type(PULLBACK)
 
 
-def pulls(o: Options) -> bool:
-    """Whether the weights move."""
-    return bool(o.lambda_pullback if o.gain is None else o.gain)
-
-
-class PullbackScalars(NamedTuple):
-    """The scalars of one tensor's step; the fields of ``PullbackScalars`` in csrc/rules/pullback.h."""
-
-    inv_bias2: Scalar
-    eps: float
-    gain: Scalar
-    gain_cap: float
-    weight: Scalar
-    moves: Scalar
-
-
-def pullback_gain(o: Options, t: Scalar) -> Scalar:
-    """The gain, without the factor 1 / D if there is a second moment."""
-    gain: Scalar = number(o.lr) * o.lambda_pullback * gain_weight(o, t) if o.gain is None else o.gain
-    return gain
-
-
 def stats_scalars(o: Options, t: Scalar) -> StatsScalars:
     return StatsScalars(gain_weight(o, t), pullback_gain(o, t))
-
-
-def pullback_scalars(o: Options, t: Scalar) -> PullbackScalars:
-    return PullbackScalars(
-        inv_bias2=1.0 / (1.0 - o.beta2 ** (t + o.step_offset)),
-        eps=o.eps,
-        gain=pullback_gain(o, t),
-        gain_cap=1.0 if o.clamp_pullback else math.inf,
-        weight=average_weight(o, t),
-        moves=average_moves(o, t),
-    )
 
 
 def pullback_rule(

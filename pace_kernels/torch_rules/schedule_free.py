@@ -25,14 +25,12 @@ import torch
 from torch import Tensor
 
 from ..definitions import SCHEDULE_FREE
-from ..definitions.schedule_free import SCHEDULE
+from ..definitions.kit import Scalar, at_least
+from ..definitions.schedule_free import SCHEDULE, ScheduleFreeScalars, schedule_free_scalars
 from .coded import Coded
 from .common import (
     Begun,
-    Options,
-    Scalar,
     at_hand,
-    at_least,
     averaged,
     in_double,
     number,
@@ -73,42 +71,12 @@ def _power(base: Scalar, exponent: float) -> Scalar:
 ScheduleFreeOptions = options_type(SCHEDULE_FREE)
 
 
-class ScheduleFreeScalars(NamedTuple):
-    """The scalars of one tensor's step; the fields of ``ScheduleFreeScalars`` in csrc/rules/schedule_free.h."""
-
-    grad_factor: Scalar
-    beta2: float
-    one_minus_beta2: float
-    inv_bias2: Scalar
-    eps: float
-    weight_decay: float
-    share: Scalar
-    y_size: Scalar
-    z_size: Scalar
-
-
 class ScheduleFreeStep(NamedTuple):
     """The state after the step; the fields of ``ScheduleFreeStep`` in csrc/rules/schedule_free.h."""
 
     y: Tensor
     v: Tensor
     z: Tensor
-
-
-def schedule_free_scalars(o: Options, t: Scalar, factor: Scalar = 1.0) -> ScheduleFreeScalars:
-    """``factor`` multiplies the gradient: clip coefficient / gradient scale."""
-    lr = number(o.lr)
-    return ScheduleFreeScalars(
-        grad_factor=-factor if o.maximize else factor,
-        beta2=o.beta2,
-        one_minus_beta2=1.0 - o.beta2,
-        inv_bias2=1.0 / (1.0 - o.beta2**t),
-        eps=o.eps,
-        weight_decay=o.weight_decay,
-        share=o.share,
-        y_size=lr * (1.0 - o.beta1 * (1.0 - o.share)),
-        z_size=lr,
-    )
 
 
 def schedule_free_rule(

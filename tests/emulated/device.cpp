@@ -55,6 +55,16 @@ Emit launcher(const Place&) {
 EXPORT void emulated_set_launch(Launch to) { launch = to; }
 EXPORT int64_t emulated_new_plan() { return pace::new_plan(); }
 EXPORT void emulated_drop_plan(int64_t handle) { pace::drop_plan(handle); }
+// A plan's call without tensors: why it failed, or null.
+EXPORT const char* emulated_call_plan(int64_t handle, int before, const double* options, size_t count) {
+  static std::string failure;
+  try {
+    (before != 0 ? pace::plan_before : pace::plan_step)(handle, {options, options + count});
+    return nullptr;
+  } catch (const std::exception& error) {
+    return (failure = error.what()).c_str();
+  }
+}
 // Allocation k since the last call of emulated_free: where it lies, and how long it is; −1 behind the last one.
 EXPORT int64_t emulated_allocated(size_t k, void** address) {
   if (k >= allocated.size()) return -1;

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -21,11 +21,12 @@ from ptx import Memory, run
 from torch import Tensor
 
 from emulated import build
+from pace_kernels import _C
 from pace_kernels.backend import Backend, backends
 from pace_kernels.definitions import DEFINITIONS
 
 GARBAGE = 0xA5  # what device.cpp fills memory with before anything is written to it
-PLAN_OPS = ("plan_add_", "plan_learn_", "plan_before_", "plan_step_")
+PLAN_OPS = ("plan_add_", "plan_learn_", "plan_step_")
 OPS = (*DEFINITIONS, "mada_learn_", *PLAN_OPS)
 # Arrays, which may lie at any multiple of their elements: operands, and what lies beside them.
 ARRAYS = {operand.symbol for definition in DEFINITIONS.values() for operand in definition.operands}
@@ -98,14 +99,30 @@ def library() -> ctypes.CDLL:
     found.emulated_new_plan.restype = found.emulated_allocated.restype = ctypes.c_int64
     found.emulated_allocated.argtypes = [ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)]
     found.emulated_drop_plan.argtypes = [ctypes.c_int64]
+    found.emulated_call_plan.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.POINTER(ctypes.c_double), ctypes.c_size_t]
+    found.emulated_call_plan.restype = ctypes.c_char_p
     return found
 
 
 class Plan:
     """As ``pace_kernels._cuda.Plan``."""
 
-    def __init__(self) -> None:
-        self.handle = library().emulated_new_plan()
+    changed_groups, gradients = staticmethod(_C.Plan.changed_groups), staticmethod(_C.Plan.gradients)
+    holds_states, versions, put = map(staticmethod, (_C.Plan.holds_states, _C.Plan.versions, _C.Plan.put))
+
+    def __init__(self, device: Device) -> None:
+        self.handle, self._device = library().emulated_new_plan(), device
+
+    def before(self, options: Sequence[float]) -> None:
+        self._device._run("Plan.before", {"plan": self.handle}, partial(self._call, True, options))
+
+    def step(self, options: Sequence[float]) -> None:
+        self._device._run("Plan.step", {"plan": self.handle}, partial(self._call, False, options))
+
+    def _call(self, before: bool, options: Sequence[float]) -> None:
+        numbers = (ctypes.c_double * len(options))(*options)
+        if (failure := library().emulated_call_plan(self.handle, before, numbers, len(options))) is not None:
+            raise RuntimeError(failure.decode())
 
     def __del__(self) -> None:
         library().emulated_drop_plan(self.handle)
@@ -180,7 +197,7 @@ class Device:
         with (
             mock.patch.object(Backend, "name", property(lambda _: "cuda"), create=True),
             mock.patch.object(Backend, "op", lambda _, name: getattr(self, name)),
-            mock.patch.object(Backend, "new_plan", lambda _: Plan()),
+            mock.patch.object(Backend, "new_plan", lambda _: Plan(self)),
             mock.patch.object(Backend, "keeps_plans", plans),
         ):
             yield self
@@ -196,6 +213,9 @@ class Device:
         library()
         op = getattr(torch.ops.pace_emulated, name).default
         given = dict(zip((argument.name for argument in op._schema.arguments), arguments, strict=False)) | named
+        self._run(name, given, partial(op, *arguments, **named))
+
+    def _run(self, name: str, given: dict[str, Any], call: Callable[[], None]) -> None:
         self.calls[name] += 1
         self.operands = [*self._operands(name, given), *self.kept.get(given.get("plan", -1), [])]
         if name in ("plan_add_", "plan_learn_"):
@@ -205,7 +225,7 @@ class Device:
         self.failure = None
         _running.append(self)
         try:
-            op(*arguments, **named)
+            call()
             assert skipped or not self._unwritten_words()
         except RuntimeError as error:
             raise (self.failure or error) from None
@@ -215,7 +235,7 @@ class Device:
 
     def _operands(self, name: str, given: dict[str, Any]) -> Iterator[Operand]:
         """The tensors of a call by the names of the definitions."""
-        if name in PLAN_OPS:
+        if name in PLAN_OPS or name.startswith("Plan."):
             yield from self._of_plan(name, given)
             return
         definition = DEFINITIONS.get(name)
