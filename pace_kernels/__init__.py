@@ -12,6 +12,7 @@ from .clipping import clip_coefficient
 from .exports import averaged, ema_state_dict, master_state_dict
 from .in_backward import step_in_backward
 from .mada import MADA
+from .offload import Offload
 from .pace import PACE
 from .pullback import Pullback
 from .schedule_free import ScheduleFreeAdamW
@@ -19,6 +20,7 @@ from .schedule_free import ScheduleFreeAdamW
 __all__ = [
     "MADA",
     "PACE",
+    "Offload",
     "Pullback",
     "ScheduleFreeAdamW",
     "averaged",
