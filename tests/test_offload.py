@@ -128,7 +128,9 @@ class Run:
         self.seen: list[Tensor] = []
 
     def made(self, model: Any) -> Any:
-        groups = [{"params": model[:2].parameters()}, {"params": model[2:].parameters(), "weight_decay": 0.1}]
+        groups: list[Any] = [{"params": model[:2].parameters()}]
+        groups.append({"params": model[2:4].parameters(), "weight_decay": 0.1})
+        groups += [{"params": [layer.weight]} for layer in model[4:]]
         options = {"lr": 1e-2, **self.options}
         return (
             self.factory(groups, **options)
@@ -331,7 +333,7 @@ def frozen_and_added(run: Run) -> None:
     if len(run.optimizer.param_groups) < 4:
         torch.manual_seed(1)
         run.model.append(nn.Linear(32, 32).to(run.dtype))
-        run.optimizer.add_param_group({"params": list(run.model[-1].named_parameters())[0][1:]})
+        run.optimizer.add_param_group({"params": [run.model[-1].weight]})
     run.steps(2)
 
 
@@ -449,7 +451,8 @@ def test_weights_are_copied_anew_only_where_others_wrote_them(lane: Late) -> Non
 
 def test_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bucket is one call of C: nothing is collected anew."""
-    model, optimizer = made(fraction=0.5)
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(5)))
+    optimizer = Offload(model.parameters(), PACE, fraction=0.9, bucket_bytes=1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=20)
     train(model, optimizer, 3)
     monkeypatch.setattr(optimizer.inner, "_collect", None)
@@ -636,7 +639,7 @@ def test_an_error_half_way_is_told_until_a_checkpoint_is_loaded(lane: Late, monk
             optimizer.step()
         if waits:
             for call in (optimizer.step, optimizer.state_dict, optimizer.eval):
-                with pytest.raises(RuntimeError, match="in the middle of a step.*load the last checkpoint"):
+                with pytest.raises(RuntimeError, match=r"in the middle of a step.*load the last checkpoint"):
                     call()
             model.load_state_dict(weights)
             optimizer.load_state_dict(saved)
@@ -743,6 +746,16 @@ def test_it_falls_back_to_no_thread_and_compiles(monkeypatch: pytest.MonkeyPatch
             one(X).square().mean().backward()
             step()
     assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_a_checkpoint_of_a_captured_run_is_loaded_without_capturable() -> None:
+    model, optimizer = made()
+    plain = PACE(model.parameters(), capturable=True)
+    train(model, plain, 2)
+    saved = plain.state_dict()
+    optimizer.load_state_dict(saved)
+    train(model, optimizer)
+    assert not optimizer.param_groups[0]["capturable"] and saved["param_groups"][0]["capturable"]
 
 
 def test_distributed_checkpoints_go_to_a_run_without_it(tmp_path: Any) -> None:
