@@ -41,7 +41,7 @@ class Offload(Holding):
     ``torch.nn.utils.clip_grad_norm_``), accumulation of gradients, ``GradScaler``, ``averaged()``, the exports and
     ``memory()`` work as with the optimizer inside, ``inner``. So do checkpoints, which have its keys: they go to a run
     without ``Offload`` and back. A weight that other code writes, as ``load_state_dict()`` of the model, is copied
-    anew. Both need that torch counts the write: those through ``.data`` it does not count.
+    anew. Writes that torch does not count, as through ``.data``, are refused: see ``check_writes``.
 
     Arguments:
         params: parameters, named parameters, or groups of them, as the optimizer takes them. A group may have its own
@@ -55,15 +55,18 @@ class Offload(Holding):
             something of all gradients: in MADA, ScheduleFreeAdamW and Pullback, with ``skip_nonfinite`` and
             ``log_stats``, and in a first step.
         overlap: whether gradients are copied during ``backward()``. With False ``step()`` copies them, for code that
-            writes gradients afterwards in ways that torch does not count, as through ``.data``. So it does on several
-            ranks, where DistributedDataParallel averages gradients afterwards.
+            writes gradients afterwards in ways that torch does not count, as by ``p.grad.data.clamp_(-1, 1)``. So it
+            does on several ranks, where DistributedDataParallel averages gradients afterwards.
+        check_writes: whether such writes to gradients, and to weights since the last step, are looked for, by sums of
+            bits: each step then reads weights and gradients twice on the device, 16 bytes per float32 parameter. With
+            False they are lost.
         options: of ``optimizer_class``.
 
     Raises:
         ValueError, TypeError: an argument is out of its range, or is no such optimizer; two parameters share memory; a
             parameter is sharded, lazy, or another subclass; a group has ``capturable`` or ``ema_device``.
-        RuntimeError: as of the optimizer inside. After an error or an interrupt half-way through the buckets all calls
-            are refused until a checkpoint is loaded.
+        RuntimeError: as of the optimizer inside; something was written in a way that torch does not count. After an
+            error half-way through the buckets all calls are refused until a checkpoint is loaded.
 
     >>> model = torch.nn.Linear(4, 1)
     >>> optimizer = Offload(model.parameters(), PACE, lr=3e-3)
@@ -83,6 +86,7 @@ class Offload(Holding):
         fraction: float = 1.0,
         bucket_bytes: int = 2**26,
         overlap: bool = True,
+        check_writes: bool = True,
         **options: Any,
     ) -> None:
         if not callable(optimizer_class):
@@ -90,7 +94,8 @@ class Offload(Holding):
             raise TypeError(f"{what}. {_FACTORY}")
         check_number("bucket_bytes", bucket_bytes, ">= 1", lambda a: a >= 1)
         check_switch("overlap", overlap)
-        self._twins, self._fraction, self._bucket_bytes = Twins(overlap), fraction, bucket_bytes
+        check_switch("check_writes", check_writes)
+        self._twins, self._fraction, self._bucket_bytes = Twins(overlap, check_writes), fraction, bucket_bytes
         given: list[Any] = [params] if isinstance(params, Tensor) else list(params)
         require(bool(given), "params", "parameters or groups of them", given)
         groups: list[Any] = given if given and isinstance(given[0], dict) else [{"params": given}]
@@ -207,6 +212,7 @@ class Offload(Holding):
                 _check_group(group)
             buckets = self._buckets(self._gradients(untouched=scaling.get("grad_scale") is not None))
             vars(inner).update(scaling)
+            twins.look()
             after, contexts = twins.events(), twins.contexts()
             stepped = 0
 
@@ -217,8 +223,11 @@ class Offload(Holding):
                         stack.enter_context(context)
                     for bucket in buckets:
                         twins.put_gradients(bucket)
+                        if len(buckets) == 1:  # which had to wait for all gradients: so nothing has changed yet
+                            twins.check_looks()
                         inner.step(**given)
                         stepped += 1
+                        twins.check_looks()
                         twins.send_back(bucket, after)
 
             try:

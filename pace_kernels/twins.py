@@ -24,6 +24,7 @@ from .checks import Group, check_number
 from .editing import version_of
 from .lanes import Lane, lane_of
 from .memory import check_whole, overlapping
+from .prints import Look, looks, print_of
 from .sharding import PLAIN
 from .states import FLOATING
 from .whole import each
@@ -45,6 +46,7 @@ class Twin:
         self.tensor: Tensor = tensor.requires_grad_(owner.requires_grad) if plain else tensor
         self.seen: Any = None  # what the owner was when both were equal
         self.equal = -1  # the version of the tensor then
+        self.print: Tensor | None = None  # of the owner then
         self.gradient: Tensor | None = None  # host memory for it
         self.copied: Any = None  # the gradient that is there, or on its way there
         self.arrived: Any = None  # an event behind that copy
@@ -71,16 +73,18 @@ class Twins:
     """The parameters of an ``Offload``, and the copies to and fro. One object, because wrappers that pass for an
     optimizer copy its attributes."""
 
-    def __init__(self, overlap: bool) -> None:
+    def __init__(self, overlap: bool, check_writes: bool) -> None:
         self.lock = threading.RLock()  # hooks run in the threads of the devices
         self.worker = Worker()
         self.order: list[Twin] = []  # of all parameters, as in the groups
-        self.overlap = overlap
+        self.overlap, self.check_writes = overlap, check_writes
         self.epoch = 0
         self._by_id: dict[int, Twin] = {}  # by owner, and by what is stepped for it
         self._lists: dict[int, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
         self._lanes: dict[torch.device, Lane] = {}
         self._sent: list[tuple[Lane, Any]] = []  # events behind what was sent
+        self._fresh: list[Twin] = []  # what was copied since prints were taken
+        self._looks: list[Look] = []
         self._marks: list[str] = []
         self._arrivals = 0
 
@@ -212,10 +216,11 @@ class Twins:
             lane.block(event)
         for twin, here in changed:
             twin.seen, twin.equal = here, twin.tensor._version
-        if pending:
-            after = self.events()
-            for twin in pending:
-                self.send(twin, after)
+            self._fresh.append(twin)
+        after = self.events() if pending else {}
+        for twin in pending:
+            self.send(twin, after)
+        if pending or changed:
             self.follow()
 
     def events(self) -> dict[torch.device, Any]:
@@ -226,9 +231,29 @@ class Twins:
         device = twin.owner.device
         self.lane(device).send(twin.tensor.detach(), twin.owner.detach(), after[device])
         twin.seen, twin.equal = twin.stamp(), twin.tensor._version
+        self._fresh.append(twin)
 
     def follow(self) -> None:
+        """Puts what is asked of the current streams next behind what was sent."""
         self._sent = [(lane, lane.follow()) for lane in self._lanes.values()]
+        for twin in self._fresh if self.check_writes else ():
+            twin.print = print_of(twin.owner) if twin.away else None
+        self._fresh = []
+
+    # ---- writes that torch does not count --------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Begins to look whether weights, and gradients that backward() copied, are what was copied."""
+        watched = [twin for twin in self.order if twin.away] if self.check_writes else []
+        found = [(twin.owner.device, "a parameter", twin.owner, twin.print) for twin in watched]
+        found += [(g.device, "a gradient", g, p) for twin in watched if twin.copied for g, *_, p in (twin.copied,)]
+        self._looks = looks(found, self.lane)
+
+    def check_looks(self) -> None:
+        """Raises RuntimeError where something was written. It waits for the device."""
+        begun, self._looks = self._looks, []
+        for look in begun:
+            look.check()
 
     # ---- gradients -------------------------------------------------------------------------------------------------
 
@@ -243,16 +268,16 @@ class Twins:
             if not self.overlap or twin.backward < twin.usual or self._marks or _has_ranks():
                 return
             if grad is not None and grad.layout is torch.strided and grad.device == twin.owner.device:
-                self.fetch(twin, grad)
+                self.fetch(twin, grad, print_of(grad) if self.check_writes else None)
 
-    def fetch(self, twin: Twin, grad: Tensor) -> None:
+    def fetch(self, twin: Twin, grad: Tensor, its_print: Tensor | None = None) -> None:
         check_whole((grad,))
         lane, kept = self.lane(grad.device), twin.gradient
         if kept is None or (kept.dtype, kept.shape) != (grad.dtype, grad.shape):
             kept = twin.gradient = lane.host(grad.detach())
         twin.copied = None
         twin.arrived = lane.fetch(grad.detach(), kept)
-        twin.copied = (grad, version_of(grad), grad.data_ptr(), self.epoch)
+        twin.copied = (grad, version_of(grad), grad.data_ptr(), self.epoch, its_print)
 
     def is_copied(self, twin: Twin, grad: Tensor, untouched: bool) -> bool:
         """Whether the gradient is what was copied: the same memory, not written since as far as torch counts that.
@@ -260,7 +285,7 @@ class Twins:
         have written, unless it is known that gradients are ``untouched``."""
         if twin.copied is None:
             return False
-        kept, *at = twin.copied
+        kept, *at, _ = twin.copied
         return kept is grad and at == [version_of(grad), grad.data_ptr(), at[2] if untouched else self.epoch]
 
     def put_gradients(self, bucket: list[Twin]) -> None:

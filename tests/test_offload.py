@@ -198,8 +198,9 @@ def gradients_by_hand(run: Run) -> None:
         param.grad = None if i == 1 else torch.full_like(param, 0.1 * i)
     run.optimizer.step()
     run.backward()  # onto those
-    params[0].grad = params[0].grad.data.mul(0.5)
+    params[0].grad = params[0].grad.data.mul_(0.5)  # the same memory, and the same version by chance
     params[2].grad = torch.ones((), dtype=run.dtype).expand(params[2].shape)
+    params[3].grad.data = torch.full_like(params[3], 0.3)
     run.optimizer.step()
     run.optimizer.step()  # with the same once more
     params[2].grad = None
@@ -398,7 +399,7 @@ def train(model: Any, optimizer: Any, steps: int = 1) -> None:
 
 
 def test_each_bucket_waits_for_its_own_gradient_in_the_order_in_which_they_came(lane: Late) -> None:
-    model, optimizer = made()
+    model, optimizer = made(check_writes=False)
     train(model, optimizer)
     told: list[Any] = []
     step = optimizer.inner.step
@@ -415,7 +416,7 @@ def test_each_bucket_waits_for_its_own_gradient_in_the_order_in_which_they_came(
 def test_gradients_are_copied_during_backward_and_of_several_only_the_last(
     lane: Late, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, optimizer = made()
+    model, optimizer = made(check_writes=False)
     train(model, optimizer)
     for passes, copies in ((3, 3), (3, 1), (1, 0), (1, 1)):  # as the step before tells; where it misleads, by step()
         optimizer.zero_grad()
@@ -438,7 +439,7 @@ def test_gradients_are_copied_during_backward_and_of_several_only_the_last(
 
 
 def test_weights_are_copied_anew_only_where_others_wrote_them(lane: Late) -> None:
-    model, optimizer = made()
+    model, optimizer = made(check_writes=False)
     train(model, optimizer, 2)
     before = len(lane.down)
     train(model, optimizer)
@@ -576,6 +577,11 @@ def resized(model: Any, _: Any) -> None:
     model[0].weight.grad.untyped_storage().resize_(0)
 
 
+def emptied(model: Any, _: Any) -> None:
+    model[1].bias.data = torch.ones(32)
+    model[1].bias.untyped_storage().resize_(0)
+
+
 def tied(model: Any, _: Any) -> None:
     model[1].bias.data = model[0].bias.data
 
@@ -588,6 +594,7 @@ BEFORE_A_STEP: list[tuple[Callable[[Any, Any], Any], str]] = [
     (sparse, "gradients must be dense"),
     (resized, "more elements than memory"),
     (tied, "share memory"),
+    (emptied, "more elements than memory"),
     (lambda m, o: o.add_param_group({"params": [shard()]}), "is a Wrapped: Offload is for plain tensors"),
     (lambda m, o: o.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": -1}), "lr must be"),
     (lambda m, o: o.add_param_group({"params": [nn.Parameter(torch.ones(2))], "capturable": True}), "capturable=False"),
@@ -616,6 +623,31 @@ def test_what_is_refused_changes_nothing(fault: Any, sentence: str) -> None:
     for run in ((model, optimizer), other):
         train(*run, 2)
     assert all(map(torch.equal, model.parameters(), other[0].parameters()))
+
+
+@pytest.mark.parametrize("first", (True, False))
+def test_writes_that_torch_does_not_count_are_refused(first: bool) -> None:
+    for options, writes, sentence in (
+        ({}, lambda m: m[1].weight.grad.data.clamp_(-1e-4, 1e-4), r"a gradient of .*\(32, 32\) was .*overlap=False"),
+        ({}, lambda m: m[0].bias.data.mul_(0.9), r"a parameter of shape \(32,\) was .*under torch.no_grad"),
+        ({"check_writes": False}, lambda m: m[0].bias.data.mul_(0.9), ""),
+        ({"overlap": False}, lambda m: m[1].weight.grad.data.neg_(), ""),
+    ):
+        model, optimizer = made(**options)
+        train(model, optimizer, 0 if first else 2)
+        model(X).square().mean().backward()
+        writes(model)
+        if not sentence:
+            optimizer.step()
+            continue
+        with pytest.raises(RuntimeError, match=sentence):
+            optimizer.step()
+        assert bool(optimizer.inner.state) is not first
+        if first and "gradient" in sentence:
+            optimizer.step()  # which copies it as it is
+            continue
+        with pytest.raises(RuntimeError, match=sentence if first else "in the middle of a step"):
+            optimizer.step()
 
 
 def test_an_error_half_way_is_told_until_a_checkpoint_is_loaded(lane: Late, monkeypatch: pytest.MonkeyPatch) -> None:
