@@ -23,7 +23,7 @@ from .twins import Twins
 class Holding(torch.optim.Optimizer):
     """An optimizer around another one, which steps what stands for the parameters. Not for direct use."""
 
-    inner: KernelOptimizer | Pullback
+    _inner: KernelOptimizer | Pullback
     _twins: Twins
 
     def _set_up(self) -> None:
@@ -35,18 +35,18 @@ class Holding(torch.optim.Optimizer):
         self._patch_step_function()
 
     def _inside(self, what: str) -> Any:
-        return self._twins.inside(what, self.inner.param_groups)
+        return self._twins.inside(what, self._inner.param_groups)
 
     # ---- what is the inner optimizer's -------------------------------------------------------------------------------
 
     @property
     def param_groups(self) -> list[Group]:  # type: ignore[override]
         self._twins.epoch += 1
-        return self.inner.param_groups
+        return self._inner.param_groups
 
     @property
     def defaults(self) -> Group:  # type: ignore[override]
-        return self.inner.defaults
+        return self._inner.defaults
 
     @property
     def state(self) -> MutableMapping[Tensor, Any]:  # type: ignore[override]
@@ -56,20 +56,20 @@ class Holding(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """GradScaler asks; see ``fused`` of :class:`PACE`."""
-        return self.inner._step_supports_amp_scaling
+        return self._inner._step_supports_amp_scaling
 
     @property
     def clip_coef(self) -> Any:
         """As of the optimizer inside: the ``clip_coef`` of every following ``step()`` that gets none."""
-        return self.inner.clip_coef
+        return self._inner.clip_coef
 
     @clip_coef.setter
     def clip_coef(self, value: Tensor | float | None) -> None:
-        self.inner.clip_coef = value  # type: ignore[assignment]
+        self._inner.clip_coef = value  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
         """Statistics and what else the optimizer inside has."""
-        inner = self.__dict__.get("inner")
+        inner = self.__dict__.get("_inner")
         if inner is None or name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         value = getattr(inner, name)
@@ -90,7 +90,7 @@ class Holding(torch.optim.Optimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         with self._inside("state_dict()"):
-            saved = self.inner.state_dict()
+            saved = self._inner.state_dict()
         for after in self._optimizer_state_dict_post_hooks.values():
             saved = after(self, saved) or saved
         return saved
@@ -110,9 +110,9 @@ class Holding(torch.optim.Optimizer):
             state_dict = before(self, state_dict) or state_dict
         with self._inside("load_state_dict()") as put:
             try:
-                self.inner.load_state_dict(state_dict, **options)
+                self._inner.load_state_dict(state_dict, **options)
             finally:
-                put[:] = self.inner.param_groups
+                put[:] = self._inner.param_groups
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -129,14 +129,14 @@ class Holding(torch.optim.Optimizer):
         """Puts the average in place of the weights; see :meth:`PACE.eval`. The live ones are kept in host memory."""
         self._check_model(model, "eval()")
         with self._inside("eval()"):
-            self.inner.eval()
+            self._inner.eval()
         derived.forget(model, ())
 
     def train(self, model: torch.nn.Module | None = None, *, keep: Literal["loaded", "live"] | None = None) -> None:
         """Puts the weights back that ``eval()`` took out; see :meth:`PACE.train`."""
         self._check_model(model, "train()")
         with self._inside("train()"):
-            self.inner.train(keep=keep)
+            self._inner.train(keep=keep)
         derived.forget(model, ())
 
     @contextmanager
@@ -155,7 +155,7 @@ class Holding(torch.optim.Optimizer):
         """Within this context the parameters hold their averages; see :meth:`PACE.averaged`."""
         self._check_model(model, "averaged()")
         try:
-            with self._around("averaged()", self.inner.averaged()):
+            with self._around("averaged()", self._inner.averaged()):
                 derived.forget(model, ())
                 yield
         finally:
@@ -164,16 +164,27 @@ class Holding(torch.optim.Optimizer):
     @contextmanager
     def editing_weights(self, *, reset_average: bool = False) -> Iterator[None]:
         """See :meth:`PACE.editing_weights`."""
-        with self._around("editing_weights()", self.inner.editing_weights(reset_average=reset_average)):
+        with self._around("editing_weights()", self._inner.editing_weights(reset_average=reset_average)):
             yield
 
     @contextmanager
     def _opened(self, what: str) -> Iterator[Averaging]:
         with self._inside(what):
-            yield self.inner
+            yield self._inner
+
+    def _option(self, group: Group, name: str) -> Any:
+        return self._inner._option(group, name)
+
+    def _entries(self, groups: list[Group]) -> list[Any]:
+        with self._inside("this"):
+            return self._inner._entries(groups)
+
+    @property
+    def _swapped(self) -> bool:
+        return self._inner._swapped
 
     def _keeps_average(self, group: Group) -> bool:
-        return self.inner._keeps_average(group)
+        return self._inner._keeps_average(group)
 
     def _owner(self, tensor: Tensor) -> Tensor:
         twin = self._twins.of(tensor)
@@ -200,7 +211,7 @@ class Holding(torch.optim.Optimizer):
 
 class _States(MutableMapping[Tensor, Any]):
     def __init__(self, optimizer: Holding) -> None:
-        self._states: Any = optimizer.inner.state
+        self._states: Any = optimizer._inner.state
         self._twins = optimizer._twins
 
     def _key(self, param: Any) -> Any:

@@ -39,7 +39,7 @@ class Offload(Holding):
     Weights, averages and states have the bits that the optimizer has on a CPU without ``Offload``. ``param_groups``
     hold your parameters and all options. Schedulers, closures, hooks, clipping (``clip_coef``, or in place by
     ``torch.nn.utils.clip_grad_norm_``), accumulation of gradients, ``GradScaler``, ``averaged()``, the exports and
-    ``memory()`` work as with the optimizer inside, ``inner``. So do checkpoints, which have its keys: they go to a run
+    ``memory()`` work as with the optimizer inside. So do checkpoints, which have its keys: they go to a run
     without ``Offload`` and back. A weight that other code writes, as ``load_state_dict()`` of the model, is copied
     anew. Writes that torch does not count, as through ``.data``, are refused: see ``check_writes``.
 
@@ -112,12 +112,12 @@ class Offload(Holding):
             raise TypeError(f"optimizer_class must make the optimizer of the groups that it gets. {_FACTORY}")
         for group in inner.param_groups:
             _check_group(group)
-        self.inner = inner
+        self._inner = inner
         self._set_up()
         self._twins.enter(twins)
         for group, (_, some) in zip(inner.param_groups, made, strict=True):
             group["params"] = [twin.owner for twin in some]
-        inner._MOST_PLANS = len(twins) + 2  # type: ignore[union-attr]  # at most a bucket for each
+        inner._MOST_PLANS = len(twins) + 2  # type: ignore[union-attr]  # buckets, at the most
         with self._inside("Offload()"):
             pass
 
@@ -143,7 +143,7 @@ class Offload(Holding):
 
     def __repr__(self) -> str:
         twins = self._twins.order
-        return f"Offload({self.inner!r}, {sum(t.away for t in twins)} of {len(twins)} parameters in host memory)"
+        return f"Offload({self._inner!r}, {sum(t.away for t in twins)} of {len(twins)} parameters in host memory)"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -152,22 +152,23 @@ class Offload(Holding):
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group, with options and a ``fraction`` of its own, also in the middle of training."""
-        group, twins = self._stand_ins(param_group, f"param_groups[{len(self.inner.param_groups)}]")
+        group, twins = self._stand_ins(param_group, f"param_groups[{len(self._inner.param_groups)}]")
         with self._inside("add_param_group()") as put:
-            self.inner.add_param_group(group)
-            added = self.inner.param_groups[-1]
+            self._inner.add_param_group(group)
+            added = self._inner.param_groups[-1]
             try:
                 _check_group(added)
             except Exception:
-                self.inner.param_groups.pop()
+                self._inner.param_groups.pop()
                 raise
             self._twins.enter(twins)
             put.append(added)
+            self._inner._MOST_PLANS += len(twins)  # type: ignore[union-attr]
 
     def memory(self) -> Memory:
         """As of the optimizer inside; what is in host memory apart."""
         with self._inside("memory()"):
-            memory = self.inner.memory()
+            memory = self._inner.memory()
         found = []
         for tensor, twin in zip(memory.tensors, self._twins.order, strict=True):
             grad, states = twin.owner.grad, sum(tensor.states.values())
@@ -196,8 +197,10 @@ class Offload(Holding):
         return loss
 
     def _require_live(self) -> None:
-        self.inner._require_whole("step()")
-        self.inner._require_live("step()")
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("Offload.step() while a CUDA graph is captured, which runs nothing on the host")
+        self._inner._require_whole("step()")
+        self._inner._require_live("step()")
 
     @_disable_dynamo
     @torch.no_grad()
@@ -206,7 +209,7 @@ class Offload(Holding):
         scaling: dict[str, Any] = {
             name: _on_host(vars(self)[name]) for name in ("grad_scale", "found_inf") if name in vars(self)
         }
-        twins, inner = self._twins, self.inner
+        twins, inner = self._twins, self._inner
         with self._inside("step()"):
             for group in inner.param_groups:
                 _check_group(group)
@@ -248,13 +251,13 @@ class Offload(Holding):
     def _gradients(self, untouched: bool) -> list[Twin]:
         """The parameters with gradients, checked; those that are not there yet are sent on their way."""
         found = []
-        groups = ((group, i) for group in self.inner.param_groups for i in range(len(group["params"])))
+        groups = ((group, i) for group in self._inner.param_groups for i in range(len(group["params"])))
         for (group, i), twin in zip(groups, self._twins.order, strict=True):
             grad = twin.owner.grad
             if grad is None:
                 continue
             if twin.away:
-                KernelOptimizer._check_grad(cast(Any, self.inner), twin.owner, grad, self.inner._name(group, i))
+                KernelOptimizer._check_grad(cast(Any, self._inner), twin.owner, grad, self._inner._name(group, i))
             found.append((twin, grad))
         for twin, grad in found:
             if twin.away and not self._twins.is_copied(twin, grad, untouched):
@@ -263,9 +266,9 @@ class Offload(Holding):
 
     def _buckets(self, twins: list[Twin]) -> list[list[Twin]]:
         """In the order in which their gradients came; one with all of them where one call has to see them."""
-        inner = self.inner
+        inner = self._inner
         together = not isinstance(inner, PACE) or any(group[name] for group in inner.param_groups for name in _TOGETHER)
-        if together or inner._dry or not all(inner.state.get(twin.tensor) for twin in twins):  # type: ignore[union-attr]
+        if together or not all(inner.state.get(twin.tensor) for twin in twins):  # type: ignore[union-attr]
             return [twins]
         here = set(map(id, twins))
         buckets, held = [[twin for twin in twins if not twin.away]], self._bucket_bytes

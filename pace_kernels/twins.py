@@ -264,8 +264,8 @@ class Twins:
             twin.backward += 1
             self._arrivals += 1
             twin.place = self._arrivals
-            # Where gradients are accumulated, the last one is copied; DistributedDataParallel averages them later.
-            if not self.overlap or twin.backward < twin.usual or self._marks or _has_ranks():
+            # Where gradients are accumulated, the last one is copied.
+            if not self.overlap or twin.backward < twin.usual or self._marks or _copies_later(twin.owner):
                 return
             if grad is not None and grad.layout is torch.strided and grad.device == twin.owner.device:
                 self.fetch(twin, grad, print_of(grad) if self.check_writes else None)
@@ -345,8 +345,10 @@ def _hook(me: weakref.ref[Twins], its: weakref.ref[Twin]) -> Any:
     return arrived
 
 
-def _has_ranks() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+def _copies_later(owner: Tensor) -> bool:
+    """On several ranks, DistributedDataParallel averages gradients later; a captured graph runs no hooks again."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return several or (owner.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _stays(name: str, param: Tensor) -> bool:

@@ -152,7 +152,7 @@ class Run:
         state = copy.deepcopy(self.optimizer.state_dict())
         states = [v for key in state["state"] for _, v in sorted(state["state"][key].items())]
         options = [v for group in state["param_groups"] for k, v in sorted(group.items()) if k != "params"]
-        values = [*self.model.parameters(), *states, *options, *self.seen]
+        values = [*self.model.parameters(), *states, *options, *self.optimizer.get_step_stats().values(), *self.seen]
         return [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
 
 
@@ -171,7 +171,7 @@ def clipped_in_place(run: Run) -> None:
 
 
 def clipped_in_the_step(run: Run) -> None:
-    if isinstance(getattr(run.optimizer, "inner", run.optimizer), Pullback):
+    if isinstance(getattr(run.optimizer, "_inner", run.optimizer), Pullback):
         return
     for _ in range(3):
         run.optimizer.zero_grad()
@@ -201,9 +201,14 @@ def gradients_by_hand(run: Run) -> None:
     params[0].grad = params[0].grad.data.mul_(0.5)  # the same memory, and the same version by chance
     params[2].grad = torch.ones((), dtype=run.dtype).expand(params[2].shape)
     params[3].grad.data = torch.full_like(params[3], 0.3)
+    if run.dtype == torch.bfloat16 and hasattr(params[1], "grad_dtype"):
+        params[1].grad, params[1].grad_dtype = None, torch.float32
+        params[1].grad = torch.full_like(params[1], 0.1, dtype=torch.float32)
     run.optimizer.step()
     run.optimizer.step()  # with the same once more
     params[2].grad = None
+    if run.dtype == torch.bfloat16 and hasattr(params[1], "grad_dtype"):
+        params[1].grad, params[1].grad_dtype = None, run.dtype
     run.optimizer.zero_grad(set_to_none=False)
     run.backward()
     with torch.no_grad():
@@ -363,7 +368,7 @@ def check(kind: str, way: dict[str, Any], events: list[Callable[[Run], Any]], la
     assert all(twin.copied is None for twin in away.optimizer._twins.order)
 
 
-@pytest.mark.filterwarnings("ignore:averaged", "ignore:.*lr_scheduler.step")
+@pytest.mark.filterwarnings("ignore:averaged", "ignore:get_step_stats", "ignore:.*lr_scheduler.step")
 @pytest.mark.parametrize("way", range(4))
 @pytest.mark.parametrize("kind", KINDS)
 def test_bits(kind: str, way: int, lane: Late) -> None:
@@ -372,7 +377,7 @@ def test_bits(kind: str, way: int, lane: Late) -> None:
         assert lane.entered > 0
 
 
-@pytest.mark.filterwarnings("ignore:averaged", "ignore:.*lr_scheduler.step")
+@pytest.mark.filterwarnings("ignore:averaged", "ignore:get_step_stats", "ignore:.*lr_scheduler.step")
 @given(st.sampled_from(sorted(KINDS)), st.sampled_from(WAYS), st.lists(st.sampled_from(EVENTS), max_size=5))
 @settings(max_examples=10, deadline=None)
 def test_bits_in_any_order(kind: str, way: dict[str, Any], events: list[Any]) -> None:
@@ -402,8 +407,8 @@ def test_each_bucket_waits_for_its_own_gradient_in_the_order_in_which_they_came(
     model, optimizer = made(check_writes=False)
     train(model, optimizer)
     told: list[Any] = []
-    step = optimizer.inner.step
-    optimizer.inner.step = lambda **given: (told.append(len(lane.waited)), step(**given))
+    step = optimizer._inner.step
+    optimizer._inner.step = lambda **given: (told.append(len(lane.waited)), step(**given))
     optimizer.zero_grad()
     model(X).square().mean().backward()
     first, lane.waited = len(lane.down) - 3, []
@@ -456,7 +461,7 @@ def test_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = Offload(model.parameters(), PACE, fraction=0.9, bucket_bytes=1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=20)
     train(model, optimizer, 3)
-    monkeypatch.setattr(optimizer.inner, "_collect", None)
+    monkeypatch.setattr(optimizer._inner, "_collect", None)
     for _ in range(3):
         train(model, optimizer)
         schedule.step()
@@ -642,7 +647,7 @@ def test_writes_that_torch_does_not_count_are_refused(first: bool) -> None:
             continue
         with pytest.raises(RuntimeError, match=sentence):
             optimizer.step()
-        assert bool(optimizer.inner.state) is not first
+        assert bool(optimizer._inner.state) is not first
         if first and "gradient" in sentence:
             optimizer.step()  # which copies it as it is
             continue
@@ -739,7 +744,7 @@ def test_a_model_and_its_optimizer_are_freed() -> None:
     model[1].bias = None
     train(model, optimizer)
     gone = [dropped, weakref.ref(model[0].weight)]
-    optimizer.inner.state.clear()
+    optimizer._inner.state.clear()
     del model
     optimizer = weakref.ref(optimizer)
     gc.collect()
