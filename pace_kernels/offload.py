@@ -235,8 +235,9 @@ class Offload(Holding):
 
             try:
                 interrupt = twins.do(job)
-                twins.follow()
             finally:
+                twins.wait(None)  # once more, for an interrupt right behind another
+                twins.follow()
                 for name in scaling:
                     vars(inner).pop(name, None)
                 twins.forget_gradients()

@@ -176,7 +176,6 @@ class Twins:
                 if len(put) > len(theirs):
                     self._extend(put, theirs)
             finally:
-                self._wait(None)  # for a job that a second signal left there
                 leave()
                 self.agree()
 
@@ -316,14 +315,15 @@ class Twins:
         try:
             self.worker.submit(job)
         except BaseException as error:
-            return self._wait(error)
-        return self._wait(None)
+            return self.wait(error)
+        return self.wait(None)
 
-    def _wait(self, interrupt: BaseException | None) -> BaseException | None:
+    def wait(self, interrupt: BaseException | None) -> BaseException | None:
+        """Waits for the worker. Returns the first exception that came meanwhile, or ``interrupt``."""
         try:
             self.worker.join()
         except BaseException as error:
-            return self._wait(interrupt or error)
+            return self.wait(interrupt or error)
         return interrupt
 
     def forget_gradients(self) -> None:

@@ -723,6 +723,22 @@ def test_an_interrupt_waits_for_the_step_and_handlers_within_it_are_refused(
     assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
+def test_an_interrupt_right_behind_another_waits_too(lane: Late, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model, optimizer), (other, plain) = made(), made()
+    train(model, optimizer, 2)
+    train(other, plain, 4)
+
+    def do(job: Any) -> None:
+        optimizer._twins.worker.submit(lambda: (time.sleep(0.1), job()))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(optimizer._twins, "do", do)
+        train(model, optimizer)
+    train(model, optimizer)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
 def test_a_forked_process_goes_on() -> None:
     model, optimizer = made()
     train(model, optimizer, 2)
