@@ -83,6 +83,10 @@ class Holding(torch.optim.Optimizer):
 
         return inside
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._twins.forget_gradients(stepped=False)
+
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

@@ -240,7 +240,7 @@ class Offload(Holding):
                 twins.follow()
                 for name in scaling:
                     vars(inner).pop(name, None)
-                twins.forget_gradients()
+                twins.forget_gradients(stepped=True)
             failed, twins.worker.failed = twins.worker.failed, None
             if failed is not None:
                 if stepped and not inner._unfinished:

@@ -326,14 +326,13 @@ class Twins:
             return self.wait(interrupt or error)
         return interrupt
 
-    def forget_gradients(self) -> None:
-        """After a step. Copies that are kept would keep gradients from being freed."""
+    def forget_gradients(self, stepped: bool) -> None:
+        """What is noted of copies keeps gradients from being freed."""
         for twin in self.order:
             twin.copied = twin.arrived = None
             if twin.tensor is not twin.owner:
                 twin.tensor.grad = None
-            if twin.backward:
-                twin.usual, twin.backward = twin.backward, 0
+            twin.usual, twin.backward = twin.backward if stepped and twin.backward else twin.usual, 0
 
 
 def _hook(me: weakref.ref[Twins], its: weakref.ref[Twin]) -> Any:

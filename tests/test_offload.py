@@ -431,6 +431,11 @@ def test_gradients_are_copied_during_backward_and_of_several_only_the_last(
         assert len(lane.down) - before == 4 * copies
         optimizer.step()
         assert len(lane.down) - before == 4 * max(copies, 1)
+    optimizer.zero_grad()
+    model(X).square().mean().backward()
+    kept = weakref.ref(model[0].weight.grad)
+    optimizer.zero_grad()  # a step that is left out
+    assert kept() is None
     for patched in (lambda: setattr(optimizer._twins, "overlap", False), lambda: None):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         before = len(lane.down)
