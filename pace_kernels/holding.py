@@ -35,7 +35,7 @@ class Holding(torch.optim.Optimizer):
         self._patch_step_function()
 
     def _inside(self, what: str) -> Any:
-        return self._twins.inside(what, self._inner.param_groups)
+        return self._twins.inside(what, self._inner.param_groups, steps=what == "step()")
 
     # ---- what is the inner optimizer's -------------------------------------------------------------------------------
 

@@ -22,37 +22,32 @@ def print_of(tensor: Tensor) -> Tensor:
 class Look:
     """Compares the prints of tensors with those of before, behind what the current stream was asked."""
 
-    def __init__(self, lane: Lane, named: list[tuple[str, Tensor]], before: list[Tensor]) -> None:
-        differ = (torch.stack([print_of(tensor) for _, tensor in named]) != torch.stack(before)).to(torch.float32)
-        self._lane, self._found, self._named = lane, lane.host(differ), named
+    def __init__(self, lane: Lane, tensors: list[Tensor], before: list[Tensor]) -> None:
+        differ = (torch.stack(list(map(print_of, tensors))) != torch.stack(before)).to(torch.float32)
+        self._lane, self._found, self._tensors = lane, lane.host(differ), tensors
         self._event: Any = lane.fetch(differ, self._found)
 
-    def check(self) -> None:
-        """Raises RuntimeError where one was written. It waits for the device."""
+    def written(self) -> list[Tensor]:
+        """Those that were written since. It waits for the device."""
         self._lane.block(self._event)
-        found = self._found.nonzero()
-        if not len(found):
-            return
-        what, tensor = self._named[int(found[0, 0])]
-        when, how = "in backward()", "it in a way that counts, or pass overlap=False"
-        if what == "a parameter":
-            when, how = "by the last step", "weights under torch.no_grad()"
-        raise RuntimeError(
-            f"{what} of shape {tuple(tensor.shape)} was written in a way that torch does not count, as through .data, "
-            f"since it was copied {when}. Write {how}. If this was not the first step, load the last checkpoint of "
-            "model and optimizer"
-        )
+        return [self._tensors[number] for number in self._found.nonzero().flatten().tolist()]
 
 
-def looks(
-    found: Iterable[tuple[torch.device, str, Tensor, Tensor | None]], lane_of: Callable[[torch.device], Lane]
-) -> list[Look]:
-    """By device, of those that have a print: what it is, the tensor, and its print."""
-    by_device: dict[torch.device, list[tuple[str, Tensor, Tensor]]] = {}
-    for device, what, tensor, before in found:
+def looks(found: Iterable[tuple[Tensor, Tensor | None]], lane_of: Callable[[torch.device], Lane]) -> list[Look]:
+    """A look for each device at the tensors that have a print."""
+    by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    for tensor, before in found:
         if before is not None:
-            by_device.setdefault(device, []).append((what, tensor, before))
-    return [
-        Look(lane_of(device), [(what, tensor) for what, tensor, _ in rows], [before for *_, before in rows])
-        for device, rows in by_device.items()
-    ]
+            by_device.setdefault(tensor.device, []).append((tensor, before))
+    return [Look(lane_of(device), *map(list, zip(*rows, strict=True))) for device, rows in by_device.items()]
+
+
+def refusal(tensor: Tensor, is_gradient: bool) -> RuntimeError:
+    what, when, how = "a parameter", "by the last step", "weights under torch.no_grad()"
+    if is_gradient:
+        what, when, how = "a gradient", "in backward()", "it in a way that counts, or pass overlap=False"
+    return RuntimeError(
+        f"{what} of shape {tuple(tensor.shape)} was written in a way that torch does not count, as through .data, since "
+        f"it was copied {when}. Write {how}. If this was not the first step, load the last checkpoint of model and "
+        "optimizer"
+    )

@@ -24,7 +24,7 @@ from .checks import Group, check_number
 from .editing import version_of
 from .lanes import Lane, lane_of
 from .memory import check_whole, overlapping
-from .prints import Look, looks, print_of
+from .prints import Look, looks, print_of, refusal
 from .sharding import PLAIN
 from .states import FLOATING
 from .whole import each
@@ -154,9 +154,10 @@ class Twins:
         return theirs, ours
 
     @contextmanager
-    def inside(self, what: str, groups: list[Group]) -> Iterator[list[Group]]:
+    def inside(self, what: str, groups: list[Group], steps: bool) -> Iterator[list[Group]]:
         """Within this context the groups have what is stepped, equal to the parameters; afterwards they are equal
-        again. What is put into the list that it gives gets its parameters back too."""
+        again. What is put into the list that it gives gets its parameters back too. Before it ``steps``, writes that
+        torch does not count are not looked for."""
         with self.lock:
             if self._marks:
                 raise RuntimeError(_ONE_AT_A_TIME.format(what))
@@ -164,6 +165,8 @@ class Twins:
             for lane, event in self._sent:  # out of memory that may be written now
                 lane.block(event)
             self._sent = []
+            if not steps and self.check_writes:
+                self._find_written()
             self.agree()
             put, at = list(groups), repeat("params")
             # Each is one call of C: Python runs handlers of signals between its own instructions.
@@ -242,17 +245,22 @@ class Twins:
     # ---- writes that torch does not count --------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Begins to look whether weights, and gradients that backward() copied, are what was copied."""
-        watched = [twin for twin in self.order if twin.away] if self.check_writes else []
-        found = [(twin.owner.device, "a parameter", twin.owner, twin.print) for twin in watched]
-        found += [(g.device, "a gradient", g, p) for twin in watched if twin.copied for g, *_, p in (twin.copied,)]
-        self._looks = looks(found, self.lane)
+        """Begins to look whether weights that are stepped, and gradients, are what was copied."""
+        watched = [t for t in self.order if t.away and t.owner.grad is not None] if self.check_writes else []
+        copied: list[Any] = [(kept[0], kept[-1]) for t in watched if (kept := t.copied) and kept[0] is t.owner.grad]
+        self._looks = looks([*((t.owner, t.print) for t in watched), *copied], self.lane)
 
     def check_looks(self) -> None:
-        """Raises RuntimeError where something was written. It waits for the device."""
+        """Raises RuntimeError where one was written. It waits for the device."""
         begun, self._looks = self._looks, []
-        for look in begun:
-            look.check()
+        for tensor in (tensor for look in begun for tensor in look.written()):
+            raise refusal(tensor, is_gradient=self.of(tensor) is None)
+
+    def _find_written(self) -> None:
+        """Weights that were written without being counted are copied anew; between steps there is time to wait."""
+        begun = looks([(t.owner, t.print) for t in self.order if t.away], self.lane)
+        for owner in (owner for look in begun for owner in look.written()):
+            self._by_id[id(owner)].seen = None
 
     # ---- gradients -------------------------------------------------------------------------------------------------
 

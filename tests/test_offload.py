@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import pace_kernels
 from pace_kernels import MADA, PACE, Offload, Pullback, ScheduleFreeAdamW, twins
+from pace_kernels.integrations.callbacks import averaging
 from pace_kernels.lanes import CudaLane, Lane
 
 X = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
@@ -658,6 +659,21 @@ def test_writes_that_torch_does_not_count_are_refused(first: bool) -> None:
             continue
         with pytest.raises(RuntimeError, match=sentence if first else "in the middle of a step"):
             optimizer.step()
+        if first:
+            optimizer.state_dict()  # which copies the weight as it is
+            optimizer.step()
+
+
+def test_between_steps_writes_that_torch_does_not_count_are_taken() -> None:
+    model, optimizer = made()
+    train(model, optimizer, 2)
+    model[0].bias.data.mul_(0.9)
+    model[1].bias.requires_grad_(False).data.mul_(0.9)  # which steps no more
+    before = [p.detach().clone() for p in model.parameters()]
+    with optimizer.averaged(model):
+        assert not torch.equal(before[1], model[0].bias)
+    assert all(map(torch.equal, before, model.parameters()))
+    train(model, optimizer)
 
 
 def test_an_error_half_way_is_told_until_a_checkpoint_is_loaded(lane: Late, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -791,6 +807,8 @@ def test_memory_state_and_name() -> None:
     assert all(optimizer.state[p]["step"] == 2 for p in model.parameters()) and len(optimizer.state) == 4
     with pytest.raises(KeyError):
         del optimizer.state[WEIGHT]
+    assert averaging(optimizer, model) is optimizer and len(optimizer._entries(optimizer.param_groups)) == 4
+    assert optimizer._option(optimizer.param_groups[0], "use_ema_eval") and not optimizer._swapped
     del optimizer.state[model[0].bias]
     assert model[0].bias not in optimizer.state
 
