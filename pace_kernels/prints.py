@@ -47,7 +47,7 @@ def refusal(tensor: Tensor, is_gradient: bool) -> RuntimeError:
     if is_gradient:
         what, when, how = "a gradient", "in backward()", "it in a way that counts, or pass overlap=False"
     return RuntimeError(
-        f"{what} of shape {tuple(tensor.shape)} was written in a way that torch does not count, as through .data, since "
-        f"it was copied {when}. Write {how}. If this was not the first step, load the last checkpoint of model and "
-        "optimizer"
+        f"{what} of shape {tuple(tensor.shape)} was written in a way that torch does not count, as through .data, "
+        f"since it was copied {when}. Write {how}. If this was not the first step, load the last checkpoint of model "
+        "and optimizer"
     )
