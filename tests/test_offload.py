@@ -411,10 +411,10 @@ def test_each_bucket_waits_for_its_own_gradient_in_the_order_in_which_they_came(
     step = optimizer._inner.step
     optimizer._inner.step = lambda **given: (told.append(len(lane.waited)), step(**given))
     optimizer.zero_grad()
-    model(X).square().mean().backward()
+    model[0](model[1](X)).square().mean().backward()  # in another order than that of registration
     first, lane.waited = len(lane.down) - 3, []
     optimizer.step()
-    # Weights and biases of the layers, from the last to the first: a wait and a step for each, of what came then.
+    # A wait and a step for each weight and bias, in the order in which they came.
     assert lane.waited == [first, first + 1, first + 2, first + 3] and told == [1, 2, 3, 4]
     assert len(lane.down) == first + 3, "step() copied nothing more"
 
