@@ -127,7 +127,7 @@ class Twins:
 
     def _placed(self, groups: list[Group]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
         """The parameters of the groups, and what stands for them: the same lists as before, where they are unchanged,
-        because plans know them by identity."""
+        which plans then need not look through."""
         theirs, ours, same = [], [], len(groups) == len(self._lists)
         for group in groups:
             params = group["params"]

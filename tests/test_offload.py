@@ -264,7 +264,8 @@ def weights_written(run: Run) -> None:
         run.model.load_state_dict({k: v * 1.01 for k, v in run.model.state_dict().items()})
     run.steps()
     with editing(run):
-        run.model[1].bias.data = run.model[1].bias.data + 0.5  # other memory
+        for layer in run.model[:2]:
+            layer.bias.data = layer.bias.data + 0.5  # other memory
         run.backward()  # written between a backward pass and the step
         run.model[2].bias.data = torch.ones(32, dtype=run.dtype)
     run.optimizer.step()
@@ -366,7 +367,8 @@ def check(kind: str, way: dict[str, Any], events: list[Callable[[Run], Any]], la
             same = torch.equal(a, b) if isinstance(a, Tensor) else a == b
             assert same, getattr(event, "__name__", event)
     assert not lane.clashes and not lane.up
-    assert all(twin.copied is None for twin in away.optimizer._twins.order)
+    kept = away.optimizer._twins
+    assert all(twin.copied is None for twin in kept.order) and len(kept._lists) == len(away.optimizer.param_groups)
 
 
 @pytest.mark.filterwarnings("ignore:averaged", "ignore:get_step_stats", "ignore:.*lr_scheduler.step")
@@ -795,6 +797,7 @@ def test_memory_state_and_name() -> None:
     assert not optimizer.state and optimizer.get_step_stats() == {}
     model(X).sum().backward()
     optimizer.step()
+    assert [twin.away for twin in optimizer._twins.order] == [False, False, True, True], "whose gradients come first"
     half = sum(p.numel() for p in model[1].parameters())
     memory = optimizer.memory()
     assert memory.host == half * 20 + 2 * 4 and memory.weights == memory.gradients == half * 8
