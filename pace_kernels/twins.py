@@ -212,7 +212,6 @@ class Twins:
             lane = self.lane(owner.device)
             if (tensor.dtype, tensor.shape, tensor.stride()) != (owner.dtype, owner.shape, owner.stride()):
                 tensor.data = lane.host(owner.detach())
-                twin.gradient = None
             events.append((lane, lane.fetch(owner.detach(), tensor)))
         for lane, event in events:
             lane.block(event)

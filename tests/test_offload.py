@@ -380,6 +380,18 @@ def test_bits(kind: str, way: int, lane: Late) -> None:
         assert lane.entered > 0
 
 
+@pytest.mark.filterwarnings("ignore:get_step_stats")
+@pytest.mark.parametrize("kind", ("pace", "free"))
+def test_bits_of_a_model_that_is_converted_in_mid_training(kind: str, lane: Late) -> None:
+    def converted(run: Run) -> None:
+        with editing(run):
+            run.model.bfloat16()
+        run.dtype = torch.bfloat16
+        run.optimizer.zero_grad()
+
+    check(kind, WAYS[2], [converted], lane)
+
+
 @pytest.mark.filterwarnings("ignore:averaged", "ignore:get_step_stats", "ignore:.*lr_scheduler.step")
 @given(st.sampled_from(sorted(KINDS)), st.sampled_from(WAYS), st.lists(st.sampled_from(EVENTS), max_size=5))
 @settings(max_examples=10, deadline=None)
