@@ -66,6 +66,11 @@ def in_backward(model: nn.Module) -> Contender:
     return Contender(made.step, lambda: made.state)
 
 
+def in_host_memory(model: nn.Module) -> Contender:
+    made = pace_kernels.Offload([p for p in model.parameters() if p.requires_grad], pace_kernels.PACE)
+    return Contender(made.step)  # its states are on no device
+
+
 def adamw_in_backward(model: nn.Module) -> Contender:
     """torch's recipe: an AdamW for each parameter, and a hook that steps it."""
     made = {p: AdamW([p], fused=True) for p in model.parameters() if p.requires_grad}
@@ -90,6 +95,7 @@ def offloaded(model: nn.Module) -> Contender:
 HOOKED: dict[str, tuple[str, Callable[[nn.Module], Contender]]] = {
     "pace-in-backward": ("PACE, step in backward", in_backward),
     "adamw-in-backward": ("AdamW fused, step in backward", adamw_in_backward),
+    "pace-offload": ("Offload(PACE)", in_host_memory),
     "torchao-offload": ("torchao CPUOffloadOptimizer(AdamW)", offloaded),
 }
 

@@ -199,7 +199,7 @@ class Averaging(Editing):
             if not isinstance(model, torch.nn.Module):
                 raise TypeError(f"{what}: model must be a torch.nn.Module, got {type(model).__name__}")
             derived.forget(model, ())  # so that its parameters are the sharded ones again
-            _check_trains(model, self._params(), what)
+            check_trains(model, self._params(), what)
         self._check_unedited(what, [entry.param for entry in entries])
         for entry in entries:
             for name in (self._AVERAGE, f"{self._AVERAGE}_codes", "live"):
@@ -259,6 +259,15 @@ class Averaging(Editing):
 
     # ---- export ----------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _opened(self, what: str) -> Iterator[Averaging]:
+        """The optimizer that has the averages; within this context with the parameters that it steps."""
+        yield self
+
+    def _owner(self, param: Tensor) -> Tensor:
+        """The model's parameter for one that is stepped."""
+        return param
+
     def ema_state_dict(
         self, model: torch.nn.Module, *, full: bool = False, dtype: torch.dtype | None = None
     ) -> dict[str, Any]:
@@ -274,7 +283,7 @@ class Averaging(Editing):
         return master_state_dict(model, self)
 
 
-def _check_trains(model: torch.nn.Module, params: list[Tensor], what: str) -> None:
+def check_trains(model: torch.nn.Module, params: list[Tensor], what: str) -> None:
     """Raises ValueError where the model has parameters to train, and ``params`` are none of them."""
     trained = [param for param in model.parameters() if param.requires_grad]
     if trained and not share_memory(model.parameters(), params):

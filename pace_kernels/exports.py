@@ -94,11 +94,12 @@ def ema_state_dict(
         raise RuntimeError("ema_state_dict(): no group of this optimizer keeps an average: set use_ema_eval=True")
     swaps = []
     for optimizer in chosen:
-        optimizer._require_whole("ema_state_dict()")
-        optimizer._forget_dry_run()
-        entries = [e for e in optimizer._entries(optimizer.param_groups) if not optimizer._holds_average(e)]
-        derived.check_no_flat_parameters(optimizer._params(), "ema_state_dict()")
-        optimizer._check_swap("ema_state_dict()", model, entries)
+        with optimizer._opened("ema_state_dict()") as inner:
+            inner._require_whole("ema_state_dict()")
+            inner._forget_dry_run()
+            entries = [e for e in inner._entries(inner.param_groups) if not inner._holds_average(e)]
+            derived.check_no_flat_parameters(inner._params(), "ema_state_dict()")
+            inner._check_swap("ema_state_dict()", model if inner is optimizer else None, entries)
         if not share_memory(model.parameters(), optimizer._params()):
             raise ValueError("ema_state_dict(): model has no parameter that this optimizer steps")
         swaps.append((optimizer, entries))
@@ -106,29 +107,38 @@ def ema_state_dict(
         stack.callback(derived.forget, model, ())
         for optimizer, entries in swaps:
             # Marked as swapped, so that train() ends what an exception out of a signal's handler leaves half done.
-            groups = [] if optimizer._swapped else optimizer.param_groups
-            versions = _versions(entries)
-            stack.callback(optimizer._swap_out, entries, entries, groups, versions=versions)
-            optimizer._swap_in(entries, groups, versions)
+            with optimizer._opened("ema_state_dict()") as inner:
+                groups = [] if inner._swapped else inner.param_groups
+                versions = _versions(entries)
+                stack.callback(_put_back, optimizer, entries, groups, versions)
+                inner._swap_in(entries, groups, versions)
         derived.forget(model, ())
         exported: dict[str, Any] = _exported(model.state_dict(), full)
         if dtype is not None:
-            every = [(optimizer, entry) for optimizer in chosen for entry in optimizer._entries(optimizer.param_groups)]
-            _enter_averages(exported, model, every, full, dtype)
+            found: dict[int, tuple[Averaging, Entry]] = {}
+            for optimizer in chosen:
+                with optimizer._opened("ema_state_dict()") as inner:
+                    entries = inner._entries(inner.param_groups)
+                found |= {id(optimizer._owner(entry.param)): (inner, entry) for entry in entries}
+            _enter_averages(exported, model, found, full, dtype)
     return exported if not full or on_first_rank() else {}
 
 
+def _put_back(optimizer: Any, entries: list[Entry], groups: list[Any], versions: Any) -> None:
+    with optimizer._opened("ema_state_dict()") as inner:
+        inner._swap_out(entries, entries, groups, versions=versions)
+
+
 def _enter_averages(
-    exported: dict[str, Any], model: torch.nn.Module, every: list[tuple[Averaging, Entry]], full: bool, dtype: Any
+    exported: dict[str, Any], model: torch.nn.Module, found: dict[int, tuple[Averaging, Entry]], full: bool, dtype: Any
 ) -> None:
-    """Puts averages in this dtype in place of what swapped parameters hold."""
-    found = {id(entry.param): (optimizer, entry) for optimizer, entry in every}
+    """Puts averages in this dtype in place of what swapped parameters hold; ``found`` has them by ids of these."""
     missing = {id(param): name for name, param in model.named_parameters() if id(param) in found}
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) in found:
             optimizer, entry = found[id(value)]
             missing.pop(id(value), None)
-            average = empty_state(entry.param, dtype)
+            average = empty_state(value, dtype)
             local(average).copy_(optimizer._average_in(entry))
             exported[name] = _exported(average, full)
     if missing:
@@ -166,13 +176,15 @@ def master_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer
     """
     masters: dict[int, Tensor] = {}
     for optimizer in _checked(optimizers, "master_state_dict()"):
-        optimizer._require_whole("master_state_dict()")
-        optimizer._require_live("master_state_dict()")
-        for group in optimizer.param_groups:
-            wanted = optimizer._wanted(group)
-            for param in group["params"]:
-                if formats_of(wanted, param).weight:
-                    masters[id(param)] = in_float(param, optimizer.state.get(param, {}))
+        with optimizer._opened("master_state_dict()") as inner:
+            inner._require_whole("master_state_dict()")
+            inner._require_live("master_state_dict()")
+            for group in inner.param_groups:
+                wanted = inner._wanted(group)
+                for param in group["params"]:
+                    if formats_of(wanted, param).weight:
+                        owner = optimizer._owner(param)
+                        masters[id(owner)] = in_float(param, inner.state.get(param, {})).to(owner.device)
     saved: dict[str, Any] = model.state_dict(keep_vars=True)
     for name, value in list(saved.items()):
         saved[name] = masters[id(value)] if id(value) in masters else _exported(value, False)
@@ -197,14 +209,16 @@ def _exported(value: Any, full: bool) -> Any:
     return value.clone(memory_format=torch.contiguous_format) if dense else value.clone()
 
 
-def _checked(optimizers: Sequence[Any], what: str) -> list[Averaging]:
+def _checked(optimizers: Sequence[Any], what: str) -> list[Any]:
+    from .offload import Offload
+
     if not optimizers:
         raise TypeError(f"{what} needs the model and at least one optimizer")
     chosen = []
     for i, optimizer in enumerate(optimizers):
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
-        if not isinstance(optimizer, Averaging):
-            kinds = "PACE, MADA, Pullback or ScheduleFreeAdamW"
+        if not isinstance(optimizer, (Averaging, Offload)):
+            kinds = "PACE, MADA, Pullback, ScheduleFreeAdamW or an Offload of one"
             raise TypeError(f"{what}: optimizers[{i}] must be {kinds}, got {type(optimizer).__name__}")
         chosen.append(optimizer)
     return chosen

@@ -29,7 +29,8 @@ class TensorMemory:
     before its first step, will have. ``compressed``: whether states of it are, of at least one kind. ``why_float32``:
     why they are not, although its group asks for it; None where it does not ask, and where they are compressed.
     ``asked``: what the group asks to be compressed, "states" or "averages"; "" for nothing.
-    ``host``: bytes in host memory, by ``ema_device``: of its average, and of the copy of its weights."""
+    ``host``: bytes in host memory, by ``ema_device`` of its average and of the copy of its weights, in ``Offload`` of
+    its states and of copies of weight and gradient; ``away``: of these, states."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,6 +46,7 @@ class TensorMemory:
     device: str = "cpu"
     why_backend: str | None = None
     host: int = 0
+    away: int = 0
 
     @property
     def kept(self) -> str:
@@ -77,7 +79,7 @@ class Memory:
 
     @property
     def host(self) -> int:
-        """Bytes in host memory, by ``ema_device``: of averages, which ``states`` has too, and of copies of weights."""
+        """Bytes in host memory: of states or averages, which ``states`` has too, and of copies."""
         return sum(tensor.host for tensor in self.tensors)
 
     def __str__(self) -> str:
@@ -88,7 +90,8 @@ class Memory:
         for tensor in self.tensors:
             by_state.update(tensor.states)
         of_states = ", ".join(f"{name} {_size(count)}" for name, count in by_state.items() if count)
-        away = sum(tensor.states.get("ema", 0) for tensor in self.tensors if tensor.host)
+        away = sum(tensor.away for tensor in self.tensors)
+        apart = "averages" if all(t.away == t.states.get("ema") for t in self.tensors if t.away) else "states"
         each = (self.weights + self.gradients + self.states - away) / max(self.elements, 1)
         gradients = f"gradients {_size(self.gradients)}" if self.gradients else "without gradients"
         lines = [
@@ -96,7 +99,7 @@ class Memory:
             *(f"  {n} step{'s' * (n == 1)} by backend {name} on {where}" for (name, where), n in backends.items()),
             f"  weights {_size(self.weights)}, {gradients}, states {_size(self.states)}: {each:.2f} bytes an element",
             *([f"  {of_states}"] if of_states else []),
-            *([f"  in host memory: averages {_size(away)}, copies {_size(self.host - away)}"] if away else []),
+            *([f"  in host memory: {apart} {_size(away)}, copies {_size(self.host - away)}"] if away else []),
         ]
         plain = [(tensor.kept, tensor.why_float32) for tensor in self.tensors if tensor.why_float32 is not None]
         if any(tensor.compressed for tensor in self.tensors):
@@ -180,6 +183,7 @@ def memory_of(optimizer: KernelOptimizer | PullReports) -> Memory:
                     str(param.device),
                     why_backend,
                     states["ema"] + copied * elements if is_away(group) and "ema" in states else 0,
+                    states["ema"] if is_away(group) and "ema" in states else 0,
                 )
             )
     return Memory(type(optimizer).__name__, tuple(found))

@@ -48,7 +48,7 @@ class Worker:
         which would wait for itself."""
         self.look()
         if self._runs and self._thread == threading.get_ident():
-            raise RuntimeError("in the middle of a move of averages in host memory, which a signal interrupted")
+            raise RuntimeError("in the middle of work in host memory, which a signal interrupted")
         if self._jobs and not self._runs:
             self._run()  # a job whose thread was not started, because a signal came in between
         with self._changed:

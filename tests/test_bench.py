@@ -47,6 +47,15 @@ def test_script_runs_and_leaves_its_files(script: str, written: tuple[str, ...],
         assert picture.read_bytes()[magic[picture.suffix]].decode().lower() == picture.suffix[1:]
 
 
+def test_offload_beside_what_it_is_made_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import bench_offload
+
+    assert bench_offload.main(["--quick", "--device", "cpu", "--dtype", "bfloat16"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("| Offload(PACE) |", "| PACE on the CPU |", "| their sum |"))
+
+
 def test_whole_training_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
     import throughput

@@ -317,7 +317,7 @@ def test_a_handler_within_a_move_of_its_own_thread_is_refused() -> None:
     worker, refused = Worker(), []
 
     def job() -> None:
-        with pytest.raises(RuntimeError, match="in the middle of a move"):
+        with pytest.raises(RuntimeError, match="in the middle of work"):
             worker.join()
         refused.append(True)
 

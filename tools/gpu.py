@@ -735,13 +735,21 @@ def timed_by(name: str) -> Callable[[Run], None]:
 
 
 def training(run: Run) -> None:
-    sizes = ("tiny", "tiny-lora") if run.report["dry_run"] else ("gpt2", "gpt2-256", "lora")
-    said = []
+    dry = run.report["dry_run"]
+    sizes = ("tiny", "tiny-lora") if dry else ("gpt2", "gpt2-256", "lora")
+    said, offload = [], ""
+    for dtype, size in (("bfloat16", "1.7b"), ("float32", "gpt2")):
+        command = [sys.executable, str(ROOT / "bench/bench_offload.py"), "--device", str(run.device), "--dtype", dtype]
+        command += ["--quick"] if dry else ["--size", size, "--seconds", "20"]
+        status, output = run_limited(command, run.scratch / "path", run.environment, 0.15 * run.limit_s)
+        offload += f"{tail(output, 40)}\n\n"
+        said.append(f"offload, {dtype}: {status or 'done'}")
+    write(run.path.parent / "throughput-offload.md", offload)
     for i, size in enumerate(sizes):
         limit = run.left_s / (len(sizes) - i)
         command = [sys.executable, str(ROOT / "bench/throughput.py"), "--device", str(run.device), "--size", size]
         command += ["--out", str(run.path.parent), "--seconds", f"{limit - 2 * ROUND_S:.0f}"]
-        command += ["--rounds", "2", "--steps", "1"] if run.report["dry_run"] else []
+        command += ["--rounds", "2", "--steps", "1"] if dry else []
 
         def progress(output: str, size: str = size) -> None:
             run.keep("training", {"summary": "; ".join([*said, f"{size}: under way"])})

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
-from ..averaging import Averaging
+from .callbacks import OURS
 
 
 class PreparedOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
@@ -49,6 +49,6 @@ def prepare(accelerator: Any, *objects: Any, **options: Any) -> Any:
     """
     prepared = accelerator.prepare(*objects, **options)
     for result in prepared if isinstance(prepared, tuple) else (prepared,):
-        if type(result) is AcceleratedOptimizer and isinstance(result.optimizer, Averaging):
+        if type(result) is AcceleratedOptimizer and isinstance(result.optimizer, OURS):
             result.__class__ = PreparedOptimizer  # in place: the accelerator keeps this object
     return prepared

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from .. import batchnorm
 from ..averaging import Averaging
+from ..holding import Holding
 from ..memory import share_memory
+
+OURS = (Averaging, Holding)
 
 
 def stepping(optimizer: Any) -> Any:
@@ -25,7 +28,7 @@ def averaging(optimizer: Any, model: Any) -> Averaging | None:
     Raises RuntimeError for DeepSpeed's wrapper, which does not step the model's own weights.
     """
     inner = stepping(optimizer)
-    if not isinstance(inner, Averaging):
+    if not isinstance(inner, OURS):
         return None
     outer = optimizer
     while outer is not inner:

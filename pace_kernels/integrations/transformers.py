@@ -8,12 +8,11 @@ from typing import Any, Literal
 import torch
 from transformers import TrainerCallback
 
-from ..averaging import Averaging
 from ..backend import say_once
 from ..batchnorm import Batches
 from ..pace import PACE
 from .around import for_arguments
-from .callbacks import RunningStatistics, averaging, step_statistics, stepping
+from .callbacks import OURS, RunningStatistics, averaging, step_statistics, stepping
 
 
 def optimizer_from(
@@ -59,7 +58,7 @@ class AveragingMixin:
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         ours = stepping(getattr(self, "optimizer", None))
         callbacks = self.callback_handler.callbacks  # type: ignore[attr-defined]
-        if isinstance(ours, Averaging) and not any(isinstance(callback, UseAverage) for callback in callbacks):
+        if isinstance(ours, OURS) and not any(isinstance(callback, UseAverage) for callback in callbacks):
             groups = [group for group in ours.param_groups if ours._option(group, "use_ema_eval")]
             if ours._entries(groups) and not ours._swapped:
                 say_once("Trainer saves the live weights, not their average: add the callback UseAverage()")

@@ -19,7 +19,7 @@ sys.path[:0] = [path for path in (str(HERE), str(HERE.parent)) if path not in sy
 import on_gpu  # noqa: E402
 
 # The most telling first, and Triton's, which compile a kernel a case, after all of CUDA's.
-ORDER = ("bits", "pullback", "graphs", "sync", "amp", "streams", "launches", "layouts", "ops", "sanitizer")
+ORDER = ("bits", "pullback", "graphs", "sync", "amp", "streams", "offload", "launches", "layouts", "ops", "sanitizer")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
