@@ -246,7 +246,7 @@ class Twins:
     def look(self) -> None:
         """Begins to look whether weights that are stepped, and gradients, are what was copied."""
         watched = [t for t in self.order if t.away and t.owner.grad is not None] if self.check_writes else []
-        copied: list[Any] = [(kept[0], kept[-1]) for t in watched if (kept := t.copied) and kept[0] is t.owner.grad]
+        copied: list[Any] = [(kept[0], kept[-1]) for t in watched if (kept := t.copied)]
         self._looks = looks([*((t.owner, t.print) for t in watched), *copied], self.lane)
 
     def check_looks(self) -> None:

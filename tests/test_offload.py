@@ -687,6 +687,8 @@ def test_between_steps_writes_that_torch_does_not_count_are_taken() -> None:
     with optimizer.averaged(model):
         assert not torch.equal(before[1], model[0].bias)
     assert all(map(torch.equal, before, model.parameters()))
+    model[1].bias.data.mul_(0.9)
+    optimizer.zero_grad()
     train(model, optimizer)
 
 
