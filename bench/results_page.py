@@ -283,8 +283,14 @@ def peers_of_docs(folder: Path) -> str:
     return f"{where}\n\n" + "\n".join(lines)
 
 
-def pace_of_docs(folder: Path) -> str:
-    return table_of(load(folder / "pace.json")["tables"][0])
+def protocol_of_docs(folder: Path, name: str = "protocol.json") -> str:
+    import protocol as command
+
+    return command.short(load(folder / name))
+
+
+def finetuning_of_docs(folder: Path) -> str:
+    return protocol_of_docs(folder, "protocol-finetuning.json")
 
 
 COSTS = {
@@ -313,7 +319,7 @@ def costs(folder: Path) -> str:
     return "\n".join(lines) + f"\n\n{where} H100: torch {gpu['machine']['torch'].partition('+')[0]}, bfloat16 autocast."
 
 
-TABLES = {"peers": peers_of_docs, "pace": pace_of_docs, "costs": costs}
+TABLES = {"peers": peers_of_docs, "protocol": protocol_of_docs, "finetuning": finetuning_of_docs, "costs": costs}
 PAGES = ("README.md", "docs/benchmarks.md")
 
 

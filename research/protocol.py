@@ -367,11 +367,42 @@ def judged(ours: Sequence[float], theirs: Sequence[float], primary: bool, seeds:
     return f"{mean:+.4f} ± {half:.4f} ({99 if primary else 95} %): {said}"
 
 
+def courses_of(kept: Mapping[str, Any]) -> dict[tuple[str, str], Course]:
+    plan = Plan(**kept["about"]["plan"])
+    pairs = [(m, s) for methods, schedules in rounds(plan) for s in schedules for m in methods]
+    return {(m, s): course(kept, plan, m, s) for m, s in pairs}
+
+
+def compared(kept: Mapping[str, Any], courses: Mapping[tuple[str, str], Course]) -> Iterator[tuple[str, str, str, str]]:
+    """Ours, theirs, the schedule and what their difference says, where both settings are chosen."""
+    for ours, theirs, primary in COMPARISONS:
+        for schedule in SCHEDULES:
+            pair = [courses[name, schedule] for name in (ours, theirs) if (name, schedule) in courses]
+            if len(pair) == 2 and all(each.chosen for each in pair):
+                losses = [tests(kept, each) for each in pair]
+                verdict = judged(*losses, schedule in primary, pair[0].counts[2])
+                yield ours, theirs, schedule, verdict + ", primary" * (schedule in primary)
+
+
+def short(kept: Mapping[str, Any]) -> str:
+    """Test losses of the methods that are whole, and the comparisons that are decided."""
+    courses = courses_of(kept)
+    whole = {key: each for key, each in courses.items() if each.chosen and not math.isnan(sum(tests(kept, each)))}
+    schedules, methods = (list(dict.fromkeys(key[k] for key in whole)) for k in (1, 0))
+    losses = [
+        [method, *(spread(tests(kept, whole[method, s])) if (method, s) in whole else "–" for s in schedules)]
+        for method in methods
+    ]
+    said: dict[str, dict[str, str]] = {}
+    for ours, theirs, schedule, verdict in compared(kept, {key: courses[key] for key in whole}):
+        said.setdefault(f"{ours} − {theirs}", {})[schedule] = verdict
+    differences = [[name, *(found.get(s, "–") for s in schedules)] for name, found in said.items()]
+    return "\n\n".join(harness.markdown_table([["", *schedules], *rows]) for rows in (losses, differences) if rows)
+
+
 def render(kept: Mapping[str, Any]) -> str:
     """From the JSON alone."""
-    plan, cells = Plan(**kept["about"]["plan"]), kept["about"]["cells"]
-    pairs = [(m, s) for methods, schedules in rounds(plan) for s in schedules for m in methods]
-    courses = {(m, s): course(kept, plan, m, s) for m, s in pairs}
+    plan, cells, courses = Plan(**kept["about"]["plan"]), kept["about"]["cells"], courses_of(kept)
     lines = [
         "| schedule | method | search | finalists | report | chosen | validation | test, mean ± standard deviation |",
         "| --- | --- | ---: | ---: | ---: | --- | ---: | --- |",
@@ -401,14 +432,9 @@ def render(kept: Mapping[str, Any]) -> str:
         parts += [provenance(kept) + f" {statistics.median(seconds):.0f} s a run by the clock.", "\n".join(lines)]
     if untouched := len(courses) - len(lines[2:]):
         parts.append(f"Not begun: {untouched} of {len(courses)} pairs of method and schedule.")
-    said = []
-    for ours, theirs, primary in COMPARISONS:
-        for schedule in SCHEDULES:
-            pair = [courses[name, schedule] for name in (ours, theirs) if (name, schedule) in courses]
-            if len(pair) == 2 and all(each.chosen for each in pair):
-                losses = [tests(kept, each) for each in pair]
-                verdict = judged(*losses, schedule in primary, len(plan.report))
-                said.append(f"- {schedule}: {ours} − {theirs} = {verdict}{', primary' * (schedule in primary)}")
+    said = [
+        f"- {schedule}: {ours} − {theirs} = {verdict}" for ours, theirs, schedule, verdict in compared(kept, courses)
+    ]
     decayed = [courses["AdamW", s] for s in ("wsd", *DECAYS) if ("AdamW", s) in courses]
     if all(each.chosen for each in decayed):
         best = min(decayed, key=lambda each: each.validation)
