@@ -269,6 +269,8 @@ class Offload(Holding):
         """In the order in which their gradients came; one with all of them where one call has to see them."""
         inner = self._inner
         together = not isinstance(inner, PACE) or any(group[name] for group in inner.param_groups for name in _TOGETHER)
+        # A step drops the averages of all frozen parameters, also of those that it steps with a gradient of before.
+        together = together or not all(twin.owner.requires_grad for twin in twins)
         if together or not all(inner.state.get(twin.tensor) for twin in twins):  # type: ignore[union-attr]
             return [twins]
         here = set(map(id, twins))

@@ -345,6 +345,15 @@ def frozen_and_added(run: Run) -> None:
     run.steps(2)
 
 
+def frozen_with_a_gradient(run: Run) -> None:
+    run.model[0].weight.requires_grad_(False)
+    for _ in range(2):
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=False)
+        run.backward()
+    run.model[0].weight.requires_grad_(True)
+
+
 def other_threads(run: Run) -> None:
     thread = threading.Thread(target=run.steps)
     thread.start()
@@ -353,7 +362,8 @@ def other_threads(run: Run) -> None:
 
 EVENTS: list[Callable[[Run], Any]] = [
     clipped_in_place, clipped_in_the_step, accumulated, gradients_by_hand, closures_and_hooks, scaled, nonfinite,
-    weights_written, averages, loaded_while_swapped, moved_to_and_fro, options_changed, frozen_and_added, other_threads,
+    weights_written, averages, loaded_while_swapped, moved_to_and_fro, options_changed, frozen_and_added,
+    frozen_with_a_gradient, other_threads,
 ]  # fmt: skip
 
 
