@@ -112,7 +112,7 @@ class Offload(Holding):
             raise TypeError(f"optimizer_class must make the optimizer of the groups that it gets. {_FACTORY}")
         for group in inner.param_groups:
             _check_group(group)
-        self._inner = inner
+        self._inner, inner.__dict__["_is_held"] = inner, True
         self._set_up()
         self._twins.enter(twins)
         for group, (_, some) in zip(inner.param_groups, made, strict=True):

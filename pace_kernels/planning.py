@@ -68,6 +68,8 @@ def _end_stale(phase: str, info: dict[str, int]) -> None:
     if phase != "stop" or info["generation"] != 2:
         return
     for optimizer in list(WITH_PLANS.values()):
+        if "_is_held" in optimizer.__dict__:  # between steps its groups have an Offload's parameters
+            continue
         plans = optimizer._plans_held()
         with contextlib.suppress(AttributeError, KeyError, RuntimeError):  # of groups or states that change now
             if plans.next is not None and all(plan.is_of(optimizer) for plan in [plans.next, *plans.by_mask.values()]):
@@ -87,8 +89,9 @@ gc.callbacks.append(_end_stale)
 
 
 def is_observed(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether hooks, a profiler or torch.compile are to see the step."""
-    return bool(
+    """Whether hooks, a profiler or torch.compile are to see the step. That of an optimizer within an Offload they see
+    once, as the Offload's: a hook that edits gradients would edit the copies of each bucket again."""
+    return "_is_held" not in optimizer.__dict__ and bool(
         optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or torch_optimizer._global_optimizer_pre_hooks

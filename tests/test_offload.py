@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import pace_kernels
 from pace_kernels import MADA, PACE, Offload, Pullback, ScheduleFreeAdamW, twins
@@ -230,8 +231,16 @@ def closures_and_hooks(run: Run) -> None:
         return loss
 
     run.seen.append(run.optimizer.step(closure).detach())
+    handles.append(register_optimizer_step_pre_hook(halve))
+    run.steps(2)
     for handle in handles:
         handle.remove()
+
+
+def halve(optimizer: Any, *_: Any) -> None:
+    for param in (param for group in optimizer.param_groups for param in group["params"]):
+        if param.grad is not None:
+            param.grad.mul_(0.5)
 
 
 def scaled(run: Run) -> None:
@@ -491,6 +500,7 @@ def test_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = Offload(model.parameters(), PACE, fraction=0.9, bucket_bytes=1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=20)
     train(model, optimizer, 3)
+    gc.collect()
     monkeypatch.setattr(optimizer._inner, "_collect", None)
     for _ in range(3):
         train(model, optimizer)
