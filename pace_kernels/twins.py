@@ -210,8 +210,9 @@ class Twins:
                 tensor.data = owner.detach()
                 continue
             lane = self.lane(owner.device)
-            if (tensor.dtype, tensor.shape, tensor.stride()) != (owner.dtype, owner.shape, owner.stride()):
-                tensor.data = lane.host(owner.detach())
+            moves = twin.seen is not None and twin.seen[2] != owner.device  # to one that may need pinned memory
+            if moves or (tensor.dtype, tensor.shape, tensor.stride()) != (owner.dtype, owner.shape, owner.stride()):
+                tensor.data, twin.gradient = lane.host(owner.detach()), None
             events.append((lane, lane.fetch(owner.detach(), tensor)))
         for lane, event in events:
             lane.block(event)
@@ -257,7 +258,8 @@ class Twins:
 
     def _find_written(self) -> None:
         """Weights that were written without being counted are copied anew; between steps there is time to wait."""
-        begun = looks([(t.owner, t.print) for t in self.order if t.away], self.lane)
+        kept = [t for t in self.order if t.away and t.stamp() == t.seen]  # others are copied anyway
+        begun = looks([(t.owner, t.print) for t in kept], self.lane)
         for owner in (owner for look in begun for owner in look.written()):
             self._by_id[id(owner)].seen = None
 

@@ -712,6 +712,18 @@ def test_between_steps_writes_that_torch_does_not_count_are_taken() -> None:
     train(model, optimizer)
 
 
+def test_a_model_may_go_to_another_device() -> None:
+    """Which is a GPU's as a rule: its prints are there, and its copies in pinned memory."""
+    model, optimizer = made()
+    train(model, optimizer, 2)
+    twin = optimizer._twins.order[0]
+    twin.seen, twin.print = (*twin.seen[:2], torch.device("meta"), *twin.seen[3:]), twin.print.to("meta")
+    before = twin.tensor.data_ptr()
+    optimizer.state_dict()
+    assert twin.tensor.data_ptr() != before and twin.gradient is None
+    train(model, optimizer)
+
+
 def test_an_error_half_way_is_told_until_a_checkpoint_is_loaded(lane: Late, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = made()
     train(model, optimizer, 2)
