@@ -29,8 +29,9 @@ _DEFINITION = DEFINITIONS["pullback_"]
 
 def _looked_at(group: Group, params: list[Any]) -> list[Any]:
     """A group as Plan.changed_groups takes it: without its values if they may hold other numbers later, as lists and
-    tensors do."""
-    kinds = {type(value) for name, value in group.items() if name != "params"}
+    tensors do, and tuples of tensors."""
+    given = [value for name, value in group.items() if name != "params"]
+    kinds = {type(one) for value in given for one in (value if type(value) is tuple else (value,))}
     steady = not any(issubclass(kind, list | Tensor) for kind in kinds)
     return [group, params, list(dict.values(group)) if steady else None]
 

@@ -72,6 +72,17 @@ def test_options_and_gradients_that_change() -> None:
         pair.step()
 
 
+def test_betas_that_are_tensors_may_be_edited_in_place() -> None:
+    def build(params: Any) -> Pullback:
+        betas = (torch.tensor(0.9), torch.tensor(0.99))
+        return Pullback(torch.optim.AdamW(params, lr=0.01, betas=betas, foreach=False), 3.0)  # type: ignore[arg-type]
+
+    pair = Pair(build).under_plan()
+    pair.do(lambda o: o.param_groups[0]["betas"][1].fill_(0.5))
+    for _ in range(2):
+        assert pair.step()
+
+
 def test_a_memory_that_went_is_refused_before_the_base_steps() -> None:
     pair = Pair(BASES["AdamW, fused"]).under_plan()
     pair.gradients()
