@@ -44,6 +44,10 @@ class Holding(torch.optim.Optimizer):
         self._twins.epoch += 1
         return self._inner.param_groups
 
+    @param_groups.setter
+    def param_groups(self, value: list[Group]) -> None:
+        self._inner.param_groups = value
+
     @property
     def defaults(self) -> Group:  # type: ignore[override]
         return self._inner.defaults
@@ -52,6 +56,13 @@ class Holding(torch.optim.Optimizer):
     def state(self) -> MutableMapping[Tensor, Any]:  # type: ignore[override]
         """The states by parameter; those of parameters in host memory are there, and are put there."""
         return _States(self)
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        given, states = dict(value), _States(self)
+        self._inner.state.clear()
+        for param, state in given.items():
+            states[param] = state
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -224,6 +235,18 @@ class _States(MutableMapping[Tensor, Any]):
 
     def __getitem__(self, param: Any) -> Any:
         return self._states[self._key(param)]
+
+    # Not by __getitem__, which makes an empty state where there is none, as in torch.optim.
+    def get(self, param: Any, default: Any = None) -> Any:
+        return self._states.get(self._key(param), default)
+
+    def pop(self, param: Any, *default: Any) -> Any:
+        return self._states.pop(self._key(param), *default)
+
+    def setdefault(self, param: Any, default: Any = None) -> Any:
+        if param not in self:
+            self[param] = default
+        return self[param]
 
     def __contains__(self, param: object) -> bool:
         return self._key(param) in self._states

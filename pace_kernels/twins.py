@@ -41,7 +41,7 @@ class Twin:
 
     def __init__(self, owner: Tensor, away: bool, lane: Lane) -> None:
         self.owner, self.away = owner, away
-        plain = type(owner) in PLAIN
+        plain = type(owner) in PLAIN and owner.layout is torch.strided
         tensor = lane.host(owner.detach()) if away else owner.detach() if plain else owner
         self.tensor: Tensor = tensor.requires_grad_(owner.requires_grad) if plain else tensor
         self.seen: Any = None  # what the owner was when both were equal
@@ -139,7 +139,7 @@ class Twins:
                 if None in found:
                     raise RuntimeError(
                         f"param_groups has a parameter of shape {tuple(params[found.index(None)].shape)} that Offload "
-                        "did not get: use add_param_group()"
+                        "did not get, or that was taken out of it: use add_param_group()"
                     )
                 owners = [twin.owner for twin in found if twin is not None]
                 owners = params if all(map(operator.is_, owners, params)) else owners

@@ -850,16 +850,32 @@ def test_memory_state_and_name() -> None:
     assert "Offload(PACE)" in str(memory) and "in host memory: states" in str(memory)
     assert f": {8 + 12 / 2:.2f} bytes an element" in str(memory)
     assert list(optimizer.state) == list(model.parameters()) and model[0].bias in optimizer.state
+    groups = optimizer.param_groups
     for param in model.parameters():  # as trainers move states
         optimizer.state[param] = {name: value.clone() for name, value in optimizer.state[param].items()}
     train(model, optimizer)
     assert all(optimizer.state[p]["step"] == 2 for p in model.parameters()) and len(optimizer.state) == 4
     with pytest.raises(KeyError):
         del optimizer.state[WEIGHT]
+    with pytest.raises(KeyError):
+        optimizer.state.pop(WEIGHT)
+    assert optimizer.state.get(WEIGHT) is optimizer.state.pop(WEIGHT, None) is None and len(optimizer.state) == 4
+    kept, bias = dict(optimizer.state), model[0].bias
+    optimizer.state = optimizer.param_groups = []  # as code that starts anew does
+    assert not optimizer.state and not optimizer._inner.state and optimizer.state.setdefault(bias, {"a": 1}) == {"a": 1}
+    optimizer.state, optimizer.param_groups = kept, groups
+    train(model, optimizer)
     assert averaging(optimizer, model) is optimizer and len(optimizer._entries(optimizer.param_groups)) == 4
-    assert optimizer._option(optimizer.param_groups[0], "use_ema_eval") and not optimizer._swapped
+    assert optimizer._option(groups[0], "use_ema_eval") and not optimizer._swapped
     del optimizer.state[model[0].bias]
     assert model[0].bias not in optimizer.state
+
+
+def test_a_frozen_parameter_may_be_sparse() -> None:
+    model, frozen = nn.Linear(32, 32), nn.Parameter(torch.eye(4).to_sparse(), requires_grad=False)
+    optimizer = Offload([*model.parameters(), frozen], PACE)
+    train(model, optimizer, 2)
+    assert len(optimizer.state_dict()["state"]) == 2
 
 
 def test_it_falls_back_to_no_thread_and_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
