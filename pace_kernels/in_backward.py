@@ -180,9 +180,11 @@ class _InBackward(PACE):
         apart = [(p, grad) for p in self._bucket if id(p) not in here and (grad := p.grad) is not None]
         for param, _ in apart:
             param.grad = None
+        self._waits = {id(param) for param, _ in apart}
         try:
             super().step(clip_coef=self._coefficient())
         finally:
+            self._waits = ()
             for param, grad in apart:
                 param.grad = grad
         self._note_norm(params)

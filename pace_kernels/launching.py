@@ -7,6 +7,7 @@ arguments. On native backends all of them are made at once (whole.py). Otherwise
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Collection
 from functools import partial
 from itertools import chain, repeat
 from types import BuiltinFunctionType
@@ -54,6 +55,8 @@ class Launching(Checkpoints):
     _twins: set[Any]
     # Whether some tensor lay at an address that is no multiple of its element size: then all of them are looked at.
     _askew: bool
+    # Ids of parameters that wait for a later call of the same step, which needs their averages.
+    _waits: Collection[int] = ()
     # What a step changes beside its works: the count of steps that were left undone.
     _counting: list[Call]
 
@@ -200,7 +203,8 @@ class Launching(Checkpoints):
         calls += self._afterwards(prepared)
         if any(work.left_undone() for work in works):
             return [*calls, *self._counting]
-        frozen = [p for group in self.param_groups for p in group["params"] if not p.requires_grad]
+        params = (p for group in self.param_groups for p in group["params"])
+        frozen = [p for p in params if not p.requires_grad and id(p) not in self._waits]
         at_rest = [s for p in frozen if (s := self.state.get(p, fresh.get(p))) is not None]
         stepped = any(p.grad is not None for p in frozen)
         if self._AVERAGE == "ema" and (stepped or any(map(has_average, at_rest))):

@@ -149,6 +149,20 @@ def test_gradients_of_before_and_of_parameters_unfrozen_later_step_once() -> Non
         assert counts(optimizer) == [t] * 12 and all(p.grad is None for p in model.parameters())
 
 
+def test_a_frozen_parameter_with_a_gradient_keeps_its_average_until_it_steps() -> None:
+    model, other = net(), net()
+    optimizer, plain = step_in_backward(model, factory, bucket_bytes=1), factory(other.parameters())
+    for t in range(5):
+        plain.zero_grad()
+        for one, its in ((model, optimizer), (other, plain)):
+            if t == 3:
+                one[5].weight.requires_grad_(False)
+                one[5].weight.grad = torch.ones_like(one[5].weight)
+            one(X).square().mean().backward()
+            its.step()
+    assert same(model, other)
+
+
 def test_a_failed_iteration_leaves_no_norm() -> None:
     model, other = net(), net()
     first, second = (step_in_backward(m, factory, max_norm=1.0, bucket_bytes=1) for m in (model, other))
