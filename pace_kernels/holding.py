@@ -53,7 +53,7 @@ class Holding(torch.optim.Optimizer):
         return self._inner.defaults
 
     @property
-    def state(self) -> MutableMapping[Tensor, Any]:  # type: ignore[override]
+    def state(self) -> Any:  # type: ignore[override]
         """The states by parameter; those of parameters in host memory are there, and are put there."""
         return _States(self)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 class Lane:
     """Of devices whose copies are there when they return: the CPU, and others than CUDA's."""
 
+    @torch.inference_mode(False)  # whose tensors have no versions
     def host(self, like: Tensor) -> Tensor:
         """Host memory for a tensor."""
         return torch.empty_like(like, device="cpu", requires_grad=False)
@@ -53,6 +54,7 @@ class CudaLane(Lane):
         self._down: Any = None  # streams of copies; two, because the bus carries both ways at once
         self._up: Any = None
 
+    @torch.inference_mode(False)  # whose tensors have no versions
     def host(self, like: Tensor) -> Tensor:
         # Pinned: to other memory the host itself waits for the copy.
         return torch.empty_like(like, device="cpu", requires_grad=False, pin_memory=True)

@@ -15,7 +15,8 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def print_of(tensor: Tensor) -> Tensor:
     """The sum of the elements' bits as integers, on the tensor's device: one pass, and nothing waits. Of two contents
-    that differ it is the same by chance once in 2^32 (float32), or where elements change places, or as many signs change one way as the other."""
+    that differ it is the same by chance once in 2^32 (float32), or where elements change places, or as many
+    signs change one way as the other."""
     return tensor.detach().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64)
 
 

@@ -871,6 +871,13 @@ def test_memory_state_and_name() -> None:
     assert model[0].bias not in optimizer.state
 
 
+def test_it_may_be_made_in_inference_mode() -> None:
+    model, _ = made()
+    with torch.inference_mode():
+        optimizer = Offload(model.parameters(), PACE)
+    train(model, optimizer)
+
+
 def test_a_frozen_parameter_may_be_sparse() -> None:
     model, frozen = nn.Linear(32, 32), nn.Parameter(torch.eye(4).to_sparse(), requires_grad=False)
     optimizer = Offload([*model.parameters(), frozen], PACE)
