@@ -156,14 +156,17 @@ class Holding(torch.optim.Optimizer):
 
     @contextmanager
     def _around(self, what: str, context: Any) -> Iterator[None]:
-        """Within this context, and within one of the optimizer inside."""
+        """Within this context, and within one of the optimizer inside. Where an interrupt or an error keeps that from
+        its end, it is kept: freed, it would end with the groups as they are, find no states in them and unmark them."""
         with self._inside(what):
+            self._twins.contexts_within.append(context)
             context.__enter__()
         try:
             yield
         finally:
             with self._inside(what):
                 context.__exit__(None, None, None)
+            self._twins.contexts_within.remove(context)
 
     @contextmanager
     def averaged(self, model: torch.nn.Module | None = None) -> Iterator[None]:

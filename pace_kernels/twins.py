@@ -87,6 +87,7 @@ class Twins:
         self._looks: list[Look] = []
         self._marks: list[str] = []
         self._arrivals = 0
+        self.contexts_within: list[Any] = []  # of the optimizer inside, that are open
 
     def lane(self, device: torch.device) -> Lane:
         lane = self._lanes.get(device)

@@ -808,6 +808,23 @@ def test_an_interrupt_right_behind_another_waits_too(lane: Late, monkeypatch: py
     assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
+def test_an_interrupt_at_the_end_of_a_context_leaves_the_average_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = made()
+    train(model, optimizer, 2)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), optimizer.averaged(model):
+        patch.setattr(twins, "looks", interrupt)
+    gc.collect()
+    with pytest.raises(RuntimeError, match="swapped in"):
+        optimizer.step()
+    optimizer.train(model)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def test_a_forked_process_goes_on() -> None:
     model, optimizer = made()
     train(model, optimizer, 2)
