@@ -59,7 +59,12 @@ EXPORT void emulated_drop_plan(int64_t handle) { pace::drop_plan(handle); }
 EXPORT const char* emulated_call_plan(int64_t handle, int before, const double* options, size_t count) {
   static std::string failure;
   try {
-    (before != 0 ? pace::plan_before : pace::plan_step)(handle, {options, options + count});
+    const std::vector<double> numbers(options, options + count);
+    if (before != 0) {
+      pace::plan_before(handle, numbers);
+    } else {
+      pace::plan_step(handle, numbers);
+    }
     return nullptr;
   } catch (const std::exception& error) {
     return (failure = error.what()).c_str();
