@@ -16,6 +16,7 @@ class Memory {
   void add(const Tensor& t, bool shaped) {
     Seen seen = look(t.get());
     seen.tensor = t.get();
+    std::memcpy(&seen.its, seen.tensor, sizeof seen.its);
     if (shaped) {
       seen.dim = t.dim();
       const auto sizes = t.sizes(), strides = t.strides();
@@ -29,7 +30,8 @@ class Memory {
     const int64_t* shape = shapes_.data();
     for (size_t i = 0; i < seen_.size(); ++i) {
       const Seen& seen = seen_[i];
-      if (i + kAhead < seen_.size()) fetch(seen_[i + kAhead].tensor);
+      if (i + 2 * kAhead < seen_.size()) __builtin_prefetch(seen_[i + 2 * kAhead].tensor);
+      if (i + kAhead < seen_.size()) fetch(seen_[i + kAhead].its);
       const Seen now = look(seen.tensor);
       if (now.address != seen.address || now.bytes != seen.bytes || now.dtype != seen.dtype) return false;
       if (seen.dim < 0) continue;
@@ -47,6 +49,7 @@ class Memory {
  private:
   struct Seen {
     AtenTensorHandle tensor = nullptr;  // held by the part
+    const char* its = nullptr;          // what the handle points to, see `fetch`
     void* address = nullptr;
     int64_t bytes = 0;
     int64_t dim = -1;  // −1: the shape does not count
@@ -56,9 +59,7 @@ class Memory {
   // Thousands of tensors lie in no cache, and waiting for one after the other took a quarter of PACE's whole step. A
   // handle points to a pointer to what torch keeps of the tensor; if it ever pointed to something else, this would help
   // nothing and harm nothing.
-  static void fetch(AtenTensorHandle t) {
-    const char* its = nullptr;
-    std::memcpy(&its, t, sizeof its);
+  static void fetch(const char* its) {
     for (int line = 0; line < 3; ++line) __builtin_prefetch(its + 64 * line);
   }
   static constexpr size_t kAhead = 8;
