@@ -29,7 +29,25 @@ from .whole import at_once, each
 _SWAPS = 8  # in and out again, that are known of a parameter
 
 
-class Averaging(Editing):
+class Exporting:
+    """An optimizer whose averages and master weights can be exported. Not for direct use."""
+
+    def ema_state_dict(
+        self: Any, model: torch.nn.Module, *, full: bool = False, dtype: torch.dtype | None = None
+    ) -> dict[str, Any]:
+        """A copy of ``model.state_dict()`` with averaged weights, to save or to export. See :func:`ema_state_dict`."""
+        from .exports import ema_state_dict
+
+        return ema_state_dict(model, self, full=full, dtype=dtype)
+
+    def master_state_dict(self: Any, model: torch.nn.Module) -> dict[str, Any]:
+        """A copy of ``model.state_dict()`` with master weights in float32. See :func:`master_state_dict`."""
+        from .exports import master_state_dict
+
+        return master_state_dict(model, self)
+
+
+class Averaging(Exporting, Editing):
     """An optimizer whose weights have an average. Not for direct use."""
 
     # The versions of swapped weights before the swap, and as it left them: a later one was written by others.
@@ -267,20 +285,6 @@ class Averaging(Editing):
     def _owner(self, param: Tensor) -> Tensor:
         """The model's parameter for one that is stepped."""
         return param
-
-    def ema_state_dict(
-        self, model: torch.nn.Module, *, full: bool = False, dtype: torch.dtype | None = None
-    ) -> dict[str, Any]:
-        """A copy of ``model.state_dict()`` with averaged weights, to save or to export. See :func:`ema_state_dict`."""
-        from .exports import ema_state_dict
-
-        return ema_state_dict(model, self, full=full, dtype=dtype)
-
-    def master_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
-        """A copy of ``model.state_dict()`` with master weights in float32. See :func:`master_state_dict`."""
-        from .exports import master_state_dict
-
-        return master_state_dict(model, self)
 
 
 def check_trains(model: torch.nn.Module, params: list[Tensor], what: str) -> None:

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from . import derived
-from .averaging import Averaging, check_trains
+from .averaging import Averaging, Exporting, check_trains
 from .checks import Group
 from .optimizer import KernelOptimizer
 from .pullback import Pullback
 from .twins import Twins
 
 
-class Holding(torch.optim.Optimizer):
+class Holding(Exporting, torch.optim.Optimizer):
     """An optimizer around another one, which steps what stands for the parameters. Not for direct use."""
 
     _inner: KernelOptimizer | Pullback
@@ -211,20 +211,6 @@ class Holding(torch.optim.Optimizer):
 
     def _params(self) -> list[Tensor]:
         return [twin.owner for twin in self._twins.order]
-
-    def ema_state_dict(
-        self, model: torch.nn.Module, *, full: bool = False, dtype: torch.dtype | None = None
-    ) -> dict[str, Any]:
-        """A copy of ``model.state_dict()`` with averaged weights. See :func:`ema_state_dict`."""
-        from .exports import ema_state_dict
-
-        return ema_state_dict(model, self, full=full, dtype=dtype)
-
-    def master_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
-        """A copy of ``model.state_dict()`` with master weights in float32. See :func:`master_state_dict`."""
-        from .exports import master_state_dict
-
-        return master_state_dict(model, self)
 
 
 class _States(MutableMapping[Tensor, Any]):
