@@ -351,6 +351,7 @@ SECTIONS = (
     Section("Fine-tuning SmolLM2", "protocol-smollm.json", "python research/protocol.py --smollm", protocol),
     Section("PACE's strength", "strength.json", "python research/strength.py", tables_of("strength")),
     Section("PACE before the protocol", "pace.json", "git checkout 02a36d1; make pace", record),
+    Section("MADA after long runs", "starts.json", "python research/starts.py", tables_of("starts")),
     Section("MADA before the protocol", "mada.json", "git checkout 02a36d1; make mada", record),
     Section("Quality of compressed states", "storage.json", "python research/storage.py --out bench/results", storage),
     Section("The demo", "demo.json", "make demo; cp out/results.json bench/results/demo.json", demo),
