@@ -190,6 +190,7 @@ def backends() -> dict[str, Backend]:
 
     A row has ``available`` (bool) and ``reason`` (str: why it is not available; None if it is).
 
+    >>> from pace_kernels import backends
     >>> backends()["torch"].available
     True
     """

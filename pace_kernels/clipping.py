@@ -43,6 +43,8 @@ def clip_coefficient(
 
     Raises: ValueError if an argument is out of its range, RuntimeError if a gradient's storage was emptied.
 
+    >>> import torch
+    >>> from pace_kernels import clip_coefficient
     >>> weight = torch.nn.Parameter(torch.zeros(4))
     >>> weight.grad = torch.full((4,), 3.0)
     >>> coefficient, norm = clip_coefficient([weight], max_norm=1.5)

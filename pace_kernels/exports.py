@@ -37,7 +37,7 @@ def averaged(
             recompute the running statistics of batch normalization for the averages; afterwards all buffers are
             restored bit for bit. Of a list or a tuple the first entry is passed; a mapping is passed by keyword.
 
-    >>> import pace_kernels
+    >>> import torch, pace_kernels
     >>> model = torch.nn.Linear(4, 1)
     >>> one, other = (pace_kernels.PACE([p]) for p in model.parameters())
     >>> with pace_kernels.averaged(model, one, other):
@@ -81,7 +81,7 @@ def ema_state_dict(
             ``dtype`` is given, and a hook of the model's ``state_dict()`` hands out something else than a parameter.
         ValueError: an optimizer steps no parameter of the model; ``dtype`` is no floating-point dtype.
 
-    >>> import pace_kernels
+    >>> import torch, pace_kernels
     >>> model = torch.nn.Linear(4, 1)
     >>> optimizer = pace_kernels.PACE(model.parameters())
     >>> sorted(pace_kernels.ema_state_dict(model, optimizer))
@@ -168,7 +168,7 @@ def master_state_dict(model: torch.nn.Module, *optimizers: torch.optim.Optimizer
     Raises:
         RuntimeError: a step is half done; averages are swapped in.
 
-    >>> import pace_kernels
+    >>> import torch, pace_kernels
     >>> model = torch.nn.Linear(4, 1).bfloat16()
     >>> optimizer = pace_kernels.PACE(model.parameters(), master_weight_bits=32)
     >>> pace_kernels.master_state_dict(model, optimizer)["weight"].dtype

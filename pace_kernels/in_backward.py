@@ -60,7 +60,7 @@ def step_in_backward(
         RuntimeError: from ``backward()``, where gradients are accumulated; on several ranks, of parameters that are not
             sharded.
 
-    >>> import pace_kernels
+    >>> import torch, pace_kernels
     >>> model = torch.nn.Linear(4, 1)
     >>> optimizer = pace_kernels.step_in_backward(model, lambda params: pace_kernels.PACE(params, lr=3e-3))
     >>> model(torch.ones(8, 4)).square().mean().backward()  # steps

@@ -133,6 +133,8 @@ class MADA(MadaPlans):
 
     Source: Ozkara et al., "MADA: Meta-Adaptive Optimizers through Hyper-Gradient Descent", ICML 2024 (PMLR 235).
 
+    >>> import torch
+    >>> from pace_kernels import MADA
     >>> model = torch.nn.Linear(4, 1)
     >>> optimizer = MADA(model.parameters(), lr=3e-3, learn=("beta1", "rho"))
     >>> for _ in range(3):
@@ -274,6 +276,8 @@ class MADA(MadaPlans):
         - "hyperadam": AdamW that learns beta1 and beta2. The published one differentiates by an autograd graph, which
           gives the same numbers, and starts from other hyper learning rates.
 
+        >>> import torch
+        >>> from pace_kernels import MADA
         >>> optimizer = MADA.preset("lion", [torch.nn.Parameter(torch.ones(3))], weight_decay=0.1)
         """
         require(name in PRESETS, "name", f"one of {', '.join(PRESETS)}", name)

@@ -68,6 +68,8 @@ class Offload(Holding):
         RuntimeError: as of the optimizer inside; something was written in a way that torch does not count. After an
             error half-way through the buckets all calls are refused until a checkpoint is loaded.
 
+    >>> import torch
+    >>> from pace_kernels import PACE, Offload
     >>> model = torch.nn.Linear(4, 1)
     >>> optimizer = Offload(model.parameters(), PACE, lr=3e-3)
     >>> for _ in range(3):

@@ -103,6 +103,8 @@ class PACE(HostAveraging):
 
     Source: Au and Block, "Training for the Model You Return", arXiv 2606.25086, eq. 8 and 10, Algorithm 1.
 
+    >>> import torch
+    >>> from pace_kernels import PACE
     >>> model = torch.nn.Linear(4, 1)
     >>> optimizer = PACE(model.parameters(), lr=3e-3)
     >>> for _ in range(3):

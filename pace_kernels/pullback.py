@@ -83,6 +83,8 @@ class Pullback(PullReports):
 
     Source: Au and Block, "Training for the Model You Return", arXiv 2606.25086, eq. 8 and 10.
 
+    >>> import torch
+    >>> from pace_kernels import Pullback
     >>> model = torch.nn.Linear(4, 1)
     >>> optimizer = Pullback(torch.optim.SGD(model.parameters(), lr=0.1), gain=0.05)
     >>> for _ in range(3):

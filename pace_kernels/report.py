@@ -97,7 +97,8 @@ class Memory:
         lines = [
             f"{self.kind}: {self.elements:,} elements in {len(self.tensors)} tensors",
             *(f"  {n} step{'s' * (n == 1)} by backend {name} on {where}" for (name, where), n in backends.items()),
-            f"  weights {_size(self.weights)}, {gradients}, states {_size(self.states)}: {each:.2f} bytes an element",
+            f"  weights {_size(self.weights)}, {gradients}, states {_size(self.states)}: {each:.2f} bytes per element"
+            f"{' beside host memory' if away else ''}",
             *([f"  {of_states}"] if of_states else []),
             *([f"  in host memory: {apart} {_size(away)}, copies {_size(self.host - away)}"] if away else []),
         ]

@@ -87,7 +87,7 @@ class Saving(Averaging):
         ``torch.optim.AdamW`` casts moments to the dtype of its parameters: give it the master weights, in float32. The
         average goes along as a state `ema` that AdamW keeps and never moves: export it before, or drop it, as here.
 
-        >>> import pace_kernels
+        >>> import torch, pace_kernels
         >>> model = torch.nn.Linear(64, 64).bfloat16()
         >>> optimizer = pace_kernels.PACE(model.parameters(), state_bits=8, master_weight_bits=32)
         >>> model(torch.ones(8, 64).bfloat16()).square().mean().backward()

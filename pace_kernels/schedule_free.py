@@ -80,6 +80,8 @@ class ScheduleFreeAdamW(Compressing):
 
     Source: Defazio et al., "The Road Less Scheduled", arXiv 2405.15682, Algorithm 1.
 
+    >>> import torch
+    >>> from pace_kernels import ScheduleFreeAdamW
     >>> model = torch.nn.Linear(4, 1)
     >>> optimizer = ScheduleFreeAdamW(model.parameters(), warmup_steps=10)
     >>> for _ in range(3):

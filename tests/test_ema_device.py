@@ -368,7 +368,7 @@ def test_memory_tells_what_is_in_host_memory() -> None:
     for gradients in (0, 2):  # before and after the first step
         memory = optimizer.memory()
         assert memory.host == 8 * memory.elements and memory.states == 14 * memory.elements + 4 * 4
-        assert f": {12 + gradients}.00 bytes an element" in str(memory)
+        assert f": {12 + gradients}.00 bytes per element beside host memory" in str(memory)
         assert "in host memory: averages 32.50 KiB, copies 32.50 KiB" in str(memory)
         train(model, optimizer)
 

@@ -865,7 +865,7 @@ def test_memory_state_and_name() -> None:
     memory = optimizer.memory()
     assert memory.host == half * 20 + 2 * 4 and memory.weights == memory.gradients == half * 8
     assert "Offload(PACE)" in str(memory) and "in host memory: states" in str(memory)
-    assert f": {8 + 12 / 2:.2f} bytes an element" in str(memory)
+    assert f": {8 + 12 / 2:.2f} bytes per element beside host memory" in str(memory)
     assert list(optimizer.state) == list(model.parameters()) and model[0].bias in optimizer.state
     groups = optimizer.param_groups
     for param in model.parameters():  # as trainers move states

@@ -144,11 +144,11 @@ def test_the_script_that_resumes_ends_as_one_that_was_not_stopped(
         (tmp_path / folder).mkdir()
         monkeypatch.chdir(tmp_path / folder)
         for script in scripts:
-            torch.manual_seed(0)
+            torch.seed()  # the script itself has to bring back what it drew
             with pytest.raises(AssertionError) if script is stopped else contextlib.nullcontext():
                 exec(script, {})
         shipped.append(torch.load("averaged.pt"))
-    assert all(torch.equal(shipped[0][name], shipped[1][name]) for name in ("weight", "bias"))
+    assert all(torch.equal(shipped[0][name], shipped[1][name]) for name in shipped[0])
 
 
 def run_apart(block: Block) -> None:

@@ -75,6 +75,20 @@ def test_it_is_built_strictly(site: Path) -> None:
     assert "&gt;&gt;&gt;" not in api and "doctest" not in api and "2**" not in api
 
 
+def test_anchors_exist_and_private_names_do_not(site: Path) -> None:
+    """Also those of docstrings, which mkdocs does not check."""
+    texts = {name: (site / name).read_text() for name in pages(site)}
+    anchors = {name: set(re.findall(r' id="?([^\s">]+)', text)) for name, text in texts.items()}
+    links = [
+        (n, page or n, anchor) for n, t in texts.items() for page, anchor in re.findall(r'href="([^":#?]*)#([^"]+)"', t)
+    ]
+    assert len(links) > 500
+    assert [link for link in links if link[1] in anchors and link[2] not in anchors[link[1]] | {"__skip"}] == []
+    assert not [anchor for anchor in anchors["api.html"] if re.search(r"pace_kernels\S*\._", anchor)]
+    for name in ("UseAverage", "optimizer_from", "AveragingMixin", "step_in_backward"):
+        assert re.search(rf"<h[2-5][^>]*>(?:(?!</h).)*{name}", texts["api.html"], re.DOTALL), name
+
+
 def test_a_link_that_leads_nowhere_ends_the_build(tmp_path: Path) -> None:
     for folder in ("docs", "tools", "bench/results", "tests/gpu"):
         shutil.copytree(ROOT / folder, tmp_path / folder)

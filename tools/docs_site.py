@@ -28,8 +28,8 @@ BROUGHT = {
 ORIGIN = {there: here for here, there in BROUGHT.items()}
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 # Of docs/api.md.
-SECTIONS = {name: name.lower() for name in ("PACE", "MADA", "Pullback", "ScheduleFreeAdamW", "averaged", "backends")}
-SECTIONS |= {"ema_state_dict": "ema_state_dict", "clip_coefficient": "clipping"}
+SECTIONS = {name: name.lower() for name in ("PACE", "MADA", "Pullback", "ScheduleFreeAdamW", "backends")}
+SECTIONS |= dict.fromkeys(("averaged", "ema_state_dict"), "the-average-of-a-model") | {"clip_coefficient": "clipping"}
 ROLE = re.compile(r":(?:class|func|meth|mod):`(\w+(?:\.\w+)*)`")
 
 
@@ -81,7 +81,8 @@ def example(found: re.Match[str]) -> str:
 
 
 def role(found: re.Match[str]) -> str:
-    """A link to the section of docs/api.md, which has all docstrings, where there is one."""
+    """A link to the section of docs/api.md, which has all docstrings, where there is one: with the page's name, since
+    mkdocstrings puts its own prefix before an anchor alone."""
     name = found[1].removeprefix("pace_kernels.")
     section = SECTIONS.get(name)
-    return f"[`{name}`](#{section})" if section else f"`{name}`"
+    return f"[`{name}`](api.md#{section})" if section else f"`{name}`"

@@ -42,6 +42,11 @@ def averaging(optimizer: Any, model: Any) -> Averaging | None:
     return cast(Averaging, inner)
 
 
+def averages(ours: Any) -> list[Any]:
+    """Its groups whose average is swapped in."""
+    return [group for group in ours.param_groups if ours._option(group, "use_ema_eval")]
+
+
 class RunningStatistics:
     """Batch normalization beside an average: warns once that its statistics are the live model's, or recomputes them
     for the average and puts the live ones back.

@@ -11,8 +11,9 @@ from transformers import TrainerCallback
 from ..backend import say_once
 from ..batchnorm import Batches
 from ..pace import PACE
+from ..schedule_free import ScheduleFreeAdamW
 from .around import for_arguments
-from .callbacks import OURS, RunningStatistics, averaging, step_statistics, stepping
+from .callbacks import OURS, RunningStatistics, averages, averaging, step_statistics, stepping
 
 
 def optimizer_from(
@@ -22,7 +23,7 @@ def optimizer_from(
 
     ``learning_rate``, ``adam_beta1``, ``adam_beta2``, ``adam_epsilon`` and ``weight_decay`` come from ``args``, and
     Trainer makes the groups with and without weight decay. Since Trainer makes the optimizer itself, this also works
-    with ``model_init``, a hyperparameter search and FSDP2.
+    with ``model_init``, a hyperparameter search and FSDP2. A warning says if ScheduleFreeAdamW gets a falling rate.
 
     Arguments:
         args: ``TrainingArguments``.
@@ -32,6 +33,12 @@ def optimizer_from(
 
     >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=optimizer_from(args, PACE))  # doctest: +SKIP
     """
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    if optimizer is ScheduleFreeAdamW and not schedule.startswith("constant"):
+        say_once(
+            f"ScheduleFreeAdamW is made for a constant learning rate, and lr_scheduler_type is {schedule!r}: pass "
+            'lr_scheduler_type="constant" or "constant_with_warmup"'
+        )
     given = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -58,10 +65,9 @@ class AveragingMixin:
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         ours = stepping(getattr(self, "optimizer", None))
         callbacks = self.callback_handler.callbacks  # type: ignore[attr-defined]
-        if isinstance(ours, OURS) and not any(isinstance(callback, UseAverage) for callback in callbacks):
-            groups = [group for group in ours.param_groups if ours._option(group, "use_ema_eval")]
-            if ours._entries(groups) and not ours._swapped:
-                say_once("Trainer saves the live weights, not their average: add the callback UseAverage()")
+        alone = isinstance(ours, OURS) and not any(isinstance(callback, UseAverage) for callback in callbacks)
+        if alone and ours._entries(averages(ours)) and not ours._swapped:
+            say_once("Trainer saves the live weights, not their average: add the callback UseAverage()")
         super().save_model(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -100,8 +106,15 @@ class UseAverage(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        if averaging(optimizer, model) is not None:
-            self._statistics.say(model)
+        ours = averaging(optimizer, model)
+        if ours is None:
+            return
+        self._statistics.say(model)
+        if not averages(ours):
+            say_once(
+                f"UseAverage: no group of {type(stepping(optimizer)).__name__} has use_ema_eval=True, so the weights "
+                "that are evaluated and saved are the live ones"
+            )
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
@@ -127,7 +140,7 @@ class UseAverage(TrainerCallback):  # type: ignore[misc]
         ours = averaging(optimizer, kwargs.get("model"))
         if ours is None or ours._swapped:
             return
-        if any(ours._option(group, "use_ema_eval") for group in ours.param_groups):
+        if averages(ours):
             warnings.warn(
                 f"checkpoint-{state.global_step} holds the live weights: a callback after UseAverage asked for it. "
                 "Put UseAverage last in callbacks",
