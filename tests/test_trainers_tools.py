@@ -128,6 +128,28 @@ def test_saving_live_weights_is_said_once(trainer_of: Any) -> None:
             trainer.save_model()
 
 
+def test_an_average_that_is_missing_is_said(trainer_of: Any) -> None:
+    from pace_kernels.integrations.transformers import UseAverage
+
+    backend.say_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"no group of MADA has use_ema_eval=True"):
+        trainer_of(MADA, callbacks=[UseAverage()]).train()
+    backend.say_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        trainer_of(MADA, own={"use_ema_eval": True}, callbacks=[UseAverage()]).train()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "constant_with_warmup"])
+def test_a_falling_rate_of_schedule_free_is_said(trainer_of: Any, schedule: str) -> None:
+    backend.say_once.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer_of(ScheduleFreeAdamW, lr_scheduler_type=schedule)
+    found = [str(w.message) for w in said if "constant learning rate" in str(w.message)]
+    assert len(found) == (not schedule.startswith("constant")) and all(repr(schedule) in text for text in found)
+
+
 def test_lightnings_loggers_get_the_statistics(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning.pytorch")
     from lightning.pytorch.loggers import CSVLogger
