@@ -28,7 +28,7 @@ NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 
 CSRC := $(shell find csrc -not -name definitions.h -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(CSRC) $(shell find tests -name '*.cpp')
 
-.PHONY: demo quick test test-full lint format bench bench-peers convex theory protocol storage results roofline occupancy gpu gpu-wheels wheel docs clean
+.PHONY: demo quick test test-full lint format bench bench-peers convex theory protocol storage results occupancy gpu gpu-wheels wheel docs clean
 
 demo: $(VENV)/.bench
 	$(BIN)/python examples/train_lm.py
@@ -80,9 +80,6 @@ storage: $(VENV)/.bench
 # bench/results/README.md, its figures and the tables in README.md and docs/ that come from there, from the JSON files alone.
 results: $(VENV)/.bench
 	$(BIN)/python bench/results_page.py
-
-roofline: $(VENV)/.bench
-	$(BIN)/python bench/roofline.py --json out/bench/roofline.json --png out/bench/roofline.png
 
 # Registers and occupancy of the CUDA kernels, from their machine code.
 occupancy: $(VENV)/.test $(CUDA_VENV)/.torch-$(CUDA_TORCH)

@@ -11,8 +11,7 @@ def gpt2(vocabulary: int = 50257, context: int = 1024, layers: int = 12, width: 
     return [(vocabulary, width), (context, width), *layers * [*norm, *attention, *norm, *mlp], *norm]
 
 
-def llama(vocabulary: int, layers: int, width: int, hidden: int, *, tied: bool = True) -> list[tuple[int, ...]]:
-    """A Llama without grouped queries: SmolLM2-1.7B with (49152, 24, 2048, 8192), 1,711,376,384 parameters; Llama 2 7B
-    with (32000, 32, 4096, 11008) and an output layer of its own, 6,738,415,616."""
+def llama(vocabulary: int, layers: int, width: int, hidden: int) -> list[tuple[int, ...]]:
+    """A Llama without grouped queries: SmolLM2-1.7B with (49152, 24, 2048, 8192), 1,711,376,384 parameters."""
     block = [(width,), *4 * [(width, width)], (width,), (hidden, width), (hidden, width), (width, hidden)]
-    return [(vocabulary, width), *layers * block, (width,), *([] if tied else [(vocabulary, width)])]
+    return [(vocabulary, width), *layers * block, (width,)]

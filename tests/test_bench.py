@@ -116,6 +116,7 @@ def test_moved_bytes(harness: ModuleType) -> None:
         ("mada", 64, 58),
         ("mada-autograd", 64, 58),
         ("mada-adamw", 28, 22),
+        ("mada-lion", 20, 14),
         ("pullback-adamw", 60, 34),
         ("pullback-adamw-0", 40, 24),
         ("pullback-sgd-0", 24, 16),
@@ -147,63 +148,6 @@ def test_rows_hold_the_documented_bytes(bench_step: ModuleType, harness: ModuleT
     for _ in range(2):
         contender.step()
     assert harness.bytes_of(contender.state()) / 10_000 == pytest.approx(row.held(torch.float32), abs=0.05)
-
-
-@pytest.fixture
-def roofline(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return pytest.importorskip("roofline")
-
-
-@pytest.mark.parametrize(
-    ("name", "float32", "bfloat16"),
-    [
-        ("PACE", 36, 30),
-        ("PACE, average at rest", 32, 26),
-        ("PACE without average", 28, 22),
-        ("MADA, all six learned", 64, 58),
-        ("MADA, adamw or yogi", 28, 22),
-        ("MADA, lion", 20, 14),
-        ("AdamW fused", 28, 14),
-        ("AdamW fused + EMA, two passes", 40, 20),
-    ],
-)
-def test_the_roofline_moves_the_bytes_of_the_rules(
-    roofline: ModuleType, name: str, float32: int, bfloat16: int
-) -> None:
-    (step,) = (step for step in roofline.STEPS if step.name == name)
-    assert (step.moved(torch.float32), step.moved(torch.bfloat16)) == (float32, bfloat16)
-
-
-def test_bytes_of_eager_steps_are_counted(roofline: ModuleType) -> None:
-    """By hand, float32: lerp 12, mul 8, addcmul 12, div 8, sqrt 8, add 8, reciprocal 8, mul 8, clamp 8, sub 12, mul 12,
-    mul 8, addcdiv 16, add 12, lerp 12. In bfloat16 two casts of 6 and a copy back of 6 come to that."""
-    eager = roofline.counted(roofline.EagerPACE)
-    assert (eager(torch.float32), eager(torch.bfloat16)) == (152, 170)
-    fused = roofline.counted(lambda params: torch.optim.AdamW(params, fused=True))
-    assert (fused(torch.float32), fused(torch.bfloat16)) == (28, 14)
-
-
-def test_the_roofline_is_labelled_a_bound(
-    roofline: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    roofline.main(["--json", str(tmp_path / "roofline.json"), "--png", str(tmp_path / "roofline.png")])
-    said = capsys.readouterr().out
-    assert said.count("BOUND computed from published bandwidths, not a measurement") == 2
-    assert all(gpu.source in said for gpu in roofline.GPUS)
-    numbers = json.loads((tmp_path / "roofline.json").read_text(encoding="utf-8"))
-    assert numbers["label"].startswith("BOUND")
-    row = next(r for r in numbers["bounds"]["float32"] if r["optimizer"] == "PACE" and r["size"] == "1.7B")
-    # 1,711,376,384 × 36 bytes / 3.35e12 bytes a second
-    assert row["bound_ms"]["H100 SXM"] == pytest.approx(1_711_376_384 * 36 / 3.35e12 * 1e3)
-    large = next(r for r in numbers["bounds"]["float32"] if r["optimizer"] == "PACE" and r["size"] == "7B")
-    assert large["bound_ms"]["H100 SXM"] is None  # 135 GB
-    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_shapes_have_the_published_numbers_of_parameters(roofline: ModuleType) -> None:
-    counted = {size: sum(map(roofline.count, shapes)) for size, shapes in roofline.SIZES.items()}
-    assert counted == {"124M": 124_439_808, "1.7B": 1_711_376_384, "7B": 6_738_415_616}
 
 
 def test_steps_on_a_gpu_are_timed_by_events(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
