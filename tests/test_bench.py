@@ -116,7 +116,6 @@ def test_moved_bytes(harness: ModuleType) -> None:
         ("mada", 64, 58),
         ("mada-autograd", 64, 58),
         ("mada-adamw", 28, 22),
-        ("mada-lion", 20, 14),
         ("pullback-adamw", 60, 34),
         ("pullback-adamw-0", 40, 24),
         ("pullback-sgd-0", 24, 16),
