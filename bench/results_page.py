@@ -132,20 +132,15 @@ protocol, storage = tables_of("protocol"), tables_of("storage")
 
 
 def demo(kept: dict[str, Any], path: Path) -> str:
-    lines = [
-        f"{kept['cpu']}, {kept['threads']} threads; torch {kept['torch']}, Python {kept['python']}; "
-        f"{kept['date'][:10]}. {kept['steps']} steps, {kept['seeds']} seed{'s' * (kept['seeds'] > 1)}: no statement "
-        "about which is better in general.",
-        "",
-        "| | learning rate | loss, live weights | loss of what is handed back | ms / step | state, bytes / parameter |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    lines += [
-        f"| {row['optimizer']} | {row['lr']:g} | {row['live_loss']:.3f} | {row['returned_loss']:.3f} "
-        f"| {row['step_ms']:.2f} | {row['state_bytes_per_parameter']:.0f} |"
-        for row in kept["rows"]
-    ]
-    return "\n".join(lines)
+    import train_lm as command
+
+    command.plot(kept, path.with_suffix(".webp"))
+    where = (
+        f"{kept['cpu']}, {kept['processes']} processes of one thread; torch {kept['torch']}, Python {kept['python']}"
+    )
+    said = f"{where}; {kept['date'][:10]}. {kept['steps']} steps, {kept['seeds']} seed{'s' * (kept['seeds'] > 1)}."
+    shown = picture(path.with_suffix(".webp"), "held-out loss over learning rates")
+    return "\n\n".join([f"{said} {command.says(kept)}", markdown_table(command.cells(kept)), shown])
 
 
 def convex(kept: dict[str, Any], path: Path) -> str:
