@@ -135,10 +135,10 @@ def demo(kept: dict[str, Any], path: Path) -> str:
     import train_lm as command
 
     command.plot(kept, path.with_suffix(".webp"))
-    where = (
-        f"{kept['cpu']}, {kept['processes']} processes of one thread; torch {kept['torch']}, Python {kept['python']}"
+    said = (
+        f"{kept['cpu']}, {kept['processes']} processes of one thread, {kept['cpu_seconds']} s of CPU time; torch "
+        f"{kept['torch']}, Python {kept['python']}; {kept['date'][:10]}. {kept['steps']} steps, seeds: {kept['seeds']}."
     )
-    said = f"{where}; {kept['date'][:10]}. {kept['steps']} steps, {kept['seeds']} seed{'s' * (kept['seeds'] > 1)}."
     shown = picture(path.with_suffix(".webp"), "held-out loss over learning rates")
     return "\n\n".join([f"{said} {command.says(kept)}", markdown_table(command.cells(kept)), shown])
 

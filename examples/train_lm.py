@@ -334,13 +334,20 @@ def row(name: str, runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
+def number(loss: float | None) -> float:
+    """A loss from JSON, which has null after a divergence."""
+    return math.inf if loss is None else loss
+
+
 def cells(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table, its heads first."""
     lines = [("optimizer", "lr", "setting", "loss", f"lr within {NEAR:g}", "ms per step", "state bytes")]
     for place in report["rows"]:
         lr, (low, high) = f"{place['lr']:g}" + "*" * place["at_edge"], place["borne"]
         costs = (f"{place['step_ms']:.2f}", f"{place['state_bytes']:.1f}")
-        lines.append((place["optimizer"], lr, place["setting"], f"{place['loss']:.3f}", f"{low:g} to {high:g}", *costs))
+        lines.append(
+            (place["optimizer"], lr, place["setting"], f"{number(place['loss']):.3f}", f"{low:g} to {high:g}", *costs)
+        )
     return lines
 
 
@@ -355,30 +362,31 @@ def table(report: dict[str, Any]) -> str:
 def says(report: dict[str, Any]) -> str:
     """What there is to see."""
     pace, ema = (next(place for place in report["rows"] if place["optimizer"] == n) for n in ("PACE", "AdamW + EMA"))
-    told_apart = abs(pace["loss"] - ema["loss"]) > SEED_NOISE
+    losses = [number(place["loss"]) for place in (pace, ema)]
+    near = abs(losses[0] - losses[1]) <= SEED_NOISE
     return (
         f"PACE is within {NEAR:g} of its best loss up to a learning rate of {pace['borne'][1]:g}, AdamW + EMA up to"
-        f" {ema['borne'][1]:g}. Their best losses, {pace['loss']:.3f} and {ema['loss']:.3f}, are"
-        f" {'apart by more than the noise of a seed' if told_apart else 'too near to each other to name a winner'}."
+        f" {ema['borne'][1]:g}. Their best losses, {losses[0]:.3f} and {losses[1]:.3f}, are"
+        f" {'too near to each other to name a winner' if near else 'apart by more than the noise of a seed'}."
     )
 
 
 def notes(report: dict[str, Any]) -> str:
-    rows = report["rows"]
-    lines = [
-        f"loss: on held-out text, nats per byte, after {report['steps']} steps; seeds: {report['seeds']}. docs/benchmarks.md"
-        " has six seeds of",
-        "  longer runs: at a constant rate no difference between PACE and AdamW + EMA was found, with a decaying one PACE"
-        " was better",
-        f"lr, setting: the best of {', '.join(f'{lr:g}' for lr in report['lrs'])} (constant after warm-up), and of EMA",
-        f"  decays {', '.join(map(str, EMA_DECAYS))} or PACE's pulls {', '.join(map(str, PULLS))}",
-        f"lr within {NEAR:g}: the lowest and the highest with a loss within {NEAR:g} of the row's best",
-        "ms per step: optimizer.step() and torch's update of the average; for so small a model, the time of calls",
-        "state bytes: per parameter",
-    ]
-    if any(place["at_edge"] for place in rows):
-        lines.append("*: at the edge of the learning rates tried, so one beyond might be better")
-    return "\n".join(lines)
+    lrs, decays, pulls = (", ".join(f"{x:g}" for x in some) for some in (report["lrs"], EMA_DECAYS, PULLS))
+    text = f"""\
+A higher rate is no gain in itself: where a pull is so strong that it clamps every coordinate, the average takes w_t of
+AdamW's step, 0.30 at step 400 (docs/settings.md). And over six seeds of longer runs no difference between PACE and
+AdamW + EMA was found at a constant rate; with a decaying one PACE was better (docs/benchmarks.md).
+
+loss           on held-out text, nats per byte, after {report["steps"]} steps; seeds: {report["seeds"]}
+lr, setting    the best of {lrs} (constant after warm-up),
+               and of EMA decays {decays} or PACE's pulls {pulls}
+lr within {NEAR:g}  the lowest and the highest with a loss within {NEAR:g} of the row's best
+ms per step    optimizer.step() and torch's update of the average; for so small a model, the time of calls
+state bytes    per parameter"""
+    if any(place["at_edge"] for place in report["rows"]):
+        text += "\n*              at the edge of the learning rates tried, so one beyond might be better"
+    return text
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -393,10 +401,10 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     places, lines = list(range(len(report["lrs"]))), []
     for place in report["rows"]:
-        color, losses = BLUE if place["optimizer"] in OURS else GREY, [x or math.inf for x in place["loss_by_lr"]]
+        color, losses = BLUE if place["optimizer"] in OURS else GREY, [number(loss) for loss in place["loss_by_lr"]]
         averaged = place["setting"] != "-"
         axes.plot(places, losses, color=color, linewidth=2.6 if averaged else 1.4, linestyle="-" if averaged else "--")
-        axes.plot(report["lrs"].index(place["lr"]), place["loss"], "o", color=color, markersize=8)
+        axes.plot(report["lrs"].index(place["lr"]), number(place["loss"]), "o", color=color, markersize=8)
         lines.append((place["optimizer"], places, losses, color))
     axes.set_xticks(places, [f"{lr:g}" for lr in report["lrs"]])
     axes.set(xlabel="learning rate, constant; each is twice the one before", ylabel="held-out loss, nats per byte")
@@ -418,7 +426,7 @@ def without_infinity(value: Any) -> Any:
         return {key: without_infinity(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_infinity(item) for item in value]
-    return None if value == math.inf else value
+    return None if isinstance(value, float) and math.isinf(value) else value
 
 
 # --- Command line ---
@@ -486,7 +494,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "cpu": cpu_name(),
             "device": torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else "cpu",
             "processes": arguments.processes,
-            "seconds": round(time.monotonic() - began, 1),
+            "seconds": round(time.monotonic() - began),
+            "cpu_seconds": round(sum(os.times()[:4])),  # of all processes
             "seeds": arguments.seeds,
             "lrs": arguments.lrs,
             "steps": task.steps,
@@ -501,7 +510,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     plot(report, arguments.out / "loss.png")
     (arguments.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"\n{table(report)}\n\n{says(report)}\n\n{notes(report)}")
-    print(f"written: {arguments.out / 'loss.png'}, {arguments.out / 'results.json'}")
+    print(f"\n{report['seconds']} s, of all processes {report['cpu_seconds']} s of CPU time; written: ", end="")
+    print(f"{arguments.out / 'loss.png'}, {arguments.out / 'results.json'}")
     return 0
 
 
