@@ -341,7 +341,7 @@ def number(loss: float | None) -> float:
 
 def cells(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table, its heads first."""
-    lines = [("optimizer", "lr", "setting", "loss", f"lr within {NEAR:g}", "ms per step", "state bytes")]
+    lines = [("optimizer", "lr", "setting", "loss", f"lr within {NEAR:g}", "ms per step", "state bytes / parameter")]
     for place in report["rows"]:
         lr, (low, high) = f"{place['lr']:g}" + "*" * place["at_edge"], place["borne"]
         costs = (f"{place['step_ms']:.2f}", f"{place['state_bytes']:.1f}")
@@ -382,8 +382,7 @@ loss           on held-out text, nats per byte, after {report["steps"]} steps; s
 lr, setting    the best of {lrs} (constant after warm-up),
                and of EMA decays {decays} or PACE's pulls {pulls}
 lr within {NEAR:g}  the lowest and the highest with a loss within {NEAR:g} of the row's best
-ms per step    optimizer.step() and torch's update of the average; for so small a model, the time of calls
-state bytes    per parameter"""
+ms per step    optimizer.step() and torch's update of the average; for so small a model, the time of calls"""
     if any(place["at_edge"] for place in report["rows"]):
         text += "\n*              at the edge of the learning rates tried, so one beyond might be better"
     return text
