@@ -32,7 +32,6 @@ from harness import (
     machine,
     measure,
     moved_bytes,
-    quartiles,
     save,
     table,
 )
@@ -60,6 +59,19 @@ KERNELS = (
     "pullback-adamw-0",
     "pullback-sgd-0",
 )  # the rows that run pace_kernels
+PICTURED = (
+    OURS,
+    "pace-stats",
+    REFERENCE,
+    "adamw-foreach",
+    "adamw-ema",
+    "pace-eager",
+    "pace-compile",
+    MADA,
+    PRESET,
+    "pullback-adamw",
+)  # the rows of the picture and of the page of results: ten at most
+LONGEST_BAR = 8.0  # times of PACE: longer bars are cut, and say so
 
 
 # ---- contenders ----
@@ -361,66 +373,32 @@ def acceptance(cases: Mapping[tuple[str, str], Case]) -> list[dict[str, Any]]:
 
 
 def draw(
-    cases: Sequence[Case], path: Path, subtitle: str, known: Sequence[Row] = ROWS, ours: Sequence[str] = KERNELS
+    cases: Sequence[Case],
+    path: Path,
+    subtitle: str,
+    shown: Sequence[str] = PICTURED,
+    ours: Sequence[str] = KERNELS,
+    unit: str = OURS,
 ) -> None:
-    """Time per parameter of each row as a dot, beside the least that its bytes can take at the measured bandwidth.
-
-    `known`: the rows in their order, `ours` the keys of those that run pace_kernels.
-    """
-    import matplotlib.pyplot as plt
+    """Times of a step as multiples of PACE's, for three cases of the first one's format: one panel each, and in them
+    the rows with these keys, the fastest of the first panel on top. `ours`: the keys of those that run pace_kernels."""
     import plots
 
-    plt.rcParams.update(plots.STYLE)
-    titles = list(dict.fromkeys(case.title for case in cases))
-    dtypes = list(dict.fromkeys(case.dtype for case in cases))
-    every = {result.row.key: result.row for case in cases for result in case.results}
-    rows = [row for row in known if row.key in every][::-1]  # the first row on top
-    grey, blue, orange = plots.PALETTE[:3]
-    figure, grid = plt.subplots(
-        len(dtypes),
-        len(titles),
-        figsize=(1.6 + 2.9 * len(titles), 1.3 + (0.5 + 0.2 * len(rows)) * len(dtypes)),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes in grid.flat:
-        axes.set_visible(False)
-    fastest, slowest = float("inf"), 0.0
-    for case in cases:
-        axes = grid[dtypes.index(case.dtype)][titles.index(case.title)]
-        axes.set_visible(True)
-        for y, row in enumerate(rows):
-            result = case.result(row.key)
-            if result is None:
-                axes.annotate("not measured", (0.03, y), xycoords=("axes fraction", "data"), va="center", color=grey)
-                continue
-            low, middle, high = (1e9 * s / case.numel for s in quartiles(result.samples))
-            bound = 1e9 * row.moved(case.dtype) / case.bandwidth()
-            fastest, slowest = min(fastest, low, bound), max(slowest, high, bound)
-            color = blue if row.key in ours else grey
-            axes.hlines(y, bound, middle, color=color, linewidth=1.2, alpha=0.45)
-            axes.hlines(y, low, high, color=color, linewidth=4, alpha=0.45)
-            axes.plot(middle, y, "o", color=color, markersize=5)
-            axes.vlines(bound, y - 0.36, y + 0.36, color=orange, linewidth=2.2)
-        axes.set_yticks(range(len(rows)), [row.name for row in rows])
-        axes.tick_params(axis="y", length=0)
-        axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.grid(axis="y", visible=False)
+    cases = [case for case in cases if case.dtype == cases[0].dtype][:3]
+    names = {result.row.key: result.row.name for case in cases for result in case.results}
+    times = [{result.row.key: case.against(result, unit) for result in case.results} for case in cases]
+    known = {key: next(filter(None, (found.get(key) for found in times)), None) for key in shown}
+    rows = sorted((key for key in shown if known[key]), key=lambda key: known[key] or 0.0)
+    figure, panels = plots.new_figure([4.8] + [3.2] * (len(cases) - 1), height=1.5 + 0.25 * len(rows))
+    longest = min(LONGEST_BAR, max((value for found in times for value in found.values() if value), default=1.0))
+    for axes, case, found in zip(panels, cases, times, strict=True):
+        plots.bars(axes, [(names[key], found.get(key), key in ours) for key in rows], longest)
         axes.set_title(f"{case.title}, {str(case.dtype).removeprefix('torch.')}")
-        if case.dtype == dtypes[-1]:
-            axes.tick_params(labelbottom=True)
-            axes.set_xlabel("ns per parameter and step")
-    shared = grid[0][0]
-    shared.set_xscale("log")
-    shared.set_xlim(fastest / 1.25, slowest * 1.25)
-    shared.xaxis.set_major_locator(plt.LogLocator(subs=(1, 3) if slowest < 1e3 * fastest else (1,)))
-    shared.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    shared.xaxis.set_minor_locator(plt.NullLocator())
+        axes.set_xlabel("time of a step, × PACE's")
+        axes.axvline(1.0, color=plots.INK, linewidth=0.8)
+        axes.tick_params(labelleft=axes is panels[0])
     figure.suptitle(
-        "Time of one optimizer step. Dot and band: median and quartiles.\n"
-        f"Orange: the row's bytes at the {BANDWIDTH} of the same run.\n{subtitle}",
+        f"Blue: pace_kernels. Grey: others. A shorter bar is a faster step; 1 is PACE.\n{subtitle}",
         x=0.01,
         ha="left",
         fontsize=10,

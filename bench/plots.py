@@ -21,6 +21,7 @@ from PIL import Image
 
 # Okabe and Ito's palette, ordered so that neighbours differ in lightness as well.
 PALETTE = ("#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+OTHERS, OURS = PALETTE[:2]  # ours are blue in every picture, and its title says so
 INK = "#333333"
 GRID = "#E4E4E4"
 
@@ -76,6 +77,21 @@ def label_line_ends(axes: Axes, lines: Sequence[tuple[str, Sequence[float], Sequ
         axes.annotate(
             text, end, xytext=offset, textcoords="offset points", color=color, va="center", annotation_clip=False
         )
+
+
+def bars(axes: Axes, rows: Sequence[tuple[str, float | None, bool]], longest: float, digits: int = 2) -> None:
+    """A bar for each (name, value, whether it is ours), the first on top, its value beside it. Longer ones are cut."""
+    for y, (_, value, ours) in enumerate(rows):
+        if value is None:
+            axes.annotate("not measured", (0, y), xytext=(3, 0), textcoords="offset points", va="center", color=OTHERS)
+            continue
+        axes.barh(y, min(value, longest), height=0.7, color=OURS if ours else OTHERS)
+        text = f"{value:.{digits}f}" if value <= longest else f"{value:,.0f}, cut"
+        axes.annotate(text, (min(value, longest), y), xytext=(3, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.set(xlim=(0, 1.22 * longest), ylim=(len(rows) - 0.4, -0.6))
 
 
 def palette(colors: NDArray[Any], counts: NDArray[Any], size: int) -> NDArray[Any]:

@@ -44,11 +44,6 @@ def picture(path: Path, text: str) -> str:
     return f"![{text}]({path.name})"
 
 
-def drawn(cases: Sequence[Case]) -> list[Case]:
-    """The others are in the tables."""
-    return [case for case in cases if case.dtype == torch.float32]
-
-
 def beside(cases: Sequence[Case], keys: Sequence[str], ours: str = "pace") -> str:
     """These rows, a column for each case: milliseconds, × ours, the share of the bandwidth at which this process read
     and wrote memory in place; on a GPU the milliseconds of the host as well."""
@@ -77,25 +72,21 @@ def step(kept: dict[str, Any], path: Path) -> str:
     rows = {row.key: row for row in bench_step.ROWS}
     shapes = {title: shapes for title, shapes in bench_step.SIZES.values()}
     cases = [from_json(saved, rows, shapes[saved["title"]]) for saved in kept["cases"]]
-    keys = ("pace", "pace-stats", "adamw-fused", "adamw-foreach", "adamw-ema", "pace-eager", "pace-compile", "mada",
-            "mada-adamw", "pullback-adamw")  # fmt: skip
-    return f"{machine_line(kept['machine'])}\n\n{beside(cases, keys)}"
+    return f"{machine_line(kept['machine'])}\n\n{beside(cases, bench_step.PICTURED)}"
 
 
 def peers(kept: dict[str, Any], path: Path) -> str:
     import bench_peers as command
 
     cases, image = [command.case_of(saved, kept) for saved in kept["cases"]], path.with_suffix(".webp")
-    command.draw(drawn(cases), image, command.where(kept), command.ROWS, command.OUR_KEYS)
-    keys = ("pace", "adamw-fused", "adamw-ema", "deepspeed", "schedulefree", "heavyball", "bnb-8bit", "mada",
-            "mada-autograd", "pullback-adamw")  # fmt: skip
+    command.draw(cases, image, command.where(kept), command.PICTURED, command.OUR_KEYS)
     versions = ", ".join(f"{name} {found}" for name, found in kept["packages"].items() if found)
     said = (
         f"{command.where(kept)}. {versions}. Where not all rows fit into memory together, they take turns in several "
         "waves with PACE in each: ratios are of the same minutes, milliseconds of two rows may not be. Weight decay: "
-        f"{kept['weight_decay']}. The picture has all rows; the JSON file has their samples, states and peaks."
+        f"{kept['weight_decay']}. The JSON file has all rows, with their samples, states and peaks."
     )
-    return f"{said}\n\n{beside(cases, keys)}\n\n{picture(image, 'time of a step, ours and others')}"
+    return f"{said}\n\n{beside(cases, command.PICTURED)}\n\n{picture(image, 'time of a step, × PACE')}"
 
 
 def gpu(kept: dict[str, Any], path: Path) -> str:
@@ -141,20 +132,15 @@ protocol, storage = tables_of("protocol"), tables_of("storage")
 
 
 def demo(kept: dict[str, Any], path: Path) -> str:
-    lines = [
-        f"{kept['cpu']}, {kept['threads']} threads; torch {kept['torch']}, Python {kept['python']}; "
-        f"{kept['date'][:10]}. {kept['steps']} steps, {kept['seeds']} seed{'s' * (kept['seeds'] > 1)}: no statement "
-        "about which is better in general.",
-        "",
-        "| | learning rate | loss, live weights | loss of what is handed back | ms / step | state, bytes / parameter |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    lines += [
-        f"| {row['optimizer']} | {row['lr']:g} | {row['live_loss']:.3f} | {row['returned_loss']:.3f} "
-        f"| {row['step_ms']:.2f} | {row['state_bytes_per_parameter']:.0f} |"
-        for row in kept["rows"]
-    ]
-    return "\n".join(lines)
+    import train_lm as command
+
+    command.plot(kept, path.with_suffix(".webp"))
+    said = (
+        f"{kept['cpu']}, {kept['processes']} processes of one thread, {kept['cpu_seconds']} s of CPU time; torch "
+        f"{kept['torch']}, Python {kept['python']}; {kept['date'][:10]}. {kept['steps']} steps, seeds: {kept['seeds']}."
+    )
+    shown = picture(path.with_suffix(".webp"), "held-out loss over learning rates")
+    return "\n\n".join([f"{said} {command.says(kept)}", markdown_table(command.cells(kept)), shown])
 
 
 def convex(kept: dict[str, Any], path: Path) -> str:
@@ -162,7 +148,7 @@ def convex(kept: dict[str, Any], path: Path) -> str:
 
     runs = [command.Run(**run) for run in kept["runs"]]
     image = path.with_suffix(".webp")
-    command.draw(runs, image, "Adam goes to the wrong end of [−1, 1]; MADA starts as Adam and learns ρ")
+    command.draw(runs, image)
     return "\n\n".join(
         [f"{machine_line(kept['machine'])} {kept['steps']:,} steps.", f"```\n{command.table(runs)}\n```",
          picture(image, "regret, x and ρ over steps")]
@@ -180,7 +166,7 @@ def theory(kept: dict[str, Any], path: Path) -> str:
         f"coordinates, beside the closed form: off by {statistics.median(off):.1f} standard errors in the median, "
         f"{max(off):.1f} at most."
     )
-    return f"{said}\n\n{picture(path.with_suffix('.webp'), 'limiting error over gain and curvature')}"
+    return f"{said}\n\n{picture(path.with_suffix('.webp'), 'the limiting error over the gain, and Proposition 3')}"
 
 
 def sharded(kept: dict[str, Any], path: Path) -> str:

@@ -1,7 +1,7 @@
 """A small GPT on bytes, in plain torch: the model that `train_lm.py` trains.
 
 Pre-norm transformer with learned positions and the weight initialization of GPT-2. The output layer shares the
-embedding's weights. At the default size it has 0.84 million parameters.
+embedding's weights. At the default size it has 0.84 million parameters, in `train_lm.py` 0.12 million.
 """
 
 from __future__ import annotations

@@ -1,165 +1,90 @@
-"""Train a small language model with AdamW, AdamW + EMA, PACE and MADA, and compare what each hands back.
+"""Train a small language model with AdamW, AdamW + EMA, PACE and MADA at six learning rates each, and compare.
 
-    python examples/train_lm.py            a table, out/loss.png and out/results.json in under 6 minutes on 2 cores
+    python examples/train_lm.py            a table, out/loss.png and out/results.json in under 2 minutes on 2 cores
     python examples/train_lm.py --quick    the same in a few seconds, to see that it works
 
-The text is the source of Python's standard library, or a file of your own (--data). Every optimizer starts from the
-same weights, sees the same batches, and is tried at the same learning rates, constant after a short warm-up. Each row
-of the table stands at its own best learning rate, judged by the validation loss of the weights it hands back.
+The text is the source of Python's standard library, or a file of your own (--data). Every run starts from the same
+weights, sees the same batches, and has a constant learning rate after a short warm-up. AdamW + EMA has three decays to
+choose from and PACE three strengths of its pull. Each row of the table is the best of its settings and learning rates,
+by the validation loss of the weights that it hands back: the average, where there is one.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import math
+import multiprocessing
+import os
 import platform
 import statistics
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import torch
 from gpt import GPT, GPTConfig
-from plots import PALETTE, label_line_ends, new_figure, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import pace_kernels
 
-# Shared by all optimizers: usual settings for language models, confirmed by the loss of AdamW.
+MODEL = GPTConfig(layers=2, width=64, heads=4)  # 0.12 M parameters
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 WARMUP_SHARE = 0.1  # of all steps; the learning rate is constant from there on
 GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
 
-# AdamW's trajectory does not depend on its average, so one run tries all of these and the row keeps the best.
-EMA_DECAYS = (0.9, 0.95, 0.98, 0.99)
+# As many settings for one as for the other. No average changes AdamW's trajectory, so one run has all of the decays.
+EMA_DECAYS = (0.9, 0.95, 0.98)
+PULLS = (0.15, 1.5, 15.0)  # lambda_pullback; the first is the default
 
-EVALUATIONS = 10  # points on a validation curve
+FULL_RUN = {"steps": 400, "lrs": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2], "validation_windows": 64}
+QUICK_RUN = {"steps": 6, "lrs": [1e-3, 2e-3], "validation_windows": 4}
+BATCH = 4  # windows of GPTConfig.context bytes
+# Nats per byte: twice the standard deviation over seeds of a difference between optimizers, 0.016 to 0.021 in six seeds
+# of this task (bench/results, "MADA before the protocol"), rounded up.
+SEED_NOISE = 0.05
+NEAR = 0.1  # nats per byte: a learning rate is borne if the loss is within this of the best
+
 HELD_OUT = 10  # one file, or one byte of a single file, in so many is for validation
 STDLIB_BYTES = 8_000_000  # upper limit on the standard library's text
-LIVE = "live"  # names the weights being trained, beside the names of their averages
-
-FULL_RUN = {"steps": 500, "lrs": [1e-3, 2e-3, 4e-3], "batch": 8, "validation_windows": 128}
-QUICK_RUN = {"steps": 12, "lrs": [5e-4, 1e-3], "batch": 2, "validation_windows": 8}
-
 EXIT_INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
 
 ParamGroups = list[dict[str, Any]]
-Builder = Callable[[ParamGroups, float], Optimizer]
-
-
-# --- Averages of the weights ---
-
-
-class WeightAverage(Protocol):
-    """An average of the weights over training, brought up to date after each optimizer step."""
-
-    def update(self) -> None: ...
-
-    def averaged(self) -> AbstractContextManager[nn.Module]:
-        """A model that has the averaged weights inside the `with` block."""
-        ...
-
-    def extra_state(self) -> Iterable[Tensor]:
-        """The tensors it keeps beside the optimizer's own state."""
-        ...
-
-
-class TorchEMA:
-    """torch's exponential moving average, kept beside the optimizer."""
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer, decay: float) -> None:
-        self.model = model
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-
-    def update(self) -> None:
-        self.average.update_parameters(self.model)
-
-    def averaged(self) -> AbstractContextManager[nn.Module]:
-        return nullcontext(self.average.module)
-
-    def extra_state(self) -> Iterable[Tensor]:
-        return [*self.average.parameters(), *self.average.buffers()]
-
-
-class BuiltInAverage:
-    """The average that an optimizer of this package keeps itself."""
-
-    def __init__(self, model: nn.Module, optimizer: pace_kernels.PACE) -> None:
-        self.model = model
-        self.optimizer = optimizer
-
-    def update(self) -> None:
-        """Nothing is left to do: `optimizer.step()` has done it."""
-
-    @contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
-        with self.optimizer.averaged():
-            yield self.model
-
-    def extra_state(self) -> Iterable[Tensor]:
-        return []
 
 
 # --- Optimizers ---
 
 
-def adamw(groups: ParamGroups, lr: float) -> Optimizer:
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
-
-
-def pace(groups: ParamGroups, lr: float) -> Optimizer:
-    return pace_kernels.PACE(groups, lr=lr, betas=BETAS, lambda_pullback=0.15, ema_kappa=0.2)
-
-
-def mada(groups: ParamGroups, lr: float) -> Optimizer:
+def build(name: str, groups: ParamGroups, lr: float, pull: float) -> Optimizer:
+    if name == "AdamW":
+        return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
+    if name == "PACE":
+        return pace_kernels.PACE(groups, lr=lr, betas=BETAS, lambda_pullback=pull)
     return pace_kernels.MADA(groups, lr=lr, betas=BETAS)
 
 
-def coefficients(optimizer: pace_kernels.MADA) -> dict[str, float]:
-    return dict(optimizer.coefficients)
-
-
-def no_series(optimizer: Optimizer) -> dict[str, float]:
-    return {}
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One row of the table. Rows with the same `build` follow the same trajectory and share its training runs."""
-
-    name: str
-    build: Builder
-    # Name -> average; the row hands back the best of them, or the live weights if there is none.
-    averages: Mapping[str, Callable[[nn.Module, Any], WeightAverage]] = field(default_factory=dict)
-    # Further values of the optimizer, such as learned coefficients, to plot over training.
-    series: Callable[[Any], dict[str, float]] = no_series
-
-    @property
-    def returns(self) -> tuple[str, ...]:
-        """Names of the weights that the row may hand back."""
-        return tuple(self.averages) or (LIVE,)
-
-
-CONTENDERS = (
-    Contender("AdamW", adamw),
-    Contender("AdamW + EMA", adamw, {f"EMA {decay}": partial(TorchEMA, decay=decay) for decay in EMA_DECAYS}),
-    Contender("PACE", pace, {"built-in average": BuiltInAverage}),
-    Contender("MADA", mada, series=coefficients),
-)
+# Row of the table -> the optimizer that trains it, and how the names of the weights begin that it hands back.
+ROWS = {
+    "AdamW": ("AdamW", "live"),
+    "AdamW + EMA": ("AdamW", "EMA"),
+    "PACE": ("PACE", "average"),
+    "MADA": ("MADA", "live"),
+}
+OURS = ("PACE", "MADA")
 
 
 def parameter_groups(model: nn.Module) -> ParamGroups:
@@ -242,114 +167,9 @@ def validation_set(text: Tensor, count: int, device: torch.device) -> list[tuple
     return [windows(text, chunk, device) for chunk in starts.split(16)]
 
 
-# --- Progress ---
-
-
-class Progress:
-    """A bar on stderr with the time left. Without a terminal, as in a log, a line every 15 seconds instead."""
-
-    WIDTH = 24
-
-    def __init__(self, total_work: float) -> None:
-        self.total_work = total_work
-        self.done = 0.0
-        self.text = ""
-        self.interactive = sys.stderr.isatty()
-        self.interval = 0.1 if self.interactive else 15.0  # seconds
-        self.start = self.last_drawn = time.monotonic()
-
-    def advance(self, work: float, text: str | None = None) -> None:
-        self.done += work
-        self.text = text or self.text
-        now = time.monotonic()
-        if now - self.last_drawn >= self.interval:
-            self.last_drawn = now
-            self._draw(now - self.start)
-
-    def note(self, line: str) -> None:
-        """Print a line that stays, above the bar."""
-        self.clear()
-        print(line, file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        if self.interactive:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-    def _draw(self, elapsed: float) -> None:
-        share = min(1.0, self.done / self.total_work)
-        left = round(elapsed * (1 - share) / share)
-        filled = round(self.WIDTH * share)
-        bar = "#" * filled + "." * (self.WIDTH - filled)
-        line = f"[{bar}] {share:4.0%}  {self.text}  {left // 60}:{left % 60:02d} left"
-        self.clear()
-        print(line, end="" if self.interactive else "\n", file=sys.stderr, flush=True)
-
-
-# --- Training ---
-
-
-@dataclass
-class Run:
-    """What one training run measured. Dictionaries are keyed by the name of the weights: live, or an average."""
-
-    optimizer: str
-    lr: float
-    seed: int
-    steps: list[int] = field(default_factory=list)  # at which the following were evaluated
-    losses: dict[str, list[float]] = field(default_factory=dict)  # validation loss in nats per byte
-    series: dict[str, list[float]] = field(default_factory=dict)
-    step_ms: dict[str, float] = field(default_factory=dict)  # median, the average's update included
-    state_bytes: dict[str, float] = field(default_factory=dict)  # per parameter, the average's copy included
-
-    @property
-    def title(self) -> str:
-        return f"{self.optimizer}  lr {self.lr:g}  seed {self.seed}"
-
-    def final(self, weights: str) -> float:
-        """Last validation loss; infinite after a divergence, so that such a run is never the best."""
-        loss = self.losses[weights][-1]
-        return loss if math.isfinite(loss) else math.inf
-
-
-@dataclass(frozen=True)
-class Task:
-    """What all runs have in common."""
-
-    corpus: Corpus
-    steps: int
-    batch: int
-    validation_windows: int
-    device: torch.device
-
-    @property
-    def evaluated_steps(self) -> set[int]:
-        count = min(EVALUATIONS, self.steps)
-        return {round(self.steps * (i + 1) / count) for i in range(count)}
-
-    def work(self, averages: int) -> float:
-        """Forward and backward passes of one run in windows; a forward pass alone counts for a third."""
-        evaluated = len(self.evaluated_steps) * (1 + averages) * self.validation_windows
-        return self.steps * self.batch + evaluated / 3
-
-
-class Stopwatch:
-    """Wall time of a `with` block in milliseconds, including the device's queued work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.milliseconds: list[float] = []
-
-    def __enter__(self) -> None:
-        self._synchronize()
-        self.start = time.perf_counter()
-
-    def __exit__(self, *exception: object) -> None:
-        self._synchronize()
-        self.milliseconds.append(1e3 * (time.perf_counter() - self.start))
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+@functools.cache
+def corpus_of(path: Path | None) -> Corpus:
+    return file_corpus(path) if path else stdlib_corpus()
 
 
 @torch.inference_mode()
@@ -358,204 +178,236 @@ def validation_loss(model: nn.Module, chunks: Sequence[tuple[Tensor, Tensor]]) -
     return sum(weighted) / sum(targets.numel() for _, targets in chunks)
 
 
+# --- Training ---
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all runs have in common."""
+
+    data: Path | None  # None: the standard library
+    steps: int
+    validation_windows: int
+    device: torch.device
+
+
+@dataclass
+class Run:
+    """One training run. What it measured has the names of the weights as keys: live, or those of an average."""
+
+    optimizer: str
+    lr: float
+    seed: int
+    pull: float  # of PACE alone
+    losses: dict[str, float]  # validation loss at the end, nats per byte; infinite after a divergence
+    step_ms: dict[str, float]  # median, the average's update included
+    state_bytes: dict[str, float]  # per parameter, the average's copy included
+
+    def __str__(self) -> str:
+        pull = f", pull {self.pull:g}" if self.optimizer == "PACE" else ""
+        losses = ", ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items())
+        return f"{self.optimizer} at {self.lr:g}{pull}: {losses}"
+
+
+def milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return 1e3 * time.perf_counter()
+
+    began = now()
+    call()
+    return now() - began
+
+
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Memory behind the tensors, shared memory counted once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
-def train(sharing: Sequence[Contender], lr: float, seed: int, task: Task, progress: Progress) -> Run:
-    """Train once for all contenders that share a trajectory."""
-    run = Run(sharing[0].name, lr, seed)
+def train(task: Task, name: str, lr: float, seed: int, pull: float) -> Run:
     torch.manual_seed(seed)
-    model = GPT(GPTConfig()).to(task.device)
-    optimizer = sharing[0].build(parameter_groups(model), lr)
-    averages = {name: build(model, optimizer) for contender in sharing for name, build in contender.averages.items()}
-    step_watch = Stopwatch(task.device)
-    update_watches = {name: Stopwatch(task.device) for name in averages}
-    training = batches(task.corpus.train, task.batch, seed, task.device)
-    validation = validation_set(task.corpus.validation, task.validation_windows, task.device)
+    corpus = corpus_of(task.data)
+    model = GPT(MODEL).to(task.device)
+    optimizer = build(name, parameter_groups(model), lr, pull)
+    beside = {}  # averages that torch keeps
+    if name == "AdamW":
+        for decay in EMA_DECAYS:
+            beside[f"EMA {decay}"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    training = batches(corpus.train, BATCH, seed, task.device)
     warmup = max(1, round(WARMUP_SHARE * task.steps))
+    spent: dict[str, list[float]] = {weights: [] for weights in ("step", *beside)}
 
     for step in range(1, task.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, step / warmup)
-        loss = model.loss(*next(training))
-        loss.backward()
+        model.loss(*next(training)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
-        with step_watch:
-            optimizer.step()
-        for name, average in averages.items():
-            with update_watches[name]:
-                average.update()
+        spent["step"].append(milliseconds(optimizer.step, task.device))
+        for weights, average in beside.items():
+            spent[weights].append(milliseconds(lambda: average.update_parameters(model), task.device))  # noqa: B023
         optimizer.zero_grad()
-        progress.advance(task.batch, f"{run.title}  step {step}/{task.steps}  loss {loss.item():.3f}")
 
-        if step in task.evaluated_steps:
-            run.steps.append(step)
-            run.losses.setdefault(LIVE, []).append(validation_loss(model, validation))
-            for name, average in averages.items():
-                with average.averaged() as averaged_model:
-                    run.losses.setdefault(name, []).append(validation_loss(averaged_model, validation))
-            for contender in sharing:
-                for name, value in contender.series(optimizer).items():
-                    run.series.setdefault(name, []).append(value)
-            progress.advance((1 + len(averages)) * task.validation_windows / 3)
-
+    shown = {"live": (model, nullcontext())}
+    if name == "PACE":
+        shown["average"] = (model, optimizer.averaged())  # within it the model has the average
+    shown |= {weights: (average.module, nullcontext()) for weights, average in beside.items()}
+    validation = validation_set(corpus.validation, task.validation_windows, task.device)
+    median = {weights: statistics.median(values) for weights, values in spent.items()}
+    states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     parameters = sum(p.numel() for p in model.parameters())
-    own_state = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    run.step_ms[LIVE] = statistics.median(step_watch.milliseconds)
-    run.state_bytes[LIVE] = bytes_of(own_state) / parameters
-    for name, average in averages.items():
-        both = zip(step_watch.milliseconds, update_watches[name].milliseconds, strict=True)
-        run.step_ms[name] = statistics.median(step + update for step, update in both)
-        run.state_bytes[name] = bytes_of([*own_state, *average.extra_state()]) / parameters
+    run = Run(name, lr, seed, pull, {}, {}, {})
+    for weights, (holder, within) in shown.items():
+        with within:
+            loss = validation_loss(holder, validation)
+        run.losses[weights] = loss if math.isfinite(loss) else math.inf
+        run.step_ms[weights] = median["step"] + median.get(weights, 0.0)
+        extra = beside[weights].parameters() if weights in beside else ()
+        run.state_bytes[weights] = bytes_of([*states, *extra]) / parameters
     return run
 
 
-# --- Report ---
-
-
-@dataclass(frozen=True)
-class Standing:
-    """A contender at its best learning rate."""
-
-    contender: Contender
-    weights: str  # what it hands back: the live weights, or the name of its best average
-    lr: float
-    runs: Sequence[Run]  # at that learning rate, one a seed
-    by_lr: Mapping[float, float]  # mean final loss of the weights it would hand back at each learning rate
-
-    def loss(self, weights: str) -> str:
-        """Final validation loss, with the standard deviation over seeds where there are several."""
-        losses = [run.final(weights) for run in self.runs]
-        mean = statistics.mean(losses)
-        spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 and math.isfinite(mean) else ""
-        return f"{mean:.3f}{spread}"
-
-    @property
-    def step_ms(self) -> float:
-        return statistics.median(run.step_ms[self.weights] for run in self.runs)
-
-    @property
-    def state_bytes(self) -> float:
-        return self.runs[0].state_bytes[self.weights]
-
-    @property
-    def at_edge(self) -> bool:
-        """Whether a learning rate beyond the tried ones might be better still."""
-        return len(self.by_lr) > 1 and self.lr in (min(self.by_lr), max(self.by_lr))
-
-    def mean_curve(self, weights: str) -> list[float]:
-        return [statistics.mean(losses) for losses in zip(*(run.losses[weights] for run in self.runs), strict=True)]
-
-
-def standing(contender: Contender, runs: Sequence[Run]) -> Standing:
-    """Choose learning rate and average together, by the mean final loss over seeds."""
-    seeds_of: dict[float, list[Run]] = {}
-    for run in runs:
-        seeds_of.setdefault(run.lr, []).append(run)
-    mean_loss = {
-        (lr, weights): statistics.mean(run.final(weights) for run in seeds)
-        for lr, seeds in seeds_of.items()
-        for weights in contender.returns
-    }
-    lr, weights = min(mean_loss, key=lambda choice: mean_loss[choice])
-    by_lr = {lr: min(mean_loss[lr, weights] for weights in contender.returns) for lr in sorted(seeds_of)}
-    return Standing(contender, weights, lr, seeds_of[lr], by_lr)
-
-
-def table(standings: Sequence[Standing]) -> str:
-    head = ("optimizer", "lr", "live", "averaged", "average", "ms per step", "state bytes per parameter")
-    rows = [head]
-    for place in standings:
-        averaged = place.weights != LIVE
-        rows.append(
-            (
-                place.contender.name,
-                f"{place.lr:g}" + ("*" if place.at_edge else ""),
-                place.loss(LIVE),
-                place.loss(place.weights) if averaged else "-",
-                place.weights if averaged else "-",
-                f"{place.step_ms:.2f}",
-                f"{place.state_bytes:.1f}",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def footnotes(standings: Sequence[Standing], seeds: str, task: Task) -> str:
-    lrs = sorted({lr for place in standings for lr in place.by_lr})
-    lines = [
-        f"live, averaged: validation loss in nats per byte after {task.steps} steps, {seeds}"
-        + (", mean ± standard deviation" if any(len(place.runs) > 1 for place in standings) else ""),
-        f"lr, average: the best of learning rates {', '.join(f'{lr:g}' for lr in lrs)} (constant after warm-up) and of"
-        f" EMA decays {', '.join(f'{decay:g}' for decay in EMA_DECAYS)}, chosen by that same loss",
-        "ms per step: median of optimizer.step(), and of the average's update where torch keeps it beside",
+def all_runs(task: Task, lrs: Sequence[float], seeds: int, processes: int) -> list[Run]:
+    """Several at once, one thread each: for so small a model that is twice as fast as several threads for one."""
+    queue = [
+        (name, lr, seed, pull)
+        for seed in range(seeds)
+        for lr in lrs
+        for name, pulls in (("AdamW", (0.0,)), ("PACE", PULLS), ("MADA", (0.0,)))
+        for pull in pulls
     ]
-    if any(place.at_edge for place in standings):
-        lines.insert(2, "*: at the edge of the learning rates tried, so one beyond might be better")
-    for place in standings:  # after an interruption
-        if len(place.by_lr) < len(lrs):
-            tried = ", ".join(f"{lr:g}" for lr in place.by_lr)
-            lines.append(f"{place.contender.name} was tried at {tried} only, so its row is at a disadvantage")
-    return "\n".join(lines)
+    runs: list[Run] = []
+    began = time.monotonic()
+
+    def finished(run: Run) -> None:
+        runs.append(run)
+        left = round((time.monotonic() - began) * (len(queue) - len(runs)) / len(runs))
+        print(f"[{len(runs)}/{len(queue)}] {run}  {left // 60}:{left % 60:02d} left", file=sys.stderr, flush=True)
+
+    if processes == 1:
+        for words in queue:
+            finished(train(task, *words))
+        return runs
+    # Spawned, since torch's threads do not survive a fork.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,)) as pool:
+        try:
+            for future in as_completed([pool.submit(train, task, *words) for words in queue]):
+                finished(future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return runs
 
 
-def plot(standings: Sequence[Standing], title: str, path: Path) -> None:
-    """Validation loss over training, final loss over learning rates, and the optimizers' own series if any."""
-    several_lrs = any(len(place.by_lr) > 1 for place in standings)
-    series_names = sorted({name for place in standings for name in place.runs[0].series})
-    figure, panels = new_figure([6.4] + [3.6] * several_lrs + [4.6] * bool(series_names), height=4.2)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-    colors = {contender.name: PALETTE[index] for index, contender in enumerate(CONTENDERS)}
+# --- Report: from what results.json has ---
 
-    axes, lines = panels.pop(0), []
-    drawn, shown = set(), []
-    for place in standings:
-        color, steps = colors[place.contender.name], place.runs[0].steps
-        for weights in dict.fromkeys([LIVE, place.weights]):
-            curve = (place.contender.build, place.lr, weights)
-            if curve in drawn:  # AdamW's own weights at the same learning rate are AdamW + EMA's live weights
-                continue
-            drawn.add(curve)
-            losses = place.mean_curve(weights)
-            axes.plot(steps, losses, color=color, linewidth=2.6 if weights != LIVE else 1.1)
-            kind = "" if place.weights == LIVE else ", live" if weights == LIVE else ", averaged"
-            lines.append((f"{place.contender.name}{kind}", steps, losses, color))
-            shown += [loss for loss in losses[len(losses) // 4 :] if math.isfinite(loss)]
-    if shown:  # the first quarter of the fall is cut off, since the differences are at the end
-        margin = 0.05 * (max(shown) - min(shown))
-        axes.set_ylim(min(shown) - margin, max(shown) + margin)
-    axes.set(xlabel="step", ylabel="validation loss (nats per byte)", title="Each at its own best learning rate")
-    axes.set_xlim(left=0)
+
+def setting(run: Run, weights: str) -> str:
+    return {"EMA": f"decay {weights[4:]}", "average": f"pull {run.pull:g}"}.get(weights.split(" ")[0], "-")
+
+
+def row(name: str, runs: Sequence[Run]) -> dict[str, Any]:
+    """The best learning rate and setting of a row, by the mean loss over seeds."""
+    trainer, begins = ROWS[name]
+    found: dict[tuple[float, str], list[tuple[Run, str]]] = {}
+    for run in sorted((run for run in runs if run.optimizer == trainer), key=lambda run: (run.lr, run.pull, run.seed)):
+        for weights in run.losses:
+            if weights.startswith(begins):
+                found.setdefault((run.lr, setting(run, weights)), []).append((run, weights))
+    loss = {choice: statistics.mean(run.losses[weights] for run, weights in same) for choice, same in found.items()}
+    lr, chosen = best = min(loss, key=lambda choice: loss[choice])
+    by_lr = [min(loss[choice] for choice in loss if choice[0] == one) for one in dict.fromkeys(lr for lr, _ in loss)]
+    lrs = list(dict.fromkeys(one for one, _ in loss))
+    borne = [one for one, value in zip(lrs, by_lr, strict=True) if value <= loss[best] + NEAR]
+    return {
+        "optimizer": name,
+        "lr": lr,
+        "at_edge": len(lrs) > 1 and lr in (lrs[0], lrs[-1]),
+        "setting": chosen,
+        "loss": loss[best],
+        "loss_by_lr": by_lr,
+        "borne": [borne[0], borne[-1]],
+        "step_ms": statistics.median(run.step_ms[weights] for run, weights in found[best]),
+        "state_bytes": found[best][0][0].state_bytes[found[best][0][1]],
+    }
+
+
+def number(loss: float | None) -> float:
+    """A loss from JSON, which has null after a divergence."""
+    return math.inf if loss is None else loss
+
+
+def cells(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table, its heads first."""
+    lines = [("optimizer", "lr", "setting", "loss", f"lr within {NEAR:g}", "ms per step", "state bytes / parameter")]
+    for place in report["rows"]:
+        lr, (low, high) = f"{place['lr']:g}" + "*" * place["at_edge"], place["borne"]
+        costs = (f"{place['step_ms']:.2f}", f"{place['state_bytes']:.1f}")
+        lines.append(
+            (place["optimizer"], lr, place["setting"], f"{number(place['loss']):.3f}", f"{low:g} to {high:g}", *costs)
+        )
+    return lines
+
+
+def table(report: dict[str, Any]) -> str:
+    lines = cells(report)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def says(report: dict[str, Any]) -> str:
+    """What there is to see."""
+    pace, ema = (next(place for place in report["rows"] if place["optimizer"] == n) for n in ("PACE", "AdamW + EMA"))
+    losses = [number(place["loss"]) for place in (pace, ema)]
+    near = abs(losses[0] - losses[1]) <= SEED_NOISE
+    return (
+        f"PACE is within {NEAR:g} of its best loss up to a learning rate of {pace['borne'][1]:g}, AdamW + EMA up to"
+        f" {ema['borne'][1]:g}. Their best losses, {losses[0]:.3f} and {losses[1]:.3f}, are"
+        f" {'too near to each other to name a winner' if near else 'apart by more than the noise of a seed'}."
+    )
+
+
+def notes(report: dict[str, Any]) -> str:
+    lrs, decays, pulls = (", ".join(f"{x:g}" for x in some) for some in (report["lrs"], EMA_DECAYS, PULLS))
+    text = f"""\
+A higher rate is no gain in itself: where a pull is so strong that it clamps every coordinate, the average takes w_t of
+AdamW's step, 0.30 at step 400 (docs/settings.md). And over six seeds of longer runs no difference between PACE and
+AdamW + EMA was found at a constant rate; with a decaying one PACE was better (docs/benchmarks.md).
+
+loss           on held-out text, nats per byte, after {report["steps"]} steps; seeds: {report["seeds"]}
+lr, setting    the best of {lrs} (constant after warm-up),
+               and of EMA decays {decays} or PACE's pulls {pulls}
+lr within {NEAR:g}  the lowest and the highest with a loss within {NEAR:g} of the row's best
+ms per step    optimizer.step() and torch's update of the average; for so small a model, the time of calls"""
+    if any(place["at_edge"] for place in report["rows"]):
+        text += "\n*              at the edge of the learning rates tried, so one beyond might be better"
+    return text
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Loss over learning rates, a line for each row of the table."""
+    from plots import OTHERS as GREY
+    from plots import OURS as BLUE
+    from plots import label_line_ends, new_figure, save
+
+    figure, (axes,) = new_figure([8.4], height=4.8)
+    first, rest = says(report).split(". ", 1)
+    title = f"{first}.\n{rest}\nBlue: PACE and MADA, ours. Grey: AdamW. Thick: averaged weights. Lower is better."
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    places, lines = list(range(len(report["lrs"]))), []
+    for place in report["rows"]:
+        color, losses = BLUE if place["optimizer"] in OURS else GREY, [number(loss) for loss in place["loss_by_lr"]]
+        averaged = place["setting"] != "-"
+        axes.plot(places, losses, color=color, linewidth=2.6 if averaged else 1.4, linestyle="-" if averaged else "--")
+        axes.plot(report["lrs"].index(place["lr"]), number(place["loss"]), "o", color=color, markersize=8)
+        lines.append((place["optimizer"], places, losses, color))
+    axes.set_xticks(places, [f"{lr:g}" for lr in report["lrs"]])
+    axes.set(xlabel="learning rate, constant; each is twice the one before", ylabel="held-out loss, nats per byte")
     label_line_ends(axes, lines)
-
-    if several_lrs:
-        axes, lines = panels.pop(0), []
-        for place in standings:
-            lrs, losses, color = list(place.by_lr), list(place.by_lr.values()), colors[place.contender.name]
-            axes.plot(lrs, losses, color=color, marker="o", markersize=4)
-            axes.plot(place.lr, place.by_lr[place.lr], color=color, marker="o", markersize=8)
-            lines.append((place.contender.name, lrs, losses, color))
-        lrs = sorted({lr for place in standings for lr in place.by_lr})
-        axes.set_xscale("log")
-        axes.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
-        axes.minorticks_off()
-        axes.set(xlabel="learning rate", ylabel="validation loss after the last step", title="The weights handed back")
-        label_line_ends(axes, lines)
-
-    if series_names:
-        axes, lines = panels.pop(0), []
-        for place in standings:
-            for name, values in place.runs[0].series.items():
-                steps, color = place.runs[0].steps, PALETTE[series_names.index(name) % len(PALETTE)]
-                axes.plot(steps, values, color=color)
-                lines.append((name, steps, values, color))
-        axes.set(xlabel="step", title="Learned coefficients")
-        label_line_ends(axes, lines)
     save(figure, path)
 
 
@@ -567,46 +419,13 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def results(standings: Sequence[Standing], runs: Sequence[Run], task: Task) -> dict[str, Any]:
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu": cpu_name(),
-        "device": torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "seeds": len({run.seed for run in runs}),
-        "lrs": sorted({run.lr for run in runs}),
-        "steps": task.steps,
-        "batch": task.batch,
-        "validation_bytes": task.validation_windows * GPTConfig.context,
-        "corpus": {"description": task.corpus.description, "sha256": task.corpus.sha256()},
-        "model": asdict(GPTConfig()),
-        "rows": [
-            {
-                "optimizer": place.contender.name,
-                "lr": place.lr,
-                "weights": place.weights,
-                "live_loss": statistics.mean(run.final(LIVE) for run in place.runs),
-                "returned_loss": place.by_lr[place.lr],
-                "returned_loss_by_lr": {f"{lr:g}": loss for lr, loss in place.by_lr.items()},
-                "seeds": len(place.runs),
-                "step_ms": place.step_ms,
-                "state_bytes_per_parameter": place.state_bytes,
-            }
-            for place in standings
-        ],
-        "runs": [asdict(run) for run in runs],
-    }
-
-
-def without_nan(value: Any) -> Any:
-    """The same, with null for numbers that JSON cannot express (the losses of a diverged run)."""
+def without_infinity(value: Any) -> Any:
+    """The same, with null for the losses of a diverged run, which JSON cannot express."""
     if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
+        return {key: without_infinity(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [without_infinity(item) for item in value]
+    return None if isinstance(value, float) and math.isinf(value) else value
 
 
 # --- Command line ---
@@ -627,44 +446,26 @@ def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    full = FULL_RUN
-    parser.add_argument(
-        "--steps", type=positive(int), metavar="N", help=f"optimizer steps of each training run ({full['steps']})"
-    )
-    parser.add_argument(
-        "--lrs",
-        type=positive(float),
-        nargs="+",
-        metavar="LR",
-        help=f"learning rates that every optimizer is tried at ({' '.join(f'{lr:g}' for lr in full['lrs'])})",
-    )
-    parser.add_argument(
-        "--seeds", type=positive(int), default=1, metavar="N", help="repetitions with other weights and batches (1)"
-    )
-    parser.add_argument(
-        "--batch",
-        type=positive(int),
-        metavar="N",
-        help=f"windows of {GPTConfig.context} bytes in each training step ({full['batch']})",
-    )
-    parser.add_argument(
-        "--device",
-        type=torch.device,
-        default=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        help="where to train: cpu, cuda, cuda:1 (cuda if there is one, else cpu)",
-    )
+    rates = " ".join(f"{lr:g}" for lr in FULL_RUN["lrs"])
+    for name, kind, default, said in (
+        ("steps", int, None, f"optimizer steps of each training run ({FULL_RUN['steps']})"),
+        ("seeds", int, 1, "repetitions with other weights and batches (1)"),
+        ("processes", int, None, "runs at the same time (as many as there are cores; 1 on a GPU)"),
+    ):
+        parser.add_argument(f"--{name}", type=positive(kind), metavar="N", default=default, help=said)
+    parser.add_argument("--lrs", type=positive(float), nargs="+", metavar="LR", help=f"learning rates to try ({rates})")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where to train (cpu)")
     parser.add_argument("--data", type=Path, metavar="FILE", help="text to train on (Python's standard library)")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of the results (out)")
-    parser.add_argument(
-        "--quick", action="store_true", help="a few steps on little text: shows that everything works, and no more"
-    )
-    parser.set_defaults(**full)
-    if parser.parse_args(argv).quick:
-        parser.set_defaults(**QUICK_RUN)
+    parser.add_argument("--quick", action="store_true", help="a few steps: shows that everything works, and no more")
+    quick = parser.parse_args(argv).quick
+    parser.set_defaults(**(QUICK_RUN if quick else FULL_RUN))
     arguments = parser.parse_args(argv)
+    alone = quick or arguments.device.type != "cpu"  # for a few steps other processes start too slowly
+    arguments.processes = arguments.processes or (1 if alone else os.cpu_count() or 1)
     arguments.lrs = sorted(set(arguments.lrs))
     try:
-        arguments.corpus = file_corpus(arguments.data) if arguments.data else stdlib_corpus()
+        arguments.corpus = corpus_of(arguments.data)
     except (OSError, ValueError) as error:
         parser.error(f"{error}" + ("" if arguments.data else ", give a text of your own with --data FILE"))
     return arguments
@@ -672,60 +473,45 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    task = Task(arguments.corpus, arguments.steps, arguments.batch, arguments.validation_windows, arguments.device)
-    trajectories: dict[Builder, list[Contender]] = {}
-    for contender in CONTENDERS:
-        trajectories.setdefault(contender.build, []).append(contender)
-
-    parameters = sum(p.numel() for p in GPT(GPTConfig()).parameters())
-    title = f"GPT of {parameters / 1e6:.2f} M parameters, {task.steps} steps, {task.corpus.description}"
+    task = Task(arguments.data, arguments.steps, arguments.validation_windows, arguments.device)
+    corpus, parameters = arguments.corpus, sum(p.numel() for p in GPT(MODEL).parameters())
     print(
-        f"{title}\n{len(task.corpus.train) / 1e6:.1f} MB to train on, batches of {task.batch} x {GPTConfig.context}"
-        f" bytes, {torch.get_num_threads()} threads, torch {torch.__version__}\n",
+        f"GPT of {parameters / 1e6:.2f} M parameters, {task.steps} steps of {BATCH} x {GPTConfig.context} bytes of the"
+        f" {corpus.description}, torch {torch.__version__}\n",
         flush=True,
     )
-
-    # Seed by seed, and with the optimizers alternating, so that what an interrupted sweep leaves is nearly balanced.
-    queue = [
-        (sharing, lr, seed)
-        for seed in range(arguments.seeds)
-        for lr in arguments.lrs
-        for sharing in trajectories.values()
-    ]
-    progress = Progress(sum(task.work(sum(len(c.averages) for c in sharing)) for sharing, _, _ in queue))
-    runs: list[tuple[Builder, Run]] = []
-    interrupted = False
+    began = time.monotonic()
     try:
-        for sharing, lr, seed in queue:
-            run = train(sharing, lr, seed, task, progress)
-            runs.append((sharing[0].build, run))
-            ends = ", ".join(f"{weights} {losses[-1]:.3f}" for weights, losses in run.losses.items())
-            progress.note(f"{run.title}: validation loss {ends}")
+        runs = all_runs(task, arguments.lrs, arguments.seeds, arguments.processes)
     except KeyboardInterrupt:
-        interrupted = True
-    progress.clear()
-
-    finished = len(runs)
-    runs_a_seed = len(queue) // arguments.seeds
-    complete_seeds = len(runs) // runs_a_seed
-    if complete_seeds:  # then an incomplete one would only favour the optimizers or learning rates that it reached
-        runs = runs[: complete_seeds * runs_a_seed]
-    if interrupted:
-        print(f"\nInterrupted: {finished} of {len(queue)} training runs are finished, {len(runs)} of them reported.")
-    if not runs:
         return EXIT_INTERRUPTED
-    runs_of: dict[Builder, list[Run]] = {}
-    for build, run in runs:
-        runs_of.setdefault(build, []).append(run)
-    standings = [standing(c, runs_of[c.build]) for c in CONTENDERS if c.build in runs_of]
-    seeds = "1 seed" if complete_seeds <= 1 else f"{complete_seeds} seeds"
-
-    plot(standings, f"{title}, {seeds}", arguments.out / "loss.png")
-    numbers = without_nan(results(standings, [run for _, run in runs], task))
-    (arguments.out / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    print(f"\n{table(standings)}\n\n{footnotes(standings, seeds, task)}")
-    print(f"written: {arguments.out / 'loss.png'}, {arguments.out / 'results.json'}")
-    return EXIT_INTERRUPTED if interrupted else 0
+    report = without_infinity(
+        {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cpu": cpu_name(),
+            "device": torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else "cpu",
+            "processes": arguments.processes,
+            "seconds": round(time.monotonic() - began),
+            "cpu_seconds": round(sum(os.times()[:4])),  # of all processes
+            "seeds": arguments.seeds,
+            "lrs": arguments.lrs,
+            "steps": task.steps,
+            "batch": BATCH,
+            "validation_windows": task.validation_windows,
+            "corpus": {"description": corpus.description, "sha256": corpus.sha256()},
+            "model": asdict(MODEL),
+            "rows": [row(name, runs) for name in ROWS],
+            "runs": [asdict(run) for run in runs],
+        }
+    )
+    plot(report, arguments.out / "loss.png")
+    (arguments.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\n{table(report)}\n\n{says(report)}\n\n{notes(report)}")
+    print(f"\n{report['seconds']} s, of all processes {report['cpu_seconds']} s of CPU time; written: ", end="")
+    print(f"{arguments.out / 'loss.png'}, {arguments.out / 'results.json'}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import plots
 import torch
 from harness import machine, save, significant
-from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from pace_kernels import MADA
@@ -60,15 +59,15 @@ def learns_rho(second_moment: str, order: Literal["algorithm", "published"] = "a
     return lambda params: MADA(params, second_moment=second_moment, **learned, **SETTINGS)
 
 
-# name -> the optimizer and its colour
-CONTENDERS: dict[str, tuple[Build, str]] = {
-    "Adam": (preset("adamw"), plots.PALETTE[0]),
-    "AMSGrad": (preset("amsgrad"), plots.PALETTE[3]),
-    "AVGrad": (preset("avgrad"), plots.PALETTE[4]),
-    "MADA, max": (learns_rho("max"), plots.PALETTE[1]),
-    "MADA, mean": (learns_rho("mean"), plots.PALETTE[2]),
-    "MADA, mean, published": (learns_rho("mean", "published"), plots.PALETTE[5]),
+CONTENDERS: dict[str, Build] = {
+    "Adam": preset("adamw"),
+    "AMSGrad": preset("amsgrad"),
+    "AVGrad": preset("avgrad"),
+    "MADA, max": learns_rho("max"),
+    "MADA, mean": learns_rho("mean"),
+    "MADA, mean, published": learns_rho("mean", "published"),
 }
+TITLE = "Adam ends at 1, where the loss is worst. Blue: MADA starts as Adam and learns ρ; max finds −1, mean does not."
 
 
 @dataclass
@@ -85,6 +84,10 @@ class Run:
     @property
     def learns(self) -> bool:
         return self.name.startswith("MADA")
+
+    @property
+    def color(self) -> str:
+        return plots.OURS if self.learns else plots.OTHERS
 
 
 def marks(steps: int, points: int = 400) -> set[int]:
@@ -106,7 +109,7 @@ def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
 def optimize(name: str, steps: int) -> Run:
     """All steps of one optimizer, one thread."""
     torch.set_num_threads(1)
-    param, optimizer = start(CONTENDERS[name][0])
+    param, optimizer = start(CONTENDERS[name])
     value = param.detach()
     large, small = gradients(value)
     group = optimizer.param_groups[0]
@@ -155,29 +158,21 @@ def table(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: Sequence[Run], path: Path, title: str) -> None:
-    figure, (regret, x, rho) = plots.new_figure([4.6, 4.6, 4.6], height=3.9)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-
-    def panel(axes: Axes, shown: Sequence[Run], values: Callable[[Run], list[float]], heading: str) -> None:
+def draw(runs: Sequence[Run], path: Path) -> None:
+    figure, panels = plots.new_figure([4.6, 4.6], height=3.6)
+    figure.suptitle(TITLE, x=0.01, ha="left", fontsize=11)
+    learning = [run for run in runs if run.learns]
+    for axes, shown, name, symbol, title in (
+        (panels[0], runs, "x", "x", "x, of which −1 is the best"),
+        (panels[1], learning, "rho", "ρ", "ρ of MADA; 1 is Adam"),
+    ):
         lines = []
         for run in shown:
-            color = CONTENDERS[run.name][1]
-            axes.plot(run.steps, values(run), color=color, linewidth=2.2 if run.learns else 1.4)
-            lines.append((run.name, run.steps, values(run), color))
-        axes.set_xscale("log")
-        axes.set_xlim(runs[0].steps[0], runs[0].steps[-1] + 1)
-        axes.set(xlabel=f"step (of each cycle of {CYCLE} the last)", title=heading)
-        ends.append((axes, lines))
-
-    ends: list[tuple[Axes, list[tuple[str, list[float], list[float], str]]]] = []
-    panel(regret, runs, lambda run: run.regret, "Average regret")
-    panel(x, runs, lambda run: run.x, "x, of which −1 is the best")
-    panel(rho, [run for run in runs if run.learns], lambda run: run.rho, "ρ of MADA; 1 is Adam")
-    regret.set_yscale("log")
-    x.set_ylim(-1.05, 1.05)
-    rho.set_ylim(-0.03, 1.03)
-    for axes, lines in ends:
+            steps, values = [step / 1000 for step in run.steps], getattr(run, name)
+            axes.plot(steps, values, color=run.color, linewidth=2.2 if run.learns else 1.4)
+            lines.append((run.name, steps, values, run.color))
+        axes.set(xlabel="steps, thousands", ylabel=symbol, title=title)
+        axes.set(xlim=(0, 1.01 * runs[0].steps[-1] / 1000), ylim=(-1.05, 1.05) if name == "x" else (-0.03, 1.03))
         plots.label_line_ends(axes, lines)
     plots.save(figure, path)
 
@@ -197,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if steps < 1:
         parser.error(f"--steps must be at least 1, got {steps}")
 
-    fixed_costs = [us_per_step(build) for build, _ in CONTENDERS.values()]
+    fixed_costs = [us_per_step(build) for build in CONTENDERS.values()]
     if steps < 10_000:  # less than it takes to start processes
         runs = [optimize(name, steps) for name in CONTENDERS]
     else:
@@ -221,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     save(numbers, arguments.out / "convex.json")
-    draw(runs, arguments.out / "convex.webp", "Adam goes to the wrong end of [−1, 1]; MADA starts as Adam and learns ρ")
+    draw(runs, arguments.out / "convex.webp")
     print(f"written: {arguments.out / 'convex.webp'}, {arguments.out / 'convex.json'}")
 
 

@@ -5,9 +5,8 @@
 
 SGD with a constant gain on noisy quadratics: the closed form of quadratics.py (derived in tests/test_theory.py)
 and simulations with the kernels. Left: V(Π) / V(0), the limiting error of the average with the gain Π over that
-without it, at the averaging weight β = 0.01. Middle: closed form and simulation, bars of two standard errors. Right:
-Proposition 3, and what it costs: the dashed line has no pullback, and averages so long that it forgets the start as Π
-= 1 does.
+without it, at the averaging weight β = 0.01, bars of two standard errors. Right: Proposition 3, and what it costs: the
+dashed line has no pullback, and averages so long that it forgets the start as Π = 1 does.
 """
 
 from __future__ import annotations
@@ -29,11 +28,10 @@ import quadratics
 import torch
 from harness import machine, save
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
 from quadratics import limiting_error
 
 BETA = 0.01  # PACE's default beta_ema
-MIDDLE = (0.05, 0.5, 1.4)  # curvatures of the middle panel
+CURVATURES = (0.05, 0.5, 1.4)  # curvatures of the left panel
 GAINS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 EPSILONS = (1 / 4, 1 / 10, 1 / 20, 1 / 40)  # of the right panel's simulations
 COORDINATES, QUICK_COORDINATES = 1 << 12, 1 << 7
@@ -64,99 +62,71 @@ def simulate(beta: float, gains: Sequence[float], a: float, coordinates: int, wi
     ]
 
 
-def draw_map(axes: Axes) -> None:
-    a, gain = np.meshgrid(np.geomspace(1e-3, 1.99, 600), np.geomspace(1e-3, 3.5, 600))
-    stable = quadratics.is_stable(a, BETA, gain)
-    ratio = np.where(
-        stable, limiting_error(a, BETA, np.where(stable, gain, 0.0)) / limiting_error(a, BETA, 0.0), np.nan
-    )
-    axes.set(xscale="log", yscale="log", xlabel="curvature αh", ylabel="gain Π")
-    axes.set_title(f"V(Π) / V(0): error with over without pullback, β = {BETA}")
-    axes.grid(False)
-    axes.set_facecolor("#BBBBBB")
-    norm = TwoSlopeNorm(0.0, vmin=-2.3, vmax=2.3)
-    shades = axes.pcolormesh(a, gain, np.log10(ratio), cmap="RdBu_r", norm=norm, rasterized=True)
-    factors = axes.contour(a, gain, ratio, levels=[1 / 30, 1 / 10, 1 / 3], colors=plots.INK, linewidths=0.6)
-    names = {1 / 30: "1/30", 1 / 10: "1/10", 1 / 3: "1/3"}
-    axes.clabel(factors, fmt=names, fontsize=8, manual=[(4e-3, 0.35), (4e-3, 0.12), (4e-3, 0.03)])
-    line = np.geomspace(1e-3, 1.99, 400)
-    best = quadratics.best_gain(line, BETA)
-    axes.plot(line, np.where(best > 0, best, np.nan), color="black", linewidth=2)
-    axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
-    axes.annotate("best gain", (1.3e-3, 1.78), va="top", fontsize=9, color="white")
-    axes.annotate("Π = 1, the clamp", (1.3e-3, 0.93), va="top", fontsize=9, color="white")
-    axes.annotate("unstable", (0.5, 2.6), fontsize=9, va="center", ha="center")
-    bar = axes.figure.colorbar(shades, ax=axes, ticks=[-2, -1, 0, 1, 2], pad=0.02)
-    bar.ax.set_yticklabels(["1/100", "1/10", "1", "10", "100"])
-    bar.outline.set_visible(False)
-
-
 def draw_points(axes: Axes, points: Sequence[Point]) -> None:
-    axes.set(yscale="log", xlabel="gain Π", ylabel="limiting error V / (ασ)²")
-    axes.set_xscale("symlog", linthresh=1e-3, linscale=0.5)
-    axes.set_title("Closed form and simulation with the kernels")
+    axes.set(xlabel="gain Π of the pull; 0 is none, 1 the clamp", ylabel="error, × that without a pull")
+    axes.set_title("A pull helps, but near the largest stable αh")
     lines = []
-    for a, color in zip(MIDDLE, plots.PALETTE[1:], strict=False):
-        gains = np.concatenate([[0.0], np.geomspace(1e-3, 1.0, 300)])
+    for a in CURVATURES:
+        without = limiting_error(a, BETA, 0.0)
+        gains = np.linspace(0.0, 1.0, 301)
         gains = gains[quadratics.is_stable(a, BETA, gains)]
         if len(gains) < 301:  # up to just before the pole at the stability limit
             gains = gains[gains < 0.97 * (2 - BETA) * (2 - a) / (2 * (1 - BETA))]
-        values = limiting_error(a, BETA, gains)
-        axes.plot(gains, values, color=color)
+        values = limiting_error(a, BETA, gains) / without
+        axes.plot(gains, values, color=plots.OURS)
         there = [p for p in points if p.curvature == a]
         axes.errorbar(
             [p.gain for p in there],
-            [p.simulated for p in there],
-            yerr=[2 * p.standard_error for p in there],
+            [p.simulated / without for p in there],
+            yerr=[2 * p.standard_error / without for p in there],
             fmt="o",
             markersize=3.5,
             capsize=3,
-            color=color,
+            color=plots.OURS,
         )
-        lines.append((f"αh = {a}", list(gains), list(values), color))
-    axes.set_xticks([0, 1e-3, 1e-2, 1e-1, 1], ["0", "0.001", "0.01", "0.1", "1"])
-    axes.set_xlim(-2e-4, 1.3)
+        lines.append((f"αh = {a}", list(gains), list(values), plots.OURS))
+    axes.set(xlim=(-0.02, 1.02), ylim=(0, 1.3))
     plots.label_line_ends(axes, lines)
 
 
 def draw_proposition_3(axes: Axes, pairs: Sequence[tuple[Point, Point]]) -> None:
-    epsilon = np.geomspace(1 / 2000, 0.9, 300)[::-1]
+    inverse = np.linspace(1.2, 1.05 / min(EPSILONS), 200)
+    epsilon = 1 / inverse
     without = limiting_error(epsilon, epsilon, 0.0)
     slowest = np.array([quadratics.slowest_rate(x, x, 1.0) for x in epsilon])
     curves = (
-        ("best Π", without / quadratics.best_error(epsilon, epsilon), plots.PALETTE[2], "-"),
-        ("Π = 1", without / limiting_error(epsilon, epsilon, 1.0), plots.PALETTE[1], "-"),
-        ("Π = 0.1", without / limiting_error(epsilon, epsilon, 0.1), plots.PALETTE[3], "-"),
+        ("Π = 1", without / limiting_error(epsilon, epsilon, 1.0), plots.OURS),
+        ("Π = 0.1", without / limiting_error(epsilon, epsilon, 0.1), plots.OURS),
+        ("no pull, longer average", without / limiting_error(epsilon, slowest, 0.0), plots.OTHERS),
     )
-    axes.set(xscale="log", yscale="log", xlabel="αh = β", ylabel="improvement V(0) / V(Π)")
-    axes.set_title("Proposition 3: any factor, on some instance")
-    for _, values, color, style in curves:
-        axes.plot(epsilon, values, color=color, linestyle=style)
-    longer = without / limiting_error(epsilon, slowest, 0.0)
-    axes.plot(epsilon, longer, color="black", linestyle=(0, (4, 4)), linewidth=1.2)
-    axes.plot(epsilon, 1 / (2 * epsilon), color=plots.PALETTE[0], linestyle=":")
-    axes.annotate(
-        "dashed: no pullback,\naverages as long as Π = 1\ndotted: the bound 1 / (2αh)", (0.97, 0.04),
-        xycoords="axes fraction", ha="right", va="bottom", fontsize=9,
-    )  # fmt: skip
+    axes.set(xlabel="1 / (αh), at β = αh", ylabel="error without a pull / with it")
+    axes.set_title("But a longer average needs none")
+    for _, values, color in curves:
+        axes.plot(inverse, values, color=color, linestyle="-" if color == plots.OURS else "--")
     for none, full in pairs:
         ratio = none.simulated / full.simulated
         # As if the two were independent; their noise is shared, so it is rather less.
         spread = 2 * ratio * math.hypot(none.standard_error / none.closed_form, full.standard_error / full.closed_form)
-        axes.errorbar(none.curvature, ratio, yerr=spread, fmt="o", markersize=3.5, capsize=3, color=plots.PALETTE[1])
-    axes.invert_xaxis()
-    plots.label_line_ends(axes, [(text, list(epsilon), list(values), color) for text, values, color, _ in curves])
+        axes.errorbar(1 / none.curvature, ratio, yerr=spread, fmt="o", markersize=3.5, capsize=3, color=plots.OURS)
+    axes.set(xlim=(0, inverse[-1]), ylim=(0, None))
+    plots.label_line_ends(axes, [(text, list(inverse), list(values), color) for text, values, color in curves])
 
 
 def draw(numbers: Mapping[str, Any], path: Path) -> None:
     """From what was saved."""
     points = [Point(**p) for p in numbers["points"]]
     pairs = [(Point(**none), Point(**full)) for none, full in numbers["proposition_3"]]
-    figure, (ratio, values, third) = plots.new_figure([5.6, 5.0, 5.0], height=4.2)
-    draw_map(ratio)
-    draw_points(values, points)
-    draw_proposition_3(third, pairs)
-    plots.save(figure, path, colors=24)
+    figure, (left, right) = plots.new_figure([5.0, 5.8], height=4.1)
+    draw_points(left, points)
+    draw_proposition_3(right, pairs)
+    figure.suptitle(
+        "Blue: the average's limiting error with a pull, the closed form and, as dots, the kernels.\n"
+        f"αh is the learning rate times the curvature, β the averaging weight, {BETA} on the left.",
+        x=0.01,
+        ha="left",
+        fontsize=10,
+    )
+    plots.save(figure, path)
 
 
 def main() -> None:
@@ -166,7 +136,7 @@ def main() -> None:
     arguments = parser.parse_args()
     coordinates, within = (QUICK_COORDINATES, 0.5) if arguments.quick else (COORDINATES, 1e-3)
     began = time.perf_counter()
-    points = [point for a in MIDDLE for point in simulate(BETA, GAINS, a, coordinates, within)]
+    points = [point for a in CURVATURES for point in simulate(BETA, GAINS, a, coordinates, within)]
     pairs = []
     for epsilon in EPSILONS:
         none, full = simulate(epsilon, (0.0, 1.0), epsilon, coordinates, within)

@@ -53,3 +53,32 @@ def test_an_example_runs(command: str, said: str, needs: tuple[str, ...], folder
     if "yaml" in command:
         (metrics,) = folder.rglob("metrics.csv")
         assert "optimizer/pullback_norm" in metrics.read_text()
+
+
+def test_a_row_of_the_demo_is_the_best_of_its_settings_over_the_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import train_lm
+
+    assert len(train_lm.EMA_DECAYS) == len(train_lm.PULLS)  # equal budgets
+    near, never = train_lm.NEAR, float("inf")
+    losses = {  # at each rate and pull: of two seeds, of which one alone would choose another pull
+        (1e-3, 0.15): (3.0, 3.0),
+        (1e-3, 1.5): (never, 1.0),
+        (2e-3, 0.15): (2.0, 3.0),
+        (2e-3, 1.5): (2.3, 2.3),
+        (4e-3, 0.15): (2.3 + near / 2,) * 2,
+        (8e-3, 0.15): (2.3 + near * 2,) * 2,
+    }
+    runs = [
+        train_lm.Run("PACE", lr, seed, pull, {"live": 0.0, "average": loss}, {"average": seed}, {"average": 12.0})
+        for (lr, pull), both in losses.items()
+        for seed, loss in enumerate(both)
+    ]
+    runs.append(train_lm.Run("MADA", 8e-3, 0, 0.0, {"live": 1.0}, {"live": 1.0}, {"live": 28.0}))
+    row = train_lm.row("PACE", runs)
+    assert (row["lr"], row["setting"], row["at_edge"], row["borne"]) == (2e-3, "pull 1.5", False, [2e-3, 4e-3])
+    assert (row["loss"], row["loss_by_lr"][0], row["step_ms"], row["state_bytes"]) == (2.3, 3.0, 0.5, 12.0)
+    assert train_lm.row("PACE", [run for run in runs if run.lr < 4e-3])["at_edge"]
+    assert train_lm.row("MADA", runs)["setting"] == "-"
+    diverged = train_lm.row("PACE", [run for run in runs if run.losses.get("average") == never])
+    assert train_lm.without_infinity(diverged)["loss"] is None

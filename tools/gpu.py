@@ -363,22 +363,17 @@ def draw(report: Mapping[str, Any], rows: Rows, path: Path) -> str:
         import bench_step
     except ImportError as reason:
         return f"no picture: {reason}"
-    shown: dict[str, Case] = {}
+    shown = []
     for key, case in cases_of(report, rows).items():
-        size, dtype, which = key.split(":")
-        if not case.probe_samples or which not in ("main", "more"):
-            continue
-        if f"{size}:{dtype}" in shown:
-            there = shown[f"{size}:{dtype}"]
-            there.results += [r for r in case.results if r.row.key not in rows.anchors]
-        else:
+        size, _, which = key.split(":")
+        if case.probe_samples and which == "main":
             case.title = sizes(report)[size][0]
-            shown[f"{size}:{dtype}"] = case
+            shown.append(case)
     if not shown:
         return "no picture: no case was measured"
     try:
-        measured = [r for r in rows.all.values() if any(case.result(r.key) for case in shown.values())]
-        bench_step.draw(list(shown.values()), path, notice(report), measured, rows.ours)
+        keys = [row.key for row in rows.main][:10]
+        bench_step.draw(shown, path, notice(report), keys, rows.ours, rows.anchors[0])
     except ImportError as reason:
         return f"no picture: {reason}"
     return str(path)
