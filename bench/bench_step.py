@@ -390,7 +390,7 @@ def draw(
     known = {key: next(filter(None, (found.get(key) for found in times)), None) for key in shown}
     rows = sorted((key for key in shown if known[key]), key=lambda key: known[key] or 0.0)
     figure, panels = plots.new_figure([4.8] + [3.2] * (len(cases) - 1), height=1.5 + 0.25 * len(rows))
-    longest = min(LONGEST_BAR, max((value for found in times for value in found.values() if value), default=1.0))
+    longest = min(LONGEST_BAR, max((found.get(key) or 0.0 for found in times for key in rows), default=1.0))
     for axes, case, found in zip(panels, cases, times, strict=True):
         plots.bars(axes, [(names[key], found.get(key), key in ours) for key in rows], longest)
         axes.set_title(f"{case.title}, {str(case.dtype).removeprefix('torch.')}")
