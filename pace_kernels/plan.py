@@ -162,9 +162,11 @@ class Kept:
 
     def has_its_states(self, state: Any) -> bool:
         """Whether the optimizer's states are those of the plan. This hashes no tensor, which would take 90 ns each."""
-        return self.holds(state) and not (
-            self.wrappers and any(map(operator.is_not, map(_local, self.wrappers), self.locals))
-        )
+        return self.holds(state) and not (self.wrappers and self.are_replaced())
+
+    def are_replaced(self) -> bool:
+        """Whether a DTensor has another local part."""
+        return any(map(operator.is_not, map(_local, self.wrappers), self.locals))
 
     def is_of(self, optimizer: Any) -> bool:
         """Whether parameters and states are those of the plan."""

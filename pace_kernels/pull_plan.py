@@ -171,26 +171,16 @@ class PullPlan(Kept):
         its = [(start, p.moment) for start, p in zip(self._starts(), self.pulls, strict=True) if p.group is group]
         by_moment = [(start, moment) for start, moment in its if moment is not None]
         places = {"lr": tuple(start + _LR for start, _ in by_moment), **_NOT_OURS}
-        if all(
-            moment.beta2 != 0.0 for _, moment in by_moment
-        ):  # 0: Python looks
+        if all(moment.beta2 != 0.0 for _, moment in by_moment):  # 0: Python looks
             places["betas"] = ((), tuple(start + _BETA2 for start, _ in by_moment))
         return places
 
     def _offsets_stay(self) -> bool:
         return all(ahead(ours, theirs) == offsets for ours, theirs, offsets in self.counted)
 
-    def _takes_options(self, optimizer: Pulling) -> bool:
-        """Whether the plan fits the options as they are; if so, its numbers are theirs."""
+    def _looks_at(self, optimizer: Pulling, found: Sequence[int]) -> bool:
+        """Whether the plan fits the options of these groups; if so, its numbers are theirs."""
         groups = optimizer.base.param_groups
-        found = self.held.changed_groups(groups, self.seen, self.numbers)
-        if found is None:
-            return False
-        if found is False:
-            return True
-        self.stale = True
-        if found is True:
-            return True
         if any(group[SWAPPED] or not _is_at_hand(group.get("lr")) for group in groups):
             return False
         for group in groups:
@@ -213,18 +203,23 @@ class PullPlan(Kept):
     def fits(self, optimizer: Pulling) -> bool:
         """Whether the plan fits; if so, the weights are copied, and nothing else is written. A plan that does not fit
         must be dropped."""
-        base = optimizer.base
+        base, held = optimizer.base, self.held
         try:
+            found = held.changed_groups(base.param_groups, self.seen, self.numbers)
+            if found:
+                self.stale = True
             if (
-                not self._takes_options(optimizer)
+                found is None
+                or (found and found is not True and not self._looks_at(optimizer, found))
                 or self.gradients() is None
-                or not self.has_its_states(base.state)
+                or not self.holds(base.state)
+                or (self.wrappers and self.are_replaced())
                 or (self.counts and versions(self.counts) != self.moves.seen)
                 or (self.on_gpu and stream_of(self.device) != self.stream)
                 or (self.lie and list(map(optimizer._left.get, self.beside)) != list(map(version_of, self.lie)))
             ):
                 return False
-            self.held.before(self.numbers if self.stale else ())
+            held.before(self.numbers if self.stale else ())
             self.stale = False
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError):
             return False  # the usual step says why
@@ -240,29 +235,24 @@ class PullPlan(Kept):
 
     def taken(self, optimizer: Pulling) -> bool:
         """Pulls, after the base's step; False if that left other states than before."""
-        if self._pulled(optimizer):
-            return True
-        for start, pull in zip(self._starts(), self.pulls, strict=True):  # C may have taken another β2
-            if pull.moment is not None:
-                pull.moment = replace(pull.moment, beta2=self.numbers[start + _BETA2])
-        return False
-
-    def _pulled(self, optimizer: Pulling) -> bool:
-        if not self.has_its_states(optimizer.base.state):
+        base, held = optimizer.base, self.held
+        if not self.holds(base.state) or (self.wrappers and self.are_replaced()):
             return False
-        changed = self.held.changed_groups(optimizer.base.param_groups, self.seen)
+        # A base may set lr in its step, also within the tensor that it is.
+        changed = held.changed_groups(base.param_groups, self.seen)
         if changed is None or (changed and not all(_is_at_hand(pull.group.get("lr")) for pull in self.pulls)):
             return False
         increment_version(self.params)
         if self.sharded:
             increment_version(self.owners)
+        numbers: Sequence[float] = ()
         try:
-            numbers = self._with_rates() if changed else self.numbers
+            if changed and (now := self._with_rates()) != self.numbers:  # which stay those of the groups in `seen`
+                numbers, self.stale = now, True
         except (RuntimeError, TypeError, ValueError):  # the usual way says why
             return False
-        self.stale = numbers != self.numbers  # which stay those of the next step, if nothing changes until then
         try:
-            self.held.step(numbers if self.stale else ())
+            held.step(numbers)
         except RuntimeError:  # so it does here; a ValueError says that some parts have stepped
             return False
         if self.lie:
@@ -271,3 +261,10 @@ class PullPlan(Kept):
         if self.counts:
             self.moves.note(versions(self.counts), self._offsets_stay)
         return True
+
+    def left(self) -> list[Pull]:
+        """The pulls, for the usual way to go on after the base's step: C may have taken another β2 for them."""
+        for start, pull in zip(self._starts(), self.pulls, strict=True):
+            if pull.moment is not None:
+                pull.moment = replace(pull.moment, beta2=self.numbers[start + _BETA2])
+        return self.pulls
