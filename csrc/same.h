@@ -78,9 +78,9 @@ class OptionNumbers {
 
 // Whether an option's new value needs no look by Python; its numbers are put then. `places`: a tuple of them, of a
 // float that is finite and >= 0; a tuple of such tuples, of a tuple of floats in [0, 1) that are 0 where they were;
-// Ellipsis, of any float or int; None, Python looks.
+// Ellipsis, of anything; None, Python looks.
 inline bool takes_option(PyObject* value, PyObject* places, const OptionNumbers& numbers) {
-  if (places == Py_Ellipsis) return PyFloat_CheckExact(value) || PyLong_CheckExact(value);
+  if (places == Py_Ellipsis) return true;
   if (!PyTuple_CheckExact(places)) return false;
   const Py_ssize_t n = PyTuple_Size(places);
   if (n == 0 || !PyTuple_CheckExact(PyTuple_GetItem(places, 0))) {
