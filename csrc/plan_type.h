@@ -79,7 +79,7 @@ inline PyObject* with_plan_type(PyObject* module, const char* name) {
   static PyMethodDef methods[] = {
       {"before", &plan_call<plan_before>, METH_O, "What is done before another optimizer's step. Takes options."},
       {"step", &plan_call<plan_step>, METH_O, "The step of a plan that takes no gradients. Takes options."},
-      {"changed_groups", function(&changed_groups), kStatic, "The places of groups whose options changed, or None."},
+      {"changed_groups", function(&changed_groups), kStatic, "Whether options changed, and which need a look."},
       {"gradients", function(&gradients), kStatic, "The gradients, or None if others are there than before."},
       {"holds_states", function(&holds_states), kStatic, "Whether the states are those of the plan."},
       {"put", function(&put), kStatic, "Gives each dict its next values under the names."},

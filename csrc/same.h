@@ -6,6 +6,8 @@
 
 #include <Python.h>
 
+#include <limits>
+
 namespace pace {
 
 // Reads an attribute of one object after another. Where it is a member of C, as all of a tensor's are, it is looked up
@@ -50,21 +52,75 @@ inline bool takes(const char* name, PyObject* const* arguments, Py_ssize_t count
   return fits;
 }
 
-// changed_groups(groups, kept): the places of the groups whose options are other objects than in `kept`, rows of a
-// group, its parameters and its values; the values are None of a group that has to be looked at always. None: groups or
-// parameters are others.
+// The options of a plan as a list of numbers. `places`: the indices of an option in it, a tuple.
+class OptionNumbers {
+ public:
+  explicit OptionNumbers(PyObject* list) : list_(list) {}
+
+  bool there() const { return list_ != nullptr; }
+  // An error is left to PyErr_Occurred.
+  void put(PyObject* value, PyObject* places) const {
+    for (Py_ssize_t i = 0; i < PyTuple_Size(places); ++i) {
+      Py_INCREF(value);
+      PyList_SetItem(list_, PyLong_AsSsize_t(PyTuple_GetItem(places, i)), value);
+    }
+  }
+  // Whether this number may follow the one that is there: kernels without a first moment are others than with one.
+  bool follows(double value, PyObject* places) const {
+    if (PyTuple_Size(places) == 0) return true;
+    PyObject* const before = PyList_GetItem(list_, PyLong_AsSsize_t(PyTuple_GetItem(places, 0)));
+    return before != nullptr && (PyFloat_AsDouble(before) == 0.0) == (value == 0.0);
+  }
+
+ private:
+  PyObject* const list_;
+};
+
+// Whether an option's new value needs no look by Python; its numbers are put then. `places`: a tuple of them, of a
+// float that is finite and >= 0; a tuple of such tuples, of a tuple of floats in [0, 1) that are 0 where they were;
+// Ellipsis, of anything; None, Python looks.
+inline bool takes_option(PyObject* value, PyObject* places, const OptionNumbers& numbers) {
+  if (places == Py_Ellipsis) return true;
+  if (!PyTuple_CheckExact(places)) return false;
+  const Py_ssize_t n = PyTuple_Size(places);
+  if (n == 0 || !PyTuple_CheckExact(PyTuple_GetItem(places, 0))) {
+    if (!PyFloat_CheckExact(value)) return false;
+    const double number = PyFloat_AsDouble(value);
+    if (!(number >= 0.0 && number <= std::numeric_limits<double>::max())) return false;
+    return numbers.put(value, places), true;
+  }
+  bool fit = PyTuple_CheckExact(value) && PyTuple_Size(value) == n;
+  for (Py_ssize_t i = 0; fit && i < n; ++i) {
+    PyObject* const one = PyTuple_GetItem(value, i);
+    const double number = PyFloat_CheckExact(one) ? PyFloat_AsDouble(one) : -1.0;
+    fit = number >= 0.0 && number < 1.0 && numbers.follows(number, PyTuple_GetItem(places, i));
+  }
+  for (Py_ssize_t i = 0; fit && i < n; ++i) numbers.put(PyTuple_GetItem(value, i), PyTuple_GetItem(places, i));
+  return fit;
+}
+
+// changed_groups(groups, kept[, numbers]): whether options are other objects than in `kept`, rows of a group, its
+// parameters, its values, its names, and the places of each; the values are None of a group that has to be looked at
+// always. Those that `takes_option` takes are kept and put into `numbers`; without such a list there are none. False:
+// all are the same; True: all others were taken; a list: these groups need a look; None: groups or parameters are
+// others.
 inline PyObject* changed_groups(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count == 2 && !PyList_Check(arguments[0])) Py_RETURN_NONE;
-  if (!takes("changed_groups", arguments, count, 2)) return nullptr;
+  if (count > 1 && !PyList_Check(arguments[0])) Py_RETURN_NONE;
+  if (!takes("changed_groups", arguments, count, count == 3 ? 3 : 2)) return nullptr;
   PyObject *const groups = arguments[0], *const kept = arguments[1];
+  const OptionNumbers numbers(count == 3 ? arguments[2] : nullptr);
   const Py_ssize_t n = PyList_Size(groups);
   if (n != PyList_Size(kept)) Py_RETURN_NONE;
   static PyObject* const params = PyUnicode_InternFromString("params");
   PyObject* found = nullptr;  // as a rule none, and no list
+  bool taken = false;
   for (Py_ssize_t i = 0; i < n; ++i) {
     PyObject *const group = PyList_GetItem(groups, i), *const row = PyList_GetItem(kept, i);
     PyObject *const its = PyList_GetItem(row, 1), *const values = PyList_GetItem(row, 2);
-    if (its == nullptr || values == nullptr) return Py_XDECREF(found), nullptr;
+    PyObject *const names = PyList_GetItem(row, 3), *const places = PyList_GetItem(row, 4);
+    if (its == nullptr || values == nullptr || names == nullptr || places == nullptr) {
+      return Py_XDECREF(found), nullptr;
+    }
     PyObject* const now = group == PyList_GetItem(row, 0) ? PyDict_GetItemWithError(group, params) : nullptr;
     bool same = now != nullptr && PyList_Check(now) && PyList_Size(now) == PyList_Size(its);
     for (Py_ssize_t k = same ? PyList_Size(its) : 0; same && k-- > 0;) {
@@ -78,8 +134,14 @@ inline PyObject* changed_groups(PyObject*, PyObject* const* arguments, Py_ssize_
     same = values != Py_None && PyDict_Size(group) == PyList_Size(values);
     PyObject *key = nullptr, *value = nullptr;
     for (Py_ssize_t at = 0, k = 0; same && PyDict_Next(group, &at, &key, &value); ++k) {
-      same = value == PyList_GetItem(values, k);
+      if (value == PyList_GetItem(values, k)) continue;
+      same =
+          numbers.there() && key == PyList_GetItem(names, k) && takes_option(value, PyList_GetItem(places, k), numbers);
+      if (!same) break;
+      Py_INCREF(value);
+      same = taken = PyList_SetItem(values, k, value) == 0;
     }
+    if (PyErr_Occurred()) return Py_XDECREF(found), nullptr;
     if (same) continue;
     if (found == nullptr && (found = PyList_New(0)) == nullptr) return nullptr;
     PyObject* const place = PyLong_FromSsize_t(i);
@@ -87,7 +149,7 @@ inline PyObject* changed_groups(PyObject*, PyObject* const* arguments, Py_ssize_
     Py_XDECREF(place);
     if (!added) return Py_DECREF(found), nullptr;
   }
-  return found != nullptr ? found : PyTuple_New(0);
+  return found != nullptr ? found : PyBool_FromLong(taken);
 }
 
 // gradients(params, unused, trained): the gradients, if they are None where `unused` says True and requires_grad is as

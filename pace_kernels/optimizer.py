@@ -53,10 +53,6 @@ class KernelOptimizer(SkippingNonfinite):
 
     # Whether gradients are operands of the step. Where they are not, having one is what puts a parameter into a step.
     _READS_GRADIENTS: ClassVar[bool] = True
-    # What groups keep beside their options and GROUP_STATE.
-    _BOOKS: ClassVar[frozenset[str]] = frozenset()
-    # What may change from step to step without further checks.
-    _MOVING: ClassVar[frozenset[str]] = frozenset({"lr"})
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
         self._backend_name = requested(backend)

@@ -150,10 +150,6 @@ def shown(kind: str, groups: Iterable[Group], books: Collection[str]) -> str:
     return "\n".join([*lines, ")"])
 
 
-def _nothing() -> None:
-    return None
-
-
 class Record:
     """A group's options as they were last checked, and what its optimizer made of them.
 
@@ -182,12 +178,6 @@ class Record:
         self._params_at = self._names.index("params")
         self._values[self._params_at] = None
         self._lists = {name: list(value) for name, value in group.items() if type(value) is list and name != "params"}
-
-    def forget(self, names: Iterable[str]) -> None:
-        """Treats these options as changed at the next check, whatever their values."""
-        for name in names:
-            if name in self._names:
-                self._values[self._names.index(name)] = _nothing
 
     def changed(self, group: Group) -> list[str]:
         """The names of options that were replaced or edited in place since ``keep``. This takes 1 µs if there are

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeAlias
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,14 @@ from .torch_rules.common import at_hand
 from .whole import Call
 
 if TYPE_CHECKING:
+    from .backend import Backend
     from .planning import Planning
 
 _requires_grad = operator.attrgetter("requires_grad")
 _local = operator.attrgetter("_local_tensor")
 _placed = operator.attrgetter("_spec.placements", "_spec.mesh")
 _NOT_A_NUMBER = float("nan")
+NO_PLACES: Mapping[str, Any] = MappingProxyType({})
 CAPTURED = -1
 
 
@@ -55,6 +58,11 @@ def stream_of(device: torch.device) -> int:
     return CAPTURED if torch.cuda.is_current_stream_capturing() else torch._C._cuda_getCurrentRawStream(device.index)
 
 
+def seen(group: Group, params: list[Any], values: list[Any] | None, names: Any, places: Mapping[str, Any]) -> list[Any]:
+    """A group as Plan.changed_groups takes it (csrc/same.h)."""
+    return [group, params, values, list(names), list(map(places.get, names))]
+
+
 class _Part:
     """A call of a step's operator: its options as numbers, and its states."""
 
@@ -64,7 +72,6 @@ class _Part:
         """``now``: the present names of the states, if they will have changed places when this plan's turn comes."""
         self.group = work.group
         self.numbers = numbers_of(definition, call.keywords)
-        self.place = {option.name: k for k, option in enumerate(definition.options)}
         self.dicts = list(work.records)
         source = dict(zip(names, now, strict=True))
         self.values = [record[source.get(name, name)] for record in self.dicts for name in record]
@@ -79,14 +86,15 @@ def _may_change(lr: Any) -> bool:
 class _Options:
     """A group's dict as the plan last saw it."""
 
-    def __init__(self, group: Group) -> None:
-        self.group, self.params = group, list(group["params"])
+    def __init__(self, group: Group, places: Mapping[str, Any] = NO_PLACES) -> None:
+        """``places``: of options in the plan's list of numbers, as ``Plan.changed_groups`` takes them."""
+        self.group, self.params, self.places = group, list(group["params"]), places
         self.names, self.values = list(dict.keys(group)), list(dict.values(group))  # as C finds them
         # What may change and stay the same object: lists by their copies, and a learning rate that is a tensor.
         self.lists = {k: list(v) for k, v in group.items() if type(v) is list and k != "params"}
         self.lr = _may_change(group["lr"])
         self.lr_away = isinstance(group["lr"], Tensor) and not self.lr  # on a device: an operand of the plan
-        self.seen: list[Any] = [group, self.params, None]  # as Plan.changed_groups takes it
+        self.seen = seen(group, self.params, self.values, self.names, places)
         self._steady()
 
     def _steady(self) -> None:
@@ -118,11 +126,55 @@ class _Options:
         self._steady()
 
 
-# A group's dict, the names of its options that changed, and the operator's names and values of them.
-Change: TypeAlias = tuple[_Options, Sequence[str], dict[str, float]]
+class Kept:
+    """What plans of every kind keep: the tensors of a step and its options as numbers, and what tells whether these
+    are unchanged."""
+
+    seen: list[list[Any]]  # groups as they were, as Plan.changed_groups takes them
+    numbers: list[float]  # the options of all calls, one after the other, of groups as they are in `seen`
+    stale = False  # whether the plan in C++ has other numbers
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        state: Mapping[Any, Any],
+        backend: Backend,
+        owners: list[Any],
+        params: list[Any],
+        dicts: list[Any],
+        values: list[Any],
+    ) -> None:
+        """``dicts``: the states of the owners, and ``values`` what is in these, one after the other."""
+        self.all_params = [param for group in groups for param in group["params"]]
+        self.unused = [param.grad is None for param in self.all_params]
+        self.trained = list(map(_requires_grad, self.all_params))
+        self.owners, self.params, self.dicts, self.values = owners, params, dicts, values
+        self.sharded = any(map(is_sharded, owners))
+        self.wrappers = list(filter(is_sharded, chain(owners, values))) if self.sharded else []
+        self.locals = list(map(_local, self.wrappers))
+        self.device = params[0].device
+        self.on_gpu = self.device.type == "cuda"
+        self.stream = stream_of(self.device)
+        self.keys, self.states = list(state), list(state.values())
+        self.held = backend.new_plan()
+        self.gradients = partial(self.held.gradients, self.all_params, self.unused, self.trained)
+        self.holds = partial(self.held.holds_states, self.keys, self.states, dicts, values)
+
+    def has_its_states(self, state: Any) -> bool:
+        """Whether the optimizer's states are those of the plan. This hashes no tensor, which would take 90 ns each."""
+        return self.holds(state) and not (self.wrappers and self.are_replaced())
+
+    def are_replaced(self) -> bool:
+        """Whether a DTensor has another local part."""
+        return any(map(operator.is_not, map(_local, self.wrappers), self.locals))
+
+    def is_of(self, optimizer: Any) -> bool:
+        """Whether parameters and states are those of the plan."""
+        changed = self.held.changed_groups(optimizer.param_groups, self.seen)
+        return changed is not None and self.has_its_states(optimizer.state)
 
 
-class Plan:
+class Plan(Kept):
     """One step's calls. ``after``: the plan of the following step, if that is another one; it then takes this one's
     place, with this one as its ``after``. So there is no reference cycle."""
 
@@ -130,40 +182,35 @@ class Plan:
         self, optimizer: Planning, works: list[Work], mask: tuple[bool, ...], rows: list[tuple[Any, ...]]
     ) -> None:
         definition = DEFINITIONS[optimizer._OPERATOR]
-        self.options = [_Options(group) for group in optimizer.param_groups]
-        self.all_params = params = [param for options in self.options for param in options.params]
+        self.parts = [_Part(definition, work, *row) for work, row in zip(works, rows, strict=True)]
+        self.backend = works[0].backend
+        super().__init__(
+            optimizer.param_groups,
+            optimizer.state,
+            self.backend,
+            [owner for work in works for owner in work.owners],
+            [param for work in works for param in work.params],
+            list(chain.from_iterable(part.dicts for part in self.parts)),
+            list(chain.from_iterable(part.values for part in self.parts)),
+        )
+        self.numbers = list(chain.from_iterable(part.numbers for part in self.parts))
+        self.place = {option.name: k for k, option in enumerate(definition.options)}
+        self.options = [_Options(group, self._places(optimizer, group)) for group in optimizer.param_groups]
         self.seen = [options.seen for options in self.options]
-        self.trained = list(map(_requires_grad, params))
-        self.owners = [owner for work in works for owner in work.owners]
-        self.params = [param for work in works for param in work.params]
         # Parameters beside which averages lie, and their local parts.
         lying = [work for work in works if work.formats.on_grid and optimizer._keeps_average(work.group)]
         self.beside = [owner for work in lying for owner in work.owners]
         self.lie = [param for work in lying for param in work.params]
-        self.sharded = any(map(is_sharded, self.owners))
         self.placed = list(map(_placed, self.owners)) if self.sharded else []
-        self.mask, self.unused = mask, list(mask)
-        self.parts = [_Part(definition, work, *row) for work, row in zip(works, rows, strict=True)]
-        self.keys, self.states = list(optimizer.state), list(optimizer.state.values())
+        self.mask = mask
         # Of parameters that do not train: a step that finds an average there drops it.
-        frozen = (optimizer.state.get(param) for param in params if not param.requires_grad)
+        frozen = (optimizer.state.get(param) for param in self.all_params if not param.requires_grad)
         self.at_rest = [state for state in frozen if state is not None]
-        self.dicts = list(chain.from_iterable(part.dicts for part in self.parts))
-        self.values = list(chain.from_iterable(part.values for part in self.parts))
-        self.wrappers = list(filter(is_sharded, chain(self.owners, self.values))) if self.sharded else []
-        self.locals = list(map(_local, self.wrappers))
         # Works take the parameters of a group by device and dtype: where that is another order, gradients follow it.
-        place = {id(param): i for i, param in enumerate(params)}
+        place = {id(param): i for i, param in enumerate(self.all_params)}
         self.order = [place[id(owner)] for owner in self.owners]
-        self.takes_all = self.order == list(range(len(params))) and not self.sharded
-        self.backend = works[0].backend
-        self.held = self.backend.new_plan()
+        self.takes_all = self.order == list(range(len(self.all_params))) and not self.sharded
         self.step = partial(of_c(self.backend.op("plan_step_")), self.held.handle)
-        self.gradients = partial(self.held.gradients, params, self.unused, self.trained)
-        self.holds = partial(self.held.holds_states, self.keys, self.states, self.dicts, self.values)
-        self.device = self.params[0].device
-        self.on_gpu = self.device.type == "cuda"
-        self.stream = stream_of(self.device)
         self.on_device = any(work.on_device for work in works)
         self.after: Plan | None = None
         self.then: Call | None = None  # what follows the step, in the same call of C
@@ -183,22 +230,26 @@ class Plan:
                 lists, tensors = [*lists, *beside], chain(tensors, *beside)
             add(self.held.handle, definition.op, list(tensors), list(map(len, lists)), extras, part.numbers)
 
-    def has_its_states(self, state: Any) -> bool:
-        """Whether the optimizer's states are those of the plan. This hashes no tensor, which would take 90 ns each."""
-        return (
-            self.holds(state)
-            and not (self.at_rest and any(map(has_average, self.at_rest)))
-            and not (self.wrappers and any(map(operator.is_not, map(_local, self.wrappers), self.locals)))
-        )
+    def _places(self, optimizer: Planning, group: Group) -> dict[str, Any]:
+        """Where the options of a group are that schedulers change."""
+        starts = range(0, len(self.numbers), len(self.numbers) // len(self.parts))
+        its = [start for start, part in zip(starts, self.parts, strict=True) if part.group is group]
+        places: dict[str, Any] = dict.fromkeys(group.keys() - optimizer.defaults.keys() - optimizer._BOOKS, ...)
+        for name, targets in optimizer._SCHEDULED.items():
+            rows = tuple(tuple(start + self.place[target] for start in its) for target in targets)
+            places[name] = rows if len(rows) > 1 else rows[0]
+        return places | dict.fromkeys(optimizer._MOVING - {"lr"}, ...)
 
-    def with_options(self, changes: list[Change]) -> list[float]:
-        """The options of all parts, with these changes. A plan that did not take them must be dropped."""
-        for part in self.parts:
-            for kept, _, numbers in changes:
-                if part.group is kept.group:
-                    for name, number in numbers.items():
-                        part.numbers[part.place[name]] = number
-        return list(chain.from_iterable(part.numbers for part in self.parts))
+    def has_its_states(self, state: Any) -> bool:
+        return super().has_its_states(state) and not (self.at_rest and any(map(has_average, self.at_rest)))
+
+    def put(self, group: Group, numbers: Mapping[str, float]) -> None:
+        """Replaces options of the group, by the operator's names."""
+        width = len(self.numbers) // len(self.parts)
+        for k, part in enumerate(self.parts):
+            for name, number in numbers.items() if part.group is group else ():
+                self.numbers[k * width + self.place[name]] = number
+        self.stale = True
 
     def can_skip(self, found_inf: Tensor) -> bool:
         """Whether a step by this plan can be skipped: by the host, or by the device if only its memory depends on
@@ -219,8 +270,3 @@ class Plan:
                 return None
             given = list(map(_local, given))
         return given
-
-    def is_of(self, optimizer: Planning) -> bool:
-        """Whether parameters and states are those of the plan."""
-        changed = self.held.changed_groups(optimizer.param_groups, self.seen)
-        return changed is not None and self.has_its_states(optimizer.state)

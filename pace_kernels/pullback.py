@@ -293,10 +293,14 @@ class Pullback(PullReports):
         before, marks = written(), self._unfinished
         try:
             marks.append("step")
-            error = self._base_step(scaling, pulls if plan is None else [], aside)
+            error = None
+            if plan is None or aside:
+                error = self._base_step(scaling, pulls if plan is None else [], aside)
+            else:
+                self.base.step()
             if error is None and (plan is None or not plan.taken(self)):
                 with torch.no_grad():
-                    error = None if plan is None else self._missing(pulls)
+                    error = None if plan is None else self._missing(plan.left())
                     if error is None:
                         self._finish(pulls, rest, found_inf, dry)
             marks.clear()

@@ -22,7 +22,7 @@ from .fitting import NO_STATE
 from .formats import beside, every_name, is_beside, taken
 from .launching import Prepared, of_c
 from .options import make_plain, spelled
-from .plan import Change, Plan
+from .plan import Plan
 from .sharding import axes, is_wrapper, local, reduce_
 from .states import LAST_STEP, Work, empty_state, moved
 from .torch_rules.common import at_hand, by_graph, data
@@ -237,28 +237,23 @@ class ScheduleFreeAdamW(Compressing):
     def _scheduled(self, group: Group, names: Sequence[str]) -> dict[str, float] | None:
         return super()._scheduled(group, [name for name in names if name not in _COUNTED])
 
-    def _changes_since(self, plan: Plan) -> list[Change] | None:
+    def _takes_options(self, plan: Plan) -> bool:
         """With what the schedule makes of each group, which the step enters at once."""
-        changes = super()._changes_since(plan)
-        if changes is None:
-            return None
-        found = {id(kept): (names, numbers) for kept, names, numbers in changes}
+        if not super()._takes_options(plan):
+            return False
         groups, counted = [], []
-        changes = []
         for kept in plan.options:
             try:
                 turn, share = self._turn(kept.group, [], None)
             except (ArithmeticError, TypeError, ValueError):
-                return None  # the usual step says why
+                return False  # the usual step says why
             if isinstance(share, Tensor):
-                return None
-            names, numbers = found.get(id(kept), ((), {}))
-            now = {"lr": turn.scheduled_lr, "count": float(turn.k), "share": share}
-            changes.append((kept, names, {**numbers, **now}))
+                return False
+            plan.put(kept.group, {"lr": turn.scheduled_lr, "count": float(turn.k), "share": share})
             groups.append(kept.group)
             counted.append(dict(zip(_COUNTED, turn, strict=True)))
         plan.then = each(dict.update, groups, counted)
-        return changes
+        return True
 
     def _afterwards(self, prepared: Prepared) -> list[Call]:
         if any(work.left_undone() for work, _ in prepared):

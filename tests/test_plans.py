@@ -107,7 +107,7 @@ class Pair:
         for optimizer in self.both:
             change(optimizer)
 
-    def refuses(self, message: str, kind: type[Exception] = RuntimeError) -> None:
+    def refuses(self, message: str, kind: type[Exception] | tuple[type[Exception], ...] = RuntimeError) -> None:
         """The step raises the same sentence with a plan and without, and changes nothing."""
         before = [t.clone() for t in everything(self.optimizer)]
         said = []
@@ -352,26 +352,132 @@ def test_a_learning_rate_on_a_device_ends_the_plan_that_holds_it() -> None:
     assert kept.changed() is None
 
 
-@pytest.mark.parametrize("name", [*SOME, "schedule-free"])
-@pytest.mark.parametrize(
-    "option, value",
-    [
-        *(("weight_decay", -1.0), ("lr", float("nan")), ("betas", (0.9, 1.0)), ("eps", 0.0), ("lr", "1")),
-        *(("lr", float("inf")), ("lr", None)),
-    ],
-)
-def test_a_bad_option_is_refused_by_name_and_changes_nothing(name: str, option: str, value: Any) -> None:
+@pytest.mark.parametrize("name", BUILDS)
+def test_what_schedulers_set_needs_no_look_by_python(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a group that is stepped in several calls, and in one without gradients."""
+
+    def in_three_groups() -> list[dict[str, Any]]:
+        groups = in_two_groups()
+        mixed = groups[0]["params"] + weights([(6,)], torch.bfloat16)
+        return [{**groups[0], "params": mixed, "tag": 0.0}, groups[1], {"params": weights([(2,)])}]
+
+    pair = Pair(BUILDS[name], in_three_groups)
+    for _ in range(9):
+        pair.step(without=(5,))
+    monkeypatch.setattr(_Options, "changed", lambda self: pytest.fail("Python looked"))
+    for k in range(1, 5):
+        for i in range(3):
+            new = {"lr": 0.01 * k, "betas": (0.9 - 0.1 * k, 0.9 + 0.01 * k), "weight_decay": 0.1 * k}
+            pair.do(lambda o, i=i, new=new: o.param_groups[i].update(dict(list(new.items())[i:])))
+        pair.do(lambda o, k=k: o.param_groups[0].update(tag=-float(k)))
+        assert pair.step(without=(5,))
+
+
+class Float(float):
+    """A number of another library, as NumPy's float64 is."""
+
+
+class Two(tuple[float, ...]):
+    pass
+
+
+HUGE = 10**400
+BAD_NUMBERS = [-1.0, float("nan"), float("inf"), HUGE, -1, None, "1", True, 1j, torch.ones(2), torch.tensor(-1.0)]
+BAD: list[tuple[str, Any]] = [
+    *(("lr", value) for value in BAD_NUMBERS),
+    *(("weight_decay", value) for value in BAD_NUMBERS[:-1]),  # a tensor would become a number first
+    *(("betas", (0.9, value)) for value in [1.0, *BAD_NUMBERS]),
+    *(("betas", (value, 0.9)) for value in [1.0, *BAD_NUMBERS]),
+    *(("betas", value) for value in [(0.9,), (0.9, 0.9, 0.9), 0.9, None, [0.9, 1.0], Two((0.9, 1.0))]),
+    *(("eps", value) for value in [0.0, float("nan"), None]),
+]
+
+
+@pytest.mark.parametrize("without", [(), (2, 3)], ids=["stepped", "without gradients"])
+@pytest.mark.parametrize("name", [*SOME, "Lion", "schedule-free"])
+def test_a_bad_option_is_refused_by_name_and_changes_nothing(name: str, without: tuple[int, ...]) -> None:
     def build(params: Any) -> Any:
         return MADA(params, learn=("rho",)) if name == "MADA" else BUILDS[name](params)
 
-    pair = Pair(build, in_two_groups).under_plan()
-    before = pair.optimizer.param_groups[1][option]
-    pair.do(lambda o: o.param_groups[0].update(lr=0.02))
-    pair.do(lambda o: o.param_groups[1].update({option: value}))
-    pair.refuses(r"^\(?'?(betas|weight_decay|lr|eps)", Exception)
-    pair.do(lambda o: o.param_groups[1].update({option: before}))
-    pair.step()
-    pair.step()
+    pair = Pair(build, in_two_groups)
+    for k, (option, value) in enumerate(BAD):
+        for _ in range(5):
+            taken = pair.step(without=without)
+        assert taken
+        before = pair.optimizer.param_groups[1][option]
+        pair.do(lambda o, k=k: o.param_groups[0].update(lr=0.001 * (k + 1)))
+        pair.do(lambda o, option=option, value=value: o.param_groups[1].update({option: value}))
+        pair.gradients(without)
+        pair.refuses(r"^\(?'?(betas|weight_decay|lr|eps)", (TypeError, ValueError))
+        pair.do(lambda o, option=option, before=before: o.param_groups[1].update({option: before}))
+        pair.step(without=without)
+
+
+GOOD: list[tuple[str, Any]] = [
+    *(("lr", value) for value in (Float(0.02), 0, 1, 10**100, 1e100, torch.tensor(0.02), torch.tensor([2]))),
+    *(("weight_decay", value) for value in (Float(0.02), 0, 1, -0.0, torch.tensor(0.02))),
+    *(("betas", value) for value in ([0.8, 0.9], Two((0.8, 0.9)), (Float(0.8), 0.9), (0.5, 0), (0.5, -0.0))),
+    *(("betas", value) for value in ((0.0, 0.9), (0, 0.9), (torch.tensor(0.5), 0.9))),
+    *(("tag", value) for value in (0.5, float("nan"), HUGE, "x", [1.0], torch.ones(2))),
+]
+
+
+@pytest.mark.parametrize("name", [*SOME, "Lion", "schedule-free"])
+def test_numbers_of_any_kind_hold_at_once_and_when_edited(name: str) -> None:
+    pair = Pair(BUILDS[name], in_two_groups)
+    for option, value in GOOD:
+        if name == "schedule-free" and option == "betas" and float(value[0]) == 0.0:
+            continue
+        for _ in range(5):
+            pair.step()
+        before = pair.optimizer.param_groups[1].get(option, 0.0)
+        pair.do(lambda o, option=option, value=value: o.param_groups[1].update({option: copy.deepcopy(value)}))
+        pair.step()
+        pair.step()
+        for group in (o.param_groups[1] for o in pair.both):
+            if isinstance(group[option], torch.Tensor):
+                group[option].fill_(1)
+            elif isinstance(group[option], list):
+                group[option][0] = 0.25
+        pair.step()
+        pair.do(lambda o, option=option, before=before: o.param_groups[1].update({option: before}))
+        pair.step()
+        pair.step()
+    pair.under_plan()
+
+
+@pytest.mark.parametrize("name", [*SOME, "schedule-free"])
+@pytest.mark.parametrize("option", ["lr", "betas", "weight_decay", "tag"])
+@pytest.mark.parametrize("renamed", [False, True])
+def test_options_that_are_gone(name: str, option: str, renamed: bool) -> None:
+    """Renamed, another one is in its place, the last of the dict."""
+    pair = Pair(BUILDS[name], in_two_groups)
+    pair.do(lambda o: o.param_groups[1].update(tag=0.5))
+    pair.do(lambda o: o.param_groups[1].update({option: o.param_groups[1].pop(option)}))
+    pair.under_plan()
+    pair.do(lambda o: o.param_groups[1].pop(option))
+    if renamed:
+        pair.do(lambda o: o.param_groups[1].update(other=(0.5, 0.6) if option == "betas" else 0.25))
+    if option == "tag":
+        pair.step()
+        assert pair.step()
+    else:
+        pair.gradients()
+        pair.refuses(option, (KeyError, ValueError, RuntimeError))
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_options_of_a_plan_that_did_not_step(name: str) -> None:
+    """It took them, and then found other gradients; the next time the old objects are back."""
+    pair = Pair(BUILDS[name], in_two_groups).under_plan()
+    before = [(group, dict(group)) for o in pair.both for group in o.param_groups]
+    for new in ({"lr": 0.02}, {"weight_decay": 0.7}, {"betas": (0.5, 0.6)}, {"lr": torch.tensor(0.02)}):
+        pair.do(lambda o, new=new: [group.update(new) for group in o.param_groups])
+        pair.step(without=(0,))
+        for group, values in before:
+            group.update({option: values[option] for option in new})
+        for _ in range(3):
+            pair.step()
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -508,6 +614,12 @@ def test_learned_tensors_that_are_replaced(name: str) -> None:
     pair = Pair(BUILDS["MADA"]).under_plan()
     pair.do(lambda o: o.param_groups[0].update({name: o.param_groups[0][name] * 0.5}))
     assert pair.step() is False
+    before = [o.param_groups[0][name] for o in pair.both]
+    pair.do(lambda o: o.param_groups[0].update({name: 0.5}))
+    pair.gradients()
+    pair.refuses(f"{name} must be a contiguous float64 tensor", ValueError)
+    for o, value in zip(pair.both, before, strict=True):
+        o.param_groups[0][name] = value
     pair.do(lambda o: o.param_groups[0]["coefficient_values"].mul_(0.9))
     assert [pair.step() for _ in range(4)][-1]
 

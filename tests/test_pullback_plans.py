@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_plans import CHANGES, Pair, first, in_two_groups, other_memory, weights
+from test_plans import (
+    BAD,
+    CHANGES,
+    Pair,
+    Two,
+    assert_same_bits,
+    everything,
+    first,
+    in_two_groups,
+    other_memory,
+    weights,
+)
 
 from pace_kernels import Pullback
 from pace_kernels.plan import CAPTURED
+from pace_kernels.pull_plan import PullPlan
 
 BASES: dict[str, Callable[[Any], Pullback]] = {
     "AdamW, fused": lambda params: Pullback(torch.optim.AdamW(params, lr=0.01, fused=True), 3.0, log_stats=True),
@@ -70,6 +83,66 @@ def test_options_and_gradients_that_change() -> None:
     pair.do(lambda o: o.train())
     for _ in range(3):
         pair.step()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_what_schedulers_set_needs_no_look_by_python(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(BASES[base], lambda: [*in_two_groups(), {"params": weights([(2,)])}])
+    for _ in range(5):
+        pair.step(without=(4,))
+    monkeypatch.setattr(PullPlan, "_looks_at", lambda *args: pytest.fail("Python looked"))
+    for k in range(1, 5):
+        for option, value in {"lr": 0.01 * k, "betas": (0.8, 0.9 + 0.01 * k), "weight_decay": 0.1 * k}.items():
+            if option in pair.optimizer.param_groups[0]:
+                pair.do(lambda o, it={option: value}: [group.update(it) for group in o.param_groups])
+        assert pair.step(without=(4,))
+
+
+def refusal(optimizer: Any) -> str:
+    try:
+        optimizer.step()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize("without", [(), (2, 3)], ids=["stepped", "without gradients"])
+@pytest.mark.parametrize("option, value", [*BAD, ("lambda_pullback", -1.0), ("gain", 2.0), ("ema_rho", None)])
+def test_a_bad_option_changes_nothing(option: str, value: Any, without: tuple[int, ...]) -> None:
+    """What AdamW itself takes, such as a negative weight_decay, is its own affair; but plan or not, it is the same."""
+    pair = Pair(BASES["AdamW, fused"], in_two_groups)
+    for _ in range(5):
+        pair.step(without=without)
+    pair.do(lambda o: o.param_groups[0].update(lr=0.02))
+    pair.do(lambda o: o.param_groups[1].update({option: value}))
+    before = [t.clone() for t in everything(pair.optimizer)]
+    pair.gradients(without)
+    said = [refusal(optimizer) for optimizer in pair.both]
+    assert said[0] == said[1]
+    if option in ("lr", "lambda_pullback", "gain", "ema_rho"):
+        assert option in said[0]
+        assert all(map(torch.equal, before, everything(pair.optimizer)))
+    assert_same_bits(*pair.both)
+
+
+@pytest.mark.parametrize("base", ["AdamW, fused", "Adam, from the step"])
+@pytest.mark.parametrize("value", [(0.9, 0.0), [0.8, 0.9], (torch.tensor(0.9), torch.tensor(0.99)), Two((0.8, 0.9))])
+def test_betas_of_any_kind_hold_at_once_and_when_edited(base: str, value: Any) -> None:
+    pair = Pair(BASES[base], in_two_groups).under_plan()
+    before = pair.optimizer.param_groups[1]["betas"]
+    pair.do(lambda o: o.param_groups[1].update(betas=copy.deepcopy(value)))
+    if isinstance(value[0], torch.Tensor):
+        pair.do(lambda o: o.param_groups[1].update(lr=torch.tensor(0.01)))
+    for _ in range(3):
+        pair.step()
+        for betas in (o.param_groups[1]["betas"] for o in pair.both):
+            if isinstance(betas, list):
+                betas[1] -= 0.1
+            elif isinstance(betas[1], torch.Tensor):
+                betas[1].mul_(0.9)
+    pair.do(lambda o: o.param_groups[1].update(betas=before))
+    pair.step()
+    pair.step()
 
 
 def test_betas_that_are_tensors_may_be_edited_in_place() -> None:
@@ -153,10 +226,24 @@ def test_bases_that_do_more_in_their_step(more: str, behind: bool, every: int) -
     pair = Pair(lambda params: Pullback(Odd(params, more, behind, every), 3.0), in_two_groups)
     whole, remembered = pair.twin.step, pair.twin._scratch.plans
     pair.twin.step = lambda: (remembered.clear(), whole())[1]
-    taken = [pair.step() for _ in range(14)]
+    taken = []
+    for k in range(14):
+        if k % 5 == 4:  # as a scheduler does, also before the steps in which a base does more
+            pair.do(lambda o, k=k: [group.update(lr=0.02, betas=(0.9, 0.99 - 0.01 * k)) for group in o.param_groups])
+        taken.append(pair.step())
     if more in ("set lr", "replace memory"):
         assert all(taken[2:])
     assert every == 1 or any(taken)
+
+
+def test_a_rate_that_a_base_sets_and_somebody_puts_back() -> None:
+    """The same object as before: it says nothing of what the step in between pulled by."""
+    pair = Pair(lambda params: Pullback(Odd(params, "set lr", False, 1), 3.0), in_two_groups).under_plan()
+    lr = pair.optimizer.param_groups[0]["lr"]
+    for _ in range(3):
+        pair.do(lambda o: [group.update(lr=lr) for group in o.param_groups])
+        pair.do(lambda o: setattr(o.base, "every", 2))
+        assert pair.step()
 
 
 def test_a_base_without_states_is_refused_by_name() -> None:
