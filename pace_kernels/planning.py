@@ -221,10 +221,10 @@ class Planning(Launching):
         """Whether the plan fits the options as they are; if so, its numbers are theirs. A scheduler's usual changes C
         takes by itself: Python takes 12 to 20 µs for them, as long as for all else of a small step."""
         found = plan.held.changed_groups(self.param_groups, plan.seen, plan.numbers)
+        if found is not False:  # also where others do not fit: some may have been taken before
+            plan.stale = True
         if found is None:
             return False
-        if found:
-            plan.stale = True
         for kept in map(plan.options.__getitem__, found or ()) if found is not True else ():
             names = kept.changed()
             numbers = None if names is None else self._scheduled(kept.group, names)

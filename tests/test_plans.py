@@ -466,6 +466,23 @@ def test_options_that_are_gone(name: str, option: str, renamed: bool) -> None:
         pair.refuses(option, (KeyError, ValueError, RuntimeError))
 
 
+@pytest.mark.parametrize("name", [*SOME, "schedule-free"])
+def test_options_taken_before_another_group_does_not_fit(name: str) -> None:
+    """The step is refused, and the next time that group is again as it was."""
+    pair = Pair(BUILDS[name], in_two_groups).under_plan()
+    eps = pair.optimizer.param_groups[1]["eps"]
+    pair.do(lambda o: o.param_groups[0].update(lr=0.5))
+    gone = [o.param_groups[1]["params"].pop() for o in pair.both]
+    pair.do(lambda o: o.param_groups[1].update(eps=0.0))
+    pair.gradients()
+    pair.refuses("eps", ValueError)
+    pair.do(lambda o: o.param_groups[1].update(eps=eps))
+    for optimizer, param in zip(pair.both, gone, strict=True):
+        optimizer.param_groups[1]["params"].append(param)
+    pair.step()
+    pair.under_plan()
+
+
 @pytest.mark.parametrize("name", SOME)
 def test_options_of_a_plan_that_did_not_step(name: str) -> None:
     """It took them, and then found other gradients; the next time the old objects are back."""

@@ -107,7 +107,11 @@ def refusal(optimizer: Any) -> str:
 
 
 @pytest.mark.parametrize("without", [(), (2, 3)], ids=["stepped", "without gradients"])
-@pytest.mark.parametrize("option, value", [*BAD, ("lambda_pullback", -1.0), ("gain", 2.0), ("ema_rho", None)])
+@pytest.mark.parametrize(
+    "option, value",
+    [*BAD, ("lambda_pullback", -1.0), ("gain", 2.0), ("ema_rho", None)],
+    ids=lambda value: repr(value)[:20],
+)
 def test_a_bad_option_changes_nothing(option: str, value: Any, without: tuple[int, ...]) -> None:
     """What AdamW itself takes, such as a negative weight_decay, is its own affair; but plan or not, it is the same."""
     pair = Pair(BASES["AdamW, fused"], in_two_groups)
@@ -123,6 +127,21 @@ def test_a_bad_option_changes_nothing(option: str, value: Any, without: tuple[in
         assert option in said[0]
         assert all(map(torch.equal, before, everything(pair.optimizer)))
     assert_same_bits(*pair.both)
+
+
+def test_options_taken_before_another_group_does_not_fit() -> None:
+    """The step is refused, and the next time that group is again as it was."""
+    pair = Pair(BASES["AdamW, fused"], in_two_groups).under_plan()
+    pair.do(lambda o: o.param_groups[0].update(lr=0.5))
+    gone = [o.param_groups[1]["params"].pop() for o in pair.both]
+    pair.do(lambda o: o.param_groups[1].update(lambda_pullback=-1.0))
+    pair.gradients()
+    assert all("lambda_pullback" in refusal(optimizer) for optimizer in pair.both)
+    pair.do(lambda o: o.param_groups[1].pop("lambda_pullback"))
+    for optimizer, param in zip(pair.both, gone, strict=True):
+        optimizer.param_groups[1]["params"].append(param)
+    pair.step()
+    pair.under_plan()
 
 
 @pytest.mark.parametrize("base", ["AdamW, fused", "Adam, from the step"])
