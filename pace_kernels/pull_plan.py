@@ -169,11 +169,11 @@ class PullPlan(Kept):
     def _places(self, group: Group) -> dict[str, Any]:
         """Where the options of a base's group are that schedulers change; the gain and β2 follow from two of them."""
         its = [(start, p.moment) for start, p in zip(self._starts(), self.pulls, strict=True) if p.group is group]
-        by_moment = [(start, moment) for start, moment in its if moment is not None]
-        places = {"lr": tuple(start + _LR for start, _ in by_moment), **_NOT_OURS}
-        if all(moment.beta2 != 0.0 for _, moment in by_moment):  # 0: Python looks
-            places["betas"] = ((), tuple(start + _BETA2 for start, _ in by_moment))
-        return places
+        by_moment = [start for start, moment in its if moment is not None]
+        corrected = tuple(
+            start + _BETA2 for start in by_moment
+        )  # 0 where nothing is: then another β2 is Python's to see
+        return {"lr": tuple(start + _LR for start in by_moment), "betas": ((), corrected), **_NOT_OURS}
 
     def _offsets_stay(self) -> bool:
         return all(ahead(ours, theirs) == offsets for ours, theirs, offsets in self.counted)

@@ -107,7 +107,11 @@ def refusal(optimizer: Any) -> str:
 
 
 @pytest.mark.parametrize("without", [(), (2, 3)], ids=["stepped", "without gradients"])
-@pytest.mark.parametrize("option, value", [*BAD, ("lambda_pullback", -1.0), ("gain", 2.0), ("ema_rho", None)])
+@pytest.mark.parametrize(
+    "option, value",
+    [*BAD, ("lambda_pullback", -1.0), ("gain", 2.0), ("ema_rho", None)],
+    ids=lambda value: repr(value)[:20],
+)
 def test_a_bad_option_changes_nothing(option: str, value: Any, without: tuple[int, ...]) -> None:
     """What AdamW itself takes, such as a negative weight_decay, is its own affair; but plan or not, it is the same."""
     pair = Pair(BASES["AdamW, fused"], in_two_groups)
