@@ -215,7 +215,8 @@ class Training:
     def series(self) -> dict[str, float]:
         """What the optimizer tells of itself: the share of clamped coordinates, or the coefficients that it learns."""
         if isinstance(self.optimizer, pace_kernels.PACE):
-            return {"lambda_clipped_frac": self.optimizer.get_step_stats()["lambda_clipped_frac"]}
+            stats = self.optimizer.get_step_stats()  # without a clamp nothing is clipped
+            return {name: stats[name] for name in ("lambda_clipped_frac",) if name in stats}
         if isinstance(self.optimizer, pace_kernels.MADA):
             return {name: self.optimizer.coefficients[name] for name in self.optimizer.param_groups[0]["learn"]}
         return {}
