@@ -180,7 +180,8 @@ def theory(kept: dict[str, Any], path: Path) -> str:
         f"coordinates, beside the closed form: off by {statistics.median(off):.1f} standard errors in the median, "
         f"{max(off):.1f} at most."
     )
-    return f"{said}\n\n{picture(path.with_suffix('.webp'), 'limiting error over gain and curvature')}"
+    image = picture(path.with_suffix(".webp"), "limiting error over gain and curvature")
+    return f"{said}\n\n{image}\n\n{command.tables(kept)}"
 
 
 def sharded(kept: dict[str, Any], path: Path) -> str:
