@@ -15,8 +15,8 @@ Of the uniform average, with φ(r) = (1 − exp(−a r)) / a and Z and I without
 φ (X − x*)). The error is (P p₀)² + σ² λ I(T) / (λ + I(T)), with P at r = T, and p₀² + σ² I(T) without control.
 
 x* is unknown. With the average so far in its place Z is 0, and the control is a pull toward the average:
-u = −φ² / (λ + I) (X − A_t). We take this for eq. 7 of Au and Block, arXiv 2606.25086, whose text was not at hand. Where X
-starts far from x*, the average lags behind, and the pull toward it holds X back.
+u = −φ² / (λ + I) (X − A_t). We take this for eq. 7 of Au and Block, arXiv 2606.25086, whose text was not at hand. Where
+X starts far from x*, the average lags behind, and the pull toward it holds X back.
 
 **Rate.** x₊ = x − α g + Π (e − x), e₊ = e + β (x₊ − e), g a subgradient at x with E|g|² ≤ G², s = Π + β − β Π. Then
 z = (β (1 − Π) x + Π e) / s moves by z₊ = z − (α β / s) g: SGD of a smaller rate, whose gradients are taken beside z.

@@ -76,7 +76,7 @@ FINE_TUNING = Plan(
     *(1200, 1024, 12, 3), task="fine-tuning", start=finetuning.START_STEPS, rates=[1e-4, 0.016]
 )  # of the model that lm.py trains
 SMOLLM = Plan(300, 256, 8, 2, task="SmolLM2-135M", rates=[3e-6, 1e-3])
-VARIANTS = Plan(400, 256, 6, 2, report=[3, 4, 5, 6], task="variants")
+VARIANTS = Plan(300, 256, 6, 2, report=[3, 4, 5, 6], task="variants")
 QUICK = Plan(3, 2, 2, 1, 1, [0.5], [0, 1], [2, 3])
 
 # ---- cells ----
@@ -170,7 +170,7 @@ SYMBOLS = {
 FIRST, THEN = list(METHODS)[:5], list(METHODS)[5:]
 ROUNDS = ((FIRST, TRUNK), (THEN, TRUNK), (FIRST, DECAYS), (THEN, DECAYS))
 FINE_TUNED = (([*FIRST, "schedule-free"], TRUNK),)
-VARIED = (([*FIRST[:4], *variants.METHODS], TRUNK),)
+VARIED = (([*FIRST[1:4], *variants.METHODS], TRUNK),)
 
 
 def rounds(plan: Plan) -> tuple[tuple[list[str], tuple[str, ...]], ...]:
@@ -379,16 +379,25 @@ def tests(kept: Mapping[str, Any], each: Course) -> list[float]:
     ]
 
 
-def judged(ours: Sequence[float], theirs: Sequence[float], primary: bool, seeds: int) -> str:
-    """The paired difference and what it says."""
+def difference(
+    ours: Sequence[float], theirs: Sequence[float], seeds: int, critical: Mapping[int, float] = CRITICAL
+) -> tuple[float, float] | str:
+    """Paired: the mean and half the width of its interval, or why there is none."""
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if not math.isnan(a + b)]
     if len(pairs) < seeds:
         return f"{len(pairs)} of {seeds} seeds: not decided"
     if any(math.isinf(loss) for pair in pairs for loss in pair):
         return "a seed diverged"
     differences = [a - b for a, b in pairs]
-    mean = statistics.mean(differences)
-    half = (CRITICAL_99 if primary else CRITICAL)[seeds] * statistics.stdev(differences) / math.sqrt(seeds)
+    return statistics.mean(differences), critical[seeds] * statistics.stdev(differences) / math.sqrt(seeds)
+
+
+def judged(ours: Sequence[float], theirs: Sequence[float], primary: bool, seeds: int) -> str:
+    """The paired difference and what it says."""
+    found = difference(ours, theirs, seeds, CRITICAL_99 if primary else CRITICAL)
+    if isinstance(found, str):
+        return found
+    mean, half = found
     said = "lower" if mean + half < 0 else "higher" if mean - half > 0 else "no difference found"
     if said != "no difference found" and abs(mean) < MATTERS:
         said = "no difference that matters"
@@ -403,7 +412,8 @@ def courses_of(kept: Mapping[str, Any]) -> dict[tuple[str, str], Course]:
 
 def compared(kept: Mapping[str, Any], courses: Mapping[tuple[str, str], Course]) -> Iterator[tuple[str, str, str, str]]:
     """Ours, theirs, the schedule and what their difference says, where both settings are chosen."""
-    for ours, theirs, primary in COMPARISONS:
+    for ours, theirs, decisive in COMPARISONS:
+        primary = () if kept["about"]["plan"].get("task") == "variants" else decisive
         for schedule in SCHEDULES:
             pair = [courses[name, schedule] for name in (ours, theirs) if (name, schedule) in courses]
             if len(pair) == 2 and all(each.chosen for each in pair):
@@ -426,6 +436,31 @@ def short(kept: Mapping[str, Any]) -> str:
         said.setdefault(f"{ours} − {theirs}", {})[schedule] = verdict
     differences = [[name, *(found.get(s, "–") for s in schedules)] for name, found in said.items()]
     return "\n\n".join(harness.markdown_table([["", *schedules], *rows]) for rows in (losses, differences) if rows)
+
+
+def varied(kept: Mapping[str, Any]) -> str:
+    """A table for each schedule, a row for each variant; bold: a difference that the seeds show and that matters."""
+    plan, cells, courses = Plan(**kept["about"]["plan"]), kept["about"]["cells"], courses_of(kept)
+    tables = []
+    for schedule in TRUNK:
+        lines = [[schedule, "test loss", "− PACE", "− AdamW + EMA", "− the row beside it", "cell and its rate"]]
+        for (method, its), each in courses.items():
+            if its != schedule or not each.chosen:
+                continue
+            losses, cell = tests(kept, each), each.chosen[0]
+            line = [method, spread(losses)]
+            for other in ("PACE", "AdamW + EMA", variants.BESIDE.get(method, method)):
+                found = difference(losses, tests(kept, courses[other, schedule]), each.counts[2])
+                if other == method:
+                    line.append("–")
+                elif isinstance(found, str):
+                    line.append(found)
+                else:
+                    mark = "**" * (abs(found[0]) > max(found[1], MATTERS))
+                    line.append(f"{mark}{found[0]:+.3f}{mark} ± {found[1]:.3f}")
+            lines.append([*line, f"{cell}: {settings(plan, cells, each).partition(',')[0].removeprefix('lr ')}"])
+        tables.append(harness.markdown_table(lines))
+    return "\n\n".join(tables)
 
 
 def render(kept: Mapping[str, Any]) -> str:
@@ -479,7 +514,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=0, help="at once; 0: one, in this process")
     parser.add_argument("--fine-tuning", action="store_true", help="of a trained model, on another text")
     parser.add_argument("--smollm", action="store_true", help="the same of SmolLM2-135M, for a GPU")
-    parser.add_argument("--variants", action="store_true", help="the short one of variants, 400 steps a run")
+    parser.add_argument("--variants", action="store_true", help="the short one of variants, 300 steps a run")
     parser.add_argument("--cells", action="store_true", help="lists the settings that were drawn, runs nothing")
     parser.add_argument("--add", type=Path, metavar="FILE", help="takes over the runs of another protocol.json.xz")
     parser.add_argument("--quick", action="store_true", help="a few short runs, into out/quick")
