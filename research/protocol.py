@@ -499,7 +499,7 @@ def render(kept: Mapping[str, Any]) -> str:
         f"- {schedule}: {ours} − {theirs} = {verdict}" for ours, theirs, schedule, verdict in compared(kept, courses)
     ]
     decayed = [courses["AdamW", s] for s in ("wsd", *DECAYS) if ("AdamW", s) in courses]
-    if all(each.chosen for each in decayed):
+    if decayed and all(each.chosen for each in decayed):
         best = min(decayed, key=lambda each: each.validation)
         losses = [tests(kept, courses["PACE", "constant"]), tests(kept, best)]
         said.append(f"- PACE at a constant rate − AdamW, {best.schedule} = {judged(*losses, False, len(plan.report))}")
