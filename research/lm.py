@@ -178,7 +178,7 @@ class Training:
             average.update()
         return loss.item()
 
-    def losses(self) -> dict[str, float]:
+    def losses(self, live: bool = True) -> dict[str, float]:
         """Of the live weights, of the average that the optimizer keeps, where it keeps one, and of those beside it."""
         found = {}
         # "ema" is ours, "z" schedule-free's.
@@ -186,7 +186,8 @@ class Training:
             self.optimizer.eval()
             found["average"] = validation_loss(self.model, self.validation)
             self.optimizer.train()
-        found["live"] = validation_loss(self.model, self.validation)
+        if live:
+            found["live"] = validation_loss(self.model, self.validation)
         for name, average in self.averages.items():
             average.swap()
             found[name] = validation_loss(self.model, self.validation)

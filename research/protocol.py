@@ -245,7 +245,7 @@ def train(plan: Plan, cells: Sequence[Cell], spec: Spec) -> dict[str, Any]:
     for index, schedule in enumerate(schedules):
         if index:
             restore()
-        losses = training.losses() if alive and go(schedule, split + 1, plan.steps) else {}
+        losses = training.losses("live" in judged) if alive and go(schedule, split + 1, plan.steps) else {}
         found[schedule] = [lm.plain(round(losses.get(name, math.inf), 5)) for name in judged]
         if "series" not in found and (series := training.series()) and losses:
             found["series"] = [float(f"{value:.3g}") for value in series.values()]
