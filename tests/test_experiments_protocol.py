@@ -175,6 +175,19 @@ def test_it_goes_on_where_it_was_and_adds_what_others_ran(
         protocol.main([*quick, "--add", str(other / "protocol.json")])
 
 
+def test_a_run_is_kept_before_the_next_begins(protocol: ModuleType, tmp_path: Path) -> None:
+    runs, path = sys.modules["runs"], tmp_path / "some.json"
+
+    def run(spec: dict[str, Any]) -> dict[str, Any]:
+        if spec["seed"] == 2:
+            raise KeyboardInterrupt
+        return {"loss": 1.0}
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.complete(path, {}, [{"seed": seed} for seed in range(4)], run, 0)
+    assert [each["spec"]["seed"] for each in runs.load(path)["runs"].values()] == [0, 1]
+
+
 def test_fine_tuning_starts_from_one_model_on_another_text(
     protocol: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
