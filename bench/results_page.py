@@ -143,7 +143,7 @@ protocol, storage = tables_of("protocol"), tables_of("storage")
 def variants(kept: dict[str, Any], path: Path) -> str:
     """How much was run, when and where: the tables are in docs."""
     head = protocol(kept, path).split("\n\n")[:2]
-    return "\n\n".join(head) + " [Its tables](../../docs/benchmarks.md#variants)."
+    return "\n\n".join(head) + " The tables are in `docs/benchmarks.md`."
 
 
 def demo(kept: dict[str, Any], path: Path) -> str:

@@ -1,29 +1,26 @@
-"""The optimal control behind the pullback, in closed form and simulated; and the rate of a pulled SGD on convex losses.
+"""The optimal control behind the pullback, in closed form; and the rate of a pulled SGD on convex losses.
 
-**Control.** A coordinate near its minimum x*, in continuous time: dX = −a (X − x*) dt + u dt + σ dW. The control u
-minimizes E[(A − x*)²] + λ ∫ E[u²] dt over [0, T], where A = ∫ ω X dt is the average at T: ω = 1 / T (uniform), or
-ω = b exp(−b (T − t)), an exponential average with the rate b that starts at X. With Y = X − x*, r = T − t,
+**Control.** Near its minimum x* a coordinate moves by dX = −a (X − x*) dt + u dt + σ dW. The control u minimizes
+E[(A − x*)²] + λ ∫ E[u²] dt over [0, T], where A = ∫ ω X dt is the average at T: ω = 1 / T (uniform), or ω =
+b exp(−b (T − t)), an exponential average that starts at X. With Y = X − x*, Z = ∫₀ᵗ ω Y dt, r = T − t,
 
-    Z = ∫₀ᵗ ω Y dt,    φ(r) = ∫ₜᵀ ω(s) exp(−a (s − t)) ds,    I(r) = ∫₀ʳ φ² dr
+    φ(r) = ∫ₜᵀ ω(s) exp(−a (s − t)) ds,    I(r) = ∫₀ʳ φ² dr
 
-p = Z + φ Y is the error that A will have without control. It moves by dp = φ u dt + φ σ dW, so that the Riccati
-equation is a scalar's, with the solution P = λ / (λ + I), and
+p = Z + φ Y is the error that A will have without control, and dp = φ u dt + φ σ dW. So the Riccati equation is a
+scalar's, its solution is P = λ / (λ + I), and u = −φ / (λ + I) (Z + φ Y). Of the uniform average, with φ(r) =
+(1 − exp(−a r)) / a and Z and I without their 1 / T, that is −φ / (λ T² + I) (Z + φ (X − x*)). The error is
+(P p₀)² + σ² P I, at r = T, and p₀² + σ² I without control.
 
-    u = −φ / (λ + I) (Z + φ Y)
+x* is unknown. With the average so far in its place Z is 0, and u = −φ² / (λ + I) (X − A_t) pulls toward the average. We
+take this for eq. 7 of Au and Block, arXiv 2606.25086, whose text was not at hand. Where X starts far from x*, the
+average lags behind, and the pull holds X back.
 
-Of the uniform average, with φ(r) = (1 − exp(−a r)) / a and Z and I without their 1 / T, that is −φ / (λ T² + I) (Z +
-φ (X − x*)). The error is (P p₀)² + σ² λ I(T) / (λ + I(T)), with P at r = T, and p₀² + σ² I(T) without control.
-
-x* is unknown. With the average so far in its place Z is 0, and the control is a pull toward the average:
-u = −φ² / (λ + I) (X − A_t). We take this for eq. 7 of Au and Block, arXiv 2606.25086, whose text was not at hand. Where
-X starts far from x*, the average lags behind, and the pull toward it holds X back.
-
-**Rate.** x₊ = x − α g + Π (e − x), e₊ = e + β (x₊ − e), g a subgradient at x with E|g|² ≤ G², s = Π + β − β Π. Then
+**Rate.** x₊ = x − α g + Π (e − x), e₊ = e + β (x₊ − e), g a subgradient at x, E|g|² ≤ G², s = Π + β − β Π. Then
 z = (β (1 − Π) x + Π e) / s moves by z₊ = z − (α β / s) g: SGD of a smaller rate, whose gradients are taken beside z.
-And d = x − e moves by d₊ = (1 − β) ((1 − Π) d − α g), so that E|d|² ≤ ((1 − β) α G / s)², while x − z = Π d / s. With
-the usual bound of Σ ⟨g, z − x*⟩, |x₀ − x*| = D and α = D / (G √T), the mean of f(x) − f* over T steps is at most D G
-times `rate_bound` / √T. That of e is at most D G / (β T) more, since e is an average of the x before it: the standard
-rate, up to a factor of β and Π.
+d = x − e moves by d₊ = (1 − β) ((1 − Π) d − α g), so that E|d|² ≤ ((1 − β) α G / s)², and x − z = Π d / s. With the
+usual bound of Σ ⟨g, z − x*⟩, |x₀ − x*| = D and α = D / (G √T), the mean of f(x) − f* over T steps is at most D G
+times `rate_bound` / √T: the standard rate, up to a factor of β and Π. That of e is at most D G / (β T) more, since e is
+an average of the x before it.
 """
 
 from __future__ import annotations
@@ -53,7 +50,7 @@ class Problem:
         return 1 / self.horizon if self.rate is None else self.rate * exp(-self.rate * r)
 
     def so_far(self, r: float) -> float:
-        """The weight that A gives to what was before."""
+        """The weight in A of what was before."""
         return (self.horizon - r) / self.horizon if self.rate is None else exp(-self.rate * r)
 
     def phi(self, r: float) -> float:
@@ -63,16 +60,13 @@ class Problem:
     def energy(self, r: float) -> float:
         """I(r)."""
         a, b = self.a, self.rate
-        rates = {0.0: 1.0, a: -1.0} if b is None else {a: 1.0, b: -1.0}
+        terms = ((0.0, 1), (a, -1)) if b is None else ((a, 1), (b, -1))
         scale = 1 / (a * self.horizon) if b is None else b / (b - a)
-        return scale**2 * sum(
-            p * q * (r if x + y == 0 else -expm1(-(x + y) * r) / (x + y))
-            for x, p in rates.items()
-            for y, q in rates.items()
-        )
+        whole = sum(p * q * (-expm1(-(x + y) * r) / (x + y) if x + y else r) for x, p in terms for y, q in terms)
+        return scale**2 * whole
 
     def error(self, controlled: bool) -> float:
-        """E[(A − x*)²] in closed form, with x* known, or without control."""
+        """E[(A − x*)²] with x* known, or without control."""
         energy = self.energy(self.horizon)
         share = self.penalty / (self.penalty + energy) if controlled else 1.0
         before = (self.so_far(self.horizon) + self.phi(self.horizon)) * self.start
@@ -89,8 +83,8 @@ class Problem:
         gain = share * phi if control == "eq. 7" else 1.0
         return -gain / weight, gain
 
-    def discrete(self, control: str, steps: int) -> float:
-        """The error of Euler's scheme of so many steps: its second moments."""
+    def simulated(self, control: str, steps: int) -> float:
+        """The error in Euler's scheme of so many steps. It is linear, so that second moments say all of all paths."""
         h, z0 = self.horizon / steps, self.so_far(self.horizon) * self.start
         zz, zy, yy = z0**2, z0 * self.start, self.start**2
         for k in range(steps):
@@ -103,19 +97,6 @@ class Problem:
                 p * p * zz + 2 * p * q * zy + q * q * yy + self.noise**2 * h,
             )
         return zz
-
-    def simulated(self, control: str, steps: int, paths: int, seed: int = 2606) -> float:
-        """The same scheme on random paths."""
-        generator = torch.Generator().manual_seed(seed)
-        h = self.horizon / steps
-        y = torch.full((paths,), self.start, dtype=torch.float64)
-        z = self.so_far(self.horizon) * y
-        for k in range(steps):
-            r = self.horizon - k * h
-            p, q = self.gains(control, r)
-            noise = torch.randn(paths, generator=generator, dtype=torch.float64)
-            z, y = z + self.weight(r) * h * y, y - h * (self.a * y + p * z + q * y) + self.noise * h**0.5 * noise
-        return z.square().mean().item()
 
 
 PROBLEMS = {
@@ -131,21 +112,19 @@ def rate_bound(beta: float, gain: float) -> float:
     return s / (2 * beta) + beta / (2 * s) + gain * (1 - beta) / s**2
 
 
-def absolute_loss(steps: int, beta: float, gains: Sequence[float], coordinates: int) -> list[tuple[float, float]]:
+def absolute_loss(steps: int, beta: float, gains: Sequence[float], coordinates: int) -> list[list[float]]:
     """Mean loss of x and of e over the steps: f(x) = |x| from 1, gradients with normal noise, so that D = 1, G² = 2."""
     generator = torch.Generator().manual_seed(2606)
     runs = []
     for gain in gains:
         x = nn.Parameter(torch.ones(coordinates, dtype=torch.float64))
         sgd = torch.optim.SGD([x], lr=(2 * steps) ** -0.5)
-        runs.append((x, Pullback(sgd, gain=gain, ema_kappa=None, beta_ema=beta)))
-    sums = [[0.0, 0.0] for _ in gains]
+        runs.append((x, Pullback(sgd, gain=gain, ema_kappa=None, beta_ema=beta), [0.0, 0.0]))
     for _ in range(steps):
         noise = torch.randn(coordinates, generator=generator, dtype=torch.float64)
-        for (x, optimizer), total in zip(runs, sums, strict=True):
-            average = optimizer.state[x].get("ema", x)
-            total[0] += x.detach().abs().mean().item()
-            total[1] += average.detach().abs().mean().item()
+        for x, optimizer, means in runs:
+            for k, weights in enumerate((x, optimizer.state[x].get("ema", x))):
+                means[k] += weights.detach().abs().mean().item() / steps
             x.grad = x.detach().sign() + noise
             optimizer.step()
-    return [(of_x / steps, of_e / steps) for of_x, of_e in sums]
+    return [means for _, _, means in runs]

@@ -439,28 +439,20 @@ def short(kept: Mapping[str, Any]) -> str:
 
 
 def varied(kept: Mapping[str, Any]) -> str:
-    """A table for each schedule, a row for each variant; bold: a difference that the seeds show and that matters."""
+    """A row for each variant and schedule; bold: a difference that the seeds show and that matters."""
     plan, cells, courses = Plan(**kept["about"]["plan"]), kept["about"]["cells"], courses_of(kept)
-    tables = []
-    for schedule in TRUNK:
-        lines = [[schedule, "test loss", "− PACE", "− AdamW + EMA", "− the row beside it", "cell and its rate"]]
-        for (method, its), each in courses.items():
-            if its != schedule or not each.chosen:
-                continue
-            losses, cell = tests(kept, each), each.chosen[0]
-            line = [method, spread(losses)]
-            for other in ("PACE", "AdamW + EMA", variants.BESIDE.get(method, method)):
-                found = difference(losses, tests(kept, courses[other, schedule]), each.counts[2])
-                if other == method:
-                    line.append("–")
-                elif isinstance(found, str):
-                    line.append(found)
-                else:
-                    mark = "**" * (abs(found[0]) > max(found[1], MATTERS))
-                    line.append(f"{mark}{found[0]:+.3f}{mark} ± {found[1]:.3f}")
-            lines.append([*line, f"{cell}: {settings(plan, cells, each).partition(',')[0].removeprefix('lr ')}"])
-        tables.append(harness.markdown_table(lines))
-    return "\n\n".join(tables)
+    lines = [["", "", "loss", "− PACE", "− AdamW + EMA", "− counterpart", "rate"]]
+    for (method, schedule), each in sorted(courses.items(), key=lambda item: list(EVERY).index(item[0][0])):
+        losses = tests(kept, each)
+        line = [method * (schedule == TRUNK[0]), schedule, f"{statistics.fmean(losses):.3f}" if losses else "–"]
+        for other in ("PACE", "AdamW + EMA", variants.ROWS.get(method, ("",))[0] or method):
+            found = difference(losses, tests(kept, courses[other, schedule]), each.counts[2])
+            if isinstance(found, tuple):
+                mark = "**" * (abs(found[0]) > max(found[1], MATTERS))
+                found = f"{mark}{found[0]:+.3f}{mark} ± {found[1]:.3f}"
+            line.append("" if other == method else found)
+        lines.append([*line, settings(plan, cells, each).partition(",")[0].removeprefix("lr ")])
+    return harness.markdown_table(lines)
 
 
 def render(kept: Mapping[str, Any]) -> str:

@@ -41,7 +41,7 @@ MIDDLE = (0.05, 0.5, 1.4)  # curvatures of the middle panel
 GAINS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 EPSILONS = (1 / 4, 1 / 10, 1 / 20, 1 / 40)  # of the right panel's simulations
 COORDINATES, QUICK_COORDINATES = 1 << 12, 1 << 7
-RATE_GAINS, RATE_BETA, RATE_STEPS = (0.0, 0.1, 1.0), 0.1, (64, 256, 1024, 4096)
+RATE_GAINS, RATE_STEPS = (0.0, 0.1, 1.0), (64, 256, 1024, 4096)
 
 
 @dataclass
@@ -164,26 +164,12 @@ def draw(numbers: Mapping[str, Any], path: Path) -> None:
     plots.save(figure, path, colors=24)
 
 
-def controllers(steps: int, paths: int) -> dict[str, dict[str, float]]:
-    """By problem and control the error of Euler's scheme, and beside it the closed form or the simulated error."""
-    found = {}
-    for name, problem in control.PROBLEMS.items():
-        row = {kind: problem.discrete(kind, steps) for kind in control.CONTROLS}
-        row |= {f"{kind}, simulated": problem.simulated(kind, steps, paths) for kind in control.CONTROLS}
-        closed = {"none": problem.error(False), "x* known": problem.error(True)}
-        found[name] = row | {f"{kind}, closed form": error for kind, error in closed.items()}
-    return found
-
-
 def tables(numbers: Mapping[str, Any]) -> str:
-    """Of the controllers and of the rate."""
+    """Of the controls and of the rate."""
     rows = [["E[(average − x*)²]", *control.CONTROLS]]
-    for name, found in numbers["controllers"].items():
-        rows.append([name, *(f"{found.get(f'{kind}, closed form', found[kind]):.4f}" for kind in control.CONTROLS)])
+    rows += [[name, *(f"{error:.4f}" for error in found)] for name, found in numbers["controls"].items()]
     rate = [["loss of e × √T, β = 0.1", *(f"Π = {gain:g}" for gain in RATE_GAINS)]]
-    rate += [
-        [f"T = {steps}", *(f"{e * int(steps) ** 0.5:.2f}" for e in found)] for steps, found in numbers["rate"].items()
-    ]
+    rate += [[f"T = {t}", *(f"{e * int(t) ** 0.5:.2f}" for _, e in found)] for t, found in numbers["rate"].items()]
     return f"{markdown_table(rows)}\n\n{markdown_table(rate)}"
 
 
@@ -206,11 +192,18 @@ def main() -> None:
         print(
             f"{p.curvature:6.3f}  {p.beta:6.3f}  {p.gain:6.3f}  {p.closed_form:10.6f}  {p.simulated:10.6f}  {off:+6.1f}"
         )
-    controlled = controllers(*((50, 64) if arguments.quick else (2000, 1 << 14)))
-    times = RATE_STEPS[: 1 if arguments.quick else None]
-    losses = {str(t): control.absolute_loss(t, RATE_BETA, RATE_GAINS, coordinates // 8) for t in times}
-    rate = {t: [of_e for _, of_e in found] for t, found in losses.items()}
-    print(tables({"controllers": controlled, "rate": rate}))
+    euler = 50 if arguments.quick else 4000
+    more = {
+        "controls": {
+            name: [problem.simulated(kind, euler) for kind in control.CONTROLS]
+            for name, problem in control.PROBLEMS.items()
+        },
+        "rate": {
+            str(t): control.absolute_loss(t, 0.1, RATE_GAINS, coordinates // 8)
+            for t in RATE_STEPS[: 1 if arguments.quick else None]
+        },
+    }
+    print(tables(more))
     print(f"{coordinates} coordinates each, {time.perf_counter() - began:.0f} s")
 
     numbers = {
@@ -218,8 +211,7 @@ def main() -> None:
         "coordinates": coordinates,
         "points": [asdict(p) for p in points],
         "proposition_3": [[asdict(p) for p in pair] for pair in pairs],
-        "controllers": controlled,
-        "rate": rate,
+        **more,
     }
     draw(numbers, arguments.out / "theory.webp")
     save(numbers, arguments.out / "theory.json")
