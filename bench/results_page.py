@@ -131,6 +131,12 @@ def tables_of(module: str) -> Callable[[dict[str, Any], Path], str]:
 protocol, storage = tables_of("protocol"), tables_of("storage")
 
 
+def variants(kept: dict[str, Any], path: Path) -> str:
+    """How much was run, when and where: the tables are in docs."""
+    head = protocol(kept, path).split("\n\n")[:2]
+    return "\n\n".join(head) + " The tables are in `docs/benchmarks.md`."
+
+
 def demo(kept: dict[str, Any], path: Path) -> str:
     import train_lm as command
 
@@ -166,7 +172,8 @@ def theory(kept: dict[str, Any], path: Path) -> str:
         f"coordinates, beside the closed form: off by {statistics.median(off):.1f} standard errors in the median, "
         f"{max(off):.1f} at most."
     )
-    return f"{said}\n\n{picture(path.with_suffix('.webp'), 'the limiting error over the gain, and Proposition 3')}"
+    image = picture(path.with_suffix(".webp"), "the limiting error over the gain, and Proposition 3")
+    return f"{said}\n\n{image}\n\n{command.tables(kept)}"
 
 
 def sharded(kept: dict[str, Any], path: Path) -> str:
@@ -279,6 +286,12 @@ def finetuning_of_docs(folder: Path) -> str:
     return protocol_of_docs(folder, "protocol-finetuning.json")
 
 
+def variants_of_docs(folder: Path) -> str:
+    import protocol as command
+
+    return command.varied(load(folder / "protocol-variants.json"))
+
+
 COSTS = {
     "adamw-fused": "`AdamW(fused=True)`",
     "adamw-ema": "`AdamW(fused=True)` + `AveragedModel`",
@@ -305,7 +318,13 @@ def costs(folder: Path) -> str:
     return "\n".join(lines) + f"\n\n{where} H100: torch {gpu['machine']['torch'].partition('+')[0]}, bfloat16 autocast."
 
 
-TABLES = {"peers": peers_of_docs, "protocol": protocol_of_docs, "finetuning": finetuning_of_docs, "costs": costs}
+TABLES = {
+    "peers": peers_of_docs,
+    "protocol": protocol_of_docs,
+    "finetuning": finetuning_of_docs,
+    "variants": variants_of_docs,
+    "costs": costs,
+}
 PAGES = ("README.md", "docs/benchmarks.md")
 
 
@@ -335,6 +354,7 @@ SECTIONS = (
         "Fine-tuning by the protocol", "protocol-finetuning.json", "python research/protocol.py --fine-tuning", protocol
     ),
     Section("Fine-tuning SmolLM2", "protocol-smollm.json", "python research/protocol.py --smollm", protocol),
+    Section("Variants", "protocol-variants.json", "python research/protocol.py --variants", variants),
     Section("PACE's strength", "strength.json", "python research/strength.py", tables_of("strength")),
     Section("PACE before the protocol", "pace.json", "git checkout 02a36d1; make pace", record),
     Section("MADA after long runs", "starts.json", "python research/starts.py", tables_of("starts")),

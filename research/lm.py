@@ -178,7 +178,7 @@ class Training:
             average.update()
         return loss.item()
 
-    def losses(self) -> dict[str, float]:
+    def losses(self, live: bool = True) -> dict[str, float]:
         """Of the live weights, of the average that the optimizer keeps, where it keeps one, and of those beside it."""
         found = {}
         # "ema" is ours, "z" schedule-free's.
@@ -186,7 +186,8 @@ class Training:
             self.optimizer.eval()
             found["average"] = validation_loss(self.model, self.validation)
             self.optimizer.train()
-        found["live"] = validation_loss(self.model, self.validation)
+        if live:
+            found["live"] = validation_loss(self.model, self.validation)
         for name, average in self.averages.items():
             average.swap()
             found[name] = validation_loss(self.model, self.validation)
@@ -215,7 +216,8 @@ class Training:
     def series(self) -> dict[str, float]:
         """What the optimizer tells of itself: the share of clamped coordinates, or the coefficients that it learns."""
         if isinstance(self.optimizer, pace_kernels.PACE):
-            return {"lambda_clipped_frac": self.optimizer.get_step_stats()["lambda_clipped_frac"]}
+            stats = self.optimizer.get_step_stats()  # without a clamp nothing is clipped
+            return {name: stats[name] for name in ("lambda_clipped_frac",) if name in stats}
         if isinstance(self.optimizer, pace_kernels.MADA):
             return {name: self.optimizer.coefficients[name] for name in self.optimizer.param_groups[0]["learn"]}
         return {}

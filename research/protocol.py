@@ -4,6 +4,7 @@
     python research/protocol.py --processes 2   two runs at once, for two quiet cores
     python research/protocol.py --fine-tuning   the same for fine-tuning, into protocol-finetuning.json.xz
     python research/protocol.py --smollm        of SmolLM2-135M, for a GPU, into protocol-smollm.json.xz
+    python research/protocol.py --variants      the short one of variants, into protocol-variants.json.xz
     python research/protocol.py --cells         the settings that were drawn, and runs nothing
     python research/protocol.py --minutes 0     what is there and what is missing, and runs nothing
     python research/protocol.py --add FILE      takes over the runs of a file that was made elsewhere
@@ -34,6 +35,7 @@ import finetuning
 import harness
 import lm
 import torch
+import variants
 from runs import CRITICAL, Spec, complete, done, load, provenance, result, save, spread
 from train_lm import Corpus
 
@@ -74,6 +76,7 @@ FINE_TUNING = Plan(
     *(1200, 1024, 12, 3), task="fine-tuning", start=finetuning.START_STEPS, rates=[1e-4, 0.016]
 )  # of the model that lm.py trains
 SMOLLM = Plan(300, 256, 8, 2, task="SmolLM2-135M", rates=[3e-6, 1e-3])
+VARIANTS = Plan(300, 256, 6, 2, report=[3, 4, 5, 6], task="variants")
 QUICK = Plan(3, 2, 2, 1, 1, [0.5], [0, 1], [2, 3])
 
 # ---- cells ----
@@ -109,6 +112,17 @@ def draw(count: int, rates: Sequence[float] = tuple(Plan().rates)) -> list[Cell]
     return [{name: float(f"{value:.4g}") for name, value in cell.items()} for cell in cells]
 
 
+def cells_of(plan: Plan) -> list[Cell]:
+    """Of variants: horizons are as much shorter as the runs are, and weak pulls have a c of their own."""
+    cells = draw(plan.cells, plan.rates)
+    if plan.task != "variants":
+        return cells
+    for cell in cells:
+        cell["horizon"] = max(1.0, float(f"{cell['horizon'] * plan.steps / Plan().steps:.4g}"))
+        cell["weak"] = float(f"{cell['strength'] * variants.WEAK:.4g}")
+    return cells
+
+
 # ---- methods ----
 
 
@@ -127,7 +141,10 @@ def trajectory(name: str, cell: Cell) -> tuple[str, dict[str, Any], list[str], l
         return "ScheduleFreeAdamW", betas, [], ["average"]
     rates = dict.fromkeys(("beta3", "rho", "c", "gamma"), 0.1 * cell["hyper"])
     rates |= dict.fromkeys(("beta1", "beta2"), 5e-4 * cell["hyper"])
-    return "MADA", betas | {"hyper_lr": rates, "hyper_momentum": cell["hyper_momentum"]}, [], ["live"]
+    mada = betas | {"hyper_lr": rates, "hyper_momentum": cell["hyper_momentum"]}
+    if name == "MADA":
+        return "MADA", mada, [], ["live"]
+    return *variants.trajectory(name, cell, mada), [], ["average"]
 
 
 # By name: the trajectory, which of its weights, and the options that are searched beside rate and betas.
@@ -141,14 +158,23 @@ METHODS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "schedule-free": ("schedule-free", 0, ()),
     "MADA": ("MADA", 0, ("hyper", "hyper_momentum")),
 }
-SYMBOLS = {"horizon": "H", "kappa": "κ", "strength": "c", "hyper": "hyper rates ×", "hyper_momentum": "their momentum"}
+EVERY = METHODS | variants.METHODS
+SYMBOLS = {
+    "horizon": "H",
+    "kappa": "κ",
+    "strength": "c",
+    "weak": "weak c or Π",
+    "hyper": "hyper rates ×",
+    "hyper_momentum": "their momentum",
+}
 FIRST, THEN = list(METHODS)[:5], list(METHODS)[5:]
 ROUNDS = ((FIRST, TRUNK), (THEN, TRUNK), (FIRST, DECAYS), (THEN, DECAYS))
 FINE_TUNED = (([*FIRST, "schedule-free"], TRUNK),)
+VARIED = (([*FIRST[1:4], *variants.METHODS], TRUNK),)
 
 
 def rounds(plan: Plan) -> tuple[tuple[list[str], tuple[str, ...]], ...]:
-    return ROUNDS if plan.task == "training" else FINE_TUNED
+    return {"training": ROUNDS, "variants": VARIED}.get(plan.task, FINE_TUNED)
 
 
 # Ours, theirs, the schedules, and those that are primary: PROTOCOL.md says what each decides.
@@ -183,6 +209,7 @@ class Task:
 TASKS = {
     "training": Task("protocol.json", lambda: lm.corpus()),
     "fine-tuning": Task("protocol-finetuning.json", lambda: finetuning.shakespeare()),
+    "variants": Task("protocol-variants.json", lambda: lm.corpus()),
     "SmolLM2-135M": Task("protocol-smollm.json", lambda: finetuning.tokens(), finetuning.SmolLM, "token"),
 }
 
@@ -218,7 +245,7 @@ def train(plan: Plan, cells: Sequence[Cell], spec: Spec) -> dict[str, Any]:
     for index, schedule in enumerate(schedules):
         if index:
             restore()
-        losses = training.losses() if alive and go(schedule, split + 1, plan.steps) else {}
+        losses = training.losses("live" in judged) if alive and go(schedule, split + 1, plan.steps) else {}
         found[schedule] = [lm.plain(round(losses.get(name, math.inf), 5)) for name in judged]
         if "series" not in found and (series := training.series()) and losses:
             found["series"] = [float(f"{value:.3g}") for value in series.values()]
@@ -241,7 +268,7 @@ class Course:
 
 
 def reading(kept: Mapping[str, Any], spec: Spec, method: str, schedule: str) -> float:
-    value = result(kept, spec)[schedule][METHODS[method][1]]
+    value = result(kept, spec)[schedule][EVERY[method][1]]
     return math.inf if value is None else value
 
 
@@ -259,7 +286,7 @@ def course(kept: Mapping[str, Any], plan: Plan, method: str, schedule: str) -> C
         candidates = [(base[0], factor) for factor in plan.factors]
 
     def spec(candidate: tuple[int, float], seed: int, name: str) -> Spec:
-        return {"trajectory": METHODS[method][0], "cell": candidate[0], "factor": candidate[1],
+        return {"trajectory": EVERY[method][0], "cell": candidate[0], "factor": candidate[1],
                 "schedules": list(TRUNK) if trunk else [schedule], "text": name, "seed": seed}  # fmt: skip
 
     def mean(candidate: tuple[int, float], seeds: Sequence[int]) -> float:
@@ -300,7 +327,7 @@ def about(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
 
 def go_on(path: Path, plan: Plan, minutes: float, processes: int) -> dict[str, Any]:
     """Runs what is missing until all is done, or until the next run would end too late."""
-    start, cells = time.monotonic(), draw(plan.cells, plan.rates)
+    start, cells = time.monotonic(), cells_of(plan)
     if plan.start and minutes > 0:
         finetuning.start(plan.start)  # before the processes, each of which would make it
     common, run = about(plan, cells), functools.partial(train, plan, cells)
@@ -317,7 +344,7 @@ def go_on(path: Path, plan: Plan, minutes: float, processes: int) -> dict[str, A
 
 def add(path: Path, other: Path, plan: Plan) -> None:
     """Runs of another file, which must be of the same protocol; those that are here already stay."""
-    kept = complete(path, about(plan, draw(plan.cells, plan.rates)), [], dict, 0)
+    kept = complete(path, about(plan, cells_of(plan)), [], dict, 0)
     theirs = load(other.with_name(other.name.removesuffix(".xz")))
     if theirs["about"] != kept["about"]:
         raise SystemExit(f"{other} was made by another protocol or on another text than {path}: nothing was added")
@@ -335,11 +362,12 @@ def settings(plan: Plan, cells: Sequence[Cell], each: Course) -> str:
     index, factor = each.chosen
     cell = cells[index]
     rates = [other["lr"] for other in cells]
-    edge = sorted(rates).index(cell["lr"]) not in range(2, len(rates) - 2)
+    margin = 1 if len(rates) < 8 else 2
+    edge = sorted(rates).index(cell["lr"]) not in range(margin, len(rates) - margin)
     if each.schedule in DECAYS:
         edge = factor in (min(plan.factors), max(plan.factors))
     found = [f"lr {cell['lr'] * factor:.3g}{' (edge)' * edge}", f"β {cell['beta1']:.3g}, {cell['beta2']:.3g}"]
-    return ", ".join(found + [f"{SYMBOLS[name]} {cell[name]:.3g}" for name in METHODS[each.method][2]])
+    return ", ".join(found + [f"{SYMBOLS[name]} {cell[name]:.3g}" for name in EVERY[each.method][2]])
 
 
 def tests(kept: Mapping[str, Any], each: Course) -> list[float]:
@@ -351,16 +379,25 @@ def tests(kept: Mapping[str, Any], each: Course) -> list[float]:
     ]
 
 
-def judged(ours: Sequence[float], theirs: Sequence[float], primary: bool, seeds: int) -> str:
-    """The paired difference and what it says."""
+def difference(
+    ours: Sequence[float], theirs: Sequence[float], seeds: int, critical: Mapping[int, float] = CRITICAL
+) -> tuple[float, float] | str:
+    """Paired: the mean and half the width of its interval, or why there is none."""
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if not math.isnan(a + b)]
     if len(pairs) < seeds:
         return f"{len(pairs)} of {seeds} seeds: not decided"
     if any(math.isinf(loss) for pair in pairs for loss in pair):
         return "a seed diverged"
     differences = [a - b for a, b in pairs]
-    mean = statistics.mean(differences)
-    half = (CRITICAL_99 if primary else CRITICAL)[seeds] * statistics.stdev(differences) / math.sqrt(seeds)
+    return statistics.mean(differences), critical[seeds] * statistics.stdev(differences) / math.sqrt(seeds)
+
+
+def judged(ours: Sequence[float], theirs: Sequence[float], primary: bool, seeds: int) -> str:
+    """The paired difference and what it says."""
+    found = difference(ours, theirs, seeds, CRITICAL_99 if primary else CRITICAL)
+    if isinstance(found, str):
+        return found
+    mean, half = found
     said = "lower" if mean + half < 0 else "higher" if mean - half > 0 else "no difference found"
     if said != "no difference found" and abs(mean) < MATTERS:
         said = "no difference that matters"
@@ -375,7 +412,8 @@ def courses_of(kept: Mapping[str, Any]) -> dict[tuple[str, str], Course]:
 
 def compared(kept: Mapping[str, Any], courses: Mapping[tuple[str, str], Course]) -> Iterator[tuple[str, str, str, str]]:
     """Ours, theirs, the schedule and what their difference says, where both settings are chosen."""
-    for ours, theirs, primary in COMPARISONS:
+    for ours, theirs, decisive in COMPARISONS:
+        primary = () if kept["about"]["plan"].get("task") == "variants" else decisive
         for schedule in SCHEDULES:
             pair = [courses[name, schedule] for name in (ours, theirs) if (name, schedule) in courses]
             if len(pair) == 2 and all(each.chosen for each in pair):
@@ -398,6 +436,23 @@ def short(kept: Mapping[str, Any]) -> str:
         said.setdefault(f"{ours} − {theirs}", {})[schedule] = verdict
     differences = [[name, *(found.get(s, "–") for s in schedules)] for name, found in said.items()]
     return "\n\n".join(harness.markdown_table([["", *schedules], *rows]) for rows in (losses, differences) if rows)
+
+
+def varied(kept: Mapping[str, Any]) -> str:
+    """A row for each variant and schedule; bold: a difference that the seeds show and that matters."""
+    plan, cells, courses = Plan(**kept["about"]["plan"]), kept["about"]["cells"], courses_of(kept)
+    lines = [["", "", "loss", "− PACE", "− AdamW + EMA", "− counterpart", "rate"]]
+    for (method, schedule), each in sorted(courses.items(), key=lambda item: list(EVERY).index(item[0][0])):
+        losses = tests(kept, each)
+        line = [method * (schedule == TRUNK[0]), schedule, f"{statistics.fmean(losses):.3f}" if losses else "–"]
+        for other in ("PACE", "AdamW + EMA", variants.ROWS.get(method, ("",))[0] or method):
+            found = difference(losses, tests(kept, courses[other, schedule]), each.counts[2])
+            if isinstance(found, tuple):
+                mark = "**" * (abs(found[0]) > max(found[1], MATTERS))
+                found = f"{mark}{found[0]:+.3f}{mark} ± {found[1]:.3f}"
+            line.append("" if other == method else found)
+        lines.append([*line, settings(plan, cells, each).partition(",")[0].removeprefix("lr ")])
+    return harness.markdown_table(lines)
 
 
 def render(kept: Mapping[str, Any]) -> str:
@@ -436,7 +491,7 @@ def render(kept: Mapping[str, Any]) -> str:
         f"- {schedule}: {ours} − {theirs} = {verdict}" for ours, theirs, schedule, verdict in compared(kept, courses)
     ]
     decayed = [courses["AdamW", s] for s in ("wsd", *DECAYS) if ("AdamW", s) in courses]
-    if all(each.chosen for each in decayed):
+    if decayed and all(each.chosen for each in decayed):
         best = min(decayed, key=lambda each: each.validation)
         losses = [tests(kept, courses["PACE", "constant"]), tests(kept, best)]
         said.append(f"- PACE at a constant rate − AdamW, {best.schedule} = {judged(*losses, False, len(plan.report))}")
@@ -451,15 +506,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=0, help="at once; 0: one, in this process")
     parser.add_argument("--fine-tuning", action="store_true", help="of a trained model, on another text")
     parser.add_argument("--smollm", action="store_true", help="the same of SmolLM2-135M, for a GPU")
+    parser.add_argument("--variants", action="store_true", help="the short one of variants, 300 steps a run")
     parser.add_argument("--cells", action="store_true", help="lists the settings that were drawn, runs nothing")
     parser.add_argument("--add", type=Path, metavar="FILE", help="takes over the runs of another protocol.json.xz")
     parser.add_argument("--quick", action="store_true", help="a few short runs, into out/quick")
     arguments = parser.parse_args(argv)
-    plan = FINE_TUNING if arguments.fine_tuning else SMOLLM if arguments.smollm else Plan()
+    asked = {"fine_tuning": FINE_TUNING, "smollm": SMOLLM, "variants": VARIANTS}
+    plan = next((plan for name, plan in asked.items() if getattr(arguments, name)), Plan())
     if arguments.quick:
         plan = dataclasses.replace(QUICK, task=plan.task, start=2 if plan.start else 0, rates=plan.rates)
     if arguments.cells:
-        for index, cell in enumerate(draw(plan.cells, plan.rates)):
+        for index, cell in enumerate(cells_of(plan)):
             print(index, ", ".join(f"{name} {value:g}" for name, value in cell.items()))
         return 0
     path = (arguments.out or (Path("out/quick") if arguments.quick else RESULTS)) / TASKS[plan.task].file

@@ -17,8 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -107,23 +106,17 @@ def _alone() -> None:
     torch.set_flush_denormal(True)
 
 
-class _Here:
-    """An executor without processes."""
-
-    def submit(self, call: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(call(*arguments))
-        return future
-
-
-@contextmanager
-def _workers(processes: int) -> Iterator[ProcessPoolExecutor | _Here]:
+def _results(
+    run: Callable[[Spec], dict[str, Any]], specs: Sequence[Spec], processes: int
+) -> Iterator[tuple[Spec, dict[str, Any], float]]:
+    """Each as soon as it is there, with its seconds."""
     if processes == 0:
-        yield _Here()
+        yield from ((spec, *_timed(run, spec)) for spec in specs)
         return
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _alone)
     try:
-        yield pool
+        pending = {pool.submit(_timed, run, spec): spec for spec in specs}
+        yield from ((pending[future], *future.result()) for future in as_completed(pending))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -153,18 +146,13 @@ def complete(
     missing = [spec for spec in by_key.values() if not done(kept, spec)]
     if not missing:
         return kept
-    start, count = time.monotonic(), 0
-    with _workers((os.cpu_count() or 1) if processes is None else processes) as pool:
-        pending = {pool.submit(_timed, run, spec): spec for spec in missing}
-        for future in as_completed(pending):
-            spec = pending[future]
-            found, seconds = future.result()
-            kept["runs"][key_of(spec)] = {"spec": spec, "result": found, "seconds": round(seconds, 2), "made": made()}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save(kept, path)
-            count += 1
-            left = (time.monotonic() - start) / count * (len(missing) - count)
-            print(f"[{count}/{len(missing)}, {left / 60:.0f} min left] {key_of(spec)}", file=sys.stderr, flush=True)
+    start, workers = time.monotonic(), (os.cpu_count() or 1) if processes is None else processes
+    for count, (spec, found, seconds) in enumerate(_results(run, missing, workers), start=1):
+        kept["runs"][key_of(spec)] = {"spec": spec, "result": found, "seconds": round(seconds, 2), "made": made()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(kept, path)
+        left = (time.monotonic() - start) / count * (len(missing) - count)
+        print(f"[{count}/{len(missing)}, {left / 60:.0f} min left] {key_of(spec)}", file=sys.stderr, flush=True)
     return kept
 
 

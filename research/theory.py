@@ -1,12 +1,15 @@
 """What theory says of a constant pullback: how much closer to the minimum the average ends, over gain and curvature.
 
-    python research/theory.py            a table, out/bench/theory.webp and out/bench/theory.json, in 15 seconds
+    python research/theory.py            tables, out/bench/theory.webp and out/bench/theory.json, in half a minute
     python research/theory.py --quick    few coordinates and steps, to see that it works
 
 SGD with a constant gain on noisy quadratics: the closed form of quadratics.py (derived in tests/test_theory.py)
 and simulations with the kernels. Left: V(Π) / V(0), the limiting error of the average with the gain Π over that
 without it, at the averaging weight β = 0.01, bars of two standard errors. Right: Proposition 3, and what it costs: the
 dashed line has no pullback, and averages so long that it forgets the start as Π = 1 does.
+
+Tables, not drawn: what is lost of the optimal control when the minimum is not known, and the rate of a pulled SGD on a
+convex loss (control.py).
 """
 
 from __future__ import annotations
@@ -22,11 +25,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
+import control
 import numpy as np
 import plots
 import quadratics
 import torch
-from harness import machine, save
+from harness import machine, markdown_table, save
 from matplotlib.axes import Axes
 from quadratics import limiting_error
 
@@ -35,6 +39,7 @@ CURVATURES = (0.05, 0.5, 1.4)  # curvatures of the left panel
 GAINS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 EPSILONS = (1 / 4, 1 / 10, 1 / 20, 1 / 40)  # of the right panel's simulations
 COORDINATES, QUICK_COORDINATES = 1 << 12, 1 << 7
+RATE_GAINS, RATE_STEPS = (0.0, 0.1, 1.0), (64, 256, 1024, 4096)
 
 
 @dataclass
@@ -129,6 +134,15 @@ def draw(numbers: Mapping[str, Any], path: Path) -> None:
     plots.save(figure, path)
 
 
+def tables(numbers: Mapping[str, Any]) -> str:
+    """Of the controls and of the rate."""
+    rows = [["E[(average − x*)²]", *control.CONTROLS]]
+    rows += [[name, *(f"{error:.4f}" for error in found)] for name, found in numbers["controls"].items()]
+    rate = [["loss of e × √T, β = 0.1", *(f"Π = {gain:g}" for gain in RATE_GAINS)]]
+    rate += [[f"T = {t}", *(f"{e * int(t) ** 0.5:.2f}" for _, e in found)] for t, found in numbers["rate"].items()]
+    return f"{markdown_table(rows)}\n\n{markdown_table(rate)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the files (default: out/bench)")
@@ -148,6 +162,18 @@ def main() -> None:
         print(
             f"{p.curvature:6.3f}  {p.beta:6.3f}  {p.gain:6.3f}  {p.closed_form:10.6f}  {p.simulated:10.6f}  {off:+6.1f}"
         )
+    euler = 50 if arguments.quick else 4000
+    more = {
+        "controls": {
+            name: [problem.simulated(kind, euler) for kind in control.CONTROLS]
+            for name, problem in control.PROBLEMS.items()
+        },
+        "rate": {
+            str(t): control.absolute_loss(t, 0.1, RATE_GAINS, coordinates // 8)
+            for t in RATE_STEPS[: 1 if arguments.quick else None]
+        },
+    }
+    print(tables(more))
     print(f"{coordinates} coordinates each, {time.perf_counter() - began:.0f} s")
 
     numbers = {
@@ -155,6 +181,7 @@ def main() -> None:
         "coordinates": coordinates,
         "points": [asdict(p) for p in points],
         "proposition_3": [[asdict(p) for p in pair] for pair in pairs],
+        **more,
     }
     draw(numbers, arguments.out / "theory.webp")
     save(numbers, arguments.out / "theory.json")

@@ -56,9 +56,13 @@ def test_the_cells_are_those_that_were_drawn(protocol: ModuleType, capsys: pytes
     assert kept["about"]["cells"] == cells and protocol.Plan(**kept["about"]["plan"]) == protocol.Plan()
 
 
-@pytest.mark.parametrize("name", ["AdamW", "PACE", "PACE, clamped", "schedule-free", "MADA"])
+NAMES = ["AdamW", "PACE", "PACE, clamped", "schedule-free", "MADA", "Muon, pulled", "SOAP, pulled in its basis"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "PACE, weak, every 5th", "MADA, pulled"])
 def test_one_run_with_two_ends_is_two_runs(protocol: ModuleType, name: str) -> None:
-    plan, cells = protocol.Plan(steps=10, windows=2), protocol.draw(24)
+    plan = protocol.Plan(steps=10, windows=2, task="variants")
+    cells = protocol.cells_of(plan)
     spec = {"trajectory": name, "cell": 3, "factor": 1.0, "text": "test", "seed": 1}
     both = protocol.train(plan, cells, {**spec, "schedules": ["constant", "wsd"]})
     assert protocol.fork(protocol.TRUNK, 10) == 8
@@ -175,6 +179,19 @@ def test_it_goes_on_where_it_was_and_adds_what_others_ran(
         protocol.main([*quick, "--add", str(other / "protocol.json")])
 
 
+def test_a_run_is_kept_before_the_next_begins(protocol: ModuleType, tmp_path: Path) -> None:
+    runs, path = sys.modules["runs"], tmp_path / "some.json"
+
+    def run(spec: dict[str, Any]) -> dict[str, Any]:
+        if spec["seed"] == 2:
+            raise KeyboardInterrupt
+        return {"loss": 1.0}
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.complete(path, {}, [{"seed": seed} for seed in range(4)], run, 0)
+    assert [each["spec"]["seed"] for each in runs.load(path)["runs"].values()] == [0, 1]
+
+
 def test_fine_tuning_starts_from_one_model_on_another_text(
     protocol: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,3 +252,57 @@ def test_smollm(protocol: ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())  # each run has its own
     runs = sys.modules["runs"].load(tmp_path / "protocol-smollm.json")["runs"].values()
     assert all(math.isfinite(loss) for run in runs for loss in run["result"]["constant"])
+
+
+def test_variants_are_rows_of_secondary_comparisons(protocol: ModuleType) -> None:
+    kept = protocol.load(protocol.RESULTS / "protocol-variants.json")
+    assert kept["about"]["cells"] == protocol.cells_of(protocol.VARIANTS)
+    said, table = protocol.render(kept), protocol.varied(kept)
+    assert "**Complete: 392 of 392 losses" in said and "primary" not in said and "(99 %)" not in said
+    row = next(line for line in table.splitlines() if line.startswith("| Muon, pulled |")).split(" | ")
+    ours, theirs = (protocol.courses_of(kept)[f"Muon, {name}", "constant"] for name in ("pulled", "average"))
+    differences = [a - b for a, b in zip(*(protocol.tests(kept, each) for each in (ours, theirs)), strict=True)]
+    mean, half = protocol.statistics.mean(differences), 3.18 / 2 * protocol.statistics.stdev(differences)
+    assert row[5] == f"{mean:+.3f} ± {half:.3f}" and mean < -protocol.MATTERS and half > -mean
+
+
+def test_muon_orthogonalizes_and_soap_knows_no_axes(protocol: ModuleType) -> None:
+    """Muon's polynomial acts on singular values alone. SOAP turned by orthogonal matrices takes turned steps, with its
+    pull: to rounding over ε, 1e-16 / 1e-8. Gradients are square, since a null space has no basis of its own."""
+    normal = torch.randn(30, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    matrix = normal[:5].flatten(0, 1)
+    values = torch.linalg.svdvals(matrix) / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    assert values.min() > 0.6 and values.max() < 1.2
+    found = torch.linalg.svdvals(protocol.variants.orthogonal(matrix))
+    torch.testing.assert_close(found, values.sort(descending=True).values)
+
+    left, right = torch.linalg.qr(normal[:2]).Q
+    ends = []
+    for turn in (lambda z: z, lambda z: left @ z @ right):
+        options = {"betas": (0.9, 0.95), "weight_decay": 0.1, "rule": "SOAP", "strength": 30.0, "kappa": 0.3}
+        ends.append(moved(protocol, turn(normal[2]), turn(normal[3:]), protocol.variants.Matrices, options))
+    torch.testing.assert_close(left @ ends[0] @ right, ends[1], rtol=0, atol=1e-7)
+
+
+def moved(protocol: ModuleType, start: torch.Tensor, gradients: torch.Tensor, kind: Any, options: Any) -> torch.Tensor:
+    x = torch.nn.Parameter(start.clone())
+    optimizer = kind([x], 0.01, **options)
+    if kind is protocol.variants.Matrices:
+        optimizer = protocol.variants.Pullback(optimizer, lambda_pullback=0.0, ema_kappa=0.3)
+    for x.grad in gradients.clone():
+        optimizer.step()
+    return x.detach()
+
+
+def test_the_pull_of_matrices_is_that_of_pace(protocol: ModuleType) -> None:
+    """To rounding of float64, with AdamW's rule."""
+    start, *gradients = torch.randn(21, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    common, ends = {"betas": (0.8, 0.9), "weight_decay": 0.1}, []
+    for kind, options in (
+        (protocol.variants.Matrices, {"strength": 5.0, "kappa": 0.3}),
+        (protocol.pace_kernels.PACE, {"lambda_pullback": 5.0, "ema_kappa": 0.3}),
+    ):
+        ends.append(moved(protocol, start, torch.stack(gradients), kind, common | options))
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
