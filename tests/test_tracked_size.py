@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LARGEST = 3_560_000  # bytes of all tracked files; results and pictures are a twentieth
+LARGEST = 3_600_000  # bytes of all tracked files; results and pictures are a twentieth
 
 
 def test_all_tracked_files_together() -> None:
