@@ -279,7 +279,7 @@ def test_a_step_that_was_refused_or_interrupted_before_it_wrote_breaks_nothing(m
             optimizer.step()
     train(model, optimizer)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(optimizer, "_changes_since", interrupt)
+        patch.setattr(optimizer, "_takes_options", interrupt)
         optimizer.step()
     train(model, optimizer)
     assert optimizer.state_dict()["state"][0]["step"] == 4
