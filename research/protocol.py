@@ -36,12 +36,11 @@ import harness
 import lm
 import torch
 import variants
-from runs import CRITICAL, Spec, complete, done, load, provenance, result, save, spread
+from runs import CRITICAL, Spec, complete, done, load, path_of, provenance, result, save, spread
 from train_lm import Corpus
 
 import pace_kernels
 
-RESULTS = Path(__file__).resolve().parents[1] / "bench/results"
 TRUNK = ("constant", "wsd")  # alike up to the fork: one run
 DECAYS = ("cosine to 0", "linear to 0")
 SCHEDULES = (*TRUNK, *DECAYS)
@@ -519,7 +518,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for index, cell in enumerate(cells_of(plan)):
             print(index, ", ".join(f"{name} {value:g}" for name, value in cell.items()))
         return 0
-    path = (arguments.out or (Path("out/quick") if arguments.quick else RESULTS)) / TASKS[plan.task].file
+    path = path_of(arguments, TASKS[plan.task].file)
     if arguments.add:
         add(path, arguments.add, plan)
     print(render(go_on(path, plan, 0 if arguments.add else arguments.minutes, arguments.processes)))

@@ -7,6 +7,7 @@ and goes on where it was; and what a run's spec has changed in since is run agai
 
 from __future__ import annotations
 
+import argparse
 import collections
 import datetime
 import json
@@ -33,7 +34,22 @@ import pace_kernels
 # |t| beyond which 1 in 20 goes by chance where there is no difference, by the number of seeds.
 CRITICAL = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 
+RESULTS = Path(__file__).resolve().parents[1] / "bench/results"
+
 Spec = dict[str, Any]
+
+
+def parser(documentation: str, file: str, quick: str) -> argparse.ArgumentParser:
+    """With the options that every command of an experiment has."""
+    found = argparse.ArgumentParser(description=documentation.partition("\n")[0])
+    found.add_argument("--out", type=Path, help=f"folder of {file}.xz (bench/results)")
+    found.add_argument("--processes", type=int, default=2, help="at once; 0: one, in this process")
+    found.add_argument("--quick", action="store_true", help=f"{quick}, into out/quick")
+    return found
+
+
+def path_of(arguments: argparse.Namespace, file: str) -> Path:
+    return (arguments.out or (Path("out/quick") if arguments.quick else RESULTS)) / file
 
 
 def key_of(spec: Mapping[str, Any]) -> str:

@@ -23,7 +23,6 @@ Student's t.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import statistics
@@ -40,11 +39,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import harness
 import lm
-from runs import CRITICAL, Spec, complete, done, provenance, result, spread
+from runs import CRITICAL, Spec, complete, done, parser, path_of, provenance, result, spread
 
 from pace_kernels import MADA
 
-RESULTS = Path(__file__).resolve().parents[1] / "bench/results"
 STARTS = [[0.9, 0.95], [0.7, 0.8], [0.5, 0.6], [0.95, 0.99]]
 PAPERS, FINAL = "MADA, the paper's hyper rates", "MADA-FS"
 HYPER: dict[str, dict[str, Any]] = {PAPERS: {"hyper_lr": 2.5e-3, "hyper_momentum": 0.5}, FINAL: {"learn": []}}
@@ -238,15 +236,12 @@ def render(kept: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="folder of starts.json.xz (bench/results)")
-    parser.add_argument("--task", choices=list(TASKS), help="only this one")
-    parser.add_argument("--processes", type=int, default=2, help="at once; 0: one, in this process")
-    parser.add_argument("--quick", action="store_true", help="three steps a run, two rates, into out/quick")
-    arguments = parser.parse_args(argv)
+    command = parser(__doc__, "starts.json", "three steps a run, two rates")
+    command.add_argument("--task", choices=list(TASKS), help="only this one")
+    arguments = command.parse_args(argv)
     few = {"steps": 3, "rates": [2e-3, 8e-3], "choose": [0], "report": [5, 6]}
     tasks = {name: plan | few for name, plan in TASKS.items()} if arguments.quick else TASKS
-    path = (arguments.out or (Path("out/quick") if arguments.quick else RESULTS)) / "starts.json"
+    path = path_of(arguments, "starts.json")
     about = {"corpus": lm.about()["corpus"], "tasks": tasks}
     kept = complete(path, about, [], run, 0)
     chosen = [arguments.task] if arguments.task else list(tasks)

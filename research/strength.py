@@ -22,7 +22,6 @@ its cost is a lower limit.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
 import sys
@@ -35,9 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import harness
 import lm
 import torch
-from runs import Spec, complete, done, provenance, result
+from runs import Spec, complete, done, parser, path_of, provenance, result
 
-RESULTS = Path(__file__).resolve().parents[1] / "bench/results"
 SETTINGS = ((1, 64), (4, 64), (16, 64), (4, 32), (4, 128))  # batch, width
 CLAMPED = 1e9
 STRENGTHS = (0.0, 1.0, 4.0, 16.0, 64.0, 256.0, CLAMPED)
@@ -113,13 +111,10 @@ def render(kept: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="folder of strength.json.xz (bench/results)")
-    parser.add_argument("--processes", type=int, default=2, help="at once; 0: one, in this process")
-    parser.add_argument("--quick", action="store_true", help="four steps a run, into out/quick")
-    arguments = parser.parse_args(argv)
+    command = parser(__doc__, "strength.json", "four steps a run")
+    arguments = command.parse_args(argv)
     steps = EVALUATIONS if arguments.quick else STEPS
-    path = (arguments.out or (Path("out/quick") if arguments.quick else RESULTS)) / "strength.json"
+    path = path_of(arguments, "strength.json")
     about = {"corpus": lm.about()["corpus"], "steps": steps}
     specs = [spec(setting, c, seed, steps) for setting in SETTINGS for seed in SEEDS for c in STRENGTHS]
     kept = complete(path, about, specs, lm.train, arguments.processes)

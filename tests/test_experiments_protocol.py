@@ -52,7 +52,7 @@ def test_the_cells_are_those_that_were_drawn(protocol: ModuleType, capsys: pytes
         parts = [math.floor(24 * math.log(cell[name] / low) / math.log(high / low) + 1e-9) for cell in cells]
         assert sorted(parts) == list(range(24)), name
     assert sum(cell["hyper_momentum"] == 0.5 for cell in cells) == 12
-    kept = protocol.load(protocol.RESULTS / "protocol.json")
+    kept = protocol.load(sys.modules["runs"].RESULTS / "protocol.json")
     assert kept["about"]["cells"] == cells and protocol.Plan(**kept["about"]["plan"]) == protocol.Plan()
 
 
@@ -255,7 +255,7 @@ def test_smollm(protocol: ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_variants_are_rows_of_secondary_comparisons(protocol: ModuleType) -> None:
-    kept = protocol.load(protocol.RESULTS / "protocol-variants.json")
+    kept = protocol.load(sys.modules["runs"].RESULTS / "protocol-variants.json")
     assert kept["about"]["cells"] == protocol.cells_of(protocol.VARIANTS)
     said, table = protocol.render(kept), protocol.varied(kept)
     assert "**Complete: 392 of 392 losses" in said and "primary" not in said and "(99 %)" not in said
